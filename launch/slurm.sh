@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# SLURM: submit from the repository's root, with options of launch/train.py behind it:
+#   sbatch --nodes 4 launch/slurm.sh --model qwen3-8b --data fineweb --config amcs_zero3 --steps 1000
+# One task per node starts DeepSpeed's launcher there, which starts one rank per GPU.
+#SBATCH --job-name=leanstate
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --output=slurm-%j.out
+set -euo pipefail
+
+mkdir -p runs
+hostfile=runs/hostfile-$SLURM_JOB_ID # on the file system that the nodes share
+# SLURM_GPUS_ON_NODE counts what the nodes were given, whichever option asked for it.
+scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$SLURM_GPUS_ON_NODE/" > "$hostfile"
+master_addr=$(head -n 1 "$hostfile" | cut -d ' ' -f 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node must differ
+
+# SLURM_NODEID is the node's own only inside the task, hence the inner shell.
+srun --kill-on-bad-exit=1 bash -c \
+    'hostfile=$1 master_addr=$2; shift 2; exec launch/multinode.sh "$hostfile" "$SLURM_NODEID" "$master_addr" "$@"' \
+    task "$hostfile" "$master_addr" "$@"

@@ -1,0 +1,56 @@
+"""Starts `worker.py` through the real `deepspeed` launcher and collects what its ranks wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def deepspeed_command(world_size: int, script: Path | str, *arguments: str) -> list[str]:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    master = ["--num_gpus", str(world_size), "--master_port", str(free_port())]
+    return [sys.executable, str(launcher), *master, str(script), *arguments]
+
+
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def case(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """One training of the worker. `same_data`: every rank sees the whole global batch."""
+    return {"steps": 4, "global_batch": 4, "same_data": False, "dump": False, "config": config} | settings
+
+
+def run_ranks(
+    folder: Path, world_size: int, cases: dict[str, dict[str, Any]], plugins: list[Path] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Train every case in `world_size` real processes; by case, what each rank wrote, in rank order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"cases": cases, "plugins": [str(p) for p in plugins or []], "out": str(folder)}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    run = subprocess.run(
+        deepspeed_command(world_size, WORKER, str(folder / "settings.json")),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-6000:]
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
+    return {name: [rank[name] for rank in ranks] for name in cases}

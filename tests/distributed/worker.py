@@ -1,0 +1,125 @@
+"""One rank of a real multi-rank run: trains a small Qwen3 under ZeRO and writes what each rank holds.
+
+Started by the `deepspeed` launcher from the tests in this folder, with the path of a JSON of settings as
+only argument. It runs several cases one after the other, since starting the processes takes longer than a case.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import toolkit
+from toolkit.state.codecs import BLOCK
+from toolkit.zero import optimizer_state_bytes, rule_optimizer
+
+
+def small_model(seed: int = 0) -> Qwen3ForCausalLM:
+    """Matrices of 40 x 136 and the like: no whole number of blocks, so that every padding is exercised."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=250,
+        hidden_size=40,
+        intermediate_size=136,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def held_state(engine: Any) -> dict[str, torch.Tensor]:
+    """This rank's state tensors and master weights by "<group or parameter>/<key>", block rows first."""
+    optimizer = rule_optimizer(engine)
+    assert optimizer is not None
+    held: dict[str, torch.Tensor] = {}
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # stage 3: the grid restarts at each parameter
+        names = {id(p): name for name, p in engine.module.named_parameters()}
+        for flat, params in zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True):
+            row = 0
+            for param in params:
+                rows = param.partition_numel() // BLOCK
+                for key, value in optimizer.state[flat].items():
+                    if key != "step":
+                        held[f"{names[id(param)]}/{key}"] = value[row : row + rows].clone()
+                master = flat.detach()[row * BLOCK : (row + rows) * BLOCK]
+                held[f"{names[id(param)]}/master"] = master.view(rows, BLOCK).clone()
+                row += rows
+        return held
+    for index, flat in enumerate(wrapper.single_partition_of_fp32_groups):
+        for key, value in optimizer.state[flat].items():
+            if key != "step":
+                held[f"{index}/{key}"] = value[: flat.numel() // BLOCK].clone()
+        held[f"{index}/master"] = flat.detach().view(-1, BLOCK).clone()
+    return held
+
+
+def train(case: dict[str, Any]) -> dict[str, Any]:
+    """Train by one case's settings; returns what this rank saw and holds."""
+    model = small_model()
+    engine, *_ = toolkit.initialize(model=model, config=case["config"], total_steps=case["steps"])
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = case["global_batch"] // world_size
+    losses, rates = [], []
+    optimizer = rule_optimizer(engine)
+    for step in range(case["steps"]):
+        generator = torch.Generator().manual_seed(100 + step)
+        starts = torch.randint(0, 250, (case["global_batch"], 1), generator=generator)
+        tokens = (starts + torch.arange(24)) % 250  # counting: something that can be learned
+        if not case["same_data"]:
+            tokens = tokens[rank * share : (rank + 1) * share]
+        total = 0.0
+        micro_batches = tokens.chunk(engine.gradient_accumulation_steps())
+        for micro in micro_batches:
+            loss = engine(input_ids=micro, labels=micro).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.item() / len(micro_batches)
+        mean = torch.tensor(total, dtype=torch.float64)
+        dist.all_reduce(mean)
+        losses.append(mean.item() / world_size)
+        if optimizer is not None:
+            rates.append([group["lr"] * group["lr_scale"] for group in optimizer.param_groups])
+    result = {
+        "losses": losses,
+        "state_bytes": optimizer_state_bytes(engine),
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+        "rates": rates,
+        "skipped": engine.skipped_steps,
+        "loss_scale": engine.loss_scale() if case["config"].get("fp16") else None,
+    }
+    if optimizer is not None:
+        result["groups"] = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        result["steps"] = sorted({held["step"] for held in optimizer.state.values()})
+        if case["dump"]:
+            result["held"] = held_state(engine)
+    engine.destroy()
+    return result
+
+
+def main() -> None:
+    settings = json.loads(Path(sys.argv[-1]).read_text())
+    # Half precision computes correctly on any CPU; DeepSpeed refuses it where the hardware has no fast path.
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    for plugin in settings["plugins"]:
+        runpy.run_path(plugin)
+    results = {name: train(case) for name, case in settings["cases"].items()}
+    torch.save(results, Path(settings["out"]) / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

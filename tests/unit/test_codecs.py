@@ -1,0 +1,118 @@
+"""Codecs: round trips and every corner that real state gets into."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from toolkit.state.codecs import BLOCK, FORMATS, Codec, Root8, Signed8, codec_for
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+@st.composite
+def blocks(draw: st.DrawFn, *, signed: bool) -> Tensor:
+    """One to four blocks whose magnitude, spread, zeros and outliers vary."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(draw(st.integers(1, 4)), BLOCK, generator=generator)
+    x = x.sign() * x.abs() ** draw(st.sampled_from([1.0, 3.0, 8.0]))
+    x = x * 10.0 ** draw(st.integers(-30, 10))
+    if draw(st.booleans()):
+        x[:, torch.randperm(BLOCK, generator=generator)[: draw(st.integers(1, BLOCK))]] = 0.0
+    return x if signed else x.abs()
+
+
+def round_trip(codec: type[Codec], x: Tensor) -> Tensor:
+    return codec.decode(*codec.encode(x))
+
+
+@given(blocks(signed=True))
+def test_signed8_error_is_bounded(x: Tensor) -> None:
+    scale = x.abs().amax(dim=1, keepdim=True)
+    # The curve 2y / (1 + |y|) has slope 2 / (1 + |y|)^2 over 127 codes; half a code is the largest error.
+    allowed = (1 + x.abs() / scale.clamp(min=TINY)) ** 2 / 254 * 0.5 * scale * 1.05
+    assert ((round_trip(Signed8, x) - x).abs() <= allowed + TINY).all()
+
+
+@given(blocks(signed=False))
+def test_root8_error_is_bounded(x: Tensor) -> None:
+    root, back = x.sqrt(), round_trip(Root8, x).sqrt()
+    step = root.amax(dim=1, keepdim=True) / 255
+    # Half a code, and up to a whole one near zero, where the codes stop at 1.
+    assert ((back - root).abs() <= torch.where(root < step, 1.0, 0.5) * step * 1.01 + 1e-19).all()
+
+
+@given(st.booleans().flatmap(lambda s: st.tuples(st.just(s), blocks(signed=s))))
+def test_decode_then_encode_gives_the_same_codes(case: tuple[bool, Tensor]) -> None:
+    signed, x = case
+    codec = codec_for("8bit", signed=signed)
+    once = codec.encode(x)
+    again = codec.encode(codec.decode(*once))
+    assert torch.equal(once[0], again[0])
+    assert torch.allclose(once[1], again[1], rtol=1e-6, atol=0.0)
+
+
+@given(blocks(signed=True))
+def test_signed8_is_odd_and_keeps_zero(x: Tensor) -> None:
+    assert torch.equal(round_trip(Signed8, -x), -round_trip(Signed8, x))
+    assert (round_trip(Signed8, x)[x == 0] == 0).all()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("state_format", FORMATS)
+def test_zeros_stay_zero(state_format: str, signed: bool) -> None:
+    codec = codec_for(state_format, signed=signed)
+    zeros = torch.zeros(2, BLOCK)
+    assert torch.equal(round_trip(codec, zeros), zeros)
+    fresh = [torch.zeros(2, part.per_block, dtype=part.dtype) for part in codec.parts]
+    assert torch.equal(codec.decode(*fresh), zeros), "fresh state must decode to zeros"
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("signed", [True, False])
+def test_what_is_not_finite_never_turns_finite(bad: float, signed: bool) -> None:
+    x = torch.rand(3, BLOCK) + 0.5
+    x[1, 17] = bad
+    back = round_trip(codec_for("8bit", signed=signed), x)
+    assert not back[1].isfinite().any(), "the whole block shows it"
+    assert back[[0, 2]].isfinite().all(), "no other block does"
+
+
+@pytest.mark.parametrize("value", [1e-45, 1e-40, TINY / 2])
+def test_denormal_blocks_count_as_zero(value: float) -> None:
+    x = torch.full((1, BLOCK), value)
+    assert torch.equal(round_trip(Signed8, x), torch.zeros_like(x))
+    # sqrt lifts a denormal second moment back into the normal range.
+    assert torch.allclose(round_trip(Root8, x), x, rtol=1e-2, atol=1e-44)
+
+
+@given(blocks(signed=False))
+def test_no_zero_second_moment_beside_a_momentum(v: Tensor) -> None:
+    v[:, 0] = v.amax(dim=1)
+    back = round_trip(Root8, v)
+    largest = v.amax(dim=1, keepdim=True)
+    alive = (largest > 1e-30).expand_as(v)
+    assert (back[alive] > 0).all()
+    # An element below the last code reads too large, never too small: the update shrinks.
+    low = alive & (v.sqrt() < largest.sqrt() / 255 / 2)
+    assert (back[low] >= v[low]).all()
+
+
+@settings(max_examples=20)
+@given(st.integers(-45, 38), st.booleans())
+def test_single_values_of_every_exponent(exponent: int, signed: bool) -> None:
+    x = torch.zeros(1, BLOCK)
+    x[0, 3] = 10.0**exponent if exponent < 38 else 3e38
+    back = round_trip(codec_for("8bit", signed=signed), x)
+    assert back.isfinite().all()
+    if exponent > -37:
+        assert back[0, 3].item() == pytest.approx(x[0, 3].item(), rel=1e-5)
+
+
+def test_bytes_per_element() -> None:
+    assert Signed8.bytes_per_element() == 1 + 4 / BLOCK
+    assert Root8.bytes_per_element() == 1 + 4 / BLOCK
+    assert codec_for("fp32", signed=True).bytes_per_element() == 4

@@ -1,0 +1,212 @@
+"""Configurations: the shipped files, loading and overriding, and the sentence for every mistake in those."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.config import apply_overrides, load_config, shipped_configs, validate
+from toolkit.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHIPPED = shipped_configs()
+
+
+# ---------------------------------------------------------------------------------------------- shipped files
+
+
+def test_the_shipped_files_are_the_fifteen_promised() -> None:
+    kinds = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+    assert list(SHIPPED) == [f"{optimizer}_{kind}" for optimizer in ("adamw", "amcs", "soam") for kind in kinds]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_file_is_what_its_name_says_and_valid_at_any_world_size(name: str) -> None:
+    config = json.loads(SHIPPED[name].path.read_text())
+    optimizer, stage, *offload = name.split("_")
+    assert config["optimizer"]["type"].lower() == optimizer
+    assert f"zero{config['zero_optimization']['stage']}" == stage
+    parts = [key for key in config["zero_optimization"] if key.startswith("offload_")]
+    wanted = {"zero2": ["offload_optimizer"], "zero3": ["offload_optimizer", "offload_param"]}
+    assert parts == (wanted[stage] if offload else [])
+    for world_size in (None, 1, 2, 8):
+        validate(config, origin=name, world_size=world_size)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_file_describes_itself(name: str) -> None:
+    config = SHIPPED[name]
+    assert config.optimizer.lower() == name.split("_")[0]
+    assert config.state_format == ("fp32" if config.optimizer == "AdamW" else "8bit")
+    assert bool(config.offload) == name.endswith("offload")
+    assert config.purpose and "\n" not in config.purpose
+
+
+def test_purposes_tell_the_shipped_files_apart() -> None:
+    assert len({config.purpose for config in SHIPPED.values()}) == len(SHIPPED)
+
+
+def test_files_of_one_optimizer_differ_in_sharding_only() -> None:
+    for optimizer in ("adamw", "amcs", "soam"):
+        rest = []
+        for name in (f"{optimizer}_zero{stage}" for stage in (1, 2, 3)):
+            config = load_config(name)
+            del config["zero_optimization"]
+            rest.append(config)
+        assert rest[0] == rest[1] == rest[2]
+
+
+def test_an_installed_package_finds_the_files_inside_itself(tmp_path: Path) -> None:
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / "toolkit", tmp_path / "toolkit", ignore=ignore)
+    shutil.copytree(REPOSITORY / "ds_configs", tmp_path / "toolkit" / "ds_configs")
+    # Another package's folder beside ours must not be taken for it.
+    (tmp_path / "ds_configs").mkdir()
+    script = "import toolkit.config as c; print(c.shipped_configs()['amcs_zero2'].path)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert Path(found.stdout.strip()) == tmp_path / "toolkit" / "ds_configs" / "amcs_zero2.json"
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def test_a_config_is_loaded_by_name_by_path_and_from_a_dict(tmp_path: Path) -> None:
+    by_name = load_config("amcs_zero2")
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(by_name))
+    assert load_config(path) == load_config(str(path)) == by_name
+    copied = load_config(by_name)
+    copied["optimizer"]["params"]["lr"] = 7
+    assert by_name["optimizer"]["params"]["lr"] != 7
+
+
+def test_hjson_as_deepspeed_reads_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "commented.json"
+    path.write_text('{\n  // the micro-batch\n  "train_micro_batch_size_per_gpu": 3,\n  # trailing comma\n}\n')
+    assert load_config(path) == {"train_micro_batch_size_per_gpu": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{\n  "a": 1,\n  "b": [1, 2\n}', "is not valid JSON"),
+        ('{"bf16": {"enabled": true}', "line 1, column"),
+        ('{"a": 1, "a": 2}', "the key 'a' appears twice"),
+        (
+            '{"zero_optimization": {"offload_param": {"device": "cpu", "device": "none"}}}',
+            "the key 'zero_optimization.offload_param.device' appears twice",
+        ),
+        ('{"x": [{"a": 1, "a": 1}]}', "the key 'x.0.a' appears twice"),
+        ("[1, 2]", "holds a list; a DeepSpeed config is one JSON object"),
+        ("null", "holds null"),
+        ('"amcs_zero2"', "holds text"),
+        ("\n", "is empty"),
+    ],
+)
+def test_a_broken_file_gets_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(str(path))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_syntax_error_is_placed_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text('{\n  "steps_per_print": 1,\n  "bf16": {"enabled" true}\n}')
+    with pytest.raises(UserError, match="at line 3, column 2"):
+        load_config(path)
+
+
+def test_text_that_is_not_utf8_gets_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "latin.json"
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(UserError, match="cannot be read as text"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("amcs_zer2", "config 'amcs_zer2' is neither a shipped config nor a file. Did you mean 'amcs_zero2'?"),
+        ("configs/soam_zero3.jsn", "Did you mean 'soam_zero3'?"),
+        ("qwertyuiop", "Shipped are adamw_zero1, "),
+        (".", "is a folder, not a file"),
+    ],
+)
+def test_an_unknown_config_names_the_nearest(name: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(name)
+    assert sentence in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_set_values_in_a_copy() -> None:
+    config = load_config("amcs_zero2")
+    before = copy.deepcopy(config)
+    result = apply_overrides(
+        config,
+        [
+            "zero_optimization.stage=3",
+            "optimizer.params.betas=[0.8, 0.9, 0.99]",
+            "optimizer.params.alpha=cosine",
+            "csv_monitor.enabled=true",
+            "csv_monitor.job_name=a=b",
+            "zero_optimization.stage=1",
+        ],
+    )
+    assert config == before
+    assert result["zero_optimization"]["stage"] == 1
+    assert result["optimizer"]["params"]["betas"] == [0.8, 0.9, 0.99]
+    assert result["optimizer"]["params"]["alpha"] == "cosine"
+    assert result["csv_monitor"] == {"enabled": True, "job_name": "a=b"}
+    validate(result, origin="overridden")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("zero_optimization.stage", "cannot read the assignment 'zero_optimization.stage'"),
+        ("=3", "cannot read the assignment"),
+        ("zero_optimization..stage=3", "cannot read the assignment"),
+        ("steps_per_print.x=1", "'steps_per_print' is 2147483647, which holds no keys"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_gets_one_sentence(assignment: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        apply_overrides(load_config("amcs_zero2"), [assignment])
+    assert sentence in str(caught.value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+key_names = st.text(st.characters(exclude_characters=".=", exclude_categories=("Cs", "Z", "C")), min_size=1)
+
+
+@given(st.lists(key_names, min_size=1, max_size=4), json_values)
+def test_any_json_value_can_be_set_at_any_depth(keys: list[str], value: Any) -> None:
+    node = apply_overrides({}, [f"{'.'.join(keys)}={json.dumps(value)}"])
+    for key in keys:
+        assert list(node) == [key]
+        node = node[key]
+    assert node == value

@@ -1,0 +1,217 @@
+"""The rules against plain float64 references written from the papers' equations, sharing no code with them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from toolkit.errors import UserError
+from toolkit.optim import AMCS, COMPONENTS, SOAM, AMCSRule
+
+STEPS = 200
+SHAPE = (37, 53)
+
+
+def gradients(steps: int = STEPS, scale: float = 1e-2) -> list[np.ndarray]:
+    rng = np.random.default_rng(5)
+    return [rng.normal(size=SHAPE) * scale * (1 + 0.5 * math.sin(i / 9)) for i in range(steps)]
+
+
+def alpha_reference(kind: Any, t: int, total: int) -> float:
+    fraction = min((t - 1) / (total - 1), 1.0)
+    if kind == "linear":
+        return 1 - fraction
+    if kind == "cosine":
+        return 0.5 + 0.5 * math.cos(math.pi * fraction)
+    if isinstance(kind, float):
+        return kind
+    xs, ys = zip(*kind, strict=True)
+    return float(np.interp(fraction, xs, ys))
+
+
+def amcs_reference(theta: np.ndarray, grads: list[np.ndarray], rates: list[float], **h: Any) -> dict[str, np.ndarray]:
+    b_f, b_s, b_v = h["betas"]
+    m_fast, m_slow, v = np.zeros(SHAPE), np.zeros(SHAPE), np.zeros(SHAPE)
+    for t, (g, eta) in enumerate(zip(grads, rates, strict=True), start=1):
+        m_fast = b_f * m_fast + (1 - b_f) * g
+        m_slow = b_s * m_slow + (1 - b_s) * g
+        v = b_v * v + (1 - b_v) * g**2
+        a = alpha_reference(h["alpha"], t, h["total_steps"])
+        m = a * m_fast / (1 - b_f**t) + (1 - a) * m_slow / (1 - b_s**t)
+        eta_c = h["gamma"] * eta
+        theta = theta - eta_c * h["weight_decay"] * theta - eta_c * m / (np.sqrt(v / (1 - b_v**t)) + h["eps"])
+    return {"theta": theta, "m_fast": m_fast, "m_slow": m_slow, "v": v}
+
+
+def soam_reference(theta: np.ndarray, grads: list[np.ndarray], rates: list[float], **h: Any) -> dict[str, np.ndarray]:
+    b1, b2 = h["betas"]
+    m, v = np.zeros(SHAPE), np.zeros(SHAPE)
+    for t, (g, eta) in enumerate(zip(grads, rates, strict=True), start=1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        theta = theta - eta * h["weight_decay"] * theta - eta * (m / (1 - b1**t)) / np.sqrt(v / (1 - b2**t) + h["eps"])
+    return {"theta": theta, "m": m, "v": v}
+
+
+def run(
+    optimizer_class: Any, group: dict[str, Any], grads: list[np.ndarray], rates: list[float], **kwargs: Any
+) -> dict[str, np.ndarray]:
+    start = np.random.default_rng(1).normal(size=SHAPE)
+    p = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
+    optimizer = optimizer_class([{"params": [p], **group}], **kwargs)
+    for g, rate in zip(grads, rates, strict=True):
+        p.grad = torch.tensor(g, dtype=torch.float32)
+        optimizer.param_groups[0]["lr"] = rate  # as every DeepSpeed scheduler does
+        optimizer.step()
+    result = {"theta": p.detach().numpy()}
+    for key, value in optimizer.state[p].items():
+        if key != "step":
+            result[key] = value.flatten()[: p.numel()].view(SHAPE).numpy()
+    return result
+
+
+def assert_close(got: dict[str, np.ndarray], want: dict[str, np.ndarray], rel: float = 1e-5) -> None:
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        error = np.linalg.norm(got[key] - value) / np.linalg.norm(value)
+        assert error < rel, (key, error)
+
+
+def warm_up(lr: float, steps: int = STEPS) -> list[float]:
+    return [lr * min(1.0, (i + 1) / 20) for i in range(steps)]
+
+
+@pytest.mark.parametrize(
+    "alpha", ["linear", "cosine", 0.3, [(0.0, 1.0), (0.5, 0.2), (1.0, 0.0)], [(0.25, 0.9), (0.75, 0.1)]]
+)
+@pytest.mark.parametrize(
+    ("betas", "eps", "weight_decay", "component"),
+    [
+        ((0.9, 0.95, 0.95), 1e-8, 0.1, "attention"),
+        ((0.8, 0.99, 0.999), 1e-6, 0.0, "embedding"),
+        ((0.0, 0.9999, 0.99), 1e-3, 0.5, "ffn"),
+    ],
+)
+def test_amcs_follows_its_equations(
+    alpha: Any, betas: tuple[float, float, float], eps: float, weight_decay: float, component: str
+) -> None:
+    grads, rates = gradients(), warm_up(3e-3)
+    hyper = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "alpha": alpha}
+    got = run(AMCS, {"component": component}, grads, rates, total_steps=150, state_format="fp32", **hyper)
+    gamma = {"attention": 1.2, "embedding": 0.8, "ffn": 1.0}[component]
+    start = np.random.default_rng(1).normal(size=SHAPE)
+    assert_close(got, amcs_reference(start, grads, rates, gamma=gamma, total_steps=150, **hyper))
+
+
+@pytest.mark.parametrize(
+    ("component", "component_betas", "component_lrs", "b1", "ratio"),
+    [
+        ("attention", None, None, 0.9, 1.0),
+        ("ffn", None, None, 0.95, 1.875),
+        ("ffn", {"ffn": 0.7}, {"ffn": 4e-3}, 0.7, 0.5),
+        ("norm", {"norm": 0.99}, {"attention": 4e-3}, 0.99, 1.0),
+    ],
+)
+@pytest.mark.parametrize(("eps", "weight_decay"), [(1e-8, 0.0), (1e-3, 0.1)])
+def test_soam_follows_its_equations(
+    component: str, component_betas: Any, component_lrs: Any, b1: float, ratio: float, eps: float, weight_decay: float
+) -> None:
+    grads, rates = gradients(), warm_up(8e-3)
+    hyper = {"eps": eps, "weight_decay": weight_decay}
+    got = run(
+        SOAM,
+        {"component": component},
+        grads,
+        rates,
+        state_format="fp32",
+        component_betas=component_betas,
+        component_lrs=component_lrs,
+        **hyper,
+    )
+    start = np.random.default_rng(1).normal(size=SHAPE)
+    scaled = [rate * ratio for rate in rates]
+    assert_close(got, soam_reference(start, grads, scaled, betas=(b1, 0.95), **hyper))
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.9), (0.0, 0.97)])
+def test_amcs_limits_are_adamw(alpha: float, beta: float) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(64, 48)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    amcs = AMCS(
+        [ours],
+        lr=1e-3,
+        betas=(0.9, 0.97, 0.98),
+        alpha=alpha,
+        component_scales=dict.fromkeys(COMPONENTS, 1.0),
+        state_format="fp32",
+    )
+    adamw = torch.optim.AdamW([theirs], lr=1e-3, betas=(beta, 0.98), eps=1e-8, weight_decay=0.1)
+    for _ in range(100):
+        g = torch.randn_like(start) * 1e-2
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        amcs.step()
+        adamw.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32 rounding over 100 steps
+
+
+def test_alpha_starts_at_one_ends_at_zero_and_stays() -> None:
+    rule = AMCSRule(total_steps=640)
+    assert rule.alpha_at(1) == 1.0
+    assert rule.alpha_at(640) == 0.0
+    assert rule.alpha_at(10_000) == 0.0
+    assert AMCSRule(total_steps=1).alpha_at(1) == 1.0
+
+
+@pytest.mark.parametrize("rule", [AMCS, SOAM])
+def test_tiny_gradients_still_give_the_right_update(rule: Any) -> None:
+    """At a gradient rms of 1e-8 fp16 scales would be useless; the 8-bit update must stay near the fp32 one."""
+    extra = {"alpha": 0.5} if rule is AMCS else {}
+    grads = gradients(40, scale=1e-8)
+    moved = {}
+    for state_format in ("fp32", "8bit"):
+        p = torch.nn.Parameter(torch.zeros(SHAPE))
+        optimizer = rule([p], lr=1e-3, eps=0.0, weight_decay=0.0, state_format=state_format, **extra)
+        for g in grads:
+            p.grad = torch.tensor(g, dtype=torch.float32)
+            optimizer.step()
+        moved[state_format] = p.detach().clone()
+    error = (moved["8bit"] - moved["fp32"]).norm() / moved["fp32"].norm()
+    assert error < 0.02, error
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "says"),
+    [
+        (AMCS, {}, "total_steps is required"),
+        (AMCS, {"alpha": 1.5}, "alpha is 1.5, but must be"),
+        (AMCS, {"alpha": "linaer"}, "Did you mean 'linear'?"),
+        (AMCS, {"alpha": [(0.5, 1.0), (0.2, 0.0)]}, "fractions that increase"),
+        (AMCS, {"alpha": [(0.0, 1.0), (1.0, 2.0)]}, "in [0, 1]"),
+        (AMCS, {"alpha": True}, "alpha is true, but must be"),
+        (AMCS, {"lr": -1.0}, "lr is -1.0"),
+        (AMCS, {"lr": float("nan")}, "lr is NaN"),
+        (AMCS, {"eps": float("inf")}, "eps is Infinity"),
+        (AMCS, {"betas": (0.9, 0.95)}, "betas"),
+        (AMCS, {"betas": (0.9, 1.0, 0.95)}, "betas.1 is 1.0"),
+        (AMCS, {"weight_decay": -0.1}, "weight_decay is -0.1"),
+        (AMCS, {"total_steps": 0}, "total_steps is 0"),
+        (AMCS, {"component_scales": {"atention": 1.2}}, "Did you mean 'attention'?"),
+        (AMCS, {"state_format": "8bits", "alpha": 0.5}, "Did you mean '8bit'?"),
+        (AMCS, {"state_format": {"m_fst": "8bit"}, "alpha": 0.5}, "Did you mean 'm_fast'?"),
+        (AMCS, {"compile": "yes", "alpha": 0.5}, "compile must be true or false"),
+        (SOAM, {"beta": (0.9, 0.95)}, "Did you mean 'betas'?"),
+        (SOAM, {"component_lrs": {"ffn": -1.0}}, "component_lrs.ffn is -1.0"),
+        (SOAM, {"component_betas": {"mlp": 0.9}}, "'mlp' is no component"),
+        (SOAM, {"lr": 0.0, "component_lrs": {"ffn": 1e-3}}, "needs a positive lr"),
+    ],
+)
+def test_wrong_settings_give_one_sentence(rule: Any, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        rule([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,167 @@
+"""Where a DeepSpeed JSON comes from: shipped by name, a user's own by path, single values by assignment."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import UserError, nearest
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+_OPTIMIZERS = {"AMCS": "dual momentum", "SOAM": "momentum per component", "AdamW": "baseline"}
+_STAGES = {
+    1: "fewest collectives; model and gradients fit",
+    2: "the usual choice; the model fits",
+    3: "the model does not fit on one device",
+}
+_OFFLOAD = {
+    2: "device memory for weights and activations only",
+    3: "the largest models, the slowest step",
+}
+
+
+@dataclass(frozen=True)
+class ShippedConfig:
+    """One DeepSpeed JSON that comes with the package, and what it is for."""
+
+    path: Path
+    optimizer: str
+    stage: int
+    offload: tuple[str, ...]
+    state_format: str
+
+    @property
+    def purpose(self) -> str:
+        """One line: the optimizer's idea and what this way of sharding is good for."""
+        placing = _OFFLOAD if self.offload else _STAGES
+        return f"{_OPTIMIZERS[self.optimizer]}; {placing[self.stage]}"
+
+
+def shipped_configs(package: Path = _PACKAGE) -> dict[str, ShippedConfig]:
+    """All shipped configurations by name ("amcs_zero2"), sorted.
+
+    An installed wheel holds them inside the package folder `package`, a source checkout beside it.
+    """
+    # The package's own folder first: beside an installed package lie other people's.
+    folder = next(place / "ds_configs" for place in (package, package.parent) if (place / "ds_configs").is_dir())
+    return {path.stem: _describe(path) for path in sorted(folder.glob("*.json"))}
+
+
+def _describe(path: Path) -> ShippedConfig:
+    config = _parse(path)
+    zero, optimizer = config["zero_optimization"], config["optimizer"]
+    return ShippedConfig(
+        path=path,
+        optimizer=optimizer["type"],
+        stage=zero["stage"],
+        offload=tuple(part for part in ("optimizer", "param") if f"offload_{part}" in zero),
+        state_format=optimizer["params"].get("state_format", "fp32"),
+    )
+
+
+def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed JSON that `config` names, as a dict of its own.
+
+    Args:
+        config: the name of a shipped file ("amcs_zero2"), a path, or the content itself (copied deeply).
+
+    Raises UserError if there is no such file, or if it is not one JSON object with every key once.
+    DeepSpeed reads its files as Hjson (comments, trailing commas), so those pass too.
+    """
+    if isinstance(config, Mapping):
+        return copy.deepcopy(dict(config))
+    shipped = shipped_configs()
+    if str(config) in shipped:
+        return _parse(shipped[str(config)].path)
+    path = Path(config).expanduser()
+    if path.is_file():
+        return _parse(path)
+    what = "is a folder, not a file" if path.is_dir() else "is neither a shipped config nor a file"
+    hint = nearest(path.stem, shipped) or f" Shipped are {', '.join(shipped)}."
+    raise UserError(f"config {str(config)!r} {what}.{hint}")
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    duplicated: list[tuple[dict[str, Any], str]] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                duplicated.append((result, key))
+            seen.add(key)
+        return result
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}.") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty; a DeepSpeed config is one JSON object.")
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as strict:
+        import hjson
+
+        duplicated.clear()
+        try:
+            content = hjson.loads(text, object_pairs_hook=unique)
+        except hjson.HjsonDecodeError as lenient:
+            # The parser that got further stopped at what neither can read.
+            stop = max(strict, lenient, key=lambda error: error.pos)
+            raise UserError(
+                f"{path} is not valid JSON: {stop.msg} at line {stop.lineno}, column {stop.colno}."
+            ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {_kind(content)}; a DeepSpeed config is one JSON object.")
+    if duplicated:
+        owner, key = duplicated[0]
+        raise UserError(f"{path}: the key {_path_to(owner, content) + key!r} appears twice; keep one of them.")
+    return content
+
+
+def _path_to(owner: dict[str, Any], tree: Any) -> str:
+    """Dotted path, ending in a dot, from `tree` to the object `owner` inside it; empty at the top."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        if value is owner:
+            return f"{key}."
+        if inner := _path_to(owner, value):
+            return f"{key}.{inner}"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def apply_overrides(config: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """A deep copy of `config` with values set by "dotted.key=value"; later assignments win.
+
+    Values are parsed as JSON and taken as plain text where they are not JSON. Objects on the way are made as
+    needed; `validate` finds misspelt keys. Raises UserError for an assignment that cannot be read or applied.
+    """
+    result = copy.deepcopy(dict(config))
+    for assignment in assignments:
+        dotted, equals, text = assignment.partition("=")
+        *parents, last = keys = dotted.strip().split(".")
+        if not equals or not all(keys):
+            raise UserError(f"cannot read the assignment {assignment!r}: write it as section.key=value.")
+        node = result
+        for depth, key in enumerate(parents, start=1):
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                place = ".".join(keys[:depth])
+                raise UserError(f"cannot assign {assignment!r}: {place!r} is {node!r}, which holds no keys.")
+        try:
+            node[last] = json.loads(text)
+        except json.JSONDecodeError:
+            node[last] = text.strip()
+    return result

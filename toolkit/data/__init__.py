@@ -1,0 +1,17 @@
+"""Text to batches: sources of documents, tokenizers, and packing into full sequences."""
+
+from __future__ import annotations
+
+from toolkit.data.pack import PackedTokens, Position, rank_batches
+from toolkit.data.stream import Documents, open_documents
+from toolkit.data.tokenizers import TOKENIZERS, load_tokenizer
+
+__all__ = [
+    "TOKENIZERS",
+    "Documents",
+    "PackedTokens",
+    "Position",
+    "load_tokenizer",
+    "open_documents",
+    "rank_batches",
+]

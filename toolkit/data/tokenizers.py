@@ -1,0 +1,195 @@
+"""Tokenizers: two that need no network, any local one, or one from the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import struct
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.data.stream import hub_reachable, read_text, stdlib_files
+from toolkit.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZERS = ("mistral-32k", "python-4k")
+PYTHON_VOCABULARY = 4096
+END_OF_TEXT = "<|endoftext|>"
+END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+
+
+def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    """The tokenizer called `spec`, with an end-of-text id in `eos_token_id`.
+
+    Args:
+        spec: ``mistral-32k`` (32,000 entries, from the package mistral_common), ``python-4k`` (4,096
+            byte-level entries, trained on the standard library's source at first use), a folder or
+            tokenizer.json, or a name on the Hugging Face hub.
+
+    Raises:
+        UserError: nothing of that name here or on the hub, an unreadable file, or no end-of-text token.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(spec).expanduser()
+    if spec == "mistral-32k":
+        names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        return PreTrainedTokenizerFast(tokenizer_object=mistral_tokenizer(), **names)
+    if spec == "python-4k":
+        return PreTrainedTokenizerFast(tokenizer_object=_python_tokenizer(), eos_token=END_OF_TEXT)
+    tokenizer: PreTrainedTokenizerBase
+    try:
+        if path.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        elif (path / "tokenizer.json").is_file():
+            # This file says it all; AutoTokenizer would rebuild parts of it after the class named beside it.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        elif path.is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        elif path.is_absolute() or path.suffix == ".json" or len(path.parts) > 2 or spec.startswith("."):
+            raise UserError(f"there is no tokenizer file or folder {spec!r}.")
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(spec, local_files_only=not hub_reachable())
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise anything from OSError to a bare Exception on a bad file
+        if path.exists():
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UserError(f"tokenizer {spec!r} cannot be loaded: {reason}.") from error
+        raise UserError(
+            f"unknown tokenizer {spec!r}: it is none of {', '.join(TOKENIZERS)}, no local folder or "
+            "tokenizer.json, and the Hugging Face hub cannot be reached or has no such name."
+            f"{nearest(spec, TOKENIZERS)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.eos_token = next((token for token in END_TOKENS if token in vocabulary), None)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer {spec!r} has no end-of-text token: name it as eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def mistral_tokenizer() -> Tokenizer:
+    """Mistral's first tokenizer, 32,000 entries, made from the SentencePiece model in mistral_common.
+
+    SentencePiece joins, again and again, the neighbouring pair whose joined piece has the best score; so the
+    merges are all ways to split a piece into two others, best score first, equal scores (which only runs of
+    spaces have) by entry number as in the published tokenizer.json of this model. No control piece (``</s>``)
+    or byte piece (``<0x0A>``) of this model splits into two others, so that none is ever made from text.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    scores = dict(_sentencepiece_pieces(_mistral_model().read_bytes()))
+    ids = {piece: index for index, piece in enumerate(scores)}
+    splits = (
+        (-score, ids[piece], ids[piece[:at]], ids[piece[at:]], piece[:at], piece[at:])
+        for piece, score in scores.items()
+        for at in range(1, len(piece))
+        if piece[:at] in scores and piece[at:] in scores
+    )
+    merges = [(left, right) for *_, left, right in sorted(splits)]
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
+    return tokenizer
+
+
+def _mistral_model() -> Path:
+    # Found, not imported: importing mistral_common takes a second and needs more than its data file.
+    package = importlib.util.find_spec("mistral_common")
+    file = Path(package.origin).parent / "data" / "tokenizer.model.v1" if package and package.origin else None
+    if file is None or not file.is_file():
+        raise UserError("tokenizer 'mistral-32k' needs the package mistral-common with its tokenizer.model.v1.")
+    return file
+
+
+def _sentencepiece_pieces(model: bytes) -> Iterator[tuple[str, float]]:
+    """(piece, score) of every entry of a SentencePiece ModelProto.
+
+    Read from the protobuf wire format, where ModelProto.pieces is field 1 and holds piece = 1 and score = 2,
+    so that neither sentencepiece nor protobuf has to be installed for one file.
+    """
+    for number, value in _protobuf_fields(model):
+        if number == 1:
+            fields = dict(_protobuf_fields(value))
+            yield fields[1].decode(), struct.unpack("<f", fields.get(2, bytes(4)))[0]
+
+
+def _protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+        else:
+            size = {1: 8, 5: 4}.get(wire_type) or varint()
+            yield number, message[at : at + size]
+            at += size
+
+
+def train_bytes_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE of `vocabulary` entries; 0 is ``<|endoftext|>``. The same texts give the same one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _python_tokenizer() -> Tokenizer:
+    """The trained tokenizer from the user's cache, or trained now and put there.
+
+    Several ranks may train it at the same time; each writes its own file and renames it into place, so
+    that no rank ever reads half a file, and all write the same.
+    """
+    from tokenizers import Tokenizer
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanstate"
+    file = cache / f"python-{platform.python_version()}-{PYTHON_VOCABULARY}.json"
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception:  # absent or damaged (the library raises a bare Exception for both): train it
+        pass
+    # Every eighth file, about 4 MB, is text enough for this many entries and takes a second or two.
+    sample = (text for source in stdlib_files()[::8] for text in read_text(source))
+    tokenizer = train_bytes_bpe(sample, PYTHON_VOCABULARY)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache, suffix=".tmp", delete=False, encoding="utf-8") as handle:
+            handle.write(tokenizer.to_str())
+        os.replace(handle.name, file)
+    except OSError as error:
+        warnings.warn(f"the tokenizer python-4k is trained anew at every start: {error}", stacklevel=2)
+    return tokenizer

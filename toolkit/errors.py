@@ -1,0 +1,21 @@
+"""Errors that are the user's to mend: one sentence, no traceback, exit status 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user typed or pointed at is wrong.
+
+    The message is one sentence: what is wrong, where, and what is allowed. Entry points print it as
+    ``error: <message>`` and exit with status 2.
+    """
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the option closest to `word`, or an empty string if none is close."""
+    by_lower = {option.lower(): option for option in options}
+    matches = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.6)
+    return f" Did you mean {by_lower[matches[0]]!r}?" if matches else ""

@@ -1,0 +1,223 @@
+"""Builds a model with the same bits at every world size and ZeRO stage, one copy of it in memory at most."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import LongTensor, Tensor, nn
+
+from toolkit.errors import UserError, nearest
+from toolkit.models.loss import CHUNKABLE, LOSSES, LossHead, chunked_kernel, plain_loss
+from toolkit.models.presets import first_line, load_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class CausalLM(nn.Module):
+    """A transformers model whose forward is its own next-token loss; `hf` is that model.
+
+    Mixture-of-experts models get no auxiliary router loss.
+    """
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__()
+        self.hf = hf
+
+    def forward(self, tokens: LongTensor) -> Tensor:
+        """`tokens` int64 [micro_batch, seq_len + 1] -> mean loss of seq_len predictions a row, 0-d fp32."""
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        head = self.hf.get_output_embeddings()
+        if isinstance(head, LossHead):
+            hidden = self.hf.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+            return head(hidden, targets)
+        return plain_loss(self.hf(input_ids=inputs, use_cache=False).logits, targets)
+
+
+def build_model(
+    name_or_folder: str,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    zero3_config: dict[str, Any] | None = None,
+    from_checkpoint: bool = False,
+    vocab_size: int | None = None,
+    activation_checkpointing: bool | None = None,
+    loss: str | None = None,
+) -> CausalLM:
+    """Build the model of a preset or of a folder with a ``config.json``, on the CPU, in `dtype`.
+
+    Weights are random: drawn in fp32 by the architecture's own rule from `seed` and the name of each module
+    alone, then rounded to `dtype`. With `from_checkpoint` they are the ones that the folder holds. With
+    `zero3_config`, the DeepSpeed configuration, each parameter is partitioned over the ranks as soon as it is
+    made: all ranks must call this together, and each keeps its own part only.
+
+    `vocab_size` replaces the configuration's (random weights only). `activation_checkpointing` and `loss`
+    ("chunked": full logits are never built; "plain") default to the preset's choice, and for a folder to False
+    and "chunked". Where "chunked" cannot be had, a warning says so and "plain" is used.
+
+    Raises UserError for what `load_config` rejects, an unknown loss, weights that are missing or do not fit, and
+    activation checkpointing of an architecture that has none.
+    """
+    config, preset = load_config(name_or_folder)
+    loss = loss or (preset.loss if preset else "chunked")
+    if loss not in LOSSES:
+        raise UserError(f"unknown loss {loss!r}: expected {' or '.join(LOSSES)}.{nearest(loss, LOSSES)}")
+    if vocab_size is not None and vocab_size < 1:
+        raise UserError(f"the vocabulary size must be a positive number of tokens, not {vocab_size}.")
+    if from_checkpoint:
+        if preset:
+            raise UserError(f"preset {name_or_folder!r} has no weights to load: give a model folder instead.")
+        if vocab_size not in (None, config.vocab_size):
+            raise UserError(
+                f"the checkpoint in {name_or_folder!r} has a vocabulary of {config.vocab_size}, not "
+                f"{vocab_size}: its size cannot be changed while loading."
+            )
+        hf = _load(Path(name_or_folder).expanduser(), dtype, zero3_config)
+    else:
+        config.vocab_size = vocab_size or config.vocab_size
+        hf = skeleton(config, dtype)
+        _initialise(hf, seed, zero3_config)
+    if loss == "chunked":
+        _use_chunked_loss(hf, dtype)
+    if activation_checkpointing is None:
+        activation_checkpointing = preset is not None and preset.activation_checkpointing
+    if activation_checkpointing:
+        if not hf.supports_gradient_checkpointing:
+            raise UserError(f"{config.model_type!r} models do not support activation checkpointing: switch it off.")
+        # The first name is that of transformers 5.23 and later, where the second warns.
+        enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return CausalLM(hf)
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of `config` with parameters on the meta device, which takes no memory, and real buffers."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    # Buffers such as rotary frequencies follow from the configuration, not from a draw. zero.Init would round
+    # them to `dtype`, which is why models are not constructed under it here.
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        hf = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    hf.tie_weights()  # each placeholder was registered anew, which parted the tied ones
+    return hf
+
+
+@torch.no_grad()
+def _initialise(hf: PreTrainedModel, seed: int, zero3_config: dict[str, Any] | None) -> None:
+    """Give every parameter of a skeleton its first value, largest block first.
+
+    The order keeps the peak at one copy of the model: the fp32 draw of a block lives beside what is already
+    made, and for the largest blocks that is little.
+    """
+    partition: AbstractContextManager[Any] = nullcontext()
+    draws = True
+    if zero3_config is not None:
+        import deepspeed
+
+        # Partitions the parameters of any module constructed under it; rank 0's values go to all ranks.
+        partition = deepspeed.zero.Init(config_dict_or_path=zero3_config)
+        draws = deepspeed.comm.get_rank() == 0
+    made: dict[nn.Parameter, nn.Parameter] = {}  # by placeholder, so that tied parameters stay tied
+    for name, block in sorted(_blocks(hf), key=lambda item: -sum(p.numel() for p in item[1].parameters())):
+        slots = [
+            (module, key, placeholder)
+            for module in block.modules()
+            for key, placeholder in module.named_parameters(recurse=False, remove_duplicate=False)
+        ]
+        if draws:
+            for module, key, placeholder in slots:
+                if placeholder not in made:
+                    draft = torch.empty_like(placeholder, dtype=torch.float32, device="cpu")
+                    module.register_parameter(key, nn.Parameter(draft))
+                    del draft  # or it would outlive its block
+            _draw(hf, name, block, seed)
+        for module, key, placeholder in slots:
+            if placeholder not in made:
+                value = torch.empty_like(placeholder, device="cpu")
+                if draws:
+                    value.copy_(module.get_parameter(key))
+                made[placeholder] = nn.Parameter(value, placeholder.requires_grad)
+                with partition:
+                    nn.ParameterDict({"parameter": made[placeholder]})
+            module.register_parameter(key, made[placeholder])
+
+
+def _blocks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Disjoint parts that hold all parameters between them, with their names: each layer, embedding, norm, head."""
+    if any(True for _ in module.parameters(recurse=False)):
+        yield name, module
+        return
+    for key, child in module.named_children():
+        path = f"{name}.{key}" if name else key
+        if isinstance(module, nn.ModuleList):
+            yield path, child
+        else:
+            yield from _blocks(child, path)
+
+
+def _draw(hf: PreTrainedModel, name: str, block: nn.Module, seed: int) -> None:
+    """Let the architecture initialise the fp32 parameters of `block`, from `seed` and the modules' names.
+
+    Children come before parents, as in transformers: some architectures rescale a child from its parent.
+    """
+    generator = torch.random.default_generator
+    state = generator.get_state()
+    for path, module in reversed(list(block.named_modules(prefix=name))):
+        digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        hf._init_weights(module)
+    generator.set_state(state)
+
+
+def _load(folder: Path, dtype: torch.dtype, zero3_config: dict[str, Any] | None) -> PreTrainedModel:
+    """The model in `folder` with its weights; partitioned while loading if `zero3_config` is given."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers partitions as long as such an object is alive, and only then.
+    zero3 = HfDeepSpeedConfig(copy.deepcopy(zero3_config)) if zero3_config is not None else None
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers and safetensors raise a different type for each kind of damage
+        raise UserError(f"the weights in {str(folder)!r} cannot be loaded: {first_line(error)}") from error
+    finally:
+        del zero3
+    hf, info = loaded
+    missing = sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"the weights in {str(folder)!r} do not fit its config.json: {len(missing)} of the parameters are "
+            f"missing or have another shape, {missing[0]!r} for one."
+        )
+    return hf
+
+
+def _use_chunked_loss(hf: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make the head of `hf` a LossHead where that gives the model's own loss; say what was chosen."""
+    head = hf.get_output_embeddings()
+    if hf.config.model_type in CHUNKABLE and type(head) is nn.Linear:
+        kernel, words = chunked_kernel(dtype, on_gpu=torch.cuda.is_available())
+    else:
+        kernel, words = None, f"{hf.config.model_type!r} is not known to use its head's output as it is"
+    if kernel is not None:
+        LossHead.adopt(head, kernel)
+    if os.environ.get("RANK", "0") == "0":
+        if kernel is None:
+            logger.warning("loss: plain, with full logits: %s", words)
+        else:
+            logger.info("loss: chunked: %s", words)

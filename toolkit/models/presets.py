@@ -1,0 +1,173 @@
+"""Named models, configurations read from a folder, and how many parameters they have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A Qwen3 model known by name.
+
+    `config` holds the keyword arguments of ``transformers.Qwen3Config``; `tokenizer` is the default for
+    ``toolkit.data.load_tokenizer``; `activation_checkpointing` and `loss` ("chunked" or "plain") are the
+    defaults of ``build_model``.
+    """
+
+    name: str
+    purpose: str
+    tokenizer: str
+    config: Mapping[str, Any]
+    activation_checkpointing: bool
+    loss: str
+
+
+def _shape(
+    hidden: int,
+    ffn: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    vocab: int = 151_936,
+    head_dim: int = 128,
+    tied: bool,
+    context: int = 40_960,
+) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+
+
+def _published(size: str, config: dict[str, Any], *, activation_checkpointing: bool = True) -> Preset:
+    return Preset(
+        f"qwen3-{size}",
+        f"Qwen3-{size.upper()} with the published shape",
+        # One vocabulary serves the whole family.
+        "Qwen/Qwen3-0.6B",
+        config,
+        activation_checkpointing,
+        "chunked",
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "qwen3-tiny",
+            "5M parameters: learns visibly within minutes on two CPU cores",
+            "python-4k",
+            _shape(256, 704, 4, 4, 2, vocab=4096, head_dim=64, tied=False, context=4096),
+            False,
+            "plain",
+        ),
+        Preset(
+            "qwen3-134m",
+            "the 134M model that the AMCS and SOAM papers train",
+            "mistral-32k",
+            _shape(768, 2048, 12, 12, 12, vocab=32_000, head_dim=64, tied=False, context=4096),
+            False,
+            "chunked",
+        ),
+        _published("0.6b", _shape(1024, 3072, 28, 16, 8, tied=True), activation_checkpointing=False),
+        _published("1.7b", _shape(2048, 6144, 28, 16, 8, tied=True)),
+        _published("4b", _shape(2560, 9728, 36, 32, 8, tied=True)),
+        _published("8b", _shape(4096, 12_288, 36, 32, 8, tied=False)),
+        _published("14b", _shape(5120, 17_408, 40, 40, 8, tied=False)),
+        _published("32b", _shape(5120, 25_600, 64, 64, 8, tied=False)),
+    )
+}
+
+
+def load_config(name_or_folder: str) -> tuple[PretrainedConfig, Preset | None]:
+    """The configuration of a preset, or of the causal language model whose ``config.json`` a folder holds.
+
+    Returns a fresh configuration object and the preset, or None for a folder. Nothing is downloaded and no
+    code from the folder is run. Raises UserError for an unknown name, a missing folder, an unreadable
+    ``config.json`` and a model that does not predict the next token.
+    """
+    preset = PRESETS.get(name_or_folder)
+    if preset is not None:
+        from transformers import Qwen3Config
+
+        return Qwen3Config(**preset.config), preset
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return _config_of_folder(folder), None
+    if folder.exists():
+        raise UserError(f"model {name_or_folder!r} is a file: give the folder that holds its config.json.")
+    if "/" in name_or_folder or "\\" in name_or_folder or name_or_folder.startswith((".", "~")):
+        raise UserError(f"model folder {name_or_folder!r} does not exist.")
+    raise UserError(
+        f"unknown model {name_or_folder!r}: expected one of {', '.join(PRESETS)}, or a folder with a "
+        f"config.json.{nearest(name_or_folder, PRESETS)}"
+    )
+
+
+def _config_of_folder(folder: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+    )
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model folder {str(folder)!r} holds no config.json.")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises a different type for each way a file can be wrong
+        raise UserError(
+            f"{str(folder / 'config.json')!r} is not a usable model configuration: {first_line(error)}"
+        ) from error
+    # Encoders such as BERT have a causal class too, but attend in both directions unless is_decoder is set.
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or encoder or config.is_encoder_decoder:
+        raise UserError(
+            f"{str(folder)!r} holds a {config.model_type!r} model, which is not a causal language model: give "
+            "one that transformers' AutoModelForCausalLM builds, such as qwen3, llama or gpt2."
+        )
+    return config
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """How many parameters the model of `config` has; tied matrices count once.
+
+    Pure arithmetic for Qwen3. Any other architecture is laid out on the meta device and counted, which
+    allocates nothing.
+    """
+    if config.model_type != "qwen3":
+        from toolkit.models.build import skeleton
+
+        return sum(parameter.numel() for parameter in skeleton(config).parameters())
+    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    attention = hidden * config.head_dim * (2 * heads + 2 * kv_heads) + 2 * config.head_dim
+    if config.attention_bias:
+        attention += config.head_dim * (heads + 2 * kv_heads) + hidden
+    ffn = 3 * hidden * config.intermediate_size
+    layer = attention + ffn + 2 * hidden
+    vocabulary_matrices = 1 if config.tie_word_embeddings else 2
+    return vocabulary_matrices * config.vocab_size * hidden + config.num_hidden_layers * layer + hidden
+
+
+def first_line(error: Exception) -> str:
+    """What `error` says, cut to one line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

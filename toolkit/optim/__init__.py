@@ -1,0 +1,24 @@
+"""Optimizers with compressed state: AMCS, SOAM, and whatever rule a user adds."""
+
+from toolkit.optim.amcs import AMCS, AMCSRule
+from toolkit.optim.components import component_of, param_groups
+from toolkit.optim.optimizer import RULES, RuleOptimizer, as_optimizer, check_settings, find_rule
+from toolkit.optim.rule import COMPONENTS, Rule, State
+from toolkit.optim.soam import SOAM, SOAMRule
+
+__all__ = [
+    "AMCS",
+    "COMPONENTS",
+    "RULES",
+    "SOAM",
+    "AMCSRule",
+    "Rule",
+    "RuleOptimizer",
+    "SOAMRule",
+    "State",
+    "as_optimizer",
+    "check_settings",
+    "component_of",
+    "find_rule",
+    "param_groups",
+]

@@ -1,0 +1,142 @@
+"""AMCS: dual momentum with component scaling."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from toolkit.errors import UserError
+from toolkit.optim.optimizer import as_optimizer
+from toolkit.optim.rule import Beta, NonNegative, Rule, State, component_mapping
+
+PAPER_SCALES = {"attention": 1.2, "ffn": 1.0, "embedding": 0.8, "head": 0.8}
+"""gamma_c of the paper; "embeddings" there means both vocabulary matrices. All else is 1.0."""
+
+AlphaPoints = tuple[tuple[float, float], ...]
+
+
+class AMCSRule(Rule):
+    """AMCS (paper: equations 1 and 2, section 3.2).
+
+    ::
+
+        m_fast <- b_f m_fast + (1 - b_f) g
+        m_slow <- b_s m_slow + (1 - b_s) g
+        v      <- b_v v      + (1 - b_v) g^2
+        m      =  a(t) m_fast / (1 - b_f^t) + (1 - a(t)) m_slow / (1 - b_s^t)
+        theta  <- theta - eta_c wd theta - eta_c m / (sqrt(v / (1 - b_v^t)) + eps),   eta_c = gamma_c eta(t)
+
+    With a = 1 and all gamma 1 this is AdamW(b_f, b_v); with a = 0 it is AdamW(b_s, b_v).
+
+    `betas` is (b_f, b_s, b_v). `alpha` is a(t): "linear" (1 to 0 over `total_steps`), "cosine" (the same, as
+    half a cosine), a constant in [0, 1], or a list of (fraction of training, value) points joined by straight
+    lines. `component_scales` is gamma by component, laid over the paper's values.
+    """
+
+    states = (State("m_fast"), State("m_slow"), State("v", signed=False))
+
+    lr: NonNegative = 6e-4
+    betas: tuple[Beta, Beta, Beta] = (0.9, 0.95, 0.95)
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.1
+    total_steps: int | None = Field(default=None, ge=1)
+    alpha: str | float | AlphaPoints = "linear"
+    component_scales: dict[str, NonNegative] | None = None
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _check_alpha(cls, value: Any) -> str | float | AlphaPoints:
+        allowed = "must be 'linear', 'cosine', a number in [0, 1] or a list of (fraction, value) points in [0, 1]"
+        if isinstance(value, str):
+            if value not in ("linear", "cosine"):
+                raise ValueError(allowed)
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(allowed)
+            return float(value)
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(allowed)
+        try:
+            points = tuple((float(fraction), float(level)) for fraction, level in value)
+        except (TypeError, ValueError):
+            raise ValueError(allowed) from None
+        fractions = [fraction for fraction, _ in points]
+        inside = all(0.0 <= number <= 1.0 for point in points for number in point)
+        if not points or not inside or any(a >= b for a, b in zip(fractions, fractions[1:], strict=False)):
+            raise ValueError(f"alpha's points must be in [0, 1] with fractions that increase, not {list(points)!r}")
+        return points
+
+    @field_validator("component_scales")
+    @classmethod
+    def _check_scales(cls, value: dict[str, float] | None) -> dict[str, float]:
+        return component_mapping(value)
+
+    @property
+    def _alpha_moves(self) -> bool:
+        return isinstance(self.alpha, (str, tuple))
+
+    def check_ready(self) -> None:
+        if self._alpha_moves and self.total_steps is None:
+            raise UserError(
+                f"AMCS: total_steps is required because alpha={self.alpha!r} moves over the training; give "
+                "total_steps (toolkit.initialize fills it in from the run) or a constant alpha"
+            )
+
+    def alpha_at(self, t: int) -> float:
+        """a(t) for optimizer step t = 1, 2, ...; after `total_steps` it holds its last value."""
+        if not isinstance(self.alpha, (str, tuple)):
+            return self.alpha
+        assert self.total_steps is not None
+        fraction = min((t - 1) / max(self.total_steps - 1, 1), 1.0)
+        if self.alpha == "linear":
+            return 1.0 - fraction
+        if self.alpha == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * fraction))
+        assert isinstance(self.alpha, tuple)
+        left = self.alpha[0]
+        for right in self.alpha:
+            if fraction <= right[0]:
+                span = right[0] - left[0]
+                share = (fraction - left[0]) / span if span > 0 else 1.0
+                return left[1] + max(share, 0.0) * (right[1] - left[1])
+            left = right
+        return left[1]
+
+    def for_component(self, component: str) -> dict[str, Any]:
+        scales = PAPER_SCALES | (self.component_scales or {})
+        return {"lr_scale": scales.get(component, 1.0)}
+
+    def scalars(self, t: int) -> dict[str, float]:
+        b_fast, b_slow, b_v = self.betas
+        alpha = self.alpha_at(t)
+        return {
+            "lr": self.lr,
+            "decay": self.lr * self.weight_decay,
+            "eps": self.eps,
+            "fast_rate": 1.0 - b_fast,
+            "slow_rate": 1.0 - b_slow,
+            "v_rate": 1.0 - b_v,
+            "fast_weight": alpha / (1.0 - b_fast**t),
+            "slow_weight": (1.0 - alpha) / (1.0 - b_slow**t),
+            "v_correction": 1.0 / (1.0 - b_v**t),
+        }
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        m_fast, m_slow, v = states
+        m_fast = m_fast + s["fast_rate"] * (g - m_fast)
+        m_slow = m_slow + s["slow_rate"] * (g - m_slow)
+        v = v + s["v_rate"] * (g * g - v)
+        m = s["fast_weight"] * m_fast + s["slow_weight"] * m_slow
+        step = m / ((v * s["v_correction"]).sqrt() + s["eps"])
+        return theta - (s["decay"] * theta + s["lr"] * step), m_fast, m_slow, v
+
+    def report(self, t: int) -> dict[str, float]:
+        return {"alpha": self.alpha_at(t)}
+
+
+AMCS = as_optimizer(AMCSRule)

@@ -1,0 +1,89 @@
+"""What an update rule is: hyper-parameters, the states it keeps, and one pure function on fp32 tensors.
+
+A rule knows nothing of bits, devices, shards or checkpoints. `toolkit.optim.optimizer` runs any rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from toolkit.errors import UserError, nearest
+from toolkit.sentences import explain
+
+COMPONENTS = ("attention", "ffn", "embedding", "norm", "head", "other")
+"""The parts of a transformer that a rule may treat differently."""
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class State:
+    """One state tensor per parameter, zero at the start. `signed=False`: a second moment, never negative."""
+
+    name: str
+    signed: bool = True
+
+
+class Rule(BaseModel):
+    """Base class of all update rules: a frozen model whose fields are the hyper-parameters.
+
+    A subclass declares `states`, its fields beside `lr`, and two methods:
+
+    * `update(theta, g, *states, **scalars) -> (theta, *states)`: the mathematics, elementwise, fp32 in and out;
+      `scalars` are the 0-d fp32 tensors that `scalars()` named;
+    * `scalars(t)`: every number that `update` needs at step t = 1, 2, ..., computed here in Python's float64
+      (bias corrections lose digits in fp32).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    states: ClassVar[tuple[State, ...]]
+
+    lr: NonNegative
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, *states: Tensor, **scalars: Tensor) -> tuple[Tensor, ...]:
+        """One step for one tensor. Pure: no side effects, no dependence on shape or position."""
+        raise NotImplementedError
+
+    def scalars(self, t: int) -> dict[str, float]:
+        """The scalars of `update` at optimizer step `t` (from 1), the same names at every step."""
+        raise NotImplementedError
+
+    def for_component(self, component: str) -> dict[str, Any]:
+        """Hyper-parameters that differ for `component`; `lr_scale` multiplies whatever lr a scheduler sets."""
+        return {}
+
+    def check_ready(self) -> None:
+        """Raise UserError if something that the run must supply (a number of steps, say) is still missing."""
+
+    def report(self, t: int) -> dict[str, float]:
+        """Values worth logging at step `t`."""
+        return {}
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any], *, where: str) -> Rule:
+        """Build the rule from plain values.
+
+        Raises UserError with one sentence that names the key, its value and what is allowed.
+        """
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            raise UserError(f"{where}: {explain(error, cls)}") from None
+
+
+def component_mapping(value: Mapping[str, float] | None) -> dict[str, float]:
+    """A mapping by component as a dict, None as an empty one; raises ValueError on an unknown component."""
+    for name in value or {}:
+        if name not in COMPONENTS:
+            raise ValueError(
+                f"{name!r} is no component; components are {', '.join(COMPONENTS)}{nearest(name, COMPONENTS)}"
+            )
+    return dict(value or {})

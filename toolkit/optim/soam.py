@@ -1,0 +1,81 @@
+"""SOAM: momentum and learning rate per parameter group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import field_validator
+from torch import Tensor
+
+from toolkit.errors import UserError
+from toolkit.optim.optimizer import as_optimizer
+from toolkit.optim.rule import Beta, NonNegative, Rule, State, component_mapping
+
+PAPER_BETAS = {"ffn": 0.95}
+"""b1 by component where the paper departs from `betas[0]`."""
+
+PAPER_LR_RATIOS = {"ffn": 1.5e-2 / 8e-3}
+"""eta by component over the base rate where the paper departs from it."""
+
+
+class SOAMRule(Rule):
+    """SOAM (paper: equations 1 to 3, section 4.1).
+
+    ::
+
+        m     <- b1_i m + (1 - b1_i) g
+        v     <- b2 v + (1 - b2) g^2
+        theta <- theta - eta_i wd theta - eta_i (m / (1 - b1_i^t)) / sqrt(v / (1 - b2^t) + eps)
+
+    with eps inside the root, and b1_i and eta_i those of the parameter's component i.
+
+    `betas` is (b1, b2). `component_betas` gives b1 and `component_lrs` gives eta by component, laid over the
+    paper's values (ffn: b1 0.95 and 1.875 times `lr`); every other component takes betas[0] and `lr`.
+    A scheduler moves all rates together: it is their ratios to `lr` that are kept.
+    """
+
+    states = (State("m"), State("v", signed=False))
+
+    lr: NonNegative = 8e-3
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.0
+    component_betas: dict[str, Beta] | None = None
+    component_lrs: dict[str, NonNegative] | None = None
+
+    @field_validator("component_betas", "component_lrs")
+    @classmethod
+    def _check_components(cls, value: dict[str, float] | None) -> dict[str, float]:
+        return component_mapping(value)
+
+    def check_ready(self) -> None:
+        if self.component_lrs and self.lr == 0:
+            raise UserError("SOAM: lr is 0, but component_lrs needs a positive lr, to whose schedule they are tied")
+
+    def for_component(self, component: str) -> dict[str, Any]:
+        b1 = (PAPER_BETAS | (self.component_betas or {})).get(component, self.betas[0])
+        rates = self.component_lrs or {}
+        scale = rates[component] / self.lr if component in rates else PAPER_LR_RATIOS.get(component, 1.0)
+        return {"lr_scale": scale, "betas": (b1, self.betas[1])}
+
+    def scalars(self, t: int) -> dict[str, float]:
+        b1, b2 = self.betas
+        return {
+            "decay": self.lr * self.weight_decay,
+            "eps": self.eps,
+            "m_rate": 1.0 - b1,
+            "v_rate": 1.0 - b2,
+            "step": self.lr / (1.0 - b1**t),
+            "v_correction": 1.0 / (1.0 - b2**t),
+        }
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        m, v = states
+        m = m + s["m_rate"] * (g - m)
+        v = v + s["v_rate"] * (g * g - v)
+        step = m / (v * s["v_correction"] + s["eps"]).sqrt()
+        return theta - (s["decay"] * theta + s["step"] * step), m, v
+
+
+SOAM = as_optimizer(SOAMRule)

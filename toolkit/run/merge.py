@@ -1,0 +1,176 @@
+"""Flags written into the DeepSpeed JSON, so that the JSON alone describes what DeepSpeed will do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.errors import UserError
+from toolkit.run.settings import RunSettings
+
+# Which key of a DeepSpeed scheduler holds the peak learning rate, the warm-up and the length of the run.
+# WarmupCosineLR takes its peak from the optimizer.
+PEAK_KEY = {"WarmupLR": "warmup_max_lr", "WarmupDecayLR": "warmup_max_lr", "OneCycle": "cycle_max_lr"}
+WITH_WARMUP = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+WITH_LENGTH = ("WarmupDecayLR", "WarmupCosineLR")
+DEFAULT_WARMUP = 0.1
+
+MICRO, ACCUMULATION, GLOBAL = "micro-batch", "gradient accumulation", "global batch"
+JSON_KEYS = {
+    MICRO: "train_micro_batch_size_per_gpu",
+    ACCUMULATION: "gradient_accumulation_steps",
+    GLOBAL: "train_batch_size",
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one optimizer step: `total` = `micro` * `accumulation` * `world_size`."""
+
+    micro: int
+    accumulation: int
+    world_size: int
+
+    @property
+    def total(self) -> int:
+        return self.micro * self.accumulation * self.world_size
+
+
+def resolve_batch(flags: Mapping[str, int | None], config: Mapping[str, Any], world_size: int) -> Batch:
+    """The batch from flags and JSON: any two of micro-batch, accumulation and global batch give the third.
+
+    A flag overrides the JSON's key. What is still open comes from the JSON, the global batch first where
+    the JSON fixes one, so that changing the micro-batch or the number of ranks keeps the sequences of a
+    step; a key of the JSON that no longer fits beside the flags is replaced.
+
+    Args:
+        flags: MICRO, ACCUMULATION and GLOBAL to what the user typed, or None.
+        config: the DeepSpeed JSON; "auto" counts as absent.
+
+    Raises:
+        UserError: the three contradict each other or do not divide, or nothing fixes a batch.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    stated = {name: config[key] for name, key in JSON_KEYS.items() if config.get(key) not in (None, "auto")}
+    for name, value in stated.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{JSON_KEYS[name]} is {value!r}, but it must be a whole number above 0.")
+    if given:
+        for name in (GLOBAL, MICRO, ACCUMULATION):
+            if len(given) < 2 and name in stated:
+                given.setdefault(name, stated[name])
+    else:
+        given = stated
+    if given.keys() <= {ACCUMULATION}:
+        raise UserError(
+            "nothing fixes the batch: give --micro-batch or --global-batch, "
+            f"or {JSON_KEYS[MICRO]} in the DeepSpeed JSON."
+        )
+    if len(given) == 1:
+        given = {ACCUMULATION: 1, **given}
+    micro, accumulation, total = given.get(MICRO), given.get(ACCUMULATION), given.get(GLOBAL)
+    if micro is None:
+        micro = _divide(total, {ACCUMULATION: accumulation, "world size": world_size})
+    elif accumulation is None:
+        accumulation = _divide(total, {MICRO: micro, "world size": world_size})
+    assert accumulation is not None
+    batch = Batch(micro, accumulation, world_size)
+    if total is not None and batch.total != total:
+        raise UserError(
+            f"the batch sizes do not multiply: micro-batch {micro} * gradient accumulation {accumulation} "
+            f"* world size {world_size} = {batch.total}, but the global batch is {total}."
+        )
+    return batch
+
+
+def _divide(total: int | None, factors: Mapping[str, int | None]) -> int:
+    assert total is not None
+    product = 1
+    for value in factors.values():
+        product *= value or 1
+    if total % product:
+        shown = " * ".join(f"{name} {value}" for name, value in factors.items())
+        low, high = total // product * product, (total // product + 1) * product
+        nearest = f"{low} or {high}" if low else str(high)
+        raise UserError(
+            f"the global batch {total} is not a multiple of {shown} = {product}; nearest that fit: {nearest}."
+        )
+    return total // product
+
+
+def merge_flags(
+    config: Mapping[str, Any], settings: RunSettings, world_size: int
+) -> tuple[dict[str, Any], Batch, list[str]]:
+    """The JSON with the run's flags in it, the batch, and remarks for the user.
+
+    Writes a consistent batch triple, `--lr` to the optimizer and to the scheduler's peak, `--steps` to the
+    scheduler's length and the warm-up to the scheduler. Without `--warmup` the JSON's own share of the run
+    is kept (`warmup_num_steps / total_num_steps`, 10 % where it says neither). "auto" values that no flag
+    filled are dropped, which leaves DeepSpeed's and the optimizer's defaults.
+
+    Raises:
+        UserError: a flag contradicts the JSON or has nowhere to go.
+    """
+    merged = copy.deepcopy(dict(config))
+    flags = {MICRO: settings.micro_batch, ACCUMULATION: settings.grad_accum, GLOBAL: settings.global_batch}
+    batch = resolve_batch(flags, merged, world_size)
+    triple = {MICRO: batch.micro, ACCUMULATION: batch.accumulation, GLOBAL: batch.total}
+    merged.update({JSON_KEYS[name]: value for name, value in triple.items()})
+
+    optimizer = merged.get("optimizer")
+    if not isinstance(optimizer, dict):
+        raise UserError("the DeepSpeed JSON has no 'optimizer' section; it must name the optimizer to train with.")
+    scheduler = merged.get("scheduler")
+    if settings.lr is not None:
+        optimizer.setdefault("params", {})["lr"] = settings.lr
+    if isinstance(scheduler, dict):
+        remarks = _merge_scheduler(scheduler, settings)
+    elif settings.warmup is not None:
+        raise UserError("--warmup needs a 'scheduler' section in the DeepSpeed JSON, and this one has none.")
+    else:
+        remarks = []
+    return _without_auto(merged), batch, remarks
+
+
+def _merge_scheduler(scheduler: dict[str, Any], settings: RunSettings) -> list[str]:
+    kind = str(scheduler.get("type"))
+    params = scheduler.setdefault("params", {})
+    if settings.lr is not None and kind in PEAK_KEY:
+        params[PEAK_KEY[kind]] = settings.lr
+    if kind not in WITH_WARMUP:
+        if settings.warmup is not None:
+            raise UserError(f"--warmup does not apply to scheduler {kind!r}; it applies to {', '.join(WITH_WARMUP)}.")
+        return []
+    # A value of the wrong type is left for the validation of the whole JSON to name.
+    warmup, length = params.get("warmup_num_steps"), params.get("total_num_steps")
+    if settings.warmup is not None:
+        steps = settings.warmup * settings.steps if settings.warmup < 1 else settings.warmup
+    elif warmup in (None, "auto"):
+        steps = DEFAULT_WARMUP * settings.steps
+    elif kind in WITH_LENGTH and _number(length) and _number(warmup) and length > 0:
+        steps = warmup / length * settings.steps
+    else:
+        steps = warmup
+    # DeepSpeed refuses a warm-up of 0 steps.
+    params["warmup_num_steps"] = max(1, round(steps)) if _number(steps) and steps >= 0 else steps
+    if kind in WITH_LENGTH:
+        params["total_num_steps"] = settings.steps
+    warmup = params["warmup_num_steps"]
+    if _number(warmup) and warmup >= settings.steps:
+        return [
+            f"the warm-up takes {warmup} steps and the run {settings.steps}: "
+            "the learning rate never gets past the warm-up."
+        ]
+    return []
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
+    return value

@@ -1,0 +1,111 @@
+"""All that is checked before a model is built."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from toolkit.errors import UserError
+from toolkit.run import folder as run_folder
+from toolkit.run import ranks
+from toolkit.run.merge import Batch, merge_flags
+from toolkit.run.settings import RunSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolkit.data import PackedTokens
+
+
+@dataclass
+class Plan:
+    """A run that has passed every check; nothing large exists yet."""
+
+    settings: RunSettings
+    config: dict[str, Any]
+    batch: Batch
+    folder: Path
+    remarks: list[str]
+    data: PackedTokens
+    validation: list[torch.Tensor]
+    parameters: int
+
+
+def make_plan(settings: RunSettings) -> Plan:
+    """Check everything, the cheapest first: the JSON, the run folder, the model's shape, the text.
+
+    Raises:
+        UserError: the first thing found that is not fit for a run.
+    """
+    from toolkit import config as configs
+    from toolkit import data, models
+
+    for plugin in settings.plugins:
+        import_plugin(plugin)
+    config = configs.apply_overrides(configs.load_config(settings.config), settings.overrides)
+    configs.validate(config, origin=settings.config)
+    config, batch, remarks = merge_flags(config, settings, ranks.world_size())
+    configs.validate(config, origin=settings.config, world_size=ranks.world_size())
+    folder = settings.run_dir or run_folder.default_folder(settings.model, settings.config)
+    run_folder.check_free(folder)
+
+    model_config, preset = models.load_config(settings.model)
+    name = settings.tokenizer or (preset.tokenizer if preset is not None else settings.model)
+    tokenizer = data.load_tokenizer(name)
+    if len(tokenizer) > model_config.vocab_size:
+        raise UserError(
+            f"tokenizer {name!r} has {len(tokenizer)} entries, more than the vocabulary of model "
+            f"{settings.model!r} ({model_config.vocab_size}); choose another --tokenizer or --model."
+        )
+
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and settings.seq_len > positions:
+        raise UserError(f"--seq-len is {settings.seq_len}, but model {settings.model!r} has {positions} positions.")
+
+    def packed(source: str, part: Literal["all", "train", "validation"]) -> PackedTokens:
+        subset = settings.data_subset if source == settings.data else None
+        documents = data.open_documents(source, subset=subset, text_column=settings.text_column)
+        return data.PackedTokens(documents, tokenizer, settings.seq_len, seed=settings.seed, part=part)
+
+    held_out = settings.eval_every > 0 and settings.val_data is None
+    training = packed(settings.data, "train" if held_out else "all")
+    training.require(batch.total)
+    validation: list[torch.Tensor] = []
+    if settings.eval_every > 0:
+        source = packed(settings.val_data or settings.data, "validation" if held_out else "all")
+        validation = _first_sequences(source, settings.eval_sequences)
+    return Plan(settings, config, batch, folder, remarks, training, validation, models.count_parameters(model_config))
+
+
+def import_plugin(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"--plugin {path}: there is no such file.")
+    name = f"leanstate_plugin_{path.stem}"  # a name that shadows no other module
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--plugin {path}: not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    # Classes look their own module up by name (pickle, dataclasses, torch.compile).
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--plugin {path}: {type(error).__name__}: {error}") from error
+
+
+def _first_sequences(packed: PackedTokens, count: int) -> list[torch.Tensor]:
+    """The first `count` sequences, fewer if the text ends before: int64 [seq_len + 1] each."""
+    import torch
+
+    packed.require(1)
+    sequences: list[torch.Tensor] = []
+    for sequence in packed.sequences():
+        if len(sequences) == count or (sequences and packed.epoch > 0):
+            break
+        sequences.append(torch.as_tensor(sequence))
+    return sequences

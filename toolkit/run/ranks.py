@@ -1,0 +1,213 @@
+"""Ranks: starting them, agreeing on errors, averaging, and stopping together."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import socket
+import sys
+import sysconfig
+import time
+import warnings
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+from toolkit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+# How long the other ranks wait for rank 0 to print: the launcher ends all ranks as soon as one has ended.
+GRACE_SECONDS = 5.0
+
+
+class AgreedError(UserError):
+    """An error that every rank raises at the same point, so that one rank's word is enough."""
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def prepare() -> None:
+    """Set what libraries read from the environment when they are imported; call it first of all.
+
+    The cores are shared among this machine's ranks: otherwise each rank starts a thread for every core, and
+    they wait for each other. DeepSpeed's just-in-time builds take ninja from the PATH: this environment's own,
+    also where it is not activated, because two versions of ninja rebuild each other's work at every start.
+    """
+    scripts = sysconfig.get_path("scripts")
+    path = os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != scripts:
+        os.environ["PATH"] = os.pathsep.join([scripts, path])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // _local_size())))
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if rank() != 0:
+        warnings.simplefilter("ignore")
+
+
+def _local_size() -> int:
+    # DeepSpeed's launcher sets the first, torchrun the second.
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
+
+
+def _cores() -> int:
+    # The cores this process may use, which containers and SLURM make fewer than the machine's.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quiet() -> None:
+    """Keep DeepSpeed's warnings to rank 0, and off the screen the one that every run would show."""
+    log = logging.getLogger("DeepSpeed")
+    if rank() != 0:
+        log.setLevel(logging.ERROR)
+    # DeepSpeed's schedulers warn about their own first call.
+    log.addFilter(lambda record: "scheduler before it has started" not in record.getMessage())
+    # DeepSpeed calls collectives that torch has since renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    for name in ("transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def start() -> torch.device:
+    """Check the devices and join the process group; a process without a launcher is world size 1.
+
+    Raises:
+        UserError: this machine has fewer GPUs than ranks.
+    """
+    import torch
+
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if devices:
+        if (local_size := _local_size()) > devices:
+            raise UserError(
+                f"{local_size} ranks were started on this machine, which has {devices} GPU(s); "
+                f"start at most one rank per GPU (--num_gpus {devices})."
+            )
+        torch.accelerator.set_device_index(local_rank)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
+
+    import deepspeed
+
+    _quiet()
+    # On CPUs every rank prints that an extension was built.
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(verbose=False)
+    accelerator = torch.accelerator.current_accelerator() if devices else None
+    return torch.device(accelerator.type, local_rank) if accelerator is not None else torch.device("cpu")
+
+
+def finish() -> None:
+    """Leave the process group, if this process joined one; its threads must not outlive the interpreter."""
+    if _joined():
+        from torch import distributed
+
+        distributed.destroy_process_group()
+
+
+def _joined() -> bool:
+    return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def agreed(check: Callable[[], T]) -> T:
+    """`check()` on every rank; if any rank finds the user in error, every rank raises the first one's.
+
+    Without this one rank would stop while the others wait for it in a collective.
+    """
+    from torch import distributed
+
+    result: T | None = None
+    problem: str | None = None
+    try:
+        result = check()
+    except UserError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * world_size()
+    distributed.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise AgreedError(found)
+    return result  # type: ignore[return-value]
+
+
+def from_first(value: T) -> T:
+    """Rank 0's `value`, on every rank."""
+    from torch import distributed
+
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def mean_max(mean: list[float], largest: list[float], device: torch.device) -> tuple[list[float], list[float]]:
+    """Over all ranks: the means of the first values and the maxima of the second, in one collective."""
+    import torch
+    from torch import distributed
+
+    mine = torch.tensor(mean + largest, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    distributed.all_gather(everyone, mine)
+    table = torch.stack(everyone).cpu()
+    return table[:, : len(mean)].mean(0).tolist(), table[:, len(mean) :].amax(0).tolist()
+
+
+def report(error: UserError) -> None:
+    """Print `error: <message>` once for the whole run; the caller exits with status 2."""
+    if rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return
+    time.sleep(GRACE_SECONDS)
+    if _joined() and not isinstance(error, AgreedError):
+        print(f"error (rank {rank()}): {error}", file=sys.stderr, flush=True)
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag, so that all ranks stop after the same step.
+
+    A second signal acts as if there were no handler. Use as a context manager, in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Ctrl-C reaches a rank twice: from the terminal, then as SIGTERM from the launcher.
+        self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

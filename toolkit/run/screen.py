@@ -1,0 +1,100 @@
+"""What rank 0 shows: a progress bar on a terminal, plain lines elsewhere, and a summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+# About how many lines a run prints where there is no terminal for a progress bar.
+PLAIN_LINES = 24
+
+
+class Screen:
+    """Progress of a run of `steps` steps; `shown` is false on every rank but 0. Use as a context manager."""
+
+    def __init__(self, steps: int, *, shown: bool, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, quiet=not shown)
+        self._steps = steps
+        self._every = max(1, steps // PLAIN_LINES)
+        self._bar: Progress | None = None
+        if shown and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("train", total=steps, figures="compiling")
+
+    def __enter__(self) -> Screen:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """One line above the progress bar."""
+        self.console.print(message, markup=False, soft_wrap=True)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Show one line of the metrics."""
+        step = record["step"]
+        where = f"step {step:>{len(str(self._steps))}}/{self._steps}"
+        figures = f"loss {_figure(record['loss'])}  lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tok/s"
+        if record.get("skipped"):
+            figures += "  (skipped: the gradient is not finite)"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=figures)
+        elif step % self._every == 0 or step in (1, self._steps) or record.get("skipped"):
+            self.say(f"{where}  {figures}")
+        if "val_loss" in record:
+            self.say(f"{where}  validation loss {_figure(record['val_loss'])}")
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """The table at the end of a run; `summary` is what summary.json holds."""
+        title = "Run interrupted" if summary["interrupted"] else "Run finished"
+        table = Table(show_header=False, title=title, title_justify="left")
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        validation = summary["val_loss"]
+        peak = size_text(summary["peak_memory_bytes"])
+        by_name = summary["state_bytes_by_name"].items()
+        rows = {
+            "files": summary["run_dir"],
+            "steps": f"{summary['steps']} ({summary['tokens']:,} tokens in {summary['seconds']:.0f} s)",
+            "training loss": f"{_figure(summary['loss'])} (mean of the last {summary['loss_steps']} steps)",
+            "validation loss": "not measured" if validation is None else _figure(validation),
+            "speed": f"{summary['tokens_per_s']:,.0f} tokens/s",
+            "peak memory": f"{peak} {summary['memory_kind']}, largest rank",
+            "optimizer state": f"{summary['state_bytes_per_parameter']:.2f} bytes per parameter, "
+            f"{summary['state_bytes_per_parameter_per_rank']:.2f} of them on each rank",
+            "  of rank 0": ", ".join(f"{name} {size_text(count)}" for name, count in by_name),
+        }
+        for name, value in rows.items():
+            table.add_row(name, Text(value))
+        self.console.print(table)
+
+
+def size_text(count: float) -> str:
+    """A number of bytes in GB, MB or kB (powers of 1000)."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

@@ -1,0 +1,174 @@
+"""What a user can ask of a run: one typed model that is also the command line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from toolkit.errors import UserError
+
+# Typer's base of every complaint about the command line; its home has moved between versions.
+USAGE_ERROR: Any = typer.BadParameter.__base__
+
+
+class RunSettings(BaseModel):
+    """The settings of one training run; what DeepSpeed or the optimizer owns stays in the DeepSpeed JSON.
+
+    Flags that have a twin in the JSON (`micro_batch`, `lr`, `warmup`, ...) are written over it by
+    `toolkit.run.merge.merge_flags`; None leaves the JSON's value.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: Annotated[str, typer.Option(help="A model preset, or a folder holding a Hugging Face model.")] = "qwen3-tiny"
+    from_checkpoint: Annotated[
+        bool, typer.Option("--from-checkpoint", help="Start from the weights in the model's folder.")
+    ] = False
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="mistral-32k, python-4k, a folder or file, or a hub name. (default: the preset's)"),
+    ] = None
+    data: Annotated[str, typer.Option(help="fineweb, stdlib, or a path or glob to parquet, jsonl or text files.")] = (
+        "stdlib"
+    )
+    data_subset: Annotated[str | None, typer.Option(help="Configuration name of a hub data set.")] = None
+    text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text"
+    val_data: Annotated[
+        str | None,
+        typer.Option(help="Validation text, named like --data. (default: a slice held out of --data)"),
+    ] = None
+    config: Annotated[
+        str,
+        typer.Option(
+            "--config",
+            "--deepspeed_config",
+            "--deepspeed-config",
+            help="A shipped configuration's name or the path of a DeepSpeed JSON.",
+        ),
+    ] = "amcs_zero2"
+    overrides: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Overwrite one key of the JSON; repeatable."),
+    ] = []
+    plugins: Annotated[
+        list[Path],
+        typer.Option("--plugin", help="A Python file imported first, e.g. to register a rule; repeatable."),
+    ] = []
+    steps: Annotated[int, Field(gt=0), typer.Option(help="Optimizer steps.")] = 240
+    seq_len: Annotated[int, Field(gt=0), typer.Option(help="Predictions per sequence.")] = 256
+    micro_batch: Annotated[
+        int | None,
+        Field(gt=0),
+        typer.Option(help="Sequences per rank and forward pass. (default: the JSON's)"),
+    ] = None
+    grad_accum: Annotated[
+        int | None, Field(gt=0), typer.Option(help="Micro-batches per optimizer step. (default: the JSON's)")
+    ] = None
+    global_batch: Annotated[
+        int | None,
+        Field(gt=0),
+        typer.Option(help="Sequences per optimizer step, all ranks. (default: the JSON's)"),
+    ] = None
+    lr: Annotated[float | None, Field(gt=0), typer.Option(help="Peak learning rate. (default: the JSON's)")] = None
+    warmup: Annotated[
+        float | None,
+        Field(ge=0),
+        typer.Option(help="Warm-up: a fraction of the run below 1, else steps. (default: the JSON's share of its run)"),
+    ] = None
+    seed: Annotated[int, Field(ge=0, lt=2**63), typer.Option(help="Fixes the initial weights and the data order.")] = 0
+    eval_every: Annotated[
+        int, Field(ge=0), typer.Option(help="Steps between validations (always one at the end); 0 for none.")
+    ] = 60
+    eval_sequences: Annotated[int, Field(gt=0), typer.Option(help="Sequences per validation.")] = 32
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run's files go. (default: runs/<model>-<config>-<time>)")
+    ] = None
+    activation_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--activation-checkpointing/--no-activation-checkpointing",
+            help="Recompute activations in the backward pass. (default: the preset's)",
+        ),
+    ] = None
+    loss: Annotated[
+        Literal["chunked", "plain"] | None,
+        typer.Option(help="chunked never builds the full logits. (default: the preset's)"),
+    ] = None
+
+    @field_validator("warmup")
+    @classmethod
+    def _whole_steps(cls, value: float | None) -> float | None:
+        if value is not None and value >= 1 and value != int(value):
+            raise ValueError("must be a fraction below 1 or a whole number of steps")
+        return value
+
+
+def check_settings(**values: Any) -> RunSettings:
+    """`RunSettings(**values)`, with the first complaint as one sentence that names the flag.
+
+    Raises:
+        UserError: a value is of the wrong type or outside its range.
+    """
+    try:
+        return RunSettings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = _flag(str(first["loc"][0]))
+        problem = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        raise UserError(f"{flag} is {first['input']!r}, but it {problem}.") from None
+
+
+def _flag(name: str) -> str:
+    """The command-line flag of a field of `RunSettings`."""
+    option = _option(name)
+    return option.default if isinstance(option.default, str) else "--" + name.replace("_", "-")
+
+
+def _option(name: str) -> Any:
+    metadata = RunSettings.model_fields[name].metadata
+    return next(item for item in metadata if isinstance(item, typer.models.OptionInfo))
+
+
+def parse(arguments: Sequence[str] | None = None) -> RunSettings | None:
+    """The settings that a command line gives (`sys.argv` if None), or None where it asked for help.
+
+    The options are the fields of `RunSettings`, so a setting is declared, typed and described in one place,
+    beside those that DeepSpeed's launcher adds.
+
+    Raises:
+        UserError: an unknown option, a missing value, a value of the wrong type or outside its range.
+    """
+
+    def train(**values: Any) -> RunSettings:
+        """Train a language model with DeepSpeed."""
+        # The launcher's own: the rank is read from the environment, and DeepSpeed is always on.
+        values.pop("local_rank")
+        values.pop("deepspeed")
+        return check_settings(**values)
+
+    options = {
+        name: (field.annotation, field.get_default(call_default_factory=True), _option(name))
+        for name, field in RunSettings.model_fields.items()
+    }
+    options["local_rank"] = (int, 0, typer.Option("--local_rank", "--local-rank", hidden=True))
+    options["deepspeed"] = (bool, True, typer.Option("--deepspeed", hidden=True))
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+        for name, (kind, default, option) in options.items()
+    ]
+    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app = typer.Typer(add_completion=False)
+    app.command()(train)
+    try:
+        result = typer.main.get_command(app).main(
+            list(arguments) if arguments is not None else None, standalone_mode=False
+        )
+    except USAGE_ERROR as error:
+        raise UserError(error.format_message()) from None
+    return result if isinstance(result, RunSettings) else None

@@ -1,0 +1,289 @@
+"""Train a language model under DeepSpeed: `deepspeed launch/train.py ...` or `python -m toolkit.train ...`.
+
+Everything the user can get wrong is checked before a model is built. No mathematics and no memory arithmetic
+live here: the rules are in `toolkit.optim`, the sharding in `toolkit.zero`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from toolkit.errors import UserError
+from toolkit.run import folder as run_folder
+from toolkit.run import ranks
+from toolkit.run.plan import Plan, make_plan
+from toolkit.run.screen import Screen
+from toolkit.run.settings import RunSettings, parse
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Steps whose mean is the final training loss: a single batch is too noisy to report.
+LAST_STEPS = 10
+INTERRUPTED = 130
+
+
+def train(settings: RunSettings) -> dict[str, Any]:
+    """Do the whole run on this rank, which the launcher (or nobody: world size 1) has started.
+
+    Returns:
+        The summary that summary.json holds; the same on every rank.
+
+    Raises:
+        UserError: the settings, the JSON, the data or the model are not fit for a run. Raised by every rank.
+    """
+    device = ranks.start()
+    import torch
+
+    plan = ranks.agreed(lambda: make_plan(settings))
+    plan.folder = ranks.from_first(plan.folder)  # its default name holds the time
+    held = ranks.agreed(lambda: _claim(plan, device))
+    stop = ranks.StopRequest()
+    screen = Screen(settings.steps, shown=ranks.rank() == 0)
+    try:
+        _announce(plan, screen, device)
+        torch.manual_seed(settings.seed)
+        engine = _engine(plan)
+        with stop:
+            with screen:
+                records = _loop(plan, engine, screen, held, stop)
+            summary = _summary(plan, engine, records)
+            if held is not None:
+                held.write_summary(summary)
+                run_folder.plot_loss(records, plan.folder / run_folder.PLOT, title=plan.folder.name)
+        screen.summary(summary)
+    except Exception:
+        # Once the user has stopped the run, ranks fail merely because others are gone already.
+        if stop.requested:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if held is not None:
+            held.close()
+    return summary
+
+
+def _claim(plan: Plan, device: torch.device) -> run_folder.RunFolder | None:
+    """Rank 0 takes the run folder; the other ranks have none."""
+    if ranks.rank() != 0:
+        return None
+    facts = run_folder.describe(
+        settings=plan.settings.model_dump(mode="json"),
+        world_size=plan.batch.world_size,
+        micro_batch=plan.batch.micro,
+        gradient_accumulation=plan.batch.accumulation,
+        global_batch=plan.batch.total,
+        parameters=plan.parameters,
+        device=_device_name(device),
+        ds_config=plan.config,
+    )
+    return run_folder.RunFolder(plan.folder, facts, plan.config)
+
+
+def _announce(plan: Plan, screen: Screen, device: torch.device) -> None:
+    settings, batch = plan.settings, plan.batch
+    screen.say(
+        f"{settings.model}: {plan.parameters:,} parameters on {batch.world_size} x {_device_name(device)}; "
+        f"{settings.config}; data {settings.data}"
+    )
+    screen.say(
+        f"{settings.steps} steps of {batch.total} sequences x {settings.seq_len} tokens: micro-batch "
+        f"{batch.micro} x accumulation {batch.accumulation} x {batch.world_size} rank(s)"
+    )
+    screen.say(f"files in {plan.folder}")
+    if settings.eval_every and len(plan.validation) < settings.eval_sequences:
+        plan.remarks.append(f"the validation text fills only {len(plan.validation)} sequences; all are used.")
+    for remark in plan.remarks:
+        screen.say(f"note: {remark}")
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _engine(plan: Plan) -> Any:
+    import torch
+
+    import toolkit
+    from toolkit import models
+
+    settings, config = plan.settings, plan.config
+    dtype = torch.float32
+    for key, half in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(key, {}).get("enabled", False):
+            dtype = half
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    model: nn.Module = models.build_model(
+        settings.model,
+        dtype=dtype,
+        seed=settings.seed,
+        zero3_config=config if stage == 3 else None,
+        from_checkpoint=settings.from_checkpoint,
+        activation_checkpointing=settings.activation_checkpointing,
+        loss=settings.loss,
+    )
+    engine, *_ = toolkit.initialize(model=model, config=config, total_steps=settings.steps)
+    return engine
+
+
+def _loop(
+    plan: Plan, engine: Any, screen: Screen, held: run_folder.RunFolder | None, stop: ranks.StopRequest
+) -> list[dict[str, Any]]:
+    """Step to the end, or until a rank is asked to stop; returns the records of metrics.jsonl."""
+    from toolkit import data
+    from toolkit.zero import rule_optimizer
+
+    settings, batch = plan.settings, plan.batch
+    batches = data.rank_batches(plan.data, rank=ranks.rank(), world_size=batch.world_size, micro_batch=batch.micro)
+    rule = rule_optimizer(engine)
+    tokens = batch.total * settings.seq_len
+    records: list[dict[str, Any]] = []
+    for step in range(1, settings.steps + 1):
+        started = time.perf_counter()
+        lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
+        mine = _step(engine, batches, batch.accumulation)
+        [loss], [memory, stopping] = ranks.mean_max([mine], [_memory(), stop.requested], engine.device)
+        seconds = time.perf_counter() - started
+        norm = engine.get_global_grad_norm()
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": None if norm is None else float(norm),
+            **(rule.report() if rule is not None else {}),
+            "tokens_per_s": tokens / seconds,
+            "step_time_s": seconds,
+            "memory_bytes": int(memory),
+            "skipped": not engine.was_step_applied(),
+        }
+        last = step == settings.steps
+        if plan.validation and not stopping and (last or step % settings.eval_every == 0):
+            record["val_loss"] = _validate(engine, plan.validation, batch.micro)
+        record = run_folder.strict(record)
+        records.append(record)
+        if held is not None:
+            held.write_step(record)
+        _monitor(engine, record)
+        screen.step(record)
+        if stopping and not last:
+            screen.say(f"stopped after step {step} of {settings.steps}.")
+            break
+    return records
+
+
+def _step(engine: Any, batches: Iterator[torch.Tensor], accumulation: int) -> float:
+    """One optimizer step; returns this rank's mean loss over its micro-batches."""
+    total: Any = 0.0
+    for _ in range(accumulation):
+        loss = engine(next(batches).to(engine.device, non_blocking=True))
+        engine.backward(loss)
+        engine.step()
+        # Kept on the device: reading it here would make the host wait once a micro-batch.
+        total = total + loss.detach().float()
+    return float(total) / accumulation
+
+
+def _validate(engine: Any, sequences: list[torch.Tensor], micro_batch: int) -> float:
+    """Mean loss over `sequences`, dealt out to the ranks; the same at every world size up to rounding."""
+    import torch
+
+    world = ranks.world_size()
+    mine = sequences[ranks.rank() :: world]
+    # Under ZeRO-3 every rank must run the same number of forward passes: one with no sequence left
+    # repeats the first and counts it zero times.
+    passes = -(-len(sequences[::world]) // micro_batch)
+    total = 0.0
+    engine.eval()
+    with torch.no_grad():
+        for index in range(passes):
+            rows = mine[index * micro_batch : (index + 1) * micro_batch]
+            tokens = torch.stack(rows or sequences[:1]).to(engine.device)
+            total += float(engine(tokens).float()) * len(rows)
+    engine.train()
+    [mean], _ = ranks.mean_max([total], [], engine.device)
+    return mean * world / len(sequences)
+
+
+def _monitor(engine: Any, record: dict[str, Any]) -> None:
+    """Add to the monitors of the JSON what DeepSpeed does not write itself (it writes the rate)."""
+    if engine.monitor.enabled:
+        names = {"loss": "Train/loss", "val_loss": "Validation/loss", "alpha": "Train/alpha"}
+        names |= {"grad_norm": "Train/grad_norm", "tokens_per_s": "Train/tokens_per_s"}
+        events = [(name, record[key], record["step"]) for key, name in names.items() if record.get(key) is not None]
+        engine.monitor.write_events(events)
+
+
+def _memory(peak: bool = False) -> int:
+    """Bytes this rank holds: the accelerator's peak of allocations, or the resident set on a CPU."""
+    import psutil
+    import torch
+
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated()
+    if peak and sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return psutil.Process().memory_info().rss
+
+
+def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    from toolkit.zero import optimizer_state_bytes
+
+    states = optimizer_state_bytes(engine)
+    mine = sum(states.values())
+    [mean], [largest, peak] = ranks.mean_max([mine], [mine, _memory(peak=True)], engine.device)
+    final = [record["loss"] for record in records[-LAST_STEPS:]]
+    validated = [record["val_loss"] for record in records if "val_loss" in record]
+    seconds = [record["step_time_s"] for record in records]
+    tokens = plan.batch.total * plan.settings.seq_len
+    return {
+        "run_dir": str(plan.folder),
+        "interrupted": len(records) < plan.settings.steps,
+        "steps": len(records),
+        "skipped_steps": sum(record["skipped"] for record in records),
+        "tokens": tokens * len(records),
+        "seconds": sum(seconds),
+        "loss": None if None in final else statistics.fmean(final),
+        "loss_steps": len(final),
+        "val_loss": validated[-1] if validated else None,
+        # The median: the first steps compile, and a machine that others use has slow moments.
+        "tokens_per_s": tokens / statistics.median(seconds),
+        "peak_memory_bytes": int(peak),
+        "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
+        "parameters": plan.parameters,
+        "state_bytes_by_name": states,
+        "state_bytes_per_parameter": mean * plan.batch.world_size / plan.parameters,
+        "state_bytes_per_parameter_per_rank": largest / plan.parameters,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, 2 for the user's errors, 130 when interrupted."""
+    ranks.prepare()
+    try:
+        settings = parse(arguments)
+        if settings is None:
+            return 0
+        status = INTERRUPTED if train(settings)["interrupted"] else 0
+    except UserError as error:
+        ranks.report(error)
+        status = 2
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    ranks.finish()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

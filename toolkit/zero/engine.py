@@ -1,0 +1,139 @@
+"""DeepSpeed engines that run this package's optimizers.
+
+Together with `partition.py` the only place that knows DeepSpeed's runtime.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.runtime.engine as ds_engine
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+
+from toolkit.errors import UserError
+from toolkit.optim import RuleOptimizer, find_rule, param_groups
+from toolkit.zero import partition
+
+logger = logging.getLogger("toolkit")
+
+_registered = False
+
+
+def initialize(
+    model: nn.Module,
+    config: str | Path | Mapping[str, Any],
+    *,
+    total_steps: int | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """As `deepspeed.initialize`, with a config that may be a shipped name, and checked whole before use.
+
+    Args:
+        model: the module to train; its tree names the components.
+        config: the name of a shipped config ("amcs_zero2"), the path of a DeepSpeed JSON, or a dict.
+        total_steps: optimizer steps of the run, for rules that need it (AMCS: alpha) and whose
+            `optimizer.params` do not say; else it is the scheduler's `total_num_steps`.
+        **kwargs: passed on to `deepspeed.initialize`.
+
+    Returns:
+        (engine, optimizer, dataloader, lr_scheduler), as `deepspeed.initialize`.
+
+    Raises:
+        UserError: one sentence about what is wrong in the config or the parameters.
+    """
+    from toolkit.config import load_config, validate
+
+    register()
+    settings = load_config(config)
+    validate(settings, origin=config if isinstance(config, str) else "config")
+    section = settings.get("optimizer", {})
+    rule = find_rule(section.get("type"))
+    if rule and total_steps is not None and "total_steps" in rule.rule.model_fields:
+        section.setdefault("params", {}).setdefault("total_steps", total_steps)
+    kwargs.setdefault("model_parameters", [p for p in model.parameters() if p.requires_grad])
+    return deepspeed.initialize(model=model, config=settings, **kwargs)
+
+
+def register() -> None:
+    """Make a plain `deepspeed.initialize`, and what builds on it, accept this package's optimizers by type.
+
+    Raises RuntimeError if the installed DeepSpeed does not have the internals that this relies on.
+    """
+    global _registered
+    if _registered:
+        return
+    missing = partition.incompatibilities()
+    if missing:
+        raise RuntimeError(
+            f"leanstate does not fit DeepSpeed {deepspeed.__version__}: {', '.join(missing)} changed; install "
+            "deepspeed>=0.19.8,<0.20"
+        )
+    partition.install()
+    engine, zero_supports = ds_engine.DeepSpeedEngine, ds_engine.is_zero_supported_optimizer
+    configure_basic, configure = engine._configure_basic_optimizer, engine._configure_optimizer
+    supports = engine._is_supported_optimizer
+
+    def configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
+        rule = find_rule(self.optimizer_name())
+        if rule is None:
+            return configure_basic(self, model_parameters)
+        return _build(rule, self, model_parameters)
+
+    def configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        # Stage 0 in bf16 steps once on zero gradients when it starts.
+        with RuleOptimizer.allocating():
+            configure(self, client_optimizer, model_parameters)
+        if isinstance(self.basic_optimizer, RuleOptimizer):
+            _finish(self)
+
+    engine._configure_basic_optimizer = configure_basic_optimizer
+    engine._configure_optimizer = configure_optimizer
+    engine._is_supported_optimizer = lambda self, name: bool(find_rule(name)) or supports(self, name)
+    ds_engine.is_zero_supported_optimizer = lambda opt: isinstance(opt, RuleOptimizer) or zero_supports(opt)
+    _registered = True
+
+
+def _build(rule: type[RuleOptimizer], engine: Any, model_parameters: Any) -> RuleOptimizer:
+    params = dict(engine.optimizer_params() or {})
+    if "total_steps" in rule.rule.model_fields:
+        steps = (engine.scheduler_params() or {}).get("total_num_steps")
+        if params.get("total_steps") is None and isinstance(steps, int):
+            params["total_steps"] = steps
+    return rule(param_groups(engine.module, model_parameters), **params)
+
+
+def _finish(engine: Any) -> None:
+    if engine.zero_optimization() and isinstance(engine.optimizer, BF16_Optimizer):
+        raise UserError(
+            'data_types.grad_accum_dtype: "fp32" with bf16 at ZeRO stage 1 makes DeepSpeed keep unsharded fp32 '
+            f"gradients and cut {type(engine.basic_optimizer).__name__}'s blocks; leave it out or use stage 2"
+        )
+    if engine.zero_optimization_partition_weights():
+        partition.zero_padding(engine.optimizer)
+
+
+def rule_optimizer(engine: Any) -> RuleOptimizer | None:
+    """The optimizer of this package that `engine` runs inside DeepSpeed's wrapper, or None."""
+    basic = getattr(engine, "basic_optimizer", None)
+    return basic if isinstance(basic, RuleOptimizer) else None
+
+
+def optimizer_state_bytes(engine: Any) -> dict[str, int]:
+    """Bytes of optimizer state that this rank holds, by state name, whatever the optimizer.
+
+    Empty before the first step: state is allocated then.
+    """
+    optimizer = rule_optimizer(engine)
+    if optimizer is not None:
+        return optimizer.state_bytes()
+    total: dict[str, int] = {}
+    for held in engine.basic_optimizer.state.values():
+        for key, value in held.items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                total[key] = total.get(key, 0) + value.untyped_storage().nbytes()
+    return total

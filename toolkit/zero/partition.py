@@ -1,0 +1,157 @@
+"""Shards that are whole blocks, so that the block grid is the same at every world size.
+
+DeepSpeed 0.19 cuts partitions anywhere. Stages 1 and 2 flatten each parameter group and split it evenly:
+`WholeBlockZeroOptimizer` pads the group to blocks times world size. Stage 3 splits each parameter:
+`install()` pads parameters likewise, which takes four small replacements in DeepSpeed's modules, since each of them
+works out a partition's size for itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed.runtime.engine as ds_engine
+import deepspeed.runtime.zero.partition_parameters as ds_parameters
+import deepspeed.runtime.zero.stage3 as ds_stage3
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from toolkit.optim import RuleOptimizer
+from toolkit.state.codecs import BLOCK
+
+
+class WholeBlockZeroOptimizer(DeepSpeedZeroOptimizer):
+    """DeepSpeed's stage 1/2 optimizer; with a `RuleOptimizer` inside, every partition is whole blocks."""
+
+    _laying_out = False
+
+    def __init__(self, init_optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self._laying_out = isinstance(init_optimizer, RuleOptimizer)
+        super().__init__(init_optimizer, *args, **kwargs)
+        self._laying_out = False
+
+    def flatten_dense_tensors_aligned(
+        self, tensor_list: list[Tensor], alignment: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """stage_1_and_2.py calls this to lay groups out (alignment: 2 x world size) and later on gradients."""
+        if self._laying_out:
+            world_size = alignment // self.nccl_start_alignment_factor
+            alignment = math.lcm(alignment, BLOCK * world_size)
+        return super().flatten_dense_tensors_aligned(tensor_list, alignment, *args, **kwargs)
+
+
+def padded_numel(numel: int, world_size: int) -> int:
+    """Elements of a stage 3 parameter after padding to whole blocks on every rank."""
+    unit = BLOCK * world_size
+    return -(-numel // unit) * unit
+
+
+class _WholeBlockMath:
+    """Stands in for `math` in partition_parameters.py, whose `ceil` computes a partition's size there."""
+
+    @staticmethod
+    def ceil(value: float) -> int:
+        return -(-math.ceil(value) // BLOCK) * BLOCK
+
+
+def _padding_size(self: Any, param: Any) -> int:
+    return padded_numel(param.ds_numel, self._partition_world_size(param)) - param.ds_numel
+
+
+_reduce_scatter = ds_stage3.reduce_scatter_coalesced
+_no_gather = ds_parameters._no_gather_coalesced
+
+
+def _reduce_scatter_whole_blocks(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
+    """coalesced_collectives.reduce_scatter_coalesced on gradients padded (with zeros) like the parameters."""
+    world_size = torch.distributed.get_world_size(group)
+    padded = []
+    for tensor in tensors:
+        extra = padded_numel(tensor.numel(), world_size) - tensor.numel()
+        padded.append(torch.nn.functional.pad(tensor.reshape(-1), (0, extra)) if extra else tensor)
+    return _reduce_scatter(padded, group)
+
+
+def _no_gather_whole_blocks(params: Iterable[Any]) -> Any:
+    """partition_parameters._no_gather_coalesced, where one rank holds the parameter and its padding."""
+    padded = list(params)
+    if all(param.ds_tensor.numel() == param.ds_numel for param in padded):
+        return _no_gather(padded)
+    return _LocalHandle(padded)
+
+
+class _LocalHandle:
+    """partition_parameters.NoGatherCoalescedHandle, less the padding."""
+
+    def __init__(self, params: list[Any]) -> None:
+        self._params = params
+        device = ds_parameters.get_accelerator().current_device_name()
+        for param in params:
+            assert param.ds_status == ds_parameters.ZeroParamStatus.NOT_AVAILABLE, param.ds_summary()
+            param.ds_status = ds_parameters.ZeroParamStatus.INFLIGHT
+            local = param.ds_tensor.data.to(device=device, non_blocking=True)
+            param.data = local.narrow(0, 0, param.ds_numel).view(param.ds_shape)
+
+    def wait(self, **_: Any) -> None:
+        if not ds_parameters.get_accelerator().resolves_data_dependency():
+            ds_parameters.get_accelerator().current_stream().synchronize()
+        for param in self._params:
+            param.ds_status = ds_parameters.ZeroParamStatus.AVAILABLE
+
+
+def incompatibilities() -> list[str]:
+    """What this module relies on inside DeepSpeed and does not find; empty on a DeepSpeed that fits."""
+    checks = {
+        "runtime.engine.DeepSpeedZeroOptimizer": hasattr(ds_engine, "DeepSpeedZeroOptimizer"),
+        "DeepSpeedEngine._configure_basic_optimizer": hasattr(ds_engine.DeepSpeedEngine, "_configure_basic_optimizer"),
+        "DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned(tensor_list, alignment, ...)": (
+            list(inspect.signature(DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned).parameters)[1:3]
+            == ["tensor_list", "alignment"]
+        ),
+        "zero.Init._padding_size(param)": (
+            hasattr(ds_parameters.Init, "_padding_size")
+            and list(inspect.signature(ds_parameters.Init._padding_size).parameters) == ["self", "param"]
+        ),
+        # One use sizes the buffer of a gathered parameter, the other a quantization group that
+        # `check_supported` refuses; a third would be one nobody looked at.
+        "two uses of math in partition_parameters.py": (
+            inspect.getsource(ds_parameters).count("math.") == 2
+            and "math.ceil(param.ds_numel / world_size) * world_size" in inspect.getsource(ds_parameters)
+        ),
+        "partition_parameters._no_gather_coalesced(params)": hasattr(ds_parameters, "_no_gather_coalesced"),
+        "stage3.reduce_scatter_coalesced(tensors, group)": (
+            "reduce_scatter_coalesced(full_grads_for_rank, process_group)" in inspect.getsource(ds_stage3)
+        ),
+    }
+    return [name for name, found in checks.items() if not found]
+
+
+def install() -> None:
+    """Put the whole-block layout in place, for this process and all engines it makes from now on.
+
+    Engines with another optimizer keep DeepSpeed's layout at stages 1 and 2; at stage 3 their parameters are
+    padded by less than BLOCK elements per rank each, which changes no number.
+    """
+    ds_engine.DeepSpeedZeroOptimizer = WholeBlockZeroOptimizer
+    ds_parameters.Init._padding_size = _padding_size
+    ds_parameters.math = _WholeBlockMath
+    ds_parameters._no_gather_coalesced = _no_gather_whole_blocks
+    ds_stage3.reduce_scatter_coalesced = _reduce_scatter_whole_blocks
+
+
+@torch.no_grad()
+def zero_padding(zero_optimizer: Any) -> None:
+    """Clear what lies behind the end of each stage 3 parameter: DeepSpeed leaves it uninitialised."""
+    for index, params in enumerate(zero_optimizer.fp16_groups):
+        flat = zero_optimizer.fp32_partitioned_groups_flat[index]
+        offset = 0
+        for param in params:
+            size = param.partition_numel()
+            start = size * zero_optimizer._get_param_partition_rank(param)
+            held = min(max(param.ds_numel - start, 0), size)
+            flat[offset + held : offset + size].zero_()
+            offset += size
