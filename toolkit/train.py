@@ -109,20 +109,16 @@ def _device_name(device: torch.device) -> str:
 
 
 def _engine(plan: Plan) -> Any:
-    import torch
-
     import toolkit
     from toolkit import models
 
     settings, config = plan.settings, plan.config
-    dtype = torch.float32
-    for key, half in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if config.get(key, {}).get("enabled", False):
-            dtype = half
+    # At stage 3 the model is partitioned while it is built, so the layout of partitions must be in place.
+    toolkit.register()
     stage = config.get("zero_optimization", {}).get("stage", 0)
     model: nn.Module = models.build_model(
         settings.model,
-        dtype=dtype,
+        dtype=plan.dtype,
         seed=settings.seed,
         zero3_config=config if stage == 3 else None,
         from_checkpoint=settings.from_checkpoint,

@@ -32,17 +32,17 @@ def round_trip(codec: type[Codec], x: Tensor) -> Tensor:
 @given(blocks(signed=True))
 def test_signed8_error_is_bounded(x: Tensor) -> None:
     scale = x.abs().amax(dim=1, keepdim=True)
-    # The curve 2y / (1 + |y|) has slope 2 / (1 + |y|)^2 over 127 codes; half a code is the largest error.
-    allowed = (1 + x.abs() / scale.clamp(min=TINY)) ** 2 / 254 * 0.5 * scale * 1.05
-    assert ((round_trip(Signed8, x) - x).abs() <= allowed + TINY).all()
+    y, back = (x.abs() / scale.clamp(min=TINY)).sqrt(), (round_trip(Signed8, x).abs() / scale.clamp(min=TINY)).sqrt()
+    assert ((back - y).abs() <= 0.5 / 127 * 1.001).all(), "half a code, on the scale of roots"
+    assert (round_trip(Signed8, x) * x >= 0).all(), "no sign changes"
 
 
 @given(blocks(signed=False))
 def test_root8_error_is_bounded(x: Tensor) -> None:
-    root, back = x.sqrt(), round_trip(Root8, x).sqrt()
+    root, back = x**0.25, round_trip(Root8, x) ** 0.25
     step = root.amax(dim=1, keepdim=True) / 255
     # Half a code, and up to a whole one near zero, where the codes stop at 1.
-    assert ((back - root).abs() <= torch.where(root < step, 1.0, 0.5) * step * 1.01 + 1e-19).all()
+    assert ((back - root).abs() <= torch.where(root < step, 1.0, 0.5) * step * 1.001).all()
 
 
 @given(st.booleans().flatmap(lambda s: st.tuples(st.just(s), blocks(signed=s))))
@@ -97,7 +97,7 @@ def test_no_zero_second_moment_beside_a_momentum(v: Tensor) -> None:
     alive = (largest > 1e-30).expand_as(v)
     assert (back[alive] > 0).all()
     # An element below the last code reads too large, never too small: the update shrinks.
-    low = alive & (v.sqrt() < largest.sqrt() / 255 / 2)
+    low = alive & (v**0.25 < largest**0.25 / 255 / 2)
     assert (back[low] >= v[low]).all()
 
 

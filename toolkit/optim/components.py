@@ -56,8 +56,9 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
 
     Args:
         model: the module tree that names components.
-        params: the trainable parameters, or groups of them whose options (lr, weight_decay, ...) take
-            precedence; default: all of `model` that require gradients.
+        params: the trainable parameters, or groups of them whose options (lr, weight_decay, component, ...)
+            take precedence, over the missing weight decay of norms and biases too; default: all of `model`
+            that require gradients.
         **options: options set in every group.
 
     Raises:
@@ -70,21 +71,30 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
     groups: dict[tuple[int, str, bool], dict[str, Any]] = {}
     unplaced = []
     for index, (tensors, own) in enumerate(given):
+        chosen = (options | own).get("component")
         for tensor in tensors:
             name = names[id(tensor)]
-            component = component_of(name, modules)
-            if component == "other":
+            component = chosen or component_of(name, modules)
+            if component == "other" and not chosen:
                 unplaced.append(name)
-            small = len(getattr(tensor, "ds_shape", tensor.shape)) <= 1
-            key = (index, component, small)
+            delicate = _is_delicate(name, component, tensor)
+            key = (index, component, delicate)
             if key not in groups:
-                treatment = {"weight_decay": 0.0, "state_format": "fp32"} if small else {}
-                groups[key] = {"params": [], "component": component} | options | own | treatment
+                group: dict[str, Any] = {"params": [], "component": component} | options
+                if delicate:
+                    groups[key] = group | {"weight_decay": 0.0} | own | {"state_format": "fp32"}
+                else:
+                    groups[key] = group | own
             groups[key]["params"].append(tensor)
     if unplaced:
         shown = ", ".join(unplaced[:8]) + (f" and {len(unplaced) - 8} more" if len(unplaced) > 8 else "")
         logger.warning('component "other" (no known component fits): %s', shown)
     return list(groups.values())
+
+
+def _is_delicate(name: str, component: str, tensor: Tensor) -> bool:
+    """Norms, biases and whatever is 1-D, by role and not by shape alone: a bias of packed experts is 2-D."""
+    return component == "norm" or name.endswith("bias") or len(getattr(tensor, "ds_shape", tensor.shape)) <= 1
 
 
 _Given = list[tuple[list[Tensor], dict[str, Any]]]

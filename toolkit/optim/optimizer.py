@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import UserError, nearest
-from toolkit.optim.rule import Rule
+from toolkit.optim.rule import Rule, check_component
 from toolkit.optim.step import StepFunction, step_function
 from toolkit.state.codecs import BLOCK, FORMATS, Codec, codec_for
 
@@ -63,6 +63,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         group = dict(param_group)
         group["params"] = _as_list(group["params"])
         component = group.setdefault("component", "other")
+        check_component(component)
         merged = self.defaults | {k: v for k, v in group.items() if k in self.rule.model_fields}
         where = f"{type(self).__name__}, parameter group {len(self.param_groups)}"
         rule = self.rule.parse(_fields(self.rule, merged), where=where)

@@ -79,11 +79,15 @@ class Rule(BaseModel):
             raise UserError(f"{where}: {explain(error, cls)}") from None
 
 
+def check_component(name: str) -> None:
+    """Raise UserError if `name` is not one of COMPONENTS."""
+    if name not in COMPONENTS:
+        hint = nearest(name, COMPONENTS)
+        raise UserError(f"{name!r} is no component.{hint} Components are {', '.join(COMPONENTS)}")
+
+
 def component_mapping(value: Mapping[str, float] | None) -> dict[str, float]:
-    """A mapping by component as a dict, None as an empty one; raises ValueError on an unknown component."""
+    """A mapping by component as a dict, None as an empty one; raises UserError on an unknown component."""
     for name in value or {}:
-        if name not in COMPONENTS:
-            raise ValueError(
-                f"{name!r} is no component; components are {', '.join(COMPONENTS)}{nearest(name, COMPONENTS)}"
-            )
+        check_component(name)
     return dict(value or {})

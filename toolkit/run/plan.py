@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,7 @@ class Plan:
 
     settings: RunSettings
     config: dict[str, Any]
+    dtype: torch.dtype
     batch: Batch
     folder: Path
     remarks: list[str]
@@ -49,6 +51,7 @@ def make_plan(settings: RunSettings) -> Plan:
     configs.validate(config, origin=settings.config)
     config, batch, remarks = merge_flags(config, settings, ranks.world_size())
     configs.validate(config, origin=settings.config, world_size=ranks.world_size())
+    dtype = _dtype(config)
     folder = settings.run_dir or run_folder.default_folder(settings.model, settings.config)
     run_folder.check_free(folder)
 
@@ -60,7 +63,6 @@ def make_plan(settings: RunSettings) -> Plan:
             f"tokenizer {name!r} has {len(tokenizer)} entries, more than the vocabulary of model "
             f"{settings.model!r} ({model_config.vocab_size}); choose another --tokenizer or --model."
         )
-
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and settings.seq_len > positions:
         raise UserError(f"--seq-len is {settings.seq_len}, but model {settings.model!r} has {positions} positions.")
@@ -77,7 +79,36 @@ def make_plan(settings: RunSettings) -> Plan:
     if settings.eval_every > 0:
         source = packed(settings.val_data or settings.data, "validation" if held_out else "all")
         validation = _first_sequences(source, settings.eval_sequences)
-    return Plan(settings, config, batch, folder, remarks, training, validation, models.count_parameters(model_config))
+    return Plan(
+        settings=settings,
+        config=config,
+        dtype=dtype,
+        batch=batch,
+        folder=folder,
+        remarks=remarks,
+        data=training,
+        validation=validation,
+        parameters=models.count_parameters(model_config),
+    )
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that the JSON has the model compute in, if this machine's devices can."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    for key, dtype, supported in (
+        ("bf16", torch.bfloat16, device.is_bf16_supported),
+        ("fp16", torch.float16, device.is_fp16_supported),
+    ):
+        if config.get(key, {}).get("enabled", False):
+            if not supported():
+                raise UserError(
+                    f"{key} is enabled, but DeepSpeed does not support it on this device ({device.device_name()})."
+                )
+            return dtype
+    return torch.float32
 
 
 def import_plugin(path: Path) -> None:

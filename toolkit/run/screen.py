@@ -11,8 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-# About how many lines a run prints where there is no terminal for a progress bar.
+# Where there is no terminal for a progress bar: about so many lines, but one at least every so many steps.
 PLAIN_LINES = 24
+PLAIN_STEPS = 50
 
 
 class Screen:
@@ -21,7 +22,7 @@ class Screen:
     def __init__(self, steps: int, *, shown: bool, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, quiet=not shown)
         self._steps = steps
-        self._every = max(1, steps // PLAIN_LINES)
+        self._every = min(max(1, steps // PLAIN_LINES), PLAIN_STEPS)
         self._bar: Progress | None = None
         if shown and self.console.is_terminal:
             self._bar = Progress(

@@ -59,7 +59,7 @@ class RunSettings(BaseModel):
         list[Path],
         typer.Option("--plugin", help="A Python file imported first, e.g. to register a rule; repeatable."),
     ] = []
-    steps: Annotated[int, Field(gt=0), typer.Option(help="Optimizer steps.")] = 240
+    steps: Annotated[int, Field(gt=0), typer.Option(help="Optimizer steps.")] = 500
     seq_len: Annotated[int, Field(gt=0), typer.Option(help="Predictions per sequence.")] = 256
     micro_batch: Annotated[
         int | None,
@@ -83,7 +83,7 @@ class RunSettings(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63), typer.Option(help="Fixes the initial weights and the data order.")] = 0
     eval_every: Annotated[
         int, Field(ge=0), typer.Option(help="Steps between validations (always one at the end); 0 for none.")
-    ] = 60
+    ] = 100
     eval_sequences: Annotated[int, Field(gt=0), typer.Option(help="Sequences per validation.")] = 32
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the run's files go. (default: runs/<model>-<config>-<time>)")

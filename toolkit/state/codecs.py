@@ -70,25 +70,31 @@ class Fp32(Codec):
         return parts[0]
 
 
-def _block_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest magnitude of each block and its inverse, both [blocks, 1].
+def _block_scale(size: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest of the non-negative values of each block and its inverse, both [blocks, 1].
 
     A block whose values are all denormal counts as zero: the inverse of its scale would overflow.
     A block that holds an inf or NaN gets NaN as its scale and decodes to NaN: what is not finite never turns
     finite unseen.
     """
-    scale = x.abs().amax(dim=1, keepdim=True)
+    scale = size.amax(dim=1, keepdim=True)
     scale = torch.where(scale < _TINY, 0.0, scale)
     scale = torch.where(scale < torch.inf, scale, torch.nan)
     inverse = torch.where(scale == 0.0, 0.0, 1.0 / scale)
     return scale, inverse
 
 
-class Signed8(Codec):
-    """Momentum in int8: code = round(127 * 2y / (1 + |y|)) with y = x / max|x|.
+def _defined(codes: Tensor, *, largest: float) -> Tensor:
+    """Codes within 0..largest; NaN, from a block that its scale marks as not finite, becomes `largest`."""
+    return torch.where(codes <= largest, codes, largest)
 
-    The curve spends its codes near zero, where most of a block lies; it is odd, so zero is exact and decoding
-    then encoding gives the same codes. Decode: z / (2 - |z|) * max|x| with z = code / 127.
+
+class Signed8(Codec):
+    """Momentum in int8: code = sign(x) round(127 sqrt(|x| / max|x|)).
+
+    The root spends codes near zero, where most of a heavy-tailed block lies: gradients of vocabulary matrices
+    and of down projections have columns hundreds of times larger than their neighbours. It is odd, so zero is
+    exact, and decoding then encoding gives the same codes. Decode: z |z| max|x| with z = code / 127.
     """
 
     name = "signed8"
@@ -96,25 +102,25 @@ class Signed8(Codec):
 
     @staticmethod
     def encode(x: Tensor) -> tuple[Tensor, ...]:
-        scale, inverse = _block_scale(x)
-        y = x * inverse
-        codes = torch.round(254.0 * y / (1.0 + y.abs()))
-        # A block that is not finite has NaN here; its scale carries that, the codes need only be defined.
-        codes = torch.where(codes.abs() <= 127.0, codes, 127.0)
-        return codes.to(torch.int8), scale
+        size = x.abs()
+        scale, inverse = _block_scale(size)
+        codes = torch.round(127.0 * torch.sqrt(size * inverse))
+        codes = _defined(codes, largest=127.0)
+        return torch.where(x < 0.0, -codes, codes).to(torch.int8), scale
 
     @staticmethod
     def decode(*parts: Tensor) -> Tensor:
         codes, scale = parts
         z = codes.to(torch.float32) * (1.0 / 127.0)
-        return z / (2.0 - z.abs()) * scale
+        return z * z.abs() * scale
 
 
 class Root8(Codec):
-    """Second moment in uint8: code = round(255 sqrt(v) / max sqrt(v)), never below 1.
+    """Second moment in uint8: code = round(255 (v / max v)^(1/4)), never below 1.
 
-    Linear codes for v diverge; the root halves the range in octaves. A code of zero would decode to v = 0
-    beside a non-zero momentum, an update hundreds of times too large, hence the floor at 1. Decode squares.
+    Linear codes for v diverge and square roots lose the small elements of heavy-tailed blocks. A code of zero
+    would decode to v = 0 beside a non-zero momentum, an update hundreds of times too large, hence the floor
+    at 1. The scale kept is the fourth root of max v, which no float's range can make underflow.
     """
 
     name = "root8"
@@ -122,17 +128,17 @@ class Root8(Codec):
 
     @staticmethod
     def encode(x: Tensor) -> tuple[Tensor, ...]:
-        root = torch.sqrt(x)
+        root = torch.sqrt(torch.sqrt(x))
         scale, inverse = _block_scale(root)
-        codes = torch.round(255.0 * root * inverse)
-        codes = torch.where(codes >= 1.0, codes, 1.0).clamp(max=255.0)
-        return codes.to(torch.uint8), scale
+        codes = _defined(torch.round(255.0 * (root * inverse)), largest=255.0)
+        return codes.clamp(min=1.0).to(torch.uint8), scale
 
     @staticmethod
     def decode(*parts: Tensor) -> Tensor:
         codes, scale = parts
         root = codes.to(torch.float32) * (1.0 / 255.0) * scale
-        return root * root
+        square = root * root
+        return square * square
 
 
 FORMATS: dict[str, tuple[type[Codec], type[Codec]]] = {

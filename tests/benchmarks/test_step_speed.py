@@ -1,0 +1,14 @@
+"""The compiled 8-bit step against bitsandbytes on a CPU, a ratio taken in one run."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from step_speed import contenders, measure
+
+
+def test_amcs_step_is_20_times_as_fast_as_ademamix8bit() -> None:
+    made = contenders()
+    ours = median(measure(made["AMCS 8bit"], 8 * 2**20, "cpu", repeats=5))
+    theirs = median(measure(made["bitsandbytes AdEMAMix8bit"], 8 * 2**20, "cpu", repeats=3))
+    assert theirs > 20 * ours, f"AMCS 8bit {ours:.1f} ms, AdEMAMix8bit {theirs:.1f} ms"
