@@ -31,13 +31,18 @@ def explain(error: ValidationError, schema: Any, path: tuple[str, ...] = ()) -> 
             level = _schema_in(known[part] if part in known else get_args(level)[1])
     if unknown:
         return unknown_key(place, _keys(level))
+    given = first["input"]
+    if first["type"] == "missing":
+        inside = isinstance(first["loc"][-1], int)  # of a list that is too short
+        return (
+            f"{dotted(place[:-1])} is {shown(given)}, which lacks a value" if inside else f"{dotted(place)} is missing"
+        )
     message = re.sub(r"^(Value error|Assertion failed), ", "", first["msg"])
     if len(place) == len(path):
         return f"{dotted(place)}: {message}"
     message = message.replace("Input should be", "must be").replace("a valid dictionary", "an object")
     # An enum lists an alias of its last value as one more value.
     message = re.sub(r", (\S+) or \1$", r" or \1", message)
-    given = first["input"]
     hint = nearest(given, re.findall(r"'([^']*)'", message)) if isinstance(given, str) else ""
     return f"{dotted(place)} is {shown(given)}, but {message}.{hint}"
 

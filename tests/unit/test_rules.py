@@ -196,7 +196,7 @@ def test_tiny_gradients_still_give_the_right_update(rule: Any) -> None:
         (AMCS, {"lr": -1.0}, "lr is -1.0"),
         (AMCS, {"lr": float("nan")}, "lr is NaN"),
         (AMCS, {"eps": float("inf")}, "eps is Infinity"),
-        (AMCS, {"betas": (0.9, 0.95)}, "betas"),
+        (AMCS, {"betas": (0.9, 0.95)}, "betas is [0.9, 0.95], which lacks a value"),
         (AMCS, {"betas": (0.9, 1.0, 0.95)}, "betas.1 is 1.0"),
         (AMCS, {"weight_decay": -0.1}, "weight_decay is -0.1"),
         (AMCS, {"total_steps": 0}, "total_steps is 0"),

@@ -94,7 +94,12 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
 
 def _is_delicate(name: str, component: str, tensor: Tensor) -> bool:
     """Norms, biases and whatever is 1-D, by role and not by shape alone: a bias of packed experts is 2-D."""
-    return component == "norm" or name.endswith("bias") or len(getattr(tensor, "ds_shape", tensor.shape)) <= 1
+    return component == "norm" or name.endswith("bias") or whole_dim(tensor) <= 1
+
+
+def whole_dim(tensor: Tensor) -> int:
+    """Dimensions of the whole parameter: under ZeRO-3 the tensor at hand is an empty shell."""
+    return len(getattr(tensor, "ds_shape", tensor.shape))
 
 
 _Given = list[tuple[list[Tensor], dict[str, Any]]]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import UserError, nearest
+from toolkit.optim.components import whole_dim
 from toolkit.optim.rule import Rule, check_component
 from toolkit.optim.step import StepFunction, step_function
 from toolkit.state.codecs import BLOCK, FORMATS, Codec, codec_for
@@ -73,8 +74,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         wanted = group.get("state_format", self.defaults["state_format"])
         group["state_format"] = state_formats(self.rule, wanted, where=where)
         plain = dict.fromkeys(group["state_format"], "fp32")
-        small = [p for p in group["params"] if _full_dim(p) <= 1]
-        large = [p for p in group["params"] if _full_dim(p) > 1]
+        small: list[Any] = []
+        large: list[Any] = []
+        for item in group["params"]:
+            tensor = item[1] if isinstance(item, tuple) else item  # torch takes (name, tensor) pairs too
+            (small if whole_dim(tensor) <= 1 else large).append(item)
         if small and large and group["state_format"] != plain:
             super().add_param_group(group | {"params": large})
             super().add_param_group(group | {"params": small, "state_format": plain})
@@ -321,9 +325,3 @@ def _as_list(params: Any) -> list[Any]:
     if isinstance(params, Iterable) and not isinstance(params, (set, frozenset, str)):
         return list(params)
     raise UserError(f"params must be a tensor or an ordered collection of tensors, not {type(params).__name__}")
-
-
-def _full_dim(parameter: Any) -> int:
-    """Dimensions of the whole parameter: under ZeRO-3 the tensor at hand is an empty shell."""
-    tensor = parameter[1] if isinstance(parameter, tuple) else parameter
-    return len(getattr(tensor, "ds_shape", tensor.shape))
