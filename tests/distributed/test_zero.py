@@ -65,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
 
 
 def whole(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Shards joined over ranks, block rows first. Padding at the end differs by world size and is all alike."""
+    """Shards joined over ranks; the padding at the end differs by world size."""
     return {key: torch.cat([rank["held"][key] for rank in ranks]) for key in ranks[0]["held"]}
 
 

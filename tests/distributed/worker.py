@@ -40,7 +40,7 @@ def small_model(seed: int = 0) -> Qwen3ForCausalLM:
 
 
 def held_state(engine: Any) -> dict[str, torch.Tensor]:
-    """This rank's state tensors and master weights by "<group or parameter>/<key>", block rows first."""
+    """This rank's state tensors and master weights by "<group or parameter>/<key>", flat."""
     optimizer = rule_optimizer(engine)
     assert optimizer is not None
     held: dict[str, torch.Tensor] = {}
@@ -48,21 +48,25 @@ def held_state(engine: Any) -> dict[str, torch.Tensor]:
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # stage 3: the grid restarts at each parameter
         names = {id(p): name for name, p in engine.module.named_parameters()}
         for flat, params in zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True):
-            row = 0
+            start = 0
             for param in params:
-                rows = param.partition_numel() // BLOCK
-                for key, value in optimizer.state[flat].items():
-                    if key != "step":
-                        held[f"{names[id(param)]}/{key}"] = value[row : row + rows].clone()
-                master = flat.detach()[row * BLOCK : (row + rows) * BLOCK]
-                held[f"{names[id(param)]}/master"] = master.view(rows, BLOCK).clone()
-                row += rows
+                size = param.partition_numel()
+                tensors = optimizer.state[flat] | {"master": flat.detach()}
+                for key, value in tensors.items():
+                    if key == "step":
+                        continue
+                    # 1-D parameters are cut anywhere; of all others whole blocks are here, a scale for each.
+                    per_block = 1 if key.endswith(".scale") else BLOCK
+                    assert len(param.ds_shape) == 1 or size % BLOCK == 0
+                    cut = slice(start * per_block // BLOCK, (start + size) * per_block // BLOCK)
+                    held[f"{names[id(param)]}/{key}"] = value.reshape(-1)[cut].clone()
+                start += size
         return held
     for index, flat in enumerate(wrapper.single_partition_of_fp32_groups):
         for key, value in optimizer.state[flat].items():
             if key != "step":
-                held[f"{index}/{key}"] = value[: flat.numel() // BLOCK].clone()
-        held[f"{index}/master"] = flat.detach().view(-1, BLOCK).clone()
+                held[f"{index}/{key}"] = value[: flat.numel() // BLOCK].flatten()
+        held[f"{index}/master"] = flat.detach().clone()
     return held
 
 

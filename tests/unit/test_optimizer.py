@@ -50,6 +50,26 @@ def test_eager_gives_the_compiled_numbers(rule: Any, extra: dict[str, Any], dtyp
                 assert (value != slow.state[b][key]).float().mean() < 0.01, key
 
 
+def test_one_graph_serves_every_size() -> None:
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    # fp32 state for all, so that matrices and vectors share one function.
+    _, optimizer = train(SOAM, steps=2, state_format="fp32")
+    assert len({-(-p.numel() // BLOCK) for group in optimizer.param_groups for p in group["params"]}) > 5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+
+
+def test_the_compiled_step_keeps_no_full_size_temporaries() -> None:
+    p = nn.Parameter(torch.randn(1024, 1024))
+    p.grad = torch.randn_like(p)
+    optimizer = AMCS([p], alpha=0.5)
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        optimizer.step()
+    allocated = sum(event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0)
+    assert allocated < 0.2 * p.numel(), "bytes: a value or two per block and state, never one per element"
+
+
 def test_eager_fallback_says_why(caplog: pytest.LogCaptureFixture) -> None:
     class PrintingRule(Rule):
         """A rule the compiler cannot take: it calls Python that has no graph."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import deepspeed.runtime.engine as ds_engine
@@ -44,22 +44,42 @@ class WholeBlockZeroOptimizer(DeepSpeedZeroOptimizer):
         return super().flatten_dense_tensors_aligned(tensor_list, alignment, *args, **kwargs)
 
 
-def padded_numel(numel: int, world_size: int) -> int:
-    """Elements of a stage 3 parameter after padding to whole blocks on every rank."""
-    unit = BLOCK * world_size
-    return -(-numel // unit) * unit
+def padding(shape: Sequence[int], world_size: int) -> int:
+    """Elements that stage 3 adds to a parameter of `shape`, so that each rank's part is whole blocks.
 
-
-class _WholeBlockMath:
-    """Stands in for `math` in partition_parameters.py, whose `ceil` computes a partition's size there."""
-
-    @staticmethod
-    def ceil(value: float) -> int:
-        return -(-math.ceil(value) // BLOCK) * BLOCK
+    1-D parameters have fp32 state and no blocks: they keep DeepSpeed's own layout, a multiple of world size.
+    """
+    return -math.prod(shape) % (world_size * BLOCK if len(shape) > 1 else world_size)
 
 
 def _padding_size(self: Any, param: Any) -> int:
-    return padded_numel(param.ds_numel, self._partition_world_size(param)) - param.ds_numel
+    return padding(param.ds_shape, self._partition_world_size(param))
+
+
+_allgather = ds_parameters._dist_allgather_fn
+
+
+def _allgather_whole_blocks(input_tensor: Tensor, output_tensor: Tensor, group: Any = None) -> Any:
+    """partition_parameters._dist_allgather_fn, into a buffer that may lack room for the padding.
+
+    DeepSpeed sizes the buffer of a parameter that it gathers alone by its numel and the world size.
+    """
+    full = input_tensor.numel() * torch.distributed.get_world_size(group)
+    if full <= output_tensor.numel():
+        return _allgather(input_tensor, output_tensor, group)
+    gathered = output_tensor.new_empty(full)
+    return _CopyAfterwards(_allgather(input_tensor, gathered, group), gathered, output_tensor)
+
+
+class _CopyAfterwards:
+    """The handle of a collective whose result is copied, less its end, once it is there."""
+
+    def __init__(self, handle: Any, source: Tensor, target: Tensor) -> None:
+        self._handle, self._source, self._target = handle, source, target
+
+    def wait(self, **kwargs: Any) -> None:
+        self._handle.wait(**kwargs)
+        self._target.copy_(self._source[: self._target.numel()])
 
 
 _reduce_scatter = ds_stage3.reduce_scatter_coalesced
@@ -69,11 +89,10 @@ _no_gather = ds_parameters._no_gather_coalesced
 def _reduce_scatter_whole_blocks(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
     """coalesced_collectives.reduce_scatter_coalesced on gradients padded (with zeros) like the parameters."""
     world_size = torch.distributed.get_world_size(group)
-    padded = []
-    for tensor in tensors:
-        extra = padded_numel(tensor.numel(), world_size) - tensor.numel()
-        padded.append(torch.nn.functional.pad(tensor.reshape(-1), (0, extra)) if extra else tensor)
-    return _reduce_scatter(padded, group)
+    extra = [padding(tensor.shape, world_size) for tensor in tensors]
+    return _reduce_scatter(
+        [torch.nn.functional.pad(t.reshape(-1), (0, n)) if n else t for t, n in zip(tensors, extra, strict=True)], group
+    )
 
 
 def _no_gather_whole_blocks(params: Iterable[Any]) -> Any:
@@ -116,11 +135,8 @@ def incompatibilities() -> list[str]:
             hasattr(ds_parameters.Init, "_padding_size")
             and list(inspect.signature(ds_parameters.Init._padding_size).parameters) == ["self", "param"]
         ),
-        # One use sizes the buffer of a gathered parameter, the other a quantization group that
-        # `check_supported` refuses; a third would be one nobody looked at.
-        "two uses of math in partition_parameters.py": (
-            inspect.getsource(ds_parameters).count("math.") == 2
-            and "math.ceil(param.ds_numel / world_size) * world_size" in inspect.getsource(ds_parameters)
+        "partition_parameters._dist_allgather_fn(input_tensor, output_tensor, group)": (
+            list(inspect.signature(_allgather).parameters) == ["input_tensor", "output_tensor", "group"]
         ),
         "partition_parameters._no_gather_coalesced(params)": hasattr(ds_parameters, "_no_gather_coalesced"),
         "stage3.reduce_scatter_coalesced(tensors, group)": (
@@ -133,12 +149,12 @@ def incompatibilities() -> list[str]:
 def install() -> None:
     """Put the whole-block layout in place, for this process and all engines it makes from now on.
 
-    Engines with another optimizer keep DeepSpeed's layout at stages 1 and 2; at stage 3 their parameters are
-    padded by less than BLOCK elements per rank each, which changes no number.
+    Engines with another optimizer keep DeepSpeed's layout at stages 1 and 2; at stage 3 their matrices are
+    padded by less than BLOCK elements per rank, which changes no number.
     """
     ds_engine.DeepSpeedZeroOptimizer = WholeBlockZeroOptimizer
     ds_parameters.Init._padding_size = _padding_size
-    ds_parameters.math = _WholeBlockMath
+    ds_parameters._dist_allgather_fn = _allgather_whole_blocks
     ds_parameters._no_gather_coalesced = _no_gather_whole_blocks
     ds_stage3.reduce_scatter_coalesced = _reduce_scatter_whole_blocks
 

@@ -1,0 +1,57 @@
+"""The package as it is shipped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import toolkit
+from toolkit.config import shipped_configs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_wheel_carries_the_configs(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("leanstate-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"toolkit/ds_configs/{name}.json" for name in shipped_configs()} <= set(names)
+    assert not [name for name in names if name.startswith("tests/")]
+    (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert "toolkit = toolkit.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+
+
+def test_the_version_is_said_once_alike() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == toolkit.__version__
+
+
+def test_importing_toolkit_loads_nothing_heavy() -> None:
+    heavy = ("torch", "deepspeed", "transformers", "pydantic")
+    code = f"import sys, toolkit; print([m for m in {heavy} if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert shown.strip() == "[]"
+
+
+def test_importing_the_optimizers_loads_no_deepspeed() -> None:
+    code = "import sys, toolkit.optim; print('deepspeed' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert shown.strip() == "False"
+
+
+def test_constraints_pin_what_the_project_needs() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = (
+        project["dependencies"] + project["optional-dependencies"]["dev"] + project["optional-dependencies"]["compare"]
+    )
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    wanted = {requirement.split(">")[0].split("[")[0] for requirement in needed} - {"leanstate"}
+    assert wanted <= pinned, wanted - pinned
