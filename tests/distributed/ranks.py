@@ -37,20 +37,28 @@ def case(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
     return {"steps": 4, "global_batch": 4, "same_data": False, "dump": False, "config": config} | settings
 
 
-def run_ranks(
-    folder: Path, world_size: int, cases: dict[str, dict[str, Any]], plugins: list[Path] | None = None
-) -> dict[str, list[dict[str, Any]]]:
-    """Train every case in `world_size` real processes; by case, what each rank wrote, in rank order."""
+def launch(folder: Path, world_size: int, script: Path, settings: dict[str, Any]) -> list[Any]:
+    """Run `script` in `world_size` real processes; what each wrote to rank<n>.pt in `folder`, in rank order.
+
+    The script's only argument is the path of a JSON of `settings`, whose key `out` is `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"cases": cases, "plugins": [str(p) for p in plugins or []], "out": str(folder)}
-    (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "settings.json").write_text(json.dumps(settings | {"out": str(folder)}))
     run = subprocess.run(
-        deepspeed_command(world_size, WORKER, str(folder / "settings.json")),
+        deepspeed_command(world_size, script, str(folder / "settings.json")),
         env=environment(),
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-6000:]
-    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
+
+
+def run_ranks(
+    folder: Path, world_size: int, cases: dict[str, dict[str, Any]], plugins: list[Path] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Train every case in `world_size` ranks of the worker; by case, what each rank wrote, in rank order."""
+    settings = {"cases": cases, "plugins": [str(p) for p in plugins or []]}
+    ranks = launch(folder, world_size, WORKER, settings)
     return {name: [rank[name] for rank in ranks] for name in cases}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from ranks import deepspeed_command, environment
+from ranks import launch
 
 WORLD_SIZE, STEPS = 2, 6
 AUTO = "auto"
@@ -47,18 +45,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank wrote; both ways in one start of the processes."""
     folder = tmp_path_factory.mktemp("hf")
     (folder / "trainer.json").write_text(json.dumps(TRAINER))
-    settings = {"out": str(folder), "steps": STEPS, "trainer": str(folder / "trainer.json"), "deepspeed": PLAIN}
-    (folder / "settings.json").write_text(json.dumps(settings))
-    worker = Path(__file__).with_name("hf_worker.py")
-    run = subprocess.run(
-        deepspeed_command(WORLD_SIZE, worker, str(folder / "settings.json")),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-6000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
+    settings = {"steps": STEPS, "trainer": str(folder / "trainer.json"), "deepspeed": PLAIN}
+    return launch(folder, WORLD_SIZE, Path(__file__).with_name("hf_worker.py"), settings)
 
 
 def by_component(rank: dict[str, Any], key: str) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from toolkit.errors import UserError
 from toolkit.optim.optimizer import as_optimizer
 from toolkit.optim.rule import Beta, NonNegative, Rule, State, component_mapping
 
-PAPER_BETAS = {"ffn": 0.95}
+DEFAULT_BETAS = {"ffn": 0.95}
 """b1 by component where the paper departs from `betas[0]`."""
 
-PAPER_LR_RATIOS = {"ffn": 1.5e-2 / 8e-3}
+DEFAULT_LR_RATIOS = {"ffn": 1.5e-2 / 8e-3}
 """eta by component over the base rate where the paper departs from it."""
 
 
@@ -53,9 +53,9 @@ class SOAMRule(Rule):
             raise UserError("SOAM: lr is 0, but component_lrs needs a positive lr, to whose schedule they are tied")
 
     def for_component(self, component: str) -> dict[str, Any]:
-        b1 = (PAPER_BETAS | (self.component_betas or {})).get(component, self.betas[0])
+        b1 = (DEFAULT_BETAS | (self.component_betas or {})).get(component, self.betas[0])
         rates = self.component_lrs or {}
-        scale = rates[component] / self.lr if component in rates else PAPER_LR_RATIOS.get(component, 1.0)
+        scale = rates[component] / self.lr if component in rates else DEFAULT_LR_RATIOS.get(component, 1.0)
         return {"lr_scale": scale, "betas": (b1, self.betas[1])}
 
     def scalars(self, t: int) -> dict[str, float]:

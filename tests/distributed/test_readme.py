@@ -1,0 +1,77 @@
+"""What README tells a user to type works."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ranks import environment, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^    (\S.*)$", README, flags=re.MULTILINE)
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+PRELUDE = """
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+torch.manual_seed(0)
+model = Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                     num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+batches = [(torch.randint(0, 64, (4, 1)) + torch.arange(16)) % 64 for _ in range(3)]
+"""
+
+
+def run(command: list[str], **kwargs: object) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400, **kwargs)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return str(done.stdout)
+
+
+def test_it_shows_the_two_commands() -> None:
+    typed = [command.split("#")[0].strip() for command in COMMANDS]
+    assert typed[:2] == ["make train", "make test"]
+
+
+def test_make_train(tmp_path: Path) -> None:
+    if not (Path(sys.prefix) / ".installed").exists():
+        pytest.skip("needs the environment that `make install` sets up")
+    options = f"--steps 4 --seq-len 32 --eval-every 2 --eval-sequences 4 --run-dir {tmp_path / 'run'}"
+    shown = run(["make", "train", f"VENV={sys.prefix}", f"ARGS={options}"])
+    assert "validation loss" in shown and "bytes per parameter" in shown
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert 3.0 < summary["state_bytes_per_parameter"] < 3.1
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+
+
+def test_the_training_command(tmp_path: Path) -> None:
+    """As README has it, but for the size of the model and with local text in the place of the hub's."""
+    (command,) = (c for c in COMMANDS if c.startswith("deepspeed") and "fineweb" in c)
+    texts = [f"Document {i}. " + "The cat sat on the mat. " * 40 for i in range(300)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "local.parquet")
+    words = shlex.split(command.replace("--data fineweb", f"--data {tmp_path / 'local.parquet'}"))
+    port = ["--master_port", str(free_port())]
+    small = ["--model", "qwen3-tiny", "--steps", "2", "--seq-len", "32", "--run-dir", str(tmp_path / "run")]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    run([sys.executable, launcher, *port, *words[1:], *small])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    wanted = {"loss", "lr", "grad_norm", "alpha", "tokens_per_s", "memory_bytes"}
+    assert all(wanted <= line.keys() for line in lines)
+
+
+@pytest.mark.parametrize("index", range(len(PYTHON_BLOCKS)))
+def test_the_python_blocks(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for key, value in (alone | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setitem(os.environ, key, value)
+    run([sys.executable, "-c", PRELUDE + PYTHON_BLOCKS[index]])
