@@ -32,7 +32,8 @@ seeds = st.integers(0, 2**63 - 1)
 
 
 def packed(documents: Any, seq_len: int, seed: int = 0, **options: Any) -> PackedTokens:
-    return PackedTokens(documents, BYTES, seq_len, seed=seed, **options)
+    """Sequences in the order of the documents, unless `options` says otherwise."""
+    return PackedTokens(documents, BYTES, seq_len, seed=seed, **({"sequence_window": 1} | options))
 
 
 def tokens_of(text: str) -> list[int]:
@@ -89,7 +90,7 @@ def test_ranks_share_the_global_stream(
     """Disjoint and, put together, the stream itself: the same sequences in every global batch."""
 
     def stream() -> PackedTokens:
-        return packed(corpus, seq_len, seed, shuffle_window=window)
+        return packed(corpus, seq_len, seed, shuffle_window=window, sequence_window=2 * window)
 
     expected = take(stream().sequences(), 12 * micro_batch)
     for world_size in (1, 2, 3, 4):
@@ -113,12 +114,38 @@ def test_ranks_share_the_global_stream(
 def test_a_position_says_all_that_follows(
     corpus: list[str], seq_len: int, seed: int, window: int, given_out: int
 ) -> None:
-    first = packed(corpus, seq_len, seed, shuffle_window=window)
+    first = packed(corpus, seq_len, seed, shuffle_window=window, sequence_window=2 * window)
     stream = first.sequences()
     take(stream, given_out)
-    second = packed(corpus, seq_len, seed, shuffle_window=window)
+    second = packed(corpus, seq_len, seed, shuffle_window=window, sequence_window=2 * window)
     assert take(second.sequences(first.position), 10) == take(stream, 10)
     assert second.position == first.position
+
+
+@settings(deadline=None)
+@given(corpora, lengths, seeds, st.integers(1, 7))
+def test_groups_of_sequences_are_mixed_and_complete(corpus: list[str], seq_len: int, seed: int, group: int) -> None:
+    in_order = take(packed(corpus, seq_len, seed).sequences(), 3 * group)
+    mixed = take(packed(corpus, seq_len, seed, sequence_window=group).sequences(), 3 * group)
+    for first in range(0, 3 * group, group):
+        assert sorted(mixed[first : first + group]) == sorted(in_order[first : first + group])
+
+
+def test_a_long_document_does_not_fill_a_batch_alone() -> None:
+    corpus = ["a" * 4000, "b" * 4000, "c" * 4000, "d" * 4000]
+    batch = take(packed(corpus, 50, sequence_window=256).sequences(), 32)
+    assert len({tuple(sequence) for sequence in batch}) > 2
+
+
+@settings(deadline=None)
+@given(corpora, lengths, seeds, st.integers(1, 40))
+def test_the_first_pass_ends_where_the_documents_repeat(corpus: list[str], seq_len: int, seed: int, most: int) -> None:
+    stream = packed(corpus, seq_len, seed)
+    found = [sequence.tolist() for sequence in stream.first_pass(most)]
+    assert found == take(packed(corpus, seq_len, seed).sequences(), len(found))
+    tokens = sum(len(tokens_of(text)) for text in corpus)
+    assert 1 <= len(found) <= most
+    assert (len(found) - 1) * seq_len < tokens
 
 
 def corpus_of(number: int) -> list[str]:
@@ -144,12 +171,12 @@ def test_each_epoch_and_window_has_its_own_order() -> None:
 
 def test_epoch_and_position_count_on() -> None:
     stream = packed(["abc", "de"], 3, shuffle_window=1)  # a b c END d e END, then again
-    assert stream.epoch == 0
+    assert stream.position.epoch == 0
     seen = []
     for _ in islice(stream.sequences(), 4):
         seen.append(stream.position)
     assert seen == [Position(0, 0, 0, 3), Position(0, 1, 0, 2), Position(1, 0, 0, 2), Position(1, 1, 0, 1)]
-    assert stream.epoch == 1
+    assert stream.position.epoch == 1
 
 
 def test_validation_is_every_hundredth_document() -> None:
@@ -270,7 +297,7 @@ def test_real_fineweb(shared_data: Path) -> None:
     """Every token of real documents arrives, and a thousand-token sequence reads as the text it was."""
     tokenizer = load_tokenizer("mistral-32k")
     documents = open_documents(str(shared_data / "fineweb" / "fineweb_val.parquet"))
-    stream = PackedTokens(documents, tokenizer, 1024, seed=0, shuffle_window=1)
+    stream = PackedTokens(documents, tokenizer, 1024, seed=0, shuffle_window=1, sequence_window=1)
     tokens = np.concatenate([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in islice(documents, 40)])
     number = (len(tokens) - 1) // 1024
     assert joined(take(stream.sequences(), number)) == tokens[: number * 1024 + 1].tolist()

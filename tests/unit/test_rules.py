@@ -203,6 +203,8 @@ def test_tiny_gradients_still_give_the_right_update(rule: Any) -> None:
         (AMCS, {"component_scales": {"atention": 1.2}}, "Did you mean 'attention'?"),
         (AMCS, {"state_format": "8bits", "alpha": 0.5}, "Did you mean '8bit'?"),
         (AMCS, {"state_format": {"m_fst": "8bit"}, "alpha": 0.5}, "Did you mean 'm_fast'?"),
+        (AMCS, {"state_format": 8, "alpha": 0.5}, "state_format is 8"),
+        (AMCS, {"state_format": {"v": ["8bit"]}, "alpha": 0.5}, "is unknown"),
         (AMCS, {"compile": "yes", "alpha": 0.5}, "compile must be true or false"),
         (SOAM, {"beta": (0.9, 0.95)}, "Did you mean 'betas'?"),
         (SOAM, {"component_lrs": {"ffn": -1.0}}, "component_lrs.ffn is -1.0"),

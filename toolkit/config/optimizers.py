@@ -23,10 +23,10 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
     """
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-    from toolkit.optim import RULES, check_settings
+    from toolkit.optim import RULES, check_settings, find_rule
 
     in_torch = _torch_names("torch.optim", "Optimizer")
-    if kind in RULES:
+    if find_rule(kind):
         try:
             check_settings(kind, dict(params))
         except ValueError as error:
@@ -97,7 +97,7 @@ def check_scheduler(kind: str, params: Mapping[str, Any], *, optimizer: str | No
     import torch
     from deepspeed.runtime import lr_schedules
 
-    from toolkit.optim import RULES
+    from toolkit.optim import find_rule
 
     in_torch = _torch_names("torch.optim.lr_scheduler", "LRScheduler")
     in_deepspeed = lr_schedules.VALID_LR_SCHEDULES
@@ -116,7 +116,7 @@ def check_scheduler(kind: str, params: Mapping[str, Any], *, optimizer: str | No
     missing = [n for n, p in arguments.items() if p.default is p.empty and n not in params]
     if complete and missing:
         raise UserError(f"scheduler.params lacks {missing[0]!r}, which {kind} needs.")
-    if kind == "OneCycle" and optimizer in RULES and params.get("cycle_momentum", True):
+    if kind == "OneCycle" and find_rule(optimizer) and params.get("cycle_momentum", True):
         raise UserError(
             f"scheduler.type 'OneCycle' with cycle_momentum overwrites the betas of {optimizer} at every step; "
             "set scheduler.params.cycle_momentum to false."

@@ -98,14 +98,14 @@ def _check_sections(config: Mapping[str, Any]) -> dict[str, BaseModel]:
 def _check_precision(
     config: Mapping[str, Any], models: Mapping[str, Any], stage: int, kind: str | None, offloads: Mapping[str, str]
 ) -> None:
-    from toolkit.optim import RULES
+    from toolkit.optim import find_rule
 
     bf16 = next((key for key in ("bf16", "bfloat16") if getattr(models.get(key), "enabled", False)), None)
     if bf16 and getattr(models.get("fp16"), "enabled", False):
         raise UserError(f"{bf16}.enabled and fp16.enabled are both true; a run computes in one of them.")
     gradients = config.get("data_types", {}).get("grad_accum_dtype")
     in_fp32 = gradients in ("fp32", "float32", "float", "torch.float32")
-    if kind in RULES and bf16 and stage == 1 and in_fp32 and offloads["offload_optimizer"] == "none":
+    if find_rule(kind) and bf16 and stage == 1 and in_fp32 and offloads["offload_optimizer"] == "none":
         raise UserError(
             f"data_types.grad_accum_dtype {gradients!r} with bf16 at zero_optimization.stage 1 makes DeepSpeed "
             "use a wrapper whose fp32 gradients are not sharded and whose partitions are not whole blocks, "

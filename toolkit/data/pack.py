@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import count, islice
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -28,15 +28,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Position:
-    """A token of the endless stream: number `offset` of document `index` of `window`, after shuffling.
+    """Sequence number `mixed` of the group that starts at token `offset` of document `index` of `window`.
 
-    Together with the documents, the tokenizer and the seed it fixes everything that follows.
+    Document and sequence are counted after shuffling. Together with the documents, the tokenizer and the seed
+    it fixes everything that follows.
     """
 
     epoch: int = 0
     window: int = 0
     index: int = 0
     offset: int = 0
+    mixed: int = 0
 
 
 class PackedTokens:
@@ -47,7 +49,8 @@ class PackedTokens:
     tokenized without special tokens and closed by the end-of-text token; the tokens are cut into sequences
     of `seq_len` + 1, each of which starts with the last token of the one before. So every token but the very
     first is predicted exactly once, nothing is padded, and at the end of the corpus the next epoch goes on in
-    the middle of a sequence.
+    the middle of a sequence. Groups of `sequence_window` sequences are then handed out in shuffled order, so that
+    a long document does not fill a batch alone.
 
     Args:
         documents: the corpus; iterated once per epoch, always in the same order.
@@ -56,6 +59,7 @@ class PackedTokens:
         seed: fixes the order, at least 0.
         part: ``validation`` is every 100th document in source order, ``train`` the others, ``all`` both.
         shuffle_window: documents that are shuffled among each other; 1 keeps the source order.
+        sequence_window: sequences that are shuffled among each other; 1 keeps the order of the documents.
 
     Raises:
         UserError: a number out of range; while reading, a part without any document.
@@ -70,11 +74,13 @@ class PackedTokens:
         seed: int,
         part: Part = "all",
         shuffle_window: int = 1024,
+        sequence_window: int = 256,
     ) -> None:
         for name, value, least in (
             ("seq_len", seq_len, 1),
             ("seed", seed, 0),
             ("shuffle_window", shuffle_window, 1),
+            ("sequence_window", sequence_window, 1),
         ):
             if value < least:
                 raise UserError(f"{name} is {value}, but must be at least {least}.")
@@ -84,20 +90,40 @@ class PackedTokens:
         self.seed = seed
         self.part = part
         self.shuffle_window = shuffle_window
+        self.sequence_window = sequence_window
         self.position = Position()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch, from 0, in which the next sequence starts."""
-        return self.position.epoch
 
     def sequences(self, start: Position | None = None) -> Iterator[np.ndarray]:
         """The sequences from `start` (the beginning if None) on, without end: int64 arrays [seq_len + 1].
 
-        Before each is handed out, `position` moves to the start of the one after it.
+        Before each is handed out, `position` moves to the one after it.
         """
         start = start or Position()
         self.position = start
+        group_start = replace(start, mixed=0)
+        given_out = start.mixed
+        stream = self._in_order(group_start)
+        while True:
+            group = list(islice(stream, self.sequence_window))
+            next_start = group[-1][0]
+            order = np.random.default_rng((self.seed, *astuple(group_start))).permutation(len(group))
+            for number in range(given_out, len(group)):
+                last = number + 1 == len(group)
+                self.position = next_start if last else replace(group_start, mixed=number + 1)
+                yield group[order[number]][1]
+            group_start, given_out = next_start, 0
+
+    def first_pass(self, most: int) -> list[np.ndarray]:
+        """Up to `most` sequences that begin before the documents repeat, in the order of the documents."""
+        found: list[np.ndarray] = []
+        for following, sequence in self._in_order(Position()):
+            found.append(sequence)
+            if len(found) == most or following.epoch > 0:
+                break
+        return found
+
+    def _in_order(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
+        """The sequences before they are mixed, each with where the one after it starts."""
         size = self.seq_len + 1
         block = np.empty(size, np.int64)
         filled = 0
@@ -109,8 +135,7 @@ class PackedTokens:
                 filled += len(piece)
                 taken += len(piece)
                 if filled == size:
-                    self.position = replace(document, offset=taken - 1)
-                    yield block.copy()
+                    yield replace(document, offset=taken - 1), block.copy()
                     block[0] = block[-1]
                     filled = 1
 

@@ -119,12 +119,11 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _allocate(self, parameter: Tensor, codecs: Mapping[str, type[Codec]]) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
-            blocks = -(-parameter.numel() // BLOCK)
-            # On few blocks the state is padded to two: the compiled step takes no fewer.
-            shape = max(blocks, 2)
+            # Two at least: the compiled step takes no fewer.
+            blocks = max(-(-parameter.numel() // BLOCK), 2)
             state["step"] = 0
             for key, part in _parts(codecs):
-                state[key] = torch.zeros(shape, part.per_block, dtype=part.dtype, device=parameter.device)
+                state[key] = torch.zeros(blocks, part.per_block, dtype=part.dtype, device=parameter.device)
         return state
 
     def _scalars(self, group: Mapping[str, Any], t: int, device: torch.device) -> tuple[tuple[str, ...], Tensor]:
@@ -240,6 +239,8 @@ def check_settings(name: str, params: Mapping[str, Any]) -> None:
 def state_formats(rule: type[Rule], wanted: str | Mapping[str, str], *, where: str) -> dict[str, str]:
     """The format of every state of `rule`, from one name or a mapping. Raises UserError."""
     names = [state.name for state in rule.states]
+    if not isinstance(wanted, (str, Mapping)):
+        raise UserError(f"{where}: state_format is {wanted!r}, but must be a name or a mapping from state to name")
     given = dict.fromkeys(names, wanted) if isinstance(wanted, str) else dict(wanted)
     for state in given:
         if state not in names:
@@ -248,7 +249,7 @@ def state_formats(rule: type[Rule], wanted: str | Mapping[str, str], *, where: s
                 f"{', '.join(names)}.{nearest(state, names)}"
             )
     for value in given.values():
-        if value not in FORMATS:
+        if str(value) not in FORMATS:
             raise UserError(
                 f"{where}: state_format {value!r} is unknown; known are {', '.join(FORMATS)}."
                 f"{nearest(str(value), FORMATS)}"

@@ -42,6 +42,8 @@ def make_plan(settings: RunSettings) -> Plan:
     Raises:
         UserError: the first thing found that is not fit for a run.
     """
+    import torch
+
     from toolkit import config as configs
     from toolkit import data, models
 
@@ -78,7 +80,8 @@ def make_plan(settings: RunSettings) -> Plan:
     validation: list[torch.Tensor] = []
     if settings.eval_every > 0:
         source = packed(settings.val_data or settings.data, "validation" if held_out else "all")
-        validation = _first_sequences(source, settings.eval_sequences)
+        source.require(1)
+        validation = [torch.as_tensor(sequence) for sequence in source.first_pass(settings.eval_sequences)]
     return Plan(
         settings=settings,
         config=config,
@@ -127,16 +130,3 @@ def import_plugin(path: Path) -> None:
         raise
     except Exception as error:
         raise UserError(f"--plugin {path}: {type(error).__name__}: {error}") from error
-
-
-def _first_sequences(packed: PackedTokens, count: int) -> list[torch.Tensor]:
-    """The first `count` sequences, fewer if the text ends before: int64 [seq_len + 1] each."""
-    import torch
-
-    packed.require(1)
-    sequences: list[torch.Tensor] = []
-    for sequence in packed.sequences():
-        if len(sequences) == count or (sequences and packed.epoch > 0):
-            break
-        sequences.append(torch.as_tensor(sequence))
-    return sequences
