@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from toolkit.optim import Rule, State, as_optimizer
+from toolkit.optim import Beta, NonNegative, Rule, State, as_optimizer
 
 
 class LionRule(Rule):
@@ -10,9 +10,9 @@ class LionRule(Rule):
 
     states = (State("m"),)
 
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
+    lr: NonNegative = 1e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    weight_decay: NonNegative = 0.0
 
     def scalars(self, t: int) -> dict[str, float]:
         b1, b2 = self.betas

@@ -33,8 +33,19 @@ def environment() -> dict[str, str]:
 
 
 def case(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """One training of the worker. `same_data`: every rank sees the whole global batch."""
-    return {"steps": 4, "global_batch": 4, "same_data": False, "dump": False, "config": config} | settings
+    """One training of the worker.
+
+    `same_data`: every rank sees the whole global batch. `save_at`: after so many steps DeepSpeed saves a
+    checkpoint, and a fresh model with other weights goes on from it.
+    """
+    return {
+        "steps": 4,
+        "global_batch": 4,
+        "same_data": False,
+        "dump": False,
+        "save_at": None,
+        "config": config,
+    } | settings
 
 
 def launch(folder: Path, world_size: int, script: Path, settings: dict[str, Any]) -> list[Any]:

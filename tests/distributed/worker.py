@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,17 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     losses, rates = [], []
     optimizer = rule_optimizer(engine)
     for step in range(case["steps"]):
+        if step and step == case["save_at"]:
+            with tempfile.TemporaryDirectory() as mine:
+                shared = [mine]
+                dist.broadcast_object_list(shared)
+                engine.save_checkpoint(shared[0])
+                engine.destroy()
+                model = small_model(seed=1)
+                engine, *_ = toolkit.initialize(model=model, config=case["config"], total_steps=case["steps"])
+                engine.load_checkpoint(shared[0])
+                dist.barrier()
+            optimizer = rule_optimizer(engine)
         generator = torch.Generator().manual_seed(100 + step)
         starts = torch.randint(0, 250, (case["global_batch"], 1), generator=generator)
         tokens = (starts + torch.arange(24)) % 250  # counting: something that can be learned

@@ -78,10 +78,13 @@ def changed(name: str, *assignments: str) -> dict[str, Any]:
         # what DeepSpeed removed
         ("amp.enabled=true", "amp is no longer part of DeepSpeed: NVIDIA Apex AMP integration has been removed"),
         ("zero_optimization.mics_shard_size=2", "zero_optimization.mics_shard_size is no longer part of DeepSpeed"),
+        # what whole-block shards and the precision rule out
+        ("data_types.param_dtype=fp32", "the run computes in bf16"),
+        ("zero_optimization.round_robin_gradients=true", "orders parameters by the number of ranks"),
         # optimizer
         ("optimizer.type=AMSC", "optimizer.type 'AMSC' is unknown; it names one of AMCS, SOAM"),
         ("optimizer.type=AMSC", "Did you mean 'AMCS'?"),
-        ("optimizer.type=amcs", "Did you mean 'AMCS'?"),
+        ("optimizer.params.lr=true", "lr is true, but must be"),
         ("optimizer.type=AdmW", "Did you mean 'AdamW'?"),
         ("optimizer.type=5", "optimizer.type is 5, but must be a valid string"),
         ("optimizer.params.lr=-1", "my.json: optimizer.params: "),
@@ -127,6 +130,17 @@ def test_a_mistake_in_a_good_file_gets_one_sentence(assignment: str, sentence: s
     assert message.startswith("my.json: ")
     assert sentence in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["amcs_zero3", "adamw_zero3"])
+@pytest.mark.parametrize("assignment", ["reduce_scatter=false", "zero_quantized_gradients=true"])
+def test_gradients_cut_by_another_layout_are_refused_at_stage_3(name: str, assignment: str) -> None:
+    assert assignment.split("=")[0] in refusal(changed(name, f"zero_optimization.{assignment}"))
+
+
+def test_gradients_of_another_type_are_refused_at_stage_0() -> None:
+    config = changed("amcs_zero2", "zero_optimization.stage=0", "data_types.grad_accum_dtype=fp32")
+    assert "without ZeRO gradients are in bf16" in refusal(config)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,23 @@ def test_state_dict_round_trip_continues_bit_for_bit() -> None:
     twin.step()
     for a, b in zip(parameters, twins, strict=True):
         assert torch.equal(a, b)
+
+
+def test_copies_and_pickles_step_alike() -> None:
+    parameters, optimizer = train(SOAM, steps=2, compile=False)
+    twin = pickle.loads(pickle.dumps((parameters, optimizer)))
+    copied = copy.deepcopy((parameters, optimizer))
+    for tensors, each in ((parameters, optimizer), twin, copied):
+        for p in tensors:
+            p.grad = torch.full_like(p, 1e-2)
+        each.step()
+    for a, b, c in zip(parameters, twin[0], copied[0], strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_a_hyper_parameter_given_twice_is_refused() -> None:
+    with pytest.raises(TypeError, match="twice"):
+        SOAM([nn.Parameter(torch.ones(2, 2))], 1e-3, lr=2e-3)
 
 
 def test_loading_another_format_is_refused() -> None:

@@ -53,13 +53,14 @@ def final_loss(rule: Any, batches: tuple[list[torch.Tensor], torch.Tensor], **se
         model(input_ids=tokens, labels=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = settings["lr"] * min(1.0, (step + 1) / 20)
+            # Without the decay the last batches alone move the loss more than the format does.
+            group["lr"] = settings["lr"] * min(1.0, (step + 1) / 20) * (1 - step / STEPS)
         optimizer.step()
         optimizer.zero_grad()
     return before, validate()
 
 
-@pytest.mark.parametrize(("rule", "settings"), [(AMCS, {"lr": 2e-3, "total_steps": STEPS}), (SOAM, {"lr": 1e-3})])
+@pytest.mark.parametrize(("rule", "settings"), [(AMCS, {"lr": 2e-3, "total_steps": STEPS}), (SOAM, {"lr": 2e-3})])
 def test_8_bit_state_trains_as_well_as_fp32(
     rule: Any, settings: dict[str, Any], batches: tuple[list[torch.Tensor], torch.Tensor]
 ) -> None:

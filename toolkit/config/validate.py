@@ -15,6 +15,12 @@ from toolkit.config.schema import DeepSpeedJson, deepspeed_models
 from toolkit.errors import UserError
 from toolkit.sentences import dotted, explain, shown
 
+# DeepSpeed's names for a data type (DtypeEnum).
+_SPELLINGS = {
+    "fp32": ("fp32", "float32", "float", "torch.float32"),
+    "fp16": ("fp16", "float16", "half", "torch.float16"),
+    "bf16": ("bf16", "bfloat16", "torch.bfloat16"),
+}
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -57,6 +63,7 @@ def _validate(config: dict[str, Any], world_size: int | None, *, complete: bool)
         check_scheduler(scheduler["type"], scheduler.get("params", {}), optimizer=kind, complete=complete)
     _check_precision(config, models, stage, kind, offloads)
     _check_offload(zero, stage, offloads)
+    _check_whole_blocks(zero, stage, kind)
     _check_batch(config, world_size, complete=complete)
     _check_by_deepspeed(config)
 
@@ -103,13 +110,39 @@ def _check_precision(
     bf16 = next((key for key in ("bf16", "bfloat16") if getattr(models.get(key), "enabled", False)), None)
     if bf16 and getattr(models.get("fp16"), "enabled", False):
         raise UserError(f"{bf16}.enabled and fp16.enabled are both true; a run computes in one of them.")
-    gradients = config.get("data_types", {}).get("grad_accum_dtype")
-    in_fp32 = gradients in ("fp32", "float32", "float", "torch.float32")
+    computed = "bf16" if bf16 else "fp16" if getattr(models.get("fp16"), "enabled", False) else "fp32"
+    types = config.get("data_types", {})
+    if types.get("param_dtype") not in (None, *_SPELLINGS[computed]):
+        given = shown(types["param_dtype"])
+        raise UserError(f"data_types.param_dtype is {given}, but the run computes in {computed}; leave it out.")
+    gradients = types.get("grad_accum_dtype")
+    if stage == 0 and gradients not in (None, *_SPELLINGS[computed]):
+        raise UserError(
+            f"data_types.grad_accum_dtype is {shown(gradients)}, but without ZeRO gradients are in {computed} like the "
+            "model; leave it out, or use zero_optimization.stage 1, 2 or 3."
+        )
+    in_fp32 = gradients in _SPELLINGS["fp32"]
     if find_rule(kind) and bf16 and stage == 1 and in_fp32 and offloads["offload_optimizer"] == "none":
         raise UserError(
             f"data_types.grad_accum_dtype {gradients!r} with bf16 at zero_optimization.stage 1 makes DeepSpeed "
             "use a wrapper whose fp32 gradients are not sharded and whose partitions are not whole blocks, "
             f"which {kind} needs; remove it, or use stage 2 or 3."
+        )
+
+
+def _check_whole_blocks(zero: Any, stage: int, kind: str | None) -> None:
+    """What cannot be combined with shards of whole blocks."""
+    from toolkit.optim import find_rule
+
+    # At stage 3 the layout is the same for every optimizer.
+    if stage == 3 and zero.reduce_scatter is False:
+        raise UserError("zero_optimization.reduce_scatter is false, but must be true (the default) at stage 3.")
+    if stage == 3 and zero.zero_quantized_gradients:
+        raise UserError("zero_optimization.zero_quantized_gradients is not supported at stage 3; leave it out.")
+    if find_rule(kind) and stage in (1, 2) and zero.round_robin_gradients:
+        raise UserError(
+            "zero_optimization.round_robin_gradients orders parameters by the number of ranks, which the state of "
+            f"{kind} must not depend on; leave it out."
         )
 
 

@@ -3,7 +3,7 @@
 from toolkit.optim.amcs import AMCS, AMCSRule
 from toolkit.optim.components import component_of, param_groups
 from toolkit.optim.optimizer import RULES, RuleOptimizer, as_optimizer, check_settings, find_rule
-from toolkit.optim.rule import COMPONENTS, Rule, State
+from toolkit.optim.rule import COMPONENTS, Beta, NonNegative, Rule, State
 from toolkit.optim.soam import SOAM, SOAMRule
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "RULES",
     "SOAM",
     "AMCSRule",
+    "Beta",
+    "NonNegative",
     "Rule",
     "RuleOptimizer",
     "SOAMRule",

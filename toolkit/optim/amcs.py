@@ -42,7 +42,7 @@ class AMCSRule(Rule):
     betas: tuple[Beta, Beta, Beta] = (0.9, 0.95, 0.95)
     eps: NonNegative = 1e-8
     weight_decay: NonNegative = 0.1
-    total_steps: int | None = Field(default=None, ge=1)
+    total_steps: int | None = Field(default=None, ge=1, strict=True)
     alpha: str | float | AlphaPoints = "linear"
     component_scales: dict[str, NonNegative] | None = None
 

@@ -48,12 +48,11 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         options = _bind(type(self), args, kwargs)
-        defaults = {key: options[key] for key in _OPTIONS}
+        own = {key: options[key] for key in _OPTIONS}
         hyper = {key: value for key, value in options.items() if key not in _OPTIONS}
         rule = self.rule.parse(hyper, where=type(self).__name__)
         rule.check_ready()
-        self._compile = bool(defaults.pop("compile"))
-        super().__init__(params, dict(rule) | defaults)
+        super().__init__(params, dict(rule) | own)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: settles its component, rate scale and state formats, and sets 1-D tensors apart.
@@ -108,7 +107,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 names, values = scalars[key]
                 function = step_function(self.rule, names, tuple(codecs.values()))
                 parts = [state[name] for name in state_keys(codecs)]
-                _apply(function, self._compile, parameter, values, parts)
+                _apply(function, group["compile"], parameter, values, parts)
         return loss
 
     def codecs(self, group: Mapping[str, Any]) -> dict[str, type[Codec]]:
@@ -303,7 +302,10 @@ def _apply(function: StepFunction, compiled: bool, parameter: Tensor, scalars: T
 
 def _bind(optimizer: type[RuleOptimizer], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     known = [key for key in inspect.signature(optimizer).parameters if key != "params"]
-    given = dict(zip(known, args, strict=False)) | dict(kwargs)
+    positional = dict(zip(known, args, strict=False))
+    if len(args) > len(known) or positional.keys() & kwargs.keys():
+        raise TypeError(f"{optimizer.__name__} got a hyper-parameter twice or too many of them: {args}, {dict(kwargs)}")
+    given = positional | dict(kwargs)
     for key in given:
         if key not in known:
             raise UserError(

@@ -18,8 +18,8 @@ from toolkit.sentences import explain
 COMPONENTS = ("attention", "ffn", "embedding", "norm", "head", "other")
 """The parts of a transformer that a rule may treat differently."""
 
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
 
 
 @dataclass(frozen=True)

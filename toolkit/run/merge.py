@@ -113,7 +113,7 @@ def merge_flags(
     Raises:
         UserError: a flag contradicts the JSON or has nowhere to go.
     """
-    merged = copy.deepcopy(dict(config))
+    merged = _current_names(copy.deepcopy(dict(config)))
     flags = {MICRO: settings.micro_batch, ACCUMULATION: settings.grad_accum, GLOBAL: settings.global_batch}
     batch = resolve_batch(flags, merged, world_size)
     triple = {MICRO: batch.micro, ACCUMULATION: batch.accumulation, GLOBAL: batch.total}
@@ -126,12 +126,24 @@ def merge_flags(
     if settings.lr is not None:
         optimizer.setdefault("params", {})["lr"] = settings.lr
     if isinstance(scheduler, dict):
+        peak = PEAK_KEY.get(str(scheduler.get("type")))
+        if peak and scheduler.setdefault("params", {}).get(peak) == "auto":
+            scheduler["params"][peak] = optimizer.get("params", {}).get("lr", "auto")
         remarks = _merge_scheduler(scheduler, settings)
     elif settings.warmup is not None:
         raise UserError("--warmup needs a 'scheduler' section in the DeepSpeed JSON, and this one has none.")
     else:
         remarks = []
     return _without_auto(merged), batch, remarks
+
+
+def _current_names(config: dict[str, Any]) -> dict[str, Any]:
+    """The same JSON in the spelling that the run reads, for what DeepSpeed takes in an older one too."""
+    if isinstance(stage_1 := config.get("zero_optimization"), bool):
+        config["zero_optimization"] = {"stage": int(stage_1)}
+    if "bfloat16" in config:
+        config.setdefault("bf16", config.pop("bfloat16"))
+    return config
 
 
 def _merge_scheduler(scheduler: dict[str, Any], settings: RunSettings) -> list[str]:

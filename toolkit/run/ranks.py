@@ -146,6 +146,8 @@ def agreed(check: Callable[[], T]) -> T:
         result = check()
     except UserError as error:
         problem = str(error)
+    except OSError as error:  # what the file system refuses while we look is the user's to mend
+        problem = f"{error.filename or type(error).__name__}: {error.strerror or error}."
     problems: list[str | None] = [None] * world_size()
     distributed.all_gather_object(problems, problem)
     for found in problems:
@@ -177,7 +179,9 @@ def mean_max(mean: list[float], largest: list[float], device: torch.device) -> t
 
 def report(error: UserError) -> None:
     """Print `error: <message>` once for the whole run; the caller exits with status 2."""
-    if rank() == 0:
+    # Before the ranks have joined, each machine speaks for itself.
+    local_rank = int(os.environ.get("LOCAL_RANK", rank()))
+    if rank() == 0 or (local_rank == 0 and not _joined()):
         print(f"error: {error}", file=sys.stderr, flush=True)
         return
     time.sleep(GRACE_SECONDS)

@@ -88,8 +88,7 @@ def register() -> None:
         # Stage 0 in bf16 steps once on zero gradients when it starts.
         with RuleOptimizer.allocating():
             configure(self, client_optimizer, model_parameters)
-        if isinstance(self.basic_optimizer, RuleOptimizer):
-            _finish(self)
+        _finish(self)
 
     engine._configure_basic_optimizer = configure_basic_optimizer
     engine._configure_optimizer = configure_optimizer
@@ -108,6 +107,12 @@ def _build(rule: type[RuleOptimizer], engine: Any, model_parameters: Any) -> Rul
 
 
 def _finish(engine: Any) -> None:
+    if engine.zero_optimization_partition_weights():
+        partition.check_stage_3(engine.optimizer)
+    if not isinstance(engine.basic_optimizer, RuleOptimizer):
+        return
+    if engine.fp16_enabled() and getattr(engine.optimizer, "loss_scaler", None) is None:
+        engine.optimizer.loss_scaler = _LossScale(engine.optimizer.loss_scale_config)
     if engine.zero_optimization() and isinstance(engine.optimizer, BF16_Optimizer):
         raise UserError(
             'data_types.grad_accum_dtype: "fp32" with bf16 at ZeRO stage 1 makes DeepSpeed keep unsharded fp32 '
@@ -115,6 +120,20 @@ def _finish(engine: Any) -> None:
         )
     if engine.zero_optimization_partition_weights():
         partition.zero_padding(engine.optimizer)
+
+
+class _LossScale:
+    """What `engine.backward` asks for the scaled loss.
+
+    DeepSpeed's wrapper for stage 0 (fp16/unfused_optimizer.py) has no such part: its gradients are divided by a
+    scale that the loss was never multiplied with.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        return loss.float() * self._config.cur_scale
 
 
 def rule_optimizer(engine: Any) -> RuleOptimizer | None:

@@ -20,6 +20,7 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
 from toolkit.state.codecs import BLOCK
 
@@ -157,6 +158,22 @@ def install() -> None:
     ds_parameters._dist_allgather_fn = _allgather_whole_blocks
     ds_parameters._no_gather_coalesced = _no_gather_whole_blocks
     ds_stage3.reduce_scatter_coalesced = _reduce_scatter_whole_blocks
+
+
+def check_stage_3(zero_optimizer: Any) -> None:
+    """Refuse the ways of reducing gradients that cut them by another layout than the parameters.
+
+    Raises UserError. They are stage3.py's `__avg_scatter_contiguous_grads` and `all_to_all_quant_reduce`.
+    """
+    if not zero_optimizer.reduce_scatter:
+        raise UserError(
+            "zero_optimization.reduce_scatter is false, but at stage 3 gradients are cut into whole blocks, for which "
+            "it must be true (the default)"
+        )
+    if zero_optimizer.all2all_process_group is not None:
+        raise UserError(
+            "zero_optimization.zero_quantized_gradients does not cut gradients into whole blocks; leave it out"
+        )
 
 
 @torch.no_grad()
