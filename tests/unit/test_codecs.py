@@ -33,7 +33,7 @@ def round_trip(codec: type[Codec], x: Tensor) -> Tensor:
 def test_signed8_error_is_bounded(x: Tensor) -> None:
     scale = x.abs().amax(dim=1, keepdim=True)
     y, back = (x.abs() / scale.clamp(min=TINY)).sqrt(), (round_trip(Signed8, x).abs() / scale.clamp(min=TINY)).sqrt()
-    assert ((back - y).abs() <= 0.5 / 127 * 1.001).all(), "half a code, on the scale of roots"
+    assert ((back - y).abs() <= 1.001 / 127).all(), "a code at most, on the scale of roots"
     assert (round_trip(Signed8, x) * x >= 0).all(), "no sign changes"
 
 
@@ -56,7 +56,23 @@ def test_small_second_moments_decay() -> None:
         coded = round_trip(Root8, coded + 0.05 * (g * g - coded))
         exact = exact + 0.05 * (g * g - exact)
     small = (v > 1e-5) & (v < 1e-3)
-    assert (coded[small].mean() / exact[small].mean()).item() == pytest.approx(1.0, abs=0.15)
+    assert exact[small].mean() < 0.05 * v[small].mean()
+    assert 0.8 < (coded[small].mean() / exact[small].mean()).item() < 1.5, "never smaller: updates would grow"
+
+
+def test_small_momenta_decay_to_zero() -> None:
+    """Beside a busy element, so that the scale stays: rounded to the nearest code they would stay too."""
+    torch.manual_seed(0)
+    m = torch.randn(64, BLOCK) * 1e-3
+    coded, exact = m, m
+    for _ in range(60):
+        g = torch.zeros_like(m)
+        g[:, 0] = 1.0 + 0.1 * torch.randn(64)
+        coded = round_trip(Signed8, coded + 0.1 * (g - coded))
+        exact = exact + 0.1 * (g - exact)
+    rest = slice(1, None)
+    assert coded[:, rest].abs().mean() < 3 * exact[:, rest].abs().mean()
+    assert (coded[:, rest] == 0).float().mean() > 0.5
 
 
 def test_rounding_of_second_moments_has_no_bias() -> None:

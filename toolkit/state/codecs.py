@@ -91,11 +91,14 @@ def _defined(codes: Tensor, *, largest: float) -> Tensor:
 
 
 class Signed8(Codec):
-    """Momentum in int8: code = sign(x) round(127 sqrt(|x| / max|x|)).
+    """Momentum in int8: code = sign(x) 127 sqrt(|x| / max|x|), rounded down or up so as to be right on average.
 
     The root spends codes near zero, where most of a heavy-tailed block lies: gradients of vocabulary matrices
     and of down projections have columns hundreds of times larger than their neighbours. It is odd, so zero is
     exact, and decoding then encoding gives the same codes. Decode: z |z| max|x| with z = code / 127.
+
+    Rounded to the nearest code a small momentum would never decay, while its second moment does: the update of
+    an embedding row whose token is not seen any more would grow for ever.
     """
 
     name = "signed8"
@@ -105,8 +108,10 @@ class Signed8(Codec):
     def encode(x: Tensor) -> tuple[Tensor, ...]:
         size = x.abs()
         scale, inverse = _block_scale(size)
-        codes = torch.round(127.0 * torch.sqrt(size * inverse))
-        codes = _defined(codes, largest=127.0)
+        square = 16129.0 * (size * inverse)
+        below = torch.floor(torch.sqrt(square))
+        up = square - below * below > _dither(scale) * (2.0 * below + 1.0)
+        codes = _defined(torch.where(up, below + 1.0, below), largest=127.0)
         return torch.where(x < 0.0, -codes, codes).to(torch.int8), scale
 
     @staticmethod
@@ -117,15 +122,16 @@ class Signed8(Codec):
 
 
 class Root8(Codec):
-    """Second moment in uint8: code = 255 (v / max v)^(1/4), rounded down or up, never below 1.
+    """Second moment in uint8: code = 255 (v / max v)^(1/4), rounded down or up by a dither, never below 1.
 
     Linear codes for v diverge and square roots lose the small elements of heavy-tailed blocks. A code of zero
     would decode to v = 0 beside a non-zero momentum, an update hundreds of times too large, hence the floor
     at 1. The scale kept is the fourth root of max v, which no float's range can make underflow.
 
     Rounding to the nearest code would never let a small element decay: 5 % less v is 1.3 % less of its root,
-    below half a code for every code under 40. It stays too large, and its weight learns too slowly. So the code
-    above is taken with the probability that makes the decoded value right on average.
+    below half a code for every code under 40. It stays too large, and its weight learns too slowly. Rounding is
+    unbiased for the root and not for v: between small codes, 16 times apart in v, that would mean v far too small
+    most of the time, and updates far too large.
     """
 
     name = "root8"
@@ -135,22 +141,14 @@ class Root8(Codec):
     def encode(x: Tensor) -> tuple[Tensor, ...]:
         root = torch.sqrt(torch.sqrt(x))
         scale, inverse = _block_scale(root)
-        place = 255.0 * (root * inverse)
-        below = torch.floor(place)
-        step = ((4.0 * below + 6.0) * below + 4.0) * below + 1.0  # (below + 1)^4 - below^4
-        up = _fourth_power(place) - _fourth_power(below) > _dither(scale) * step
-        codes = _defined(torch.where(up, below + 1.0, below), largest=255.0)
+        codes = _defined(torch.floor(255.0 * (root * inverse) + _dither(scale)), largest=255.0)
         return codes.clamp(min=1.0).to(torch.uint8), scale
 
     @staticmethod
     def decode(*parts: Tensor) -> Tensor:
         codes, scale = parts
-        return _fourth_power(codes.to(torch.float32) * (1.0 / 255.0) * scale)
-
-
-def _fourth_power(x: Tensor) -> Tensor:
-    square = x * x
-    return square * square
+        square = (codes.to(torch.float32) * (1.0 / 255.0) * scale) ** 2
+        return square * square
 
 
 def _dither(scale: Tensor) -> Tensor:
