@@ -69,9 +69,16 @@ def test_the_training_command(tmp_path: Path) -> None:
     assert all(wanted <= line.keys() for line in lines)
 
 
+# Threads of a process group that outlive the interpreter abort it now and then.
+EPILOGUE = """
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
 @pytest.mark.parametrize("index", range(len(PYTHON_BLOCKS)))
 def test_the_python_blocks(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for key, value in (alone | {"MASTER_PORT": str(free_port())}).items():
         monkeypatch.setitem(os.environ, key, value)
-    run([sys.executable, "-c", PRELUDE + PYTHON_BLOCKS[index]])
+    run([sys.executable, "-c", PRELUDE + PYTHON_BLOCKS[index] + EPILOGUE])

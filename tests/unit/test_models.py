@@ -348,6 +348,8 @@ for folder, load in json.loads(sys.argv[1]):
     )
 if rank == world - 1:
     open(sys.argv[2], "w").write(json.dumps(results))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 )
 
