@@ -329,7 +329,7 @@ def digest(hf, gathered=contextlib.nullcontext):
 WORKER = (
     DIGEST
     + """
-import json, sys
+import json, os, sys
 import deepspeed
 from toolkit.models import build_model
 
@@ -350,6 +350,9 @@ if rank == world - 1:
     open(sys.argv[2], "w").write(json.dumps(results))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+# Threads of DeepSpeed's shared-memory collectives outlive the interpreter and abort it now and then.
+sys.stdout.flush()
+os._exit(0)
 """
 )
 
@@ -364,6 +367,8 @@ def run_two_ranks(worker: Path, *arguments: str) -> None:
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
+        # Two versions of ninja would rebuild DeepSpeed's extension against each other.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }
     ranks = [
