@@ -138,6 +138,11 @@ def test_gradients_cut_by_another_layout_are_refused_at_stage_3(name: str, assig
     assert assignment.split("=")[0] in refusal(changed(name, f"zero_optimization.{assignment}"))
 
 
+@pytest.mark.parametrize("name", ["amcs_zero2", "adamw_zero2"])
+def test_the_deprecated_switch_for_stage_1_is_accepted(name: str) -> None:
+    validate(changed(name, "zero_optimization=true"), origin="my.json")
+
+
 def test_gradients_of_another_type_are_refused_at_stage_0() -> None:
     config = changed("amcs_zero2", "zero_optimization.stage=0", "data_types.grad_accum_dtype=fp32")
     assert "without ZeRO gradients are in bf16" in refusal(config)

@@ -134,6 +134,8 @@ def _check_whole_blocks(zero: Any, stage: int, kind: str | None) -> None:
     """What cannot be combined with shards of whole blocks."""
     from toolkit.optim import find_rule
 
+    if zero is None:  # the deprecated `zero_optimization: true` sets none of them
+        return
     # At stage 3 the layout is the same for every optimizer.
     if stage == 3 and zero.reduce_scatter is False:
         raise UserError("zero_optimization.reduce_scatter is false, but must be true (the default) at stage 3.")
