@@ -1,10 +1,11 @@
-"""The error that 8-bit state puts into AMCS's update, by tensor, for several codes of the same size.
+"""The error that coded state puts into AMCS's update, by kind of tensor, for the shipped formats and for other codes.
 
-    python tests/benchmarks/codec_error.py [--hidden 128] [--steps 60]
+    python tests/benchmarks/codec_error.py [--hidden 128] [--steps 60] [--alpha 0.7]
 
-Trains a small Qwen3 on the standard library's source with fp32 state. Every candidate code sees the same
-gradients and keeps its own coded state; after the last step its update is set against the exact one: the norm of
-the difference over the norm. "signed p, v q" means: momentum coded as a p-th root, second moment as a q-th root.
+Trains a small Qwen3 on the standard library's source with fp32 state. Every candidate sees the same gradients and
+keeps its own coded state; after the last step its update is set against the exact one: the norm of the difference
+over the norm. alpha is constant, so that both momenta count. Formats are named as in `state_format`; the others are
+one of them but for what is said.
 """
 
 from __future__ import annotations
@@ -16,60 +17,105 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from toolkit.data import PackedTokens, load_tokenizer, open_documents
-from toolkit.optim import AMCS, AMCSRule, param_groups
-from toolkit.state.codecs import BLOCK, Root8, Signed8
+from toolkit.optim import AMCS, AMCSRule, component_of, param_groups
+from toolkit.optim.layout import layout, state_formats
+from toolkit.state.codecs import BLOCK, Codec, Residual4, Root4, Root8, Scale, Signed4, Signed8, from_parts, to_parts
 
-CANDIDATES = [(1, 2), (1, 4), (2, 2), (2, 3), (2, 4), (3, 4)]
+KINDS = ("embedding", "head", "attention", "ffn", "all")
 ROWS, SEQ_LEN = 8, 32
 
 
-def power_code(x: Tensor, root: float, largest: int, smallest: int) -> Tensor:
-    """`x` [blocks, BLOCK] coded and decoded with `largest` codes of its `root`-th root, none below `smallest`."""
-    scale = x.abs().amax(dim=1, keepdim=True)
-    y = (x.abs() / scale.clamp(min=1e-38)) ** (1 / root)
-    codes = (y * largest).round().clamp(min=smallest)
-    return x.sign() * (codes / largest) ** root * scale
+class Linear8(Signed8):
+    """code = 127 x / max|x|, right on average."""
+
+    @staticmethod
+    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        return torch.floor(127.0 * (x * scale.inverse) + dither).to(torch.int8)
+
+    @staticmethod
+    def decode(codes: Tensor, scale: Tensor) -> Tensor:
+        return codes.float() / 127.0 * scale
 
 
-def coded(states: list[Tensor], candidate: tuple[float, float] | str) -> list[Tensor]:
-    """The three states of AMCS as `candidate` gives them back."""
-    if candidate == "exact":
-        return states
-    *momenta, v = states
-    if candidate == "shipped":
-        return [*(Signed8.decode(*Signed8.encode(m)) for m in momenta), Root8.decode(*Root8.encode(v))]
-    signed, root = candidate
-    return [*(power_code(m, float(signed), 127, 0) for m in momenta), power_code(v, float(root), 255, 1)]
+class Linear4(Signed4):
+    @staticmethod
+    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        return torch.floor(7.0 * (x * scale.inverse) + dither + 8.0).to(torch.uint8)
+
+    @staticmethod
+    def decode(codes: Tensor, scale: Tensor) -> Tensor:
+        return (codes.float() - 8.0) / 7.0 * scale
+
+
+class LinearResidual4(Linear4):
+    relative = True
+
+
+def square_root(codec: type[Codec]) -> type[Codec]:
+    """v as a square root: `codec`, which takes the fourth, of its square."""
+
+    class Square(codec):  # type: ignore[misc, valid-type]
+        scale_of = torch.sqrt
+
+        @staticmethod
+        def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+            return codec.encode(x * x, scale, dither)
+
+        @staticmethod
+        def decode(codes: Tensor, scale: Tensor) -> Tensor:
+            return codec.decode(codes, scale).sqrt()
+
+    return Square
+
+
+def shipped(name: str) -> tuple[type[Codec], ...]:
+    return layout(AMCSRule, state_formats(AMCSRule, name, where="here"), "fp32", torch.float32).codecs
+
+
+CANDIDATES: dict[str, tuple[type[Codec], ...]] = {
+    "exact": shipped("fp32"),
+    **{name: shipped(name) for name in ("8bit", "compact", "minimal", "4bit")},
+    "8bit, momenta linear": (Linear8, Linear8, Root8),
+    "8bit, v as square root": (Signed8, Signed8, square_root(Root8)),
+    "compact, m_fast linear": (LinearResidual4, Signed8, Root8),
+    "compact, m_fast without m_slow": (Signed4, Signed8, Root8),
+    "compact, without it and linear": (Linear4, Signed8, Root8),
+    "minimal, v as square root": (Residual4, Signed8, square_root(Root4)),
+    "8bit, v 4 bits": (Signed8, Signed8, Root4),
+}
+"""Codecs of m_fast, m_slow and v."""
+
+
+def coded(states: list[Tensor], codecs: tuple[type[Codec], ...]) -> list[Tensor]:
+    """The states of AMCS as `codecs` give them back."""
+    fast, slow, v = states
+    base = slow if codecs[0].relative else 0.0
+    residual, slow, v = (
+        from_parts(codec, *to_parts(codec, x)) for codec, x in zip(codecs, (fast - base, slow, v), strict=True)
+    )
+    return [residual + slow if codecs[0].relative else residual, slow, v]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--alpha", type=float, default=0.7)
     options = parser.parse_args()
     torch.manual_seed(0)
-    hidden = options.hidden
+    shape = {"vocab_size": 4096, "hidden_size": options.hidden, "intermediate_size": 2 * options.hidden}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": options.hidden // 4}
     model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=4096,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=hidden // 4,
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
+        Qwen3Config(**shape, **heads, num_hidden_layers=2, tie_word_embeddings=False, use_cache=False)
     )
     documents, tokenizer = open_documents("stdlib"), load_tokenizer("python-4k")
     sequences = PackedTokens(documents, tokenizer, SEQ_LEN, seed=0, shuffle_window=256).sequences()
-    rule = AMCSRule(lr=1e-3, total_steps=options.steps)
-    optimizer = AMCS(param_groups(model), lr=1e-3, total_steps=options.steps, state_format="fp32")
-    candidates = ["exact", "shipped", *CANDIDATES]
-    held: dict[tuple[str, object], list[Tensor]] = {}
-    updates: dict[tuple[str, object], Tensor] = {}
+    rule = AMCSRule(lr=1e-3, alpha=options.alpha)
+    optimizer = AMCS(param_groups(model), lr=1e-3, alpha=options.alpha, state_format="fp32")
+    modules = dict(model.named_modules())
     matrices = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    held: dict[tuple[str, str], list[Tensor]] = {}
+    squares = {candidate: dict.fromkeys(KINDS, 0.0) for candidate in CANDIDATES}
     for t in range(1, options.steps + 1):
         tokens = torch.stack([torch.as_tensor(next(sequences)) for _ in range(ROWS)])
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -78,24 +124,23 @@ def main() -> None:
         for name, p in matrices.items():
             assert p.grad is not None
             g = torch.nn.functional.pad(p.grad.flatten(), (0, -p.numel() % BLOCK)).view(-1, BLOCK)
-            for candidate in candidates:
+            exact = torch.zeros_like(g)
+            for candidate, codecs in CANDIDATES.items():
                 states = held.get((name, candidate)) or [torch.zeros_like(g)] * 3
                 update, *states = rule.update(torch.zeros_like(g), g, *states, **scalars)
-                updates[name, candidate] = update
-                held[name, candidate] = coded(states, candidate)
+                held[name, candidate] = coded(states, codecs)
+                exact = update if candidate == "exact" else exact
+                if t == options.steps:
+                    apart = update if candidate == "exact" else update - exact
+                    for kind in (component_of(name, modules), "all"):
+                        squares[candidate][kind] += apart.square().sum().item()
         optimizer.step()
         optimizer.zero_grad()
-    titles = [c if isinstance(c, str) else f"signed {c[0]}, v {c[1]}" for c in candidates[1:]]
-    print(f"{'update error in %':42}" + "".join(f"{title:>16}" for title in titles))
-    total = dict.fromkeys(candidates, 0.0)
-    for name in matrices:
-        exact = updates[name, "exact"]
-        errors = [(updates[name, c] - exact).norm().item() for c in candidates[1:]]
-        for c, error in zip(candidates[1:], errors, strict=True):
-            total[c] += error**2
-        total["exact"] += exact.norm().item() ** 2
-        print(f"{name:42}" + "".join(f"{100 * error / exact.norm().item():16.2f}" for error in errors))
-    print(f"{'all':42}" + "".join(f"{100 * (total[c] / total['exact']) ** 0.5:16.2f}" for c in candidates[1:]))
+    print(f"{'update error in %':32}{'bytes':>8}" + "".join(f"{kind:>11}" for kind in KINDS))
+    for candidate, codecs in list(CANDIDATES.items())[1:]:
+        errors = [(squares[candidate][kind] / squares["exact"][kind]) ** 0.5 for kind in KINDS]
+        size = sum(codec.bytes_per_element() for codec in codecs)
+        print(f"{candidate:32}{size:8.2f}" + "".join(f"{100 * error:11.2f}" for error in errors))
 
 
 if __name__ == "__main__":

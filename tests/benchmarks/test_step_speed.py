@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from step_speed import contenders, measure
+from step_speed import contenders, measure, measure_in_turn, weight_contenders
 
 
 def test_amcs_step_is_20_times_as_fast_as_ademamix8bit() -> None:
@@ -12,3 +12,9 @@ def test_amcs_step_is_20_times_as_fast_as_ademamix8bit() -> None:
     ours = median(measure(made["AMCS 8bit"], 8 * 2**20, "cpu", repeats=5))
     theirs = median(measure(made["bitsandbytes AdEMAMix8bit"], 8 * 2**20, "cpu", repeats=3))
     assert theirs > 20 * ours, f"AMCS 8bit {ours:.1f} ms, AdEMAMix8bit {theirs:.1f} ms"
+
+
+def test_remainders_cost_no_more_than_a_master_copy() -> None:
+    found = measure_in_turn(weight_contenders(8 * 2**20, "cpu"), "cpu", repeats=5)
+    base = found["AMCS 8bit, fp32 weights"]
+    assert found["AMCS 8bit, bf16+8 weights"] < 1.15 * base, found

@@ -36,7 +36,8 @@ def case(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
     """One training of the worker.
 
     `same_data`: every rank sees the whole global batch. `save_at`: after so many steps DeepSpeed saves a
-    checkpoint, and a fresh model with other weights goes on from it.
+    checkpoint, and a fresh model with other weights goes on from it. `poison_at`: gradients of that step are NaN.
+    `unused`: the model gets a parameter that no loss depends on. `full`: the fp32 weights come back, too.
     """
     return {
         "steps": 4,
@@ -44,6 +45,9 @@ def case(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
         "same_data": False,
         "dump": False,
         "save_at": None,
+        "poison_at": None,
+        "unused": False,
+        "full": False,
         "config": config,
     } | settings
 

@@ -178,6 +178,6 @@ def test_a_users_rule_gets_8_bit_state_and_zero(runs: dict[int, Results]) -> Non
     for stage in (2, 3):
         for world_size in (1, 2):
             rank = runs[world_size][f"Lion-{stage}"][0]
-            assert set(rank["state_bytes"]) == {"m"}
+            assert set(rank["state_bytes"]) == {"m", "remainder"}
             assert rank["losses"][-1] < rank["losses"][0]
         assert {g["state_format"]["m"] for g in rank["groups"] if g["component"] == "ffn"} == {"8bit"}

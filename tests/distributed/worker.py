@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -20,7 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import toolkit
 from toolkit.state.codecs import BLOCK
-from toolkit.zero import optimizer_state_bytes, rule_optimizer
+from toolkit.zero import full_precision_state_dict, optimizer_state_bytes, rule_optimizer
 
 
 def small_model(seed: int = 0) -> Qwen3ForCausalLM:
@@ -56,8 +57,8 @@ def held_state(engine: Any) -> dict[str, torch.Tensor]:
                 for key, value in tensors.items():
                     if key == "step":
                         continue
-                    # 1-D parameters are cut anywhere; of all others whole blocks are here, a scale for each.
-                    per_block = 1 if key.endswith(".scale") else BLOCK
+                    # 1-D parameters are cut anywhere; of all others whole blocks are here.
+                    per_block = BLOCK if value.dim() == 1 else value.shape[1]
                     assert len(param.ds_shape) == 1 or size % BLOCK == 0
                     cut = slice(start * per_block // BLOCK, (start + size) * per_block // BLOCK)
                     held[f"{names[id(param)]}/{key}"] = value.reshape(-1)[cut].clone()
@@ -74,6 +75,8 @@ def held_state(engine: Any) -> dict[str, torch.Tensor]:
 def train(case: dict[str, Any]) -> dict[str, Any]:
     """Train by one case's settings; returns what this rank saw and holds."""
     model = small_model()
+    if case["unused"]:
+        model.unused = torch.nn.Linear(40, 40)
     engine, *_ = toolkit.initialize(model=model, config=case["config"], total_steps=case["steps"])
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = case["global_batch"] // world_size
@@ -100,7 +103,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         micro_batches = tokens.chunk(engine.gradient_accumulation_steps())
         for micro in micro_batches:
             loss = engine(input_ids=micro, labels=micro).loss
-            engine.backward(loss)
+            engine.backward(loss * (float("nan") if step == case["poison_at"] else 1.0))
             engine.step()
             total += loss.item() / len(micro_batches)
         mean = torch.tensor(total, dtype=torch.float64)
@@ -114,6 +117,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         "rates": rates,
         "skipped": engine.skipped_steps,
+        "grad_norm": engine.get_global_grad_norm(),
         "loss_scale": engine.loss_scale() if case["config"].get("fp16") else None,
     }
     if optimizer is not None:
@@ -121,6 +125,12 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         result["steps"] = sorted({held["step"] for held in optimizer.state.values()})
         if case["dump"]:
             result["held"] = held_state(engine)
+    if case["full"]:
+        result["full"] = full_precision_state_dict(engine)
+        result["parts"] = full_precision_state_dict(engine, gather=False)
+        stage = engine.zero_optimization_stage()
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+            result["model"] = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine.destroy()
     return result
 

@@ -1,12 +1,10 @@
-"""The optimizer class: layouts, formats, groups, saving, compiled against eager, and training quality."""
+"""The optimizer class: layouts, formats, groups, saving. The step that it runs: `test_step.py`, `test_sweep.py`."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +12,9 @@ import torch
 from torch import nn
 
 from toolkit.errors import UserError
-from toolkit.optim import AMCS, RULES, SOAM, Rule, State, as_optimizer, check_settings, find_rule
-from toolkit.optim.step import step_function
-from toolkit.state.codecs import BLOCK, Root8, Signed8
+from toolkit.optim import AMCS, SOAM, check_settings, find_rule
+from toolkit.state.codecs import BLOCK, Fp32, Residual4, Root4, Root8, Signed4, Signed8
+from toolkit.state.weights import WEIGHTS
 
 SIZES = [(7,), (64, 64), (2, 256), (300, 1), (1, 1000), (33, 100), (3, 256), (513, 3)]
 
@@ -32,73 +30,6 @@ def train(optimizer_class: Any, steps: int = 10, dtype: torch.dtype = torch.floa
     return parameters, optimizer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rule", "extra"), [(AMCS, {"total_steps": 10}), (SOAM, {})])
-def test_eager_gives_the_compiled_numbers(rule: Any, extra: dict[str, Any], dtype: torch.dtype) -> None:
-    compiled, fast = train(rule, dtype=dtype, **extra)
-    eager, slow = train(rule, dtype=dtype, compile=False, **extra)
-    function = step_function(
-        rule.rule, tuple(rule.rule(**extra).scalars(1)), tuple(fast.codecs(fast.param_groups[0]).values())
-    )
-    assert function.fallback_reason is None, "the compiled step did run"
-    # Eager square roots come from a vector library that may be off in the last place; all else is equal. That
-    # moves a value across a rounding boundary now and then.
-    for a, b in zip(compiled, eager, strict=True):
-        apart = (a.detach() - b.detach()).float().norm() / a.detach().float().norm()
-        assert apart < (1e-3 if dtype == torch.bfloat16 else 1e-5)
-        for key, value in fast.state[a].items():
-            if value.__class__ is torch.Tensor and value.dtype in (torch.int8, torch.uint8):
-                assert (value != slow.state[b][key]).float().mean() < 0.01, key
-
-
-def test_one_graph_serves_every_size() -> None:
-    torch._dynamo.reset()
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # fp32 state for all, so that matrices and vectors share one function.
-    _, optimizer = train(SOAM, steps=2, state_format="fp32")
-    assert len({-(-p.numel() // BLOCK) for group in optimizer.param_groups for p in group["params"]}) > 5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
-
-
-def test_the_compiled_step_keeps_no_full_size_temporaries() -> None:
-    p = nn.Parameter(torch.randn(1024, 1024))
-    p.grad = torch.randn_like(p)
-    optimizer = AMCS([p], alpha=0.5)
-    optimizer.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        optimizer.step()
-    allocated = sum(event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0)
-    assert allocated < 0.2 * p.numel(), "bytes: a value or two per block and state, never one per element"
-
-
-def test_eager_fallback_says_why(caplog: pytest.LogCaptureFixture) -> None:
-    class PrintingRule(Rule):
-        """A rule the compiler cannot take: it calls Python that has no graph."""
-
-        states = (State("m"),)
-        lr: float = 0.1
-
-        def scalars(self, t: int) -> dict[str, float]:
-            return {"lr": self.lr}
-
-        @staticmethod
-        def update(theta: Any, g: Any, *states: Any, **s: Any) -> Any:
-            inspect.currentframe()
-            torch._dynamo.graph_break()
-            return theta - s["lr"] * g, states[0] + g
-
-    try:
-        optimizer_class = as_optimizer(PrintingRule)
-        p = nn.Parameter(torch.ones(40, 40))
-        p.grad = torch.ones(40, 40)
-        with caplog.at_level(logging.WARNING, "toolkit"):
-            optimizer_class([p]).step()
-    finally:
-        RULES.pop("Printing")
-    assert "runs eagerly" in caplog.text and "torch.compile failed" in caplog.text
-    torch.testing.assert_close(p.detach(), torch.full((40, 40), 0.9))
-
-
 def test_any_layout_of_memory() -> None:
     torch.manual_seed(0)
     base = torch.randn(48, 64)
@@ -111,15 +42,48 @@ def test_any_layout_of_memory() -> None:
     torch.testing.assert_close(plain.detach(), transposed.detach())
 
 
-def test_state_is_one_byte_per_element_and_a_scale_per_block() -> None:
-    p = nn.Parameter(torch.zeros(512, 512))
+S4, S8 = 0.5 + 4 / BLOCK, 1 + 4 / BLOCK
+"""Bytes per element of 4-bit and of 8-bit codes, with their scales."""
+
+
+@pytest.mark.parametrize(
+    ("rule", "state_format", "codecs", "per_element"),
+    [
+        (AMCS, "8bit", (Signed8, Signed8, Root8), (S8, S8, S8)),
+        (AMCS, "compact", (Residual4, Signed8, Root8), (S4, S8, S8)),
+        (AMCS, "minimal", (Residual4, Signed8, Root4), (S4, S8, S4)),
+        (AMCS, "4bit", (Residual4, Signed4, Root4), (S4, S4, S4)),
+        (AMCS, {"m_fast": "4bit", "v": "fp32"}, (Residual4, Signed8, Fp32), (S4, S8, 4)),
+        (SOAM, "8bit", (Signed8, Root8), (S8, S8)),
+        (SOAM, "compact", (Signed4, Root8), (S4, S8)),
+        (SOAM, "minimal", (Signed4, Root4), (S4, S4)),
+    ],
+)
+@pytest.mark.parametrize(("weights", "remainder"), [("bf16+16", 2), ("bf16+8", 1), ("bf16+4", 0.5)])
+def test_what_is_stored_of_a_matrix(
+    rule: Any, state_format: Any, codecs: Any, per_element: Any, weights: str, remainder: float
+) -> None:
+    p = nn.Parameter(torch.zeros(512, 512, dtype=torch.bfloat16))
     p.grad = torch.ones_like(p)
-    optimizer = AMCS([p], alpha=0.5)
+    extra = {"alpha": 0.5} if rule is AMCS else {}
+    optimizer = rule([p], state_format=state_format, weights=weights, compile=False, **extra)
     optimizer.step()
-    per_element = {key: value / p.numel() for key, value in optimizer.state_bytes().items()}
-    assert per_element == {key: 1 + 4 / BLOCK for key in ("m_fast", "m_slow", "v")}
-    assert optimizer.state[p]["m_fast"].dtype == torch.int8
-    assert optimizer.state[p]["v"].dtype == torch.uint8
+    names = [state.name for state in rule.rule.states]
+    kept = optimizer.layout(optimizer.param_groups[0], torch.bfloat16)
+    assert (kept.codecs, kept.remainder) == (codecs, WEIGHTS[weights])
+    want = dict(zip(names, per_element, strict=True)) | {"remainder": remainder}
+    assert kept.bytes_per_element() == want
+    assert {key: value / p.numel() for key, value in optimizer.state_bytes().items()} == want
+    parts = {key: (part.dtype, (1024, part.per_block)) for key, part in kept.parts()}
+    held = {key: (t.dtype, tuple(t.shape)) for key, t in optimizer.state[p].items() if isinstance(t, torch.Tensor)}
+    assert held == parts
+
+
+def test_fp32_weights_have_no_remainder() -> None:
+    for weights in ("bf16+8", "bf16+16", "bf16+4", "fp32"):
+        _, optimizer = train(AMCS, steps=1, alpha=0.5, weights=weights, compile=False)
+        assert not any("remainder" in held for held in optimizer.state.values())
+        assert not optimizer.holds_weights()
 
 
 def test_formats_per_state_and_fp32_for_one_dimension() -> None:
@@ -133,12 +97,66 @@ def test_formats_per_state_and_fp32_for_one_dimension() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1], "bare tensors decay alike"
 
 
-def test_state_dict_round_trip_continues_bit_for_bit() -> None:
-    parameters, optimizer = train(AMCS, total_steps=20)
+@pytest.mark.parametrize("state_format", ["compact", "minimal"])
+def test_one_dimension_is_kept_exactly(state_format: str) -> None:
+    matrix, vector = (nn.Parameter(torch.ones(*size, dtype=torch.bfloat16)) for size in ((64, 64), (64,)))
+    optimizer = AMCS([matrix, vector], alpha=0.5, state_format=state_format, weights="bf16+4", compile=False)
+    large, small = (optimizer.layout(group, torch.bfloat16) for group in optimizer.param_groups)
+    assert (large.codecs[0], large.remainder) == (Residual4, WEIGHTS["bf16+4"])
+    assert (small.codecs, small.remainder) == ((Fp32, Fp32, Fp32), WEIGHTS["bf16+16"])
+    for p in (matrix, vector):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert {key for key in optimizer.state[vector] if "remainder" in key} == {"remainder", "remainder.low"}
+    # One remainder byte of 16 bits in two tensors is counted once, under one name.
+    assert optimizer.state_bytes()["remainder"] == 64 * 64 // 2 + 2 * BLOCK
+
+
+def test_bf16_parameters_need_a_remainder() -> None:
+    p = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(UserError, match=r"weights is 'fp32', but the parameters are bf16; use 'bf16\+16'") as caught:
+        SOAM([p], weights="fp32").step()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "says"), [("bf16+9", "Did you mean 'bf16+"), ("bf16", "Did you mean"), (8, "is 8,")])
+def test_unknown_weights_are_refused(given: Any, says: str) -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(4, 4))], "weights": given}]
+    for make in (lambda: SOAM(groups), lambda: check_settings("SOAM", {"weights": given})):
+        with pytest.raises(UserError, match="weights is .* must be one of bf16") as caught:
+            make()
+        assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_release_gradients_needs_zero() -> None:
+    p = nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(UserError, match="release_gradients works under DeepSpeed"):
+        SOAM([p], release_gradients=True).step()
+    assert torch.equal(p.detach(), torch.ones(4, 4))
+    with pytest.raises(UserError, match="release_gradients must be true or false"):
+        SOAM([p], release_gradients=1)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, True, "0"])
+def test_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(UserError, match="seed must be a whole number"):
+        SOAM([nn.Parameter(torch.ones(4, 4))], seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"state_format": "compact", "weights": "bf16+4", "seed": 3, "compile": False}),
+    ],
+)
+def test_state_dict_round_trip_continues_bit_for_bit(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    parameters, optimizer = train(AMCS, dtype=dtype, total_steps=20, **settings)
     twins = [nn.Parameter(p.detach().clone()) for p in parameters]
-    twin = AMCS(twins, total_steps=20)
+    twin = AMCS(twins, total_steps=20, **settings)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert twin.state[twins[1]]["m_fast"].dtype == torch.int8, "torch's own loading casts codes to float"
     for both in (parameters, twins):
         torch.manual_seed(11)
         for p in both:
@@ -147,6 +165,13 @@ def test_state_dict_round_trip_continues_bit_for_bit() -> None:
     twin.step()
     for a, b in zip(parameters, twins, strict=True):
         assert torch.equal(a, b)
+        assert optimizer.state[a].keys() == twin.state[b].keys()
+        for key, value in optimizer.state[a].items():
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == twin.state[b][key].dtype, "torch's own loading casts codes to float"
+                assert torch.equal(value, twin.state[b][key]), key
+    if dtype == torch.bfloat16:
+        assert optimizer.state[parameters[1]]["remainder"].count_nonzero() > 0
 
 
 def test_copies_and_pickles_step_alike() -> None:
@@ -171,6 +196,15 @@ def test_loading_another_format_is_refused() -> None:
     _, other = train(SOAM, steps=1, state_format="fp32")
     with pytest.raises(ValueError, match="state_format"):
         optimizer.load_state_dict(other.state_dict())
+
+
+def test_loading_other_weights_is_refused() -> None:
+    """The codes of 8 bits are no codes of 4 bits, and without them the weights would change."""
+    _, optimizer = train(SOAM, steps=1, dtype=torch.bfloat16, compile=False)
+    for weights in ("bf16+4", "bf16+16"):
+        _, other = train(SOAM, steps=1, dtype=torch.bfloat16, weights=weights, compile=False)
+        with pytest.raises(ValueError, match="weights bf16"):
+            optimizer.load_state_dict(other.state_dict())
 
 
 def test_scheduler_that_overwrites_lr_keeps_component_rates() -> None:
@@ -207,13 +241,6 @@ def test_betas_that_a_scheduler_broke_are_named() -> None:
         optimizer.step()
 
 
-def test_sparse_gradients_are_refused() -> None:
-    embedding = nn.Embedding(10, 4, sparse=True)
-    embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(UserError, match="sparse"):
-        SOAM(embedding.parameters()).step()
-
-
 def test_parameters_without_gradient_are_left_alone() -> None:
     p, frozen = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
     p.grad = torch.ones_like(p)
@@ -237,19 +264,3 @@ def test_names_resolve_in_any_case() -> None:
     check_settings("SOAM", {"lr": "auto", "betas": [0.9, 0.95]})
     with pytest.raises(UserError, match="Did you mean 'lr'"):
         check_settings("SOAM", {"lrr": 1e-3})
-
-
-def test_the_documented_rule_is_the_tested_one() -> None:
-    """docs/extending.md shows the very file that the multi-rank tests load."""
-    root = Path(__file__).parents[2]
-    code = (root / "tests" / "distributed" / "lion.py").read_text()
-    body = code[code.index("from torch import Tensor") :]
-    assert body in (root / "docs" / "extending.md").read_text()
-    rule = body[body.index("class LionRule") : body.index("Lion = ")].rstrip()
-    assert len(rule.splitlines()) < 30
-
-
-def test_codecs_follow_the_sign() -> None:
-    _, optimizer = train(AMCS, steps=1, alpha=0.5)
-    codecs = optimizer.codecs(optimizer.param_groups[0])
-    assert (codecs["m_fast"], codecs["v"]) == (Signed8, Root8)

@@ -47,6 +47,22 @@ def amcs_reference(theta: np.ndarray, grads: list[np.ndarray], rates: list[float
     return {"theta": theta, "m_fast": m_fast, "m_slow": m_slow, "v": v}
 
 
+def single_reference(theta: np.ndarray, grads: list[np.ndarray], rates: list[float], **h: Any) -> dict[str, np.ndarray]:
+    """AMCS with mode "single"."""
+    b_f, b_s, b_v = h["betas"]
+    m, v, left = np.zeros(SHAPE), np.zeros(SHAPE), 1.0
+    for t, (g, eta) in enumerate(zip(grads, rates, strict=True), start=1):
+        a = alpha_reference(h["alpha"], t, h["total_steps"])
+        b = a * b_f + (1 - a) * b_s
+        m = b * m + (1 - b) * g
+        v = b_v * v + (1 - b_v) * g**2
+        left *= b
+        eta_c = h["gamma"] * eta
+        step = (m / (1 - left)) / (np.sqrt(v / (1 - b_v**t)) + h["eps"])
+        theta = theta - eta_c * h["weight_decay"] * theta - eta_c * step
+    return {"theta": theta, "m": m, "v": v}
+
+
 def soam_reference(theta: np.ndarray, grads: list[np.ndarray], rates: list[float], **h: Any) -> dict[str, np.ndarray]:
     b1, b2 = h["betas"]
     m, v = np.zeros(SHAPE), np.zeros(SHAPE)
@@ -105,6 +121,51 @@ def test_amcs_follows_its_equations(
     gamma = {"attention": 1.2, "embedding": 0.8, "ffn": 1.0}[component]
     start = np.random.default_rng(1).normal(size=SHAPE)
     assert_close(got, amcs_reference(start, grads, rates, gamma=gamma, total_steps=150, **hyper))
+
+
+@pytest.mark.parametrize("alpha", ["linear", "cosine", 0.3, [(0.25, 0.9), (0.75, 0.1)]])
+@pytest.mark.parametrize(
+    ("betas", "eps", "weight_decay", "component"),
+    [((0.9, 0.95, 0.95), 1e-8, 0.1, "attention"), ((0.5, 0.9999, 0.99), 1e-3, 0.0, "ffn")],
+)
+def test_amcs_with_one_momentum_follows_its_equations(
+    alpha: Any, betas: tuple[float, float, float], eps: float, weight_decay: float, component: str
+) -> None:
+    grads, rates = gradients(), warm_up(3e-3)
+    hyper = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "alpha": alpha}
+    settings = {"state_format": "fp32", "mode": "single"}
+    got = run(AMCS, {"component": component}, grads, rates, total_steps=150, **settings, **hyper)
+    gamma = {"attention": 1.2, "ffn": 1.0}[component]
+    start = np.random.default_rng(1).normal(size=SHAPE)
+    assert_close(got, single_reference(start, grads, rates, gamma=gamma, total_steps=150, **hyper))
+
+
+@pytest.mark.parametrize(("alpha", "same"), [(1.0, "m_fast"), (0.0, "m_slow")])
+def test_with_one_momentum_amcs_is_itself_where_only_one_counts(alpha: float, same: str) -> None:
+    grads, rates = gradients(50), warm_up(3e-3, 50)
+    settings = {"alpha": alpha, "betas": (0.8, 0.97, 0.95), "state_format": "fp32"}
+    dual = run(AMCS, {}, grads, rates, **settings)
+    single = run(AMCS, {}, grads, rates, mode="single", **settings)
+    assert_close(single, {"theta": dual["theta"], "m": dual[same], "v": dual["v"]}, rel=1e-6)
+
+
+def test_one_momentum_is_close_to_two() -> None:
+    """The mixture of two averages of the same gradients, and one average in between."""
+    grads, rates = gradients(), warm_up(3e-3)
+    start = np.random.default_rng(1).normal(size=SHAPE)
+    settings = {"state_format": "fp32", "total_steps": STEPS, "weight_decay": 0.0}
+    moved = {mode: run(AMCS, {}, grads, rates, mode=mode, **settings)["theta"] - start for mode in ("dual", "single")}
+    error = np.linalg.norm(moved["single"] - moved["dual"]) / np.linalg.norm(moved["dual"])
+    assert 1e-4 < error < 0.05, error
+
+
+def test_modes_do_not_mix() -> None:
+    p, q = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(UserError, match="all groups must run the same rule"):
+        AMCS([{"params": [p]}, {"params": [q], "mode": "single"}], alpha=0.5)
+    with pytest.raises(UserError, match="unknown state 'm_fast'; its states are m, v"):
+        AMCS([p], alpha=0.5, mode="single", state_format={"m_fast": "4bit"})
+    assert AMCS([p], alpha=0.5, mode="single").running is not AMCS.rule
 
 
 @pytest.mark.parametrize(
@@ -203,6 +264,7 @@ def test_tiny_gradients_still_give_the_right_update(rule: Any) -> None:
         (AMCS, {"betas": (0.9, 1.0, 0.95)}, "betas.1 is 1.0"),
         (AMCS, {"weight_decay": -0.1}, "weight_decay is -0.1"),
         (AMCS, {"total_steps": 0}, "total_steps is 0"),
+        (AMCS, {"mode": "singel", "alpha": 0.5}, "mode is"),
         (AMCS, {"component_scales": {"atention": 1.2}}, "Did you mean 'attention'?"),
         (AMCS, {"state_format": "8bits", "alpha": 0.5}, "Did you mean '8bit'?"),
         (AMCS, {"state_format": {"m_fst": "8bit"}, "alpha": 0.5}, "Did you mean 'm_fast'?"),

@@ -48,6 +48,61 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
     _check_common(params)
 
 
+def check_combination(
+    kind: str,
+    params: Mapping[str, Any],
+    *,
+    computed: str,
+    stage: int,
+    offload: str,
+    accumulation: int | None,
+) -> None:
+    """Check what a rule of this package cannot be combined with.
+
+    Args:
+        kind, params: `optimizer.type`, a rule's, and `optimizer.params`.
+        computed: "bf16", "fp16" or "fp32", what the model computes in.
+        stage: of ZeRO.
+        offload: device of `offload_optimizer`, "none" without.
+        accumulation: micro-batches per step, None where that is not known yet.
+
+    Raises UserError.
+    """
+    weights, place = params.get("weights"), "optimizer.params.weights"
+    if offload == "nvme":
+        raise UserError(
+            f"zero_optimization.offload_optimizer.device 'nvme' swaps states of the size and type of fp32 weights, and "
+            f"{kind} keeps others; use 'cpu'."
+        )
+    if weights not in (None, "auto", "fp32"):
+        if computed != "bf16":
+            raise UserError(
+                f"{place} {weights!r} keeps the lower bits of bf16 weights, but the run computes in {computed}; enable "
+                "bf16, or set it to 'fp32'."
+            )
+        if stage == 0:
+            raise UserError(
+                f"{place} {weights!r} needs zero_optimization.stage 1, 2 or 3: without ZeRO, DeepSpeed hands fp32 "
+                "master weights to the optimizer; set it to 'fp32', or a stage (one rank will do)."
+            )
+    if params.get("release_gradients") is True:
+        place = "optimizer.params.release_gradients"
+        if stage not in (1, 2):
+            raise UserError(f"{place} works at zero_optimization.stage 1 and 2, and it is {stage}.")
+        if offload != "none":
+            raise UserError(
+                f"{place} updates weights on the device, and zero_optimization.offload_optimizer moves that to the "
+                "host; use one of them."
+            )
+        if computed == "fp16":
+            raise UserError(f"{place} cannot skip a whole step, as fp16 must for one gradient out of range; use bf16.")
+        if accumulation is not None and accumulation > 1:
+            raise UserError(
+                f"{place} frees each gradient during the backward pass, and gradient_accumulation_steps is "
+                f"{accumulation}, which sums them over several; set that to 1."
+            )
+
+
 def _accepted(kind: str, params: Mapping[str, Any], offloaded: bool) -> set[str]:
     """Names that DeepSpeed passes on for this optimizer; empty where only an optional package could tell."""
     import torch

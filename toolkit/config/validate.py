@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from toolkit.config.optimizers import check_optimizer, check_scheduler
+from toolkit.config.optimizers import check_combination, check_optimizer, check_scheduler
 from toolkit.config.schema import DeepSpeedJson, deepspeed_models
 from toolkit.errors import UserError
 from toolkit.sentences import dotted, explain, shown
@@ -45,6 +45,8 @@ def validate(config: Mapping[str, Any], *, origin: str, world_size: int | None =
 
 
 def _validate(config: dict[str, Any], world_size: int | None, *, complete: bool) -> None:
+    from toolkit.optim import find_rule
+
     _check_removed(config)
     try:
         TypeAdapter(DeepSpeedJson).validate_python(config)
@@ -61,9 +63,13 @@ def _validate(config: dict[str, Any], world_size: int | None, *, complete: bool)
         check_optimizer(kind, optimizer.get("params", {}), offloaded=offloads["offload_optimizer"] != "none")
     if scheduler.get("type") is not None:
         check_scheduler(scheduler["type"], scheduler.get("params", {}), optimizer=kind, complete=complete)
-    _check_precision(config, models, stage, kind, offloads)
+    computed = _check_precision(config, models, stage, kind, offloads)
     _check_offload(zero, stage, offloads)
     _check_whole_blocks(zero, stage, kind)
+    if find_rule(kind):
+        steps = config.get("gradient_accumulation_steps")
+        params, offload = optimizer.get("params", {}), offloads["offload_optimizer"]
+        check_combination(kind, params, computed=computed, stage=stage, offload=offload, accumulation=steps)
     _check_batch(config, world_size, complete=complete)
     _check_by_deepspeed(config)
 
@@ -104,7 +110,8 @@ def _check_sections(config: Mapping[str, Any]) -> dict[str, BaseModel]:
 
 def _check_precision(
     config: Mapping[str, Any], models: Mapping[str, Any], stage: int, kind: str | None, offloads: Mapping[str, str]
-) -> None:
+) -> str:
+    """What the model computes in."""
     from toolkit.optim import find_rule
 
     bf16 = next((key for key in ("bf16", "bfloat16") if getattr(models.get(key), "enabled", False)), None)
@@ -128,6 +135,7 @@ def _check_precision(
             "use a wrapper whose fp32 gradients are not sharded and whose partitions are not whole blocks, "
             f"which {kind} needs; remove it, or use stage 2 or 3."
         )
+    return computed
 
 
 def _check_whole_blocks(zero: Any, stage: int, kind: str | None) -> None:

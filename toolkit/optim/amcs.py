@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -34,9 +35,11 @@ class AMCSRule(Rule):
     `betas` is (b_f, b_s, b_v). `alpha` is a(t): "linear" (1 to 0 over `total_steps`), "cosine" (the same, as
     half a cosine), a constant in [0, 1], or a list of (fraction of training, value) points joined by straight
     lines. `component_scales` is gamma by component, laid over the paper's values.
+
+    `mode` "single" is an approximation that keeps one momentum, whose beta follows a(t) (`AMCSSingleRule`).
     """
 
-    states = (State("m_fast"), State("m_slow"), State("v", signed=False))
+    states: ClassVar[tuple[State, ...]] = (State("m_fast", near="m_slow"), State("m_slow"), State("v", signed=False))
 
     lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta, Beta] = (0.9, 0.95, 0.95)
@@ -45,6 +48,7 @@ class AMCSRule(Rule):
     total_steps: int | None = Field(default=None, ge=1, strict=True)
     alpha: str | float | AlphaPoints = "linear"
     component_scales: dict[str, NonNegative] | None = None
+    mode: Literal["dual", "single"] = "dual"
 
     @field_validator("alpha", mode="before")
     @classmethod
@@ -106,6 +110,10 @@ class AMCSRule(Rule):
             left = right
         return left[1]
 
+    @classmethod
+    def variant(cls, settings: Mapping[str, Any]) -> type[Rule]:
+        return AMCSSingleRule if settings.get("mode") == "single" else AMCSRule
+
     def for_component(self, component: str) -> dict[str, Any]:
         scales = PAPER_SCALES | (self.component_scales or {})
         return {"lr_scale": scales.get(component, 1.0)}
@@ -137,6 +145,54 @@ class AMCSRule(Rule):
 
     def report(self, t: int) -> dict[str, float]:
         return {"alpha": self.alpha_at(t)}
+
+
+class AMCSSingleRule(AMCSRule):
+    """AMCS, approximated by one momentum: AdamW whose first beta moves from b_f to b_s as a(t) moves from 1 to 0.
+
+    ::
+
+        b(t)  =  a(t) b_f + (1 - a(t)) b_s
+        m     <- b(t) m + (1 - b(t)) g
+        theta <- theta - eta_c wd theta - eta_c (m / (1 - b(1) ... b(t))) / (sqrt(v / (1 - b_v^t)) + eps)
+
+    Both momenta of AMCS average the same gradients, so their mixture is close to one such average (`docs/`). Where
+    a(t) is 1 or 0 throughout, it is AMCS.
+    """
+
+    states: ClassVar[tuple[State, ...]] = (State("m"), State("v", signed=False))
+
+    def beta_at(self, t: int) -> float:
+        """b(t)."""
+        b_fast, b_slow, _ = self.betas
+        alpha = self.alpha_at(t)
+        return alpha * b_fast + (1.0 - alpha) * b_slow
+
+    def scalars(self, t: int) -> dict[str, float]:
+        left = 1.0  # b(1) ... b(t), as far as it is not zero beside 1
+        for index in range(1, t + 1):
+            left *= self.beta_at(index)
+            if left < 1e-18:
+                break
+        return {
+            "lr": self.lr / (1.0 - left),
+            "decay": self.lr * self.weight_decay,
+            "eps": self.eps,
+            "m_rate": 1.0 - self.beta_at(t),
+            "v_rate": 1.0 - self.betas[2],
+            "v_correction": 1.0 / (1.0 - self.betas[2] ** t),
+        }
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        m, v = states
+        m = m + s["m_rate"] * (g - m)
+        v = v + s["v_rate"] * (g * g - v)
+        step = m / ((v * s["v_correction"]).sqrt() + s["eps"])
+        return theta - (s["decay"] * theta + s["lr"] * step), m, v
+
+    def report(self, t: int) -> dict[str, float]:
+        return {"alpha": self.alpha_at(t), "beta": self.beta_at(t)}
 
 
 AMCS = as_optimizer(AMCSRule)

@@ -12,14 +12,23 @@ from torch import Tensor
 
 from toolkit.errors import UserError, nearest
 from toolkit.optim.components import whole_dim
+from toolkit.optim.layout import DEFAULT_FORMAT, REMAINDER, Layout, check_weights, layout, state_formats
 from toolkit.optim.rule import Rule, check_component
-from toolkit.optim.step import StepFunction, step_function
-from toolkit.state.codecs import BLOCK, FORMATS, Codec, codec_for
+from toolkit.optim.step import step_function
+from toolkit.optim.sweep import TensorStep
+from toolkit.state.codecs import BLOCK
+from toolkit.state.weights import MASTER, Remainder8, Remainder16
 
 RULES: dict[str, type[RuleOptimizer]] = {}
 """Every optimizer that `as_optimizer` made, by the name that `optimizer.type` of a DeepSpeed JSON selects."""
 
-_OPTIONS: dict[str, Any] = {"state_format": "8bit", "compile": True}
+_OPTIONS: dict[str, Any] = {
+    "state_format": DEFAULT_FORMAT,
+    "weights": Remainder8.name,
+    "seed": 0,
+    "release_gradients": False,
+    "compile": True,
+}
 """Constructor keywords that belong to the optimizer, not to the rule, with their defaults."""
 
 
@@ -28,16 +37,19 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     Args:
         params: tensors, or groups of them as in torch.optim; `toolkit.optim.param_groups(model)` makes groups by
-            component. A group may set any hyper-parameter, `component` and `state_format` for itself.
-        state_format: "fp32", "8bit", or a mapping from state to one of these; states that a mapping leaves out
-            are "8bit". 1-D tensors always keep fp32 state.
+            component. A group may set any hyper-parameter, `component`, `state_format` and `weights` for itself.
+        state_format: "fp32", "8bit", "compact", "minimal", or a mapping from state to "fp32", "8bit" or "4bit";
+            states that a mapping leaves out are "8bit". 1-D tensors always keep fp32 state.
+        weights: how bf16 tensors keep the bits that rounding drops: "bf16+8", "bf16+16", "bf16+4", as state; tensors
+            of other types are whole by themselves. "fp32" leaves them to DeepSpeed's fp32 master weights.
+        seed: of the stochastic rounding of "bf16+8" and "bf16+4".
+        release_gradients: under ZeRO 1 and 2, update weights during the backward pass (`toolkit.zero`).
         compile: run the step through torch.compile. If that fails, a warning says why and the same step runs
             eagerly.
         **hyper: the fields of `rule`.
 
-    The state of a tensor of n elements is kept in ceil(n / 256) blocks: per state a tensor [blocks, 256] of
-    codes (key: the state's name) and, where compressed, fp32 scales [blocks, 1] (key: `<state>.scale`). The
-    step count lives there too (key `step`), because under ZeRO one training step is many calls of `step()`.
+    The state of a tensor of n elements is kept in ceil(n / 256) blocks; `toolkit.optim.layout` names its tensors. The
+    step count lives there too (key `step`), because under ZeRO one training step is many tensors' steps.
 
     Raises:
         UserError: a bad hyper-parameter, state format or component, in one sentence.
@@ -48,14 +60,18 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         options = _bind(type(self), args, kwargs)
-        own = {key: options[key] for key in _OPTIONS}
-        hyper = {key: value for key, value in options.items() if key not in _OPTIONS}
+        own, hyper = _separate(options)
         rule = self.rule.parse(hyper, where=type(self).__name__)
         rule.check_ready()
         super().__init__(params, dict(rule) | own)
 
+    @property
+    def running(self) -> type[Rule]:
+        """The rule that runs: `rule`, or the variant of it that a hyper-parameter selects."""
+        return self.rule.variant(self.defaults)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group: settles its component, rate scale and state formats, and sets 1-D tensors apart.
+        """Add a group: settles its component, rate scale and formats, and sets 1-D tensors apart.
 
         A group that mixes 1-D tensors (fp32 state) with others becomes two: under ZeRO a group is flattened
         into one tensor, which can have one format only.
@@ -67,22 +83,25 @@ class RuleOptimizer(torch.optim.Optimizer):
         merged = self.defaults | {k: v for k, v in group.items() if k in self.rule.model_fields}
         where = f"{type(self).__name__}, parameter group {len(self.param_groups)}"
         rule = self.rule.parse(_fields(self.rule, merged), where=where)
+        if self.rule.variant(merged) is not self.running:
+            raise UserError(f"{where}: it keeps other states than the first group; all groups must run the same rule")
         for key, value in rule.for_component(component).items():
             group.setdefault(key, value)
         group.setdefault("lr_scale", 1.0)
         wanted = group.get("state_format", self.defaults["state_format"])
-        group["state_format"] = state_formats(self.rule, wanted, where=where)
+        group["state_format"] = state_formats(self.running, wanted, where=where)
+        check_weights(group.setdefault("weights", self.defaults["weights"]), where=where)
         plain = dict.fromkeys(group["state_format"], "fp32")
+        exact = {"state_format": plain, "weights": MASTER if group["weights"] == MASTER else Remainder16.name}
         small: list[Any] = []
         large: list[Any] = []
         for item in group["params"]:
             tensor = item[1] if isinstance(item, tuple) else item  # torch takes (name, tensor) pairs too
             (small if whole_dim(tensor) <= 1 else large).append(item)
-        if small and large and group["state_format"] != plain:
+        if large:
             super().add_param_group(group | {"params": large})
-            super().add_param_group(group | {"params": small, "state_format": plain})
-        else:
-            super().add_param_group(group | ({"state_format": plain} if small and not large else {}))
+        if small or not large:
+            super().add_param_group(group | {"params": small} | (exact if small else {}))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -91,38 +110,67 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.defaults["release_gradients"]:
+            raise UserError(
+                f"{type(self).__name__}: release_gradients works under DeepSpeed's ZeRO stages 1 and 2 only, through "
+                "toolkit.initialize or toolkit.register"
+            )
         for group in self.param_groups:
-            scalars: dict[tuple[int, torch.device], tuple[tuple[str, ...], Tensor]] = {}
-            codecs = self.codecs(group)
+            blocks = 0
             for parameter in group["params"]:
-                if parameter.grad is None or parameter.numel() == 0:
-                    continue
-                state = self._allocate(parameter, codecs)
-                if self._allocate_only:
-                    continue
-                state["step"] += 1
-                key = (state["step"], parameter.device)
-                if key not in scalars:
-                    scalars[key] = self._scalars(group, *key)
-                names, values = scalars[key]
-                function = step_function(self.rule, names, tuple(codecs.values()))
-                parts = [state[name] for name in state_keys(codecs)]
-                _apply(function, group["compile"], parameter, values, parts)
+                if parameter.grad is not None and parameter.numel():
+                    if parameter.grad.is_sparse:
+                        raise UserError("sparse gradients are not supported; use dense embeddings (sparse=False)")
+                    begun = self.begin(group, parameter)
+                    if begun is not None:
+                        scale = torch.ones((), device=parameter.device)
+                        sweep = begun.sweep(first_block=blocks)
+                        sweep.add(parameter.grad.detach().reshape(-1), scale)
+                        sweep.finish(scale)
+                        begun.write_back(parameter)
+                blocks += -(-parameter.numel() // BLOCK)
         return loss
 
-    def codecs(self, group: Mapping[str, Any]) -> dict[str, type[Codec]]:
-        """The codec of each state in this parameter group."""
-        formats = group["state_format"]
-        return {s.name: codec_for(formats[s.name], signed=s.signed) for s in self.rule.states}
+    def begin(self, group: dict[str, Any], tensor: Tensor) -> TensorStep | None:
+        """Count one step of `tensor`, a member of `group`; None while state is only allocated."""
+        kept = self.layout(group, tensor.dtype)
+        state = self._allocate(tensor, kept)
+        if self._allocate_only:
+            return None
+        state["step"] += 1
+        names, scalars = self._scalars(group, state["step"], tensor.device)
+        number = next(index for index, own in enumerate(self.param_groups) if own is group)
+        return TensorStep(
+            function=step_function(self.running, names, kept),
+            compiled=group["compile"],
+            theta=tensor.detach().reshape(-1),
+            parts=[state[key] for key, _ in kept.parts()],
+            scalars=scalars,
+            seed=self.defaults["seed"] * len(self.param_groups) + number,
+            step=state["step"],
+        )
 
-    def _allocate(self, parameter: Tensor, codecs: Mapping[str, type[Codec]]) -> dict[str, Any]:
-        state = self.state[parameter]
+    def layout(self, group: Mapping[str, Any], dtype: torch.dtype) -> Layout:
+        """What is stored for a tensor of `dtype` in this parameter group."""
+        return layout(self.running, group["state_format"], group["weights"], dtype)
+
+    def holds_weights(self) -> bool:
+        """Whether bf16 weights are kept whole by their remainders, so that no master weights are needed."""
+        dtypes = {getattr(p, "ds_tensor", p).dtype for group in self.param_groups for p in group["params"]}
+        return self.defaults["weights"] != MASTER and torch.bfloat16 in dtypes
+
+    def forget_remainders(self) -> None:
+        """After weights have been replaced: their bf16 values are all there is."""
+        for held in self.state.values():
+            for key, value in held.items():
+                if key.split(".")[0] == REMAINDER:
+                    value.zero_()
+
+    def _allocate(self, tensor: Tensor, kept: Layout) -> dict[str, Any]:
+        state = self.state[tensor]
         if not state:
-            # Two at least: the compiled step takes no fewer.
-            blocks = max(-(-parameter.numel() // BLOCK), 2)
             state["step"] = 0
-            for key, part in _parts(codecs):
-                state[key] = torch.zeros(blocks, part.per_block, dtype=part.dtype, device=parameter.device)
+            state.update(kept.allocate(tensor.numel(), tensor.device))
         return state
 
     def _scalars(self, group: Mapping[str, Any], t: int, device: torch.device) -> tuple[tuple[str, ...], Tensor]:
@@ -133,9 +181,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _group_rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule with this group's hyper-parameters as they stand now (schedulers write to groups)."""
-        fields = _fields(self.rule, group)
+        rule = self.running
+        fields = _fields(rule, group)
         fields["lr"] = float(fields["lr"]) * group["lr_scale"]
-        return self.rule.parse(fields, where=f"{type(self).__name__}, group {group['component']!r}")
+        return rule.parse(fields, where=f"{type(self).__name__}, group {group['component']!r}")
 
     @staticmethod
     @contextmanager
@@ -158,12 +207,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         return self._group_rule(self.param_groups[0]).report(t) if t else {}
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes held per state on this process, scales counted with their state."""
-        total = {state.name: 0 for state in self.rule.states}
+        """Bytes held on this process by state, scales counted with their state, and by remainders of weights."""
+        total = {state.name: 0 for state in self.running.states}
         for held in self.state.values():
             for key, value in held.items():
                 if isinstance(value, Tensor):
-                    total[key.split(".")[0]] += value.untyped_storage().nbytes()
+                    name = key.split(".")[0]
+                    total[name] = total.get(name, 0) + value.untyped_storage().nbytes()
         return total
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,19 +222,18 @@ class RuleOptimizer(torch.optim.Optimizer):
         Raises ValueError when a saved state does not have the shape and dtype that this optimizer keeps.
         """
         for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            if group["state_format"] != own["state_format"]:
-                raise ValueError(
-                    f"the saved optimizer keeps state_format {group['state_format']}, this one {own['state_format']}"
-                )
+            for key in ("state_format", "weights"):
+                if group[key] != own[key]:
+                    raise ValueError(f"the saved optimizer keeps {key} {group[key]}, this one {own[key]}")
         super().load_state_dict(state_dict | {"state": {}})
         saved = state_dict["state"]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        here = [(p, self.codecs(group)) for group in self.param_groups for p in group["params"]]
-        for number, (parameter, codecs) in zip(numbers, here, strict=True):
+        here = [(p, self.layout(group, p.dtype)) for group in self.param_groups for p in group["params"]]
+        for number, (parameter, kept) in zip(numbers, here, strict=True):
             if number not in saved:
                 continue
             self.state.pop(parameter, None)
-            state = self._allocate(parameter, codecs)
+            state = self._allocate(parameter, kept)
             for key, value in state.items():
                 given = saved[number].get(key)
                 if isinstance(value, Tensor):
@@ -229,75 +278,10 @@ def check_settings(name: str, params: Mapping[str, Any]) -> None:
     """
     optimizer = find_rule(name)
     assert optimizer is not None, name
-    options = _bind(optimizer, (), {k: v for k, v in params.items() if v != "auto"})
-    hyper = {key: value for key, value in options.items() if key not in _OPTIONS}
-    optimizer.rule.parse(hyper, where=name)
-    state_formats(optimizer.rule, options["state_format"], where=name)
-
-
-def state_formats(rule: type[Rule], wanted: str | Mapping[str, str], *, where: str) -> dict[str, str]:
-    """The format of every state of `rule`, from one name or a mapping. Raises UserError."""
-    names = [state.name for state in rule.states]
-    if not isinstance(wanted, (str, Mapping)):
-        raise UserError(f"{where}: state_format is {wanted!r}, but must be a name or a mapping from state to name")
-    given = dict.fromkeys(names, wanted) if isinstance(wanted, str) else dict(wanted)
-    for state in given:
-        if state not in names:
-            raise UserError(
-                f"{where}: state_format names the unknown state {state!r}; its states are "
-                f"{', '.join(names)}.{nearest(state, names)}"
-            )
-    for value in given.values():
-        if str(value) not in FORMATS:
-            raise UserError(
-                f"{where}: state_format {value!r} is unknown; known are {', '.join(FORMATS)}."
-                f"{nearest(str(value), FORMATS)}"
-            )
-    return {name: given.get(name, _OPTIONS["state_format"]) for name in names}
-
-
-def state_keys(codecs: Mapping[str, type[Codec]]) -> list[str]:
-    """Keys of the state tensors, in the order that the step takes them."""
-    return [key for key, _ in _parts(codecs)]
-
-
-def _parts(codecs: Mapping[str, type[Codec]]) -> Iterator[tuple[str, Any]]:
-    for state, codec in codecs.items():
-        for part in codec.parts:
-            yield (f"{state}.{part.suffix}" if part.suffix else state), part
-
-
-def _apply(function: StepFunction, compiled: bool, parameter: Tensor, scalars: Tensor, parts: list[Tensor]) -> None:
-    """Run the step over one tensor of any size and layout.
-
-    Whole blocks are viewed in place. A tensor that ends in the middle of a block goes through a padded copy of
-    its last two blocks (three if one would remain, since the compiled step takes no fewer than two).
-    """
-    gradient = parameter.grad
-    assert gradient is not None
-    if gradient.is_sparse:
-        raise UserError("sparse gradients are not supported; use dense embeddings (sparse=False)")
-    theta = parameter.detach().reshape(-1)
-    g = gradient.detach().reshape(-1)
-    rows = parts[0].shape[0]
-    whole = theta.numel() == rows * BLOCK
-    padded_rows = 0 if whole else (rows if rows - 2 < 2 else 2)
-    head = rows - padded_rows
-    if head:
-        main = slice(0, head * BLOCK)
-        view = (head, BLOCK)
-        function(compiled, theta[main].view(view), g[main].view(view), scalars, *(p[:head] for p in parts))
-    if padded_rows:
-        tail = slice(head * BLOCK, None)
-        size = theta.numel() - head * BLOCK
-        padded_theta, padded_g = theta.new_zeros(padded_rows * BLOCK), g.new_zeros(padded_rows * BLOCK)
-        padded_theta[:size], padded_g[:size] = theta[tail], g[tail]
-        view = (padded_rows, BLOCK)
-        tails = (p[head:] for p in parts)
-        function(compiled, padded_theta.view(view), padded_g.view(view), scalars, *tails)
-        theta[tail] = padded_theta[:size]
-    if theta.data_ptr() != parameter.data_ptr():
-        parameter.copy_(theta.view_as(parameter))
+    own, hyper = _separate(_bind(optimizer, (), {k: v for k, v in params.items() if v != "auto"}))
+    rule = optimizer.rule.parse(hyper, where=name)
+    state_formats(rule.variant(dict(rule)), own["state_format"], where=name)
+    check_weights(own["weights"], where=name)
 
 
 def _bind(optimizer: type[RuleOptimizer], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,9 +297,18 @@ def _bind(optimizer: type[RuleOptimizer], args: tuple[Any, ...], kwargs: Mapping
                 f"{nearest(key, known)}"
             )
     options = dict(_OPTIONS) | given
-    if not isinstance(options["compile"], bool):
-        raise UserError(f"{optimizer.__name__}: compile must be true or false, not {options['compile']!r}")
+    for key in ("compile", "release_gradients"):
+        if not isinstance(options[key], bool):
+            raise UserError(f"{optimizer.__name__}: {key} must be true or false, not {options[key]!r}")
+    if type(options["seed"]) is not int or options["seed"] < 0:
+        raise UserError(f"{optimizer.__name__}: seed must be a whole number, 0 or more, not {options['seed']!r}")
     return options
+
+
+def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The optimizer's own options, and the rule's hyper-parameters."""
+    own = {key: value for key, value in options.items() if key in _OPTIONS}
+    return own, {key: value for key, value in options.items() if key not in _OPTIONS}
 
 
 def _fields(rule: type[Rule], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,10 +24,15 @@ Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
 
 @dataclass(frozen=True)
 class State:
-    """One state tensor per parameter, zero at the start. `signed=False`: a second moment, never negative."""
+    """One state tensor per parameter, zero at the start.
+
+    `signed=False`: a second moment, never negative. `near` names another state of the rule that this one stays close
+    to, like a second average of the same gradients.
+    """
 
     name: str
     signed: bool = True
+    near: str | None = None
 
 
 class Rule(BaseModel):
@@ -55,6 +60,11 @@ class Rule(BaseModel):
     def scalars(self, t: int) -> dict[str, float]:
         """The scalars of `update` at optimizer step `t` (from 1), the same names at every step."""
         raise NotImplementedError
+
+    @classmethod
+    def variant(cls, settings: Mapping[str, Any]) -> type[Rule]:
+        """The rule that runs these hyper-parameters; a rule with modes that keep other states has a class for each."""
+        return cls
 
     def for_component(self, component: str) -> dict[str, Any]:
         """Hyper-parameters that differ for `component`; `lr_scale` multiplies whatever lr a scheduler sets."""

@@ -1,9 +1,10 @@
 """Codecs: how a state tensor is held in memory.
 
-A codec turns blocks of `BLOCK` fp32 values into a few smaller tensors and back. It is pure tensor code without
-branches on data, so the same source runs eagerly and inside the compiled optimizer step. To add a codec, write
-one class here and name it in `FORMATS`; optimizers, ZeRO sharding and byte accounting read everything from
-`parts`.
+A state is cut into blocks of `BLOCK` fp32 values. A codec says how one value is coded, given its block's scale; the
+block maximum, the packing of 4-bit codes two to a byte and the writing in place are done once, here and in
+`toolkit.optim.step`, for all codecs. It is pure elementwise tensor code without branches on data, so the same source
+runs eagerly and inside the compiled optimizer step. To add a codec, write one class here and name it in `FORMATS`;
+optimizers, ZeRO sharding and byte accounting read everything from it.
 
 Scales are fp32. With fp16 scales the update is 4 % wrong at a gradient rms of 1e-6 and useless at 1e-8, and
 gradients of large models do get there.
@@ -12,8 +13,9 @@ gradients of large models do get there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,67 +29,140 @@ _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill an interval most
 
 @dataclass(frozen=True)
 class Part:
-    """One stored tensor of a codec: shape [blocks, `per_block`], `dtype`; `suffix` completes its state key."""
+    """One stored tensor: shape [blocks, `per_block`], `dtype`; `suffix` completes its state key."""
 
     suffix: str
     dtype: torch.dtype
     per_block: int
 
 
+class Scale(NamedTuple):
+    """What a codec knows of a block: its scale and the inverse, fp32 [blocks, 1]."""
+
+    value: Tensor
+    inverse: Tensor
+
+
 class Codec(ABC):
-    """Blocks of fp32 values, shape [blocks, BLOCK], to `parts` and back."""
+    """How one value of a block is coded. Tensors are fp32 [blocks, w], w lanes of each block.
+
+    `dtype` is that of a code. `bits` is 4 where codes are 0 to 15 in uint8 and stored two to a byte; else it is the
+    width of `dtype`. A codec that is `relative` codes the difference from the state that its state is near to.
+    """
 
     name: ClassVar[str]
-    parts: ClassVar[tuple[Part, ...]]
+    dtype: ClassVar[torch.dtype]
+    bits: ClassVar[int]
+    scaled: ClassVar[bool] = True
+    relative: ClassVar[bool] = False
+
+    @staticmethod
+    def measure(x: Tensor) -> Tensor:
+        """Non-negative; a block's scale is made of its largest value in the block."""
+        return x.abs()
+
+    @staticmethod
+    def scale_of(largest: Tensor) -> Tensor:
+        """The scales of blocks, [blocks, 1], from their largest measures."""
+        return largest
 
     @staticmethod
     @abstractmethod
-    def encode(x: Tensor) -> tuple[Tensor, ...]:
-        """fp32 [blocks, BLOCK] to one tensor per entry of `parts`."""
+    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        """Codes of `x`, in `dtype`. `dither`: thresholds in (0, 1), of the shape of `x`, for unbiased rounding."""
 
     @staticmethod
     @abstractmethod
-    def decode(*parts: Tensor) -> Tensor:
-        """The tensors of `parts` to fp32 [blocks, BLOCK]. All-zero parts decode to zeros."""
+    def decode(codes: Tensor, scale: Tensor) -> Tensor:
+        """Codes to fp32; `scale` is `Scale.value`. Codes of zero under a scale of zero decode to zeros."""
+
+    @classmethod
+    def parts(cls) -> tuple[Part, ...]:
+        """The stored tensors: codes, and scales where there are any."""
+        codes = Part("", cls.dtype, BLOCK * cls.bits // (8 * cls.dtype.itemsize))
+        return (codes, Part("scale", torch.float32, 1)) if cls.scaled else (codes,)
 
     @classmethod
     def bytes_per_element(cls) -> float:
         """Stored bytes per element, scales included."""
-        return sum(part.per_block * part.dtype.itemsize for part in cls.parts) / BLOCK
+        return sum(part.per_block * part.dtype.itemsize for part in cls.parts()) / BLOCK
+
+
+def encode_slabs(codec: type[Codec], slabs: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Code whole blocks, given as slabs of lanes, fp32 [blocks, w], that make up BLOCK lanes.
+
+    Returns one list for each of `codec.parts()`: the codes of each slab (of 4 bits, packed: one tensor), the scales.
+    """
+    scale = Scale(slabs[0], slabs[0])  # not looked at, if it stays
+    if codec.scaled:
+        size = codec.measure(slabs[0])
+        for slab in slabs[1:]:
+            size = torch.maximum(size, codec.measure(slab))
+        scale = _block_scale(codec, size)
+    codes, lane = [], 0
+    for slab in slabs:
+        dither = _dither(scale.value, lane, slab.shape[1]) if codec.scaled else slab
+        codes.append(codec.encode(slab, scale, dither))
+        lane += slab.shape[1]
+    stored = [pack(codes)] if codec.bits == 4 else codes
+    return [stored, [scale.value]] if codec.scaled else [stored]
+
+
+def decode_slabs(codec: type[Codec], stored: Sequence[Tensor], scale: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The inverse of `encode_slabs`, as far as the codes go."""
+    codes = unpack(stored[0]) if codec.bits == 4 else stored
+    return [codec.decode(slab, scale[0] if codec.scaled else slab) for slab in codes]
+
+
+def pack(codes: Sequence[Tensor]) -> Tensor:
+    """Two slabs of 4-bit codes [blocks, w] to bytes [blocks, w]: the first slab in the low halves."""
+    low, high = codes
+    return low | (high << 4)
+
+
+def unpack(packed: Tensor) -> list[Tensor]:
+    """The inverse of `pack`."""
+    return [packed & 15, packed >> 4]
+
+
+def to_parts(codec: type[Codec], x: Tensor) -> tuple[Tensor, ...]:
+    """fp32 [blocks, BLOCK] to one tensor for each of `codec.parts()`."""
+    return tuple(torch.cat(slabs, dim=1) for slabs in encode_slabs(codec, x.split(BLOCK // 2, dim=1)))
+
+
+def from_parts(codec: type[Codec], *parts: Tensor) -> Tensor:
+    """The tensors of `codec.parts()` to fp32 [blocks, BLOCK]."""
+    return torch.cat(decode_slabs(codec, *([part] for part in parts)), dim=1)
+
+
+def _block_scale(codec: type[Codec], size: Tensor) -> Scale:
+    """The scale of each block and its inverse, from the measures of its values.
+
+    A block whose values are all denormal counts as zero: the inverse of its scale would overflow.
+    A block that holds an inf or NaN gets NaN as its scale and decodes to NaN: what is not finite never turns
+    finite unseen.
+    """
+    scale = codec.scale_of(size.amax(dim=1, keepdim=True))
+    scale = torch.where(scale < _TINY, 0.0, scale)
+    scale = torch.where(scale < torch.inf, scale, torch.nan)
+    return Scale(scale, torch.where(scale == 0.0, 0.0, 1.0 / scale))
 
 
 class Fp32(Codec):
     """No compression."""
 
     name = "fp32"
-    parts = (Part("", torch.float32, BLOCK),)
+    dtype = torch.float32
+    bits = 32
+    scaled = False
 
     @staticmethod
-    def encode(x: Tensor) -> tuple[Tensor, ...]:
-        return (x,)
+    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        return x
 
     @staticmethod
-    def decode(*parts: Tensor) -> Tensor:
-        return parts[0]
-
-
-def _block_scale(size: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest of the non-negative values of each block and its inverse, both [blocks, 1].
-
-    A block whose values are all denormal counts as zero: the inverse of its scale would overflow.
-    A block that holds an inf or NaN gets NaN as its scale and decodes to NaN: what is not finite never turns
-    finite unseen.
-    """
-    scale = size.amax(dim=1, keepdim=True)
-    scale = torch.where(scale < _TINY, 0.0, scale)
-    scale = torch.where(scale < torch.inf, scale, torch.nan)
-    inverse = torch.where(scale == 0.0, 0.0, 1.0 / scale)
-    return scale, inverse
-
-
-def _defined(codes: Tensor, *, largest: float) -> Tensor:
-    """Codes within 0..largest; NaN, from a block that its scale marks as not finite, becomes `largest`."""
-    return torch.where(codes <= largest, codes, largest)
+    def decode(codes: Tensor, scale: Tensor) -> Tensor:
+        return codes
 
 
 class Signed8(Codec):
@@ -102,23 +177,56 @@ class Signed8(Codec):
     """
 
     name = "signed8"
-    parts = (Part("", torch.int8, BLOCK), Part("scale", torch.float32, 1))
+    dtype = torch.int8
+    bits = 8
 
     @staticmethod
-    def encode(x: Tensor) -> tuple[Tensor, ...]:
-        size = x.abs()
-        scale, inverse = _block_scale(size)
-        square = 16129.0 * (size * inverse)
-        below = torch.floor(torch.sqrt(square))
-        up = square - below * below > _dither(scale) * (2.0 * below + 1.0)
-        codes = _defined(torch.where(up, below + 1.0, below), largest=127.0)
-        return torch.where(x < 0.0, -codes, codes).to(torch.int8), scale
+    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        return _signed_root(x, scale, dither, 127.0).to(torch.int8)
 
     @staticmethod
-    def decode(*parts: Tensor) -> Tensor:
-        codes, scale = parts
+    def decode(codes: Tensor, scale: Tensor) -> Tensor:
         z = codes.to(torch.float32) * (1.0 / 127.0)
         return z * z.abs() * scale
+
+
+class Signed4(Codec):
+    """Momentum in 4 bits: `Signed8` with 7 codes for each sign, stored as code + 8; 0 stands for zero too.
+
+    Its error is that of a coin tossed between two codes, right on average.
+    """
+
+    name = "signed4"
+    dtype = torch.uint8
+    bits = 4
+
+    @staticmethod
+    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        return (_signed_root(x, scale, dither, 7.0) + 8.0).to(torch.uint8)
+
+    @staticmethod
+    def decode(codes: Tensor, scale: Tensor) -> Tensor:
+        z = (codes.to(torch.float32) - 8.0) * (1.0 / 7.0)
+        return z * z.abs() * scale
+
+
+class Residual4(Signed4):
+    """`Signed4` of the difference from the state that this one is near to."""
+
+    name = "residual4"
+    relative = True
+
+
+def _signed_root(x: Tensor, scale: Scale, dither: Tensor, largest: float) -> Tensor:
+    """sign(x) `largest` sqrt(|x| / scale), rounded to a whole number so that its square is right on average.
+
+    Between codes c and c + 1, of squares c^2 and c^2 + 2 c + 1, the square y goes up where it exceeds
+    c^2 + d (2 c + 1), d the dither; that is (c + d)^2 + d (1 - d). Solved for c, the code is written with one mention
+    of y, which matters: the compiler traces what is mentioned twice twice.
+    """
+    square = largest * largest * (x.abs() * scale.inverse)
+    code = torch.floor(torch.sqrt(torch.relu(square - dither * (1.0 - dither))) + (1.0 - dither))
+    return code * x.sign()
 
 
 class Root8(Codec):
@@ -135,41 +243,83 @@ class Root8(Codec):
     """
 
     name = "root8"
-    parts = (Part("", torch.uint8, BLOCK), Part("scale", torch.float32, 1))
+    dtype = torch.uint8
+    bits = 8
 
     @staticmethod
-    def encode(x: Tensor) -> tuple[Tensor, ...]:
-        root = torch.sqrt(torch.sqrt(x))
-        scale, inverse = _block_scale(root)
-        codes = _defined(torch.floor(255.0 * (root * inverse) + _dither(scale)), largest=255.0)
-        return codes.clamp(min=1.0).to(torch.uint8), scale
+    def scale_of(largest: Tensor) -> Tensor:
+        return torch.sqrt(torch.sqrt(largest))
 
     @staticmethod
-    def decode(*parts: Tensor) -> Tensor:
-        codes, scale = parts
-        square = (codes.to(torch.float32) * (1.0 / 255.0) * scale) ** 2
-        return square * square
+    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        return _fourth_root(x, scale, dither, 255.0)
+
+    @staticmethod
+    def decode(codes: Tensor, scale: Tensor) -> Tensor:
+        return _fourth_power(codes, scale, 255.0)
 
 
-def _dither(scale: Tensor) -> Tensor:
-    """Thresholds in (0, 1), [blocks, BLOCK]: evenly spread over a block, shifted by its scale's last bits.
+class Root4(Codec):
+    """Second moment in 4 bits: `Root8` with codes 1 to 15. The least v of a block is a 50,625th of the largest."""
+
+    name = "root4"
+    dtype = torch.uint8
+    bits = 4
+    scale_of = Root8.scale_of
+
+    @staticmethod
+    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        return _fourth_root(x, scale, dither, 15.0)
+
+    @staticmethod
+    def decode(codes: Tensor, scale: Tensor) -> Tensor:
+        return _fourth_power(codes, scale, 15.0)
+
+
+def _fourth_root(x: Tensor, scale: Scale, dither: Tensor, largest: float) -> Tensor:
+    root = torch.sqrt(torch.sqrt(x))
+    return torch.floor(largest * (root * scale.inverse) + dither).clamp(min=1.0).to(torch.uint8)
+
+
+def _fourth_power(codes: Tensor, scale: Tensor, largest: float) -> Tensor:
+    square = (codes.to(torch.float32) * (1.0 / largest) * scale) ** 2
+    return square * square
+
+
+def _dither(scale: Tensor, first: int, lanes: int) -> Tensor:
+    """Thresholds in (0, 1), [blocks, lanes]: evenly spread over a block, shifted by its scale's last bits.
 
     The scale changes at nearly every step, and with it all thresholds. Depending on nothing but the block, they
     are the same at every world size and after every restart. They keep away from 0 and 1, so that a value that
     is a code already stays that code.
     """
     shift = (scale.view(torch.int32) & 0xFFFF).to(torch.float32) * 2.0**-16
-    spread = shift + torch.arange(BLOCK, device=scale.device) * _GOLDEN
-    return (spread - torch.floor(spread)) * (1.0 - 2.0**-9) + 2.0**-10
+    return spread(shift, first, lanes) * (1.0 - 2.0**-9) + 2.0**-10
 
 
-FORMATS: dict[str, tuple[type[Codec], type[Codec]]] = {
-    # user-facing name: (codec of a signed state, codec of a non-negative state)
-    "fp32": (Fp32, Fp32),
-    "8bit": (Signed8, Root8),
+def spread(shift: Tensor, first: int, lanes: int) -> Tensor:
+    """Numbers in [0, 1), [blocks, lanes]: multiples of the golden ratio by lane, plus the block's `shift`."""
+    lane = torch.arange(first, first + lanes, device=shift.device)
+    value = shift + lane * _GOLDEN
+    return value - torch.floor(value)
+
+
+class Format(NamedTuple):
+    """The codecs that one name of a format means: for a signed state, a second moment, a state near another."""
+
+    signed: type[Codec]
+    second: type[Codec]
+    near: type[Codec] | None = None
+
+
+FORMATS: dict[str, Format] = {
+    "fp32": Format(Fp32, Fp32),
+    "8bit": Format(Signed8, Root8),
+    "4bit": Format(Signed4, Root4, near=Residual4),
 }
 
-
-def codec_for(state_format: str, *, signed: bool) -> type[Codec]:
-    """The codec that `state_format` ("fp32" or "8bit") means for a signed or a non-negative state."""
-    return FORMATS[state_format][0 if signed else 1]
+MIXES: dict[str, dict[str, str]] = {
+    "compact": {"signed": "4bit", "anchor": "8bit", "near": "4bit", "second": "8bit"},
+    "minimal": {"signed": "4bit", "anchor": "8bit", "near": "4bit", "second": "4bit"},
+}
+"""Formats of whole rules: that of each state by the part it plays. "anchor": a state that another is near to."""

@@ -12,12 +12,16 @@ from typing import Any
 
 import deepspeed
 import deepspeed.runtime.engine as ds_engine
+import deepspeed.runtime.zero.stage3 as ds_stage3
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
 from toolkit.zero import partition
+from toolkit.zero.release import ReleasingZeroOptimizer
+from toolkit.zero.stage3 import LeanZeroOptimizer3
+from toolkit.zero.stage12 import LeanZeroOptimizer
 
 logger = logging.getLogger("toolkit")
 
@@ -74,6 +78,7 @@ def register() -> None:
             "deepspeed>=0.19.8,<0.20"
         )
     partition.install()
+    _install_optimizers()
     engine, zero_supports = ds_engine.DeepSpeedEngine, ds_engine.is_zero_supported_optimizer
     configure_basic, configure = engine._configure_basic_optimizer, engine._configure_optimizer
     supports = engine._is_supported_optimizer
@@ -97,12 +102,43 @@ def register() -> None:
     _registered = True
 
 
+def _install_optimizers() -> None:
+    """Let engines that run one of this package's optimizers wrap it in this package's ZeRO optimizers."""
+    import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401 (subclasses DeepSpeed's, so before)
+
+    stage_1_and_2, stage_3 = ds_engine.DeepSpeedZeroOptimizer, ds_stage3.DeepSpeedZeroOptimizer_Stage3
+
+    def make_stage_1_or_2(init_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = stage_1_and_2
+        if isinstance(init_optimizer, RuleOptimizer):
+            kind = ReleasingZeroOptimizer if init_optimizer.defaults["release_gradients"] else LeanZeroOptimizer
+        return kind(init_optimizer, *args, **kwargs)
+
+    def make_stage_3(module: nn.Module, init_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        lean = isinstance(init_optimizer, RuleOptimizer)
+        return (LeanZeroOptimizer3 if lean else stage_3)(module, init_optimizer, *args, **kwargs)
+
+    ds_engine.DeepSpeedZeroOptimizer = make_stage_1_or_2
+    ds_stage3.DeepSpeedZeroOptimizer_Stage3 = make_stage_3
+
+
 def _build(rule: type[RuleOptimizer], engine: Any, model_parameters: Any) -> RuleOptimizer:
+    from toolkit.config.optimizers import check_combination
+
     params = dict(engine.optimizer_params() or {})
     if "total_steps" in rule.rule.model_fields:
         steps = (engine.scheduler_params() or {}).get("total_num_steps")
         if params.get("total_steps") is None and isinstance(steps, int):
             params["total_steps"] = steps
+    offload = engine.zero_offload_optimizer()
+    check_combination(
+        rule.__name__,
+        params,
+        computed="bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
+        stage=int(engine.zero_optimization_stage()),
+        offload="none" if offload is None else str(getattr(offload.device, "value", offload.device)),
+        accumulation=engine.gradient_accumulation_steps(),
+    )
     return rule(param_groups(engine.module, model_parameters), **params)
 
 

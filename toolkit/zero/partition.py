@@ -1,9 +1,9 @@
 """Shards that are whole blocks, so that the block grid is the same at every world size.
 
 DeepSpeed 0.19 cuts partitions anywhere. Stages 1 and 2 flatten each parameter group and split it evenly:
-`WholeBlockZeroOptimizer` pads the group to blocks times world size. Stage 3 splits each parameter:
-`install()` pads parameters likewise, which takes four small replacements in DeepSpeed's modules, since each of them
-works out a partition's size for itself.
+`stage12.LeanZeroOptimizer` pads the group to blocks times world size. Stage 3 splits each parameter: `install()` pads
+parameters likewise, which takes four small replacements in DeepSpeed's modules, since each of them works out a
+partition's size for itself.
 """
 
 from __future__ import annotations
@@ -21,28 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from toolkit.errors import UserError
-from toolkit.optim import RuleOptimizer
 from toolkit.state.codecs import BLOCK
-
-
-class WholeBlockZeroOptimizer(DeepSpeedZeroOptimizer):
-    """DeepSpeed's stage 1/2 optimizer; with a `RuleOptimizer` inside, every partition is whole blocks."""
-
-    _laying_out = False
-
-    def __init__(self, init_optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        self._laying_out = isinstance(init_optimizer, RuleOptimizer)
-        super().__init__(init_optimizer, *args, **kwargs)
-        self._laying_out = False
-
-    def flatten_dense_tensors_aligned(
-        self, tensor_list: list[Tensor], alignment: int, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """stage_1_and_2.py calls this to lay groups out (alignment: 2 x world size) and later on gradients."""
-        if self._laying_out:
-            world_size = alignment // self.nccl_start_alignment_factor
-            alignment = math.lcm(alignment, BLOCK * world_size)
-        return super().flatten_dense_tensors_aligned(tensor_list, alignment, *args, **kwargs)
 
 
 def padding(shape: Sequence[int], world_size: int) -> int:
@@ -123,8 +102,40 @@ class _LocalHandle:
             param.ds_status = ds_parameters.ZeroParamStatus.AVAILABLE
 
 
+# What `stage12.py` and `stage3.py` override, call or read.
+_METHODS_1_AND_2 = (
+    "_configure_master_weights flatten_dense_tensors_aligned initialize_optimizer_states setup_buckets "
+    "process_gradients get_gradient_for_reduction reduce_independent_p_g_buckets_and_remove_grads reduce_ipg_grads "
+    "reduce_gradients independent_gradient_partition_epilogue finalize_gradient_accumulation_boundary "
+    "_get_offload_gradient_dict _maybe_reduce_autoep_folding_tp_gradient _update_model_bit16_weights _update_scale "
+    "_restore_from_bit16_weights scaled_global_norm zero_grad"
+)
+_FIELDS_1_AND_2 = (
+    "round_robin_bit16_groups round_robin_bit16_offsets parallel_partitioned_bit16_groups partition_size "
+    "single_partition_of_fp32_groups param_buffer_of_bit16_for_cpu_offload_groups averaged_gradients "
+    "offload_gradient_dict params_in_partition grad_position ready_for_gradients _coalesce_grad_reduction"
+)
+_METHODS_3 = (
+    "_configure_master_weights _create_fp32_partitions initialize_optimizer_states _get_norm_groups _pre_step "
+    "_offload_grad_partition_at_boundary _get_fp32_grad_state_partition get_fp32_grad_partitions _post_step "
+    "_partition_all_parameters _loss_scale_update_and_overflow_cleanup _restore_from_bit16_weights "
+    "_reassign_or_swap_out_partitioned_parameters _get_param_partition_rank _get_param_partition_group"
+)
+_FIELDS_3 = (
+    "fp16_groups fp32_partitioned_groups_flat fp16_partitioned_groups_flat sub_group_to_group_id grad_position "
+    "grad_partitions_flat_buffer __param_id_to_grad_partition _offload_boundary_param_ids sub_group_process_groups"
+)
+
+
+def _missing(kind: type, methods: str, fields: str) -> list[str]:
+    source = inspect.getsource(kind)
+    missing = [name for name in methods.split() if not callable(getattr(kind, name, None))]
+    missing += [name for name in fields.split() if f"self.{name}" not in source]
+    return [f"{kind.__name__}.{name}" for name in missing]
+
+
 def incompatibilities() -> list[str]:
-    """What this module relies on inside DeepSpeed and does not find; empty on a DeepSpeed that fits."""
+    """What this package relies on inside DeepSpeed and does not find; empty on a DeepSpeed that fits."""
     checks = {
         "runtime.engine.DeepSpeedZeroOptimizer": hasattr(ds_engine, "DeepSpeedZeroOptimizer"),
         "DeepSpeedEngine._configure_basic_optimizer": hasattr(ds_engine.DeepSpeedEngine, "_configure_basic_optimizer"),
@@ -144,7 +155,11 @@ def incompatibilities() -> list[str]:
             "reduce_scatter_coalesced(full_grads_for_rank, process_group)" in inspect.getsource(ds_stage3)
         ),
     }
-    return [name for name, found in checks.items() if not found]
+    return [
+        *(name for name, found in checks.items() if not found),
+        *_missing(DeepSpeedZeroOptimizer, _METHODS_1_AND_2, _FIELDS_1_AND_2),
+        *_missing(ds_stage3.DeepSpeedZeroOptimizer_Stage3, _METHODS_3, _FIELDS_3),
+    ]
 
 
 def install() -> None:
@@ -153,7 +168,6 @@ def install() -> None:
     Engines with another optimizer keep DeepSpeed's layout at stages 1 and 2; at stage 3 their matrices are
     padded by less than BLOCK elements per rank, which changes no number.
     """
-    ds_engine.DeepSpeedZeroOptimizer = WholeBlockZeroOptimizer
     ds_parameters.Init._padding_size = _padding_size
     ds_parameters._dist_allgather_fn = _allgather_whole_blocks
     ds_parameters._no_gather_coalesced = _no_gather_whole_blocks

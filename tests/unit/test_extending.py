@@ -1,0 +1,78 @@
+"""What docs/extending.md shows does what the text says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from toolkit.optim import AMCS
+from toolkit.state.codecs import BLOCK, FORMATS, Codec, from_parts, to_parts
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_documented_rule_is_the_tested_one() -> None:
+    """docs/extending.md shows the very file that the multi-rank tests load."""
+    code = (ROOT / "tests" / "distributed" / "lion.py").read_text()
+    body = code[code.index("from torch import Tensor") :]
+    assert body in (ROOT / "docs" / "extending.md").read_text()
+    rule = body[body.index("class LionRule") : body.index("Lion = ")].rstrip()
+    assert len(rule.splitlines()) < 30
+
+
+@pytest.fixture
+def codec() -> Iterator[type[Codec]]:
+    """The documented codec, registered by the document's own code."""
+    section = (ROOT / "docs" / "extending.md").read_text().split("## A codec")[1]
+    before, names = dict(FORMATS), {}
+    exec(section.split("```python\n")[1].split("```")[0], names)
+    yield names["Linear8"]
+    FORMATS.clear()
+    FORMATS.update(before)
+
+
+def test_the_documented_codec_keeps_the_contract(codec: type[Codec]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2048, BLOCK)
+    codes, scale = to_parts(codec, x)
+    back = from_parts(codec, codes, scale)
+    error = (back - x) / (scale / 127)
+    assert error.abs().max() <= 1.001 and abs(error.mean()) < 1e-3
+    assert torch.equal(to_parts(codec, back)[0], codes)
+    zeros = torch.zeros(2, BLOCK)
+    assert torch.equal(from_parts(codec, *to_parts(codec, zeros)), zeros)
+    fresh = [torch.zeros(2, part.per_block, dtype=part.dtype) for part in codec.parts()]
+    assert torch.equal(from_parts(codec, *fresh), zeros)
+    assert codec.bytes_per_element() == 1 + 4 / BLOCK
+
+
+@pytest.mark.parametrize(
+    ("state_format", "codecs"),
+    [
+        ("linear8", ["linear8", "linear8", "root8"]),
+        ({"m_slow": "linear8", "m_fast": "4bit"}, ["residual4", "linear8", "root8"]),
+    ],
+)
+def test_the_documented_codec_works_everywhere(codec: type[Codec], state_format: Any, codecs: list[str]) -> None:
+    """In the compiled step, too, and with another state's codes relative to it."""
+    moved = {}
+    for name in ("fp32", state_format):
+        generator = torch.Generator().manual_seed(0)
+        p = nn.Parameter(torch.zeros(64, 64))
+        optimizer = AMCS([p], alpha=0.5, weight_decay=0.0, state_format=name)
+        for _ in range(5):
+            p.grad = 1.0 + torch.randn(64, 64, generator=generator)
+            optimizer.step()
+        moved[str(name)] = p.detach()
+    kept = optimizer.begin(optimizer.param_groups[0], p)
+    assert kept is not None and kept.function.fallback_reason is None
+    layout = optimizer.layout(optimizer.param_groups[0], p.dtype)
+    assert [kind.name for kind in layout.codecs] == codecs
+    assert optimizer.state_bytes()["m_slow"] == p.numel() * (1 + 4 / BLOCK)
+    exact = moved.pop("fp32")
+    assert (moved[str(state_format)] - exact).norm() < 0.05 * exact.norm()

@@ -1,0 +1,110 @@
+"""What is stored for one tensor: the codec of each state, the remainder of its weights, and the keys they go by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import UserError, nearest
+from toolkit.optim.rule import Rule, State
+from toolkit.state.codecs import BLOCK, FORMATS, MIXES, Codec, Part
+from toolkit.state.weights import MASTER, WEIGHTS, Remainder
+
+REMAINDER = "remainder"
+"""Key of the lower bits of bf16 weights in a tensor's state."""
+
+DEFAULT_FORMAT = "8bit"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The codec of each of `states`, in their order, and the remainder, or None for weights that are whole."""
+
+    states: tuple[State, ...]
+    codecs: tuple[type[Codec], ...]
+    remainder: type[Remainder] | None
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """The stored tensors by key, in the order that the compiled step takes them."""
+        held = [(s.name, codec.parts()) for s, codec in zip(self.states, self.codecs, strict=True)]
+        if self.remainder is not None:
+            held.append((REMAINDER, self.remainder.parts()))
+        for name, parts in held:
+            for part in parts:
+                yield (f"{name}.{part.suffix}" if part.suffix else name), part
+
+    def allocate(self, numel: int, device: torch.device) -> dict[str, Tensor]:
+        """Zeros for a tensor of `numel` elements: each part as [ceil(numel / BLOCK), per_block]."""
+        blocks = -(-numel // BLOCK)
+        return {key: torch.zeros(blocks, part.per_block, dtype=part.dtype, device=device) for key, part in self.parts()}
+
+    def bytes_per_element(self) -> dict[str, float]:
+        """Stored bytes per element, scales included, by state and for the remainder."""
+        held = {s.name: codec.bytes_per_element() for s, codec in zip(self.states, self.codecs, strict=True)}
+        return held | ({REMAINDER: self.remainder.bytes_per_element()} if self.remainder is not None else {})
+
+
+def layout(rule: type[Rule], formats: Mapping[str, str], weights: str, dtype: torch.dtype) -> Layout:
+    """The layout of a tensor of `dtype`. Remainders belong to bf16 tensors; all others hold their weights whole.
+
+    Raises UserError for bf16 tensors without remainder.
+    """
+    codecs = tuple(_codec(state, formats[state.name]) for state in rule.states)
+    if dtype != torch.bfloat16:
+        return Layout(rule.states, codecs, None)
+    if weights == MASTER:
+        raise UserError(
+            f"weights is {MASTER!r}, but the parameters are bf16; use 'bf16+16', which holds the same 32 bits, or "
+            "parameters in fp32"
+        )
+    return Layout(rule.states, codecs, WEIGHTS[weights])
+
+
+def _codec(state: State, name: str) -> type[Codec]:
+    entry = FORMATS[name]
+    if not state.signed:
+        return entry.second
+    return entry.near if state.near is not None and entry.near is not None else entry.signed
+
+
+def state_formats(rule: type[Rule], wanted: str | Mapping[str, str], *, where: str) -> dict[str, str]:
+    """The format of every state of `rule`, from one name or a mapping from state to name. Raises UserError."""
+    names = [state.name for state in rule.states]
+    if not isinstance(wanted, (str, Mapping)):
+        raise UserError(f"{where}: state_format is {wanted!r}, but must be a name or a mapping from state to name")
+    if isinstance(wanted, str) and wanted in MIXES:
+        return {state.name: MIXES[wanted][_role(state, rule)] for state in rule.states}
+    given = dict.fromkeys(names, wanted) if isinstance(wanted, str) else dict(wanted)
+    for state in given:
+        if state not in names:
+            raise UserError(
+                f"{where}: state_format names the unknown state {state!r}; its states are "
+                f"{', '.join(names)}.{nearest(state, names)}"
+            )
+    known = [*FORMATS, *MIXES] if isinstance(wanted, str) else list(FORMATS)
+    for value in given.values():
+        if str(value) not in known:
+            what = "state_format" if isinstance(wanted, str) else "the format of a single state,"
+            raise UserError(
+                f"{where}: {what} {value!r} is unknown; known are {', '.join(known)}.{nearest(str(value), known)}"
+            )
+    return {name: given.get(name, DEFAULT_FORMAT) for name in names}
+
+
+def _role(state: State, rule: type[Rule]) -> str:
+    if not state.signed:
+        return "second"
+    if state.near is not None:
+        return "near"
+    return "anchor" if any(other.near == state.name for other in rule.states) else "signed"
+
+
+def check_weights(value: object, *, where: str) -> None:
+    """Raise UserError unless `value` names a way of holding weights."""
+    known = [*WEIGHTS, MASTER]
+    if value not in known:
+        hint = nearest(value, known) if isinstance(value, str) else ""
+        raise UserError(f"{where}: weights is {value!r}, but must be one of {', '.join(known)}.{hint}")

@@ -1,0 +1,169 @@
+"""Gradients of ZeRO stages 1 and 2, from the backward pass to the step, without copies that can be avoided.
+
+DeepSpeed copies each gradient into a bucket, out of it into a buffer for all parameters of which this rank holds any
+part, flattens a group of those and casts it to fp32. Here a gradient is reduced in buckets to the ranks that own
+parts of it; a rank keeps its own part, as it comes out of the reduction, until the step has used it. Alone, a rank
+keeps the gradient that autograd made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+NORM_CHUNK = 2**17
+"""Elements at a time that a norm is taken of on a CPU, where a wider type is a copy."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements `start` to `stop` of a parameter: rank `owner` holds them, from `offset` of its part of `group` on."""
+
+    group: int
+    owner: int
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass
+class Piece:
+    """This rank's part of the averaged gradient of `param`, flat."""
+
+    param: Tensor
+    group: int
+    offset: int
+    gradient: Tensor
+
+
+def slices(group: int, start: int, numel: int, partition_size: int) -> list[Slice]:
+    """Where the elements of a parameter go that begins at `start` in its flattened group."""
+    found = []
+    for owner in range(start // partition_size, -(-(start + numel) // partition_size)):
+        first = max(start, owner * partition_size)
+        last = min(start + numel, (owner + 1) * partition_size)
+        found.append(Slice(group, owner, first - start, last - start, first - owner * partition_size))
+    return found
+
+
+@dataclass
+class Reducer:
+    """Averages gradients over ranks, bucket by bucket, each part at the rank that owns it.
+
+    Args:
+        deliver: called with the parameters of a bucket and this rank's pieces of them.
+        places: by id of the parameter, its slices.
+        process_groups: by parameter group.
+        divisor: what the sum over ranks is divided by.
+        bucket_elements: gradients wait until so many elements are there.
+        dtype: that of the communication.
+        overlap: let a bucket's reduction run until the next bucket is full.
+    """
+
+    deliver: Callable[[Sequence[Tensor], list[Piece]], None]
+    places: Mapping[int, list[Slice]]
+    process_groups: Sequence[Any]
+    divisor: float
+    bucket_elements: int
+    dtype: torch.dtype
+    overlap: bool
+    _waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _elements: int = 0
+    _running: list[tuple[list[Any], list[Tensor], Callable[[], None]]] = field(default_factory=list)
+
+    def add(self, param: Tensor, gradient: Tensor) -> None:
+        """Take the gradient of `param`; nobody else may hold on to it."""
+        process_group = self.process_groups[self.places[id(param)][0].group]
+        if self._waiting:
+            before = self.process_groups[self.places[id(self._waiting[0][0])][0].group]
+            if before is not process_group or any(param is other for other, _ in self._waiting):
+                self.flush()
+        if gradient.numel() >= self.bucket_elements:
+            self.flush()  # so that what waits does not lie beside a large one
+        self._waiting.append((param, gradient.reshape(-1)))
+        self._elements += gradient.numel()
+        if self._elements >= self.bucket_elements or dist.get_world_size(process_group) == 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reduce what is waiting."""
+        bucket, self._waiting, self._elements = self._waiting, [], 0
+        if not bucket:
+            return
+        process_group = self.process_groups[self.places[id(bucket[0][0])][0].group]
+        params = [param for param, _ in bucket]
+        by_owner: dict[int, list[Piece]] = {}
+        for param, gradient in bucket:
+            for place in self.places[id(param)]:
+                piece = Piece(param, place.group, place.offset, gradient[place.start : place.stop])
+                by_owner.setdefault(place.owner, []).append(piece)
+        if dist.get_world_size(process_group) == 1:
+            self.deliver(params, by_owner[0])
+            return
+        self.wait()
+        rank = dist.get_rank(process_group)
+        mine: list[Piece] = []
+        works, buffers, shared = [], [], False
+        for owner, pieces in by_owner.items():
+            parts = [piece.gradient for piece in pieces]
+            buffer = parts[0] if len(parts) == 1 else torch.cat(parts)
+            buffer = buffer.div_(self.divisor).to(self.dtype)
+            root = dist.get_global_rank(process_group, owner)
+            works.append(dist.reduce(buffer, root, group=process_group, async_op=self.overlap))
+            if self.overlap:
+                buffers.append(buffer)
+            if owner == rank:
+                mine = pieces
+                # A view of a whole gradient would keep the parts of other ranks alive.
+                shared = buffer.untyped_storage().nbytes() > buffer.numel() * buffer.element_size()
+                for piece, part in zip(pieces, buffer.split([part.numel() for part in parts]), strict=True):
+                    piece.gradient = part
+
+        def finish() -> None:
+            if shared:
+                for piece in mine:
+                    piece.gradient = piece.gradient.clone()
+            self.deliver(params, mine)
+
+        self._running = [(works, buffers, finish)]
+        if not self.overlap:
+            self.wait()
+
+    def wait(self) -> None:
+        """Finish the reductions that are still running."""
+        running, self._running = self._running, []
+        for works, buffers, finish in running:
+            for work in works:
+                if work is not None:
+                    work.wait()
+            buffers.clear()
+            finish()
+
+
+def squared_norm(tensors: Sequence[Tensor], device: torch.device | str) -> Tensor:
+    """The sum of the squares of all elements, fp64, 0-d, on `device`; no wider copy of a tensor is made."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for tensor in tensors:
+        # Summed where the tensor lies: a transfer for each chunk would take longer than the sums.
+        square = torch.zeros((), dtype=torch.float64, device=tensor.device)
+        size = NORM_CHUNK if tensor.device.type == "cpu" else max(tensor.numel(), 1)
+        for chunk in tensor.reshape(-1).split(size):
+            square += torch.linalg.vector_norm(chunk, dtype=torch.float32).double() ** 2
+        total += square.to(total.device)
+    return total
+
+
+def clip_scale(norm: Tensor, clip: float, loss_scale: float) -> Tensor:
+    """What gradients are multiplied with, fp32: unscaled, and clipped to a global norm of `clip` (0: not).
+
+    `norm` is that of the scaled gradients. As stage_1_and_2.py's `unscale_and_clip_grads`.
+    """
+    divisor = torch.full((), loss_scale, dtype=torch.float32, device=norm.device)
+    if clip > 0.0:
+        divisor = torch.clamp((norm.float() / loss_scale + 1e-6) / clip, min=1.0) * loss_scale
+    return 1.0 / divisor

@@ -1,0 +1,146 @@
+"""`release_gradients`: each bucket of gradients is reduced, applied and freed during the backward pass.
+
+The global norm is known only when all gradients are there, and then they would all have to be held. So a gradient is
+scaled by the smallest of
+
+* 1,
+* clip / (global norm of the previous step), once there is one,
+* clip / (norm of this parameter's gradient), which no exact clipping would exceed, since the global norm is larger.
+
+The last one bounds what a sudden spike can do, the second follows the usual size of gradients. A gradient that is not
+finite, and all that come after it in that step, are not applied, and the step counts as skipped; what was applied
+before stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+from torch import Tensor
+
+from toolkit.errors import UserError
+from toolkit.optim import RuleOptimizer
+from toolkit.optim.sweep import Sweep
+from toolkit.state.codecs import BLOCK
+from toolkit.zero.gradients import Piece, squared_norm
+from toolkit.zero.stage12 import LeanZeroOptimizer
+
+
+class ReleasingZeroOptimizer(LeanZeroOptimizer):
+    """Stages 1 and 2 with `release_gradients`, for one micro-batch a step in bf16 or fp32.
+
+    Groups whose parameters are not all whole blocks (norms; they are small) are updated at the end of the step.
+    """
+
+    def __init__(self, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(init_optimizer, *args, **kwargs)
+        refusal = _refusal(self)
+        if refusal:
+            raise UserError(f"optimizer.params.release_gradients {refusal}")
+        self._whole = [all(param.numel() % BLOCK == 0 for param in params) for params in self.bit16_groups]
+        self._previous_norm: float | None = None
+        self._start()
+
+    def _start(self) -> None:
+        """Nothing of this step has been seen."""
+        self._seen: set[int] = set()
+        self._squares = 0.0
+        self._broken = False
+        self._sweeps: dict[int, Sweep] = {}
+
+    def _deliver(self, params: Sequence[Tensor], pieces: list[Piece]) -> None:
+        norms = self._norms(params, pieces)
+        for param in params:
+            if id(param) in self._seen:
+                raise UserError(
+                    "optimizer.params.release_gradients needs the whole gradient of a parameter at once, but "
+                    f"{self.param_names.get(param, 'one')} got a second part (reentrant activation checkpointing or "
+                    "several backward passes in a step); leave it out"
+                )
+            self._seen.add(id(param))
+        self._squares += sum(norm**2 for norm in norms.values())
+        self._broken |= not all(norm < float("inf") for norm in norms.values())
+        waiting = []
+        for piece in pieces:
+            if self._broken:
+                continue
+            if not self._whole[piece.group]:
+                waiting.append(piece)
+                continue
+            known = [norms[id(piece.param)]] + ([self._previous_norm] if self._previous_norm is not None else [])
+            self._sweep(piece.group).apply(piece.offset, piece.gradient, self._factor(*known))
+            piece.gradient = piece.gradient[:0]
+        super()._deliver(params, waiting)
+
+    def _norms(self, params: Sequence[Tensor], pieces: list[Piece]) -> dict[int, float]:
+        """The norm of the whole gradient of each parameter, the same on every rank."""
+        device = get_accelerator().current_device_name()
+        parts: dict[int, list[Tensor]] = {id(param): [] for param in params}
+        for piece in pieces:
+            parts[id(piece.param)].append(piece.gradient)
+        squares = torch.stack([squared_norm(part, device) for part in parts.values()])
+        dist.all_reduce(squares, group=self.dp_process_group)
+        return dict(zip(parts, squares.sqrt().tolist(), strict=True))
+
+    def _factor(self, *norms: float) -> Tensor:
+        """What a gradient is multiplied with, so that none of `norms` exceeds the clip."""
+        clip = self.clip_grad
+        factor = 1.0 / max(1.0, *((norm + 1e-6) / clip for norm in norms)) if clip > 0.0 else 1.0
+        return torch.full((), factor, device=self.single_partition_of_fp32_groups[0].device)
+
+    def _sweep(self, i: int) -> Sweep:
+        if i not in self._sweeps:
+            begun = self.optimizer.begin(self.optimizer.param_groups[i], self.single_partition_of_fp32_groups[i])
+            assert begun is not None
+            rank = dist.get_rank(group=self.real_dp_process_group[i])
+            self._sweeps[i] = begun.sweep(first_block=rank * int(self.partition_size[i]) // BLOCK)
+        return self._sweeps[i]
+
+    def _publish(self) -> None:
+        """Most gradients are gone; there is nothing to show."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update what waited, and gather the weights."""
+        self.micro_step_id = INITIAL_MICRO_STEP_ID
+        norm = self._squares**0.5
+        self.overflow = self._broken
+        self._global_grad_norm = torch.tensor(float("inf") if self._broken else norm)
+        if not self._broken:
+            for i, whole in enumerate(self._whole):
+                if not whole:
+                    self._step_group(i, self._factor(norm))
+                else:
+                    self._rest(i)
+            self._previous_norm = norm
+        self._discard()
+        for i in range(len(self.bit16_groups)):
+            self._show(i)
+        self._gather()
+        self._start()
+
+    def _rest(self, i: int) -> None:
+        """Parameters without gradient take a step with zeros, as they do without release."""
+        rank = dist.get_rank(group=self.real_dp_process_group[i])
+        zero_scale = torch.zeros((), device=self.single_partition_of_fp32_groups[i].device)
+        for param in self.params_in_partition[i]:
+            if id(param) in self._seen:
+                continue
+            for place in self.slices_of(param):
+                if place.owner == rank:
+                    zeros = torch.zeros(place.stop - place.start, dtype=param.dtype, device=zero_scale.device)
+                    self._sweep(i).apply(place.offset, zeros, zero_scale)
+
+
+def _refusal(zero: LeanZeroOptimizer) -> str | None:
+    """What `toolkit.config` cannot know that gradients cannot be released with, or None."""
+    if zero.gradient_accumulation_dtype != zero.dtype:
+        return "needs data_types.grad_accum_dtype to be that of the model; leave that out"
+    if zero.has_moe_layers or zero.model_parallel_world_size > 1:
+        return "supports neither mixture-of-experts layers under expert parallelism nor model parallelism"
+    return None

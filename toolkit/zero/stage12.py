@@ -1,0 +1,293 @@
+"""ZeRO stages 1 and 2 without a second copy of weights and without transients of full size.
+
+DeepSpeed 0.19.8 (stage_1_and_2.py) keeps an fp32 copy of this rank's weights, gathers a group's gradients into one
+tensor, casts it to fp32, takes the norm of an fp64 copy, and hands all of it to the optimizer. Here the optimizer's
+tensor is this rank's part of the model's own bf16 weights, gradients are used as they lie, piece by piece, and freed,
+and the clip factor goes into the compiled step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.utils import all_gather_dp_groups, is_invalid_grad_norm
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from toolkit.optim import RuleOptimizer
+from toolkit.state.codecs import BLOCK
+from toolkit.zero.gradients import Piece, Reducer, Slice, clip_scale, slices, squared_norm
+
+
+class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
+    """DeepSpeed's stage 1/2 optimizer around a `RuleOptimizer`.
+
+    Every partition is whole blocks, the same at every world size. `weights` of the `RuleOptimizer` decides whether
+    there are master weights. With offload the weights' host copy, their state and gradients lie on the host.
+    """
+
+    optimizer: RuleOptimizer
+    ready_for_gradients: bool
+    _global_grad_norm: Any
+    _laying_out = False
+
+    def __init__(self, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
+        self._held: list[dict[int, Tensor]] = [{} for _ in init_optimizer.param_groups]
+        self._local: dict[int, Tensor] = {}
+        self._laying_out = True
+        super().__init__(init_optimizer, *args, **kwargs)
+        self._laying_out = False
+        places = {}
+        for i, params in enumerate(self.round_robin_bit16_groups):
+            for param, offset in zip(params, self.round_robin_bit16_offsets[i], strict=True):
+                places[id(param)] = slices(i, offset, param.numel(), int(self.partition_size[i]))
+        # As DeepSpeed: the mean over all data-parallel ranks, or their sum, in whatever group they are added up.
+        replicas = dist.get_world_size(self.dp_process_group) / self.sequence_parallel_size
+        self._reducer = Reducer(
+            deliver=self._deliver,
+            places=places,
+            process_groups=self.real_dp_process_group,
+            divisor=replicas if self.gradient_average else 1.0,
+            bucket_elements=self.reduce_bucket_size,
+            dtype=self.communication_data_type,
+            overlap=self.overlap_comm,
+        )
+
+    # ---- layout -------------------------------------------------------------------------------------------------
+
+    def flatten_dense_tensors_aligned(
+        self, tensor_list: list[Tensor], alignment: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Called to lay groups out; `alignment` is twice the world size."""
+        if self._laying_out:
+            world_size = alignment // self.nccl_start_alignment_factor
+            alignment = math.lcm(alignment, BLOCK * world_size)
+        return super().flatten_dense_tensors_aligned(tensor_list, alignment, *args, **kwargs)
+
+    def _configure_master_weights(self, *args: Any, **kwargs: Any) -> torch.dtype:
+        # Asked for now: later the optimizer has no parameters, or other ones.
+        self.holds_weights = self.optimizer.holds_weights()
+        dtype = super()._configure_master_weights(*args, **kwargs)
+        return torch.bfloat16 if self.holds_weights else dtype
+
+    def initialize_optimizer_states(self) -> None:
+        """Let the optimizer's tensors be the model's own weights, or, with offload, their host copy."""
+        if self.cpu_offload:
+            self._host_gradients = [
+                self._pinned(torch.zeros(int(size), dtype=self.gradient_accumulation_dtype))
+                for size in self.partition_size
+            ]
+            # DeepSpeed's staging buffers: weights go to the device as they are, gradients come from it in pieces.
+            self.temp_grad_buffer_for_cpu_offload = self.temp_grad_buffer_for_gpu_offload = torch.empty(0)
+            if self.holds_weights:
+                self.param_buffer_of_bit16_for_cpu_offload_groups = list(self.single_partition_of_fp32_groups)
+            return
+        if self.holds_weights:
+            for i, master in enumerate(self.single_partition_of_fp32_groups):
+                master.data = self._own_weights(i).data
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return get_accelerator().pin_memory(tensor) if self.cpu_offload_pin_memory else tensor
+
+    def _own_weights(self, i: int) -> Tensor:
+        rank = dist.get_rank(group=self.real_dp_process_group[i])
+        own: Tensor = self.parallel_partitioned_bit16_groups[i][rank]
+        return own
+
+    def slices_of(self, param: Tensor) -> list[Slice]:
+        """Which rank holds which elements of `param`."""
+        return self._reducer.places[id(param)]
+
+    # ---- gradients ----------------------------------------------------------------------------------------------
+
+    def setup_buckets(self) -> None:
+        if not self.ready_for_gradients:
+            self.micro_step_id += 1
+            self.ready_for_gradients = True
+
+    def process_gradients(self, param: Tensor, i: int) -> None:
+        """Called for each parameter as soon as autograd has its gradient."""
+        if self._coalesce_grad_reduction:
+            return
+        self.setup_buckets()
+        if self.partition_gradients or self.is_gradient_accumulation_boundary():
+            self.reduce_independent_p_g_buckets_and_remove_grads(param, i)
+        elif self.gradient_accumulation_dtype != param.dtype:
+            self._local[id(param)] = self._gradient_of(param)
+
+    def _gradient_of(self, param: Tensor) -> Tensor:
+        """The gradient, taken from `param`, and what stage 1 has accumulated of it."""
+        gradient, param.grad = param.grad, None
+        assert gradient is not None
+        before = self._local.pop(id(param), None)
+        if before is not None:
+            return before.add_(gradient)
+        wide = not self.partition_gradients and not self.is_gradient_accumulation_boundary()
+        return gradient.to(self.gradient_accumulation_dtype) if wide else gradient
+
+    def get_gradient_for_reduction(self, param: Tensor) -> Tensor | None:
+        return param.grad
+
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Tensor, i: int) -> None:
+        if param.grad is None or param.numel() == 0 or not getattr(param, "ds_grad_is_ready", True):
+            return
+        self._maybe_reduce_autoep_folding_tp_gradient(param, param.grad)
+        self._reducer.add(param, self._gradient_of(param))
+
+    def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
+        self._reducer.flush()
+        self._reducer.wait()
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """Stage 1, at the end of the last micro-batch: what the hooks have not seen."""
+        for i, group in enumerate(self.bit16_groups):
+            for param in group:
+                self.reduce_independent_p_g_buckets_and_remove_grads(param, i)
+        self.overlapping_partition_gradients_reduce_epilogue()
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """Called at the end of a backward pass."""
+        self.reduce_ipg_grads()
+        self.ready_for_gradients = False
+        self._epilogue_ran_this_backward = True
+        if self.is_gradient_accumulation_boundary():
+            self._publish()
+
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        self.set_gradient_accumulation_boundary(True)
+        if not self.partition_gradients:
+            self.reduce_gradients()
+        self._publish()
+
+    def _deliver(self, params: Sequence[Tensor], pieces: list[Piece]) -> None:
+        for piece in pieces:
+            held = self._held[piece.group]
+            if self.cpu_offload:
+                size = piece.gradient.numel()
+                host = self._host_gradients[piece.group][piece.offset : piece.offset + size]
+                gradient = piece.gradient.to(host.dtype)
+                if piece.offset in held:
+                    # Added on the device: a CPU takes longer for it than the transfers.
+                    gradient = gradient + host.to(gradient.device)
+                host.copy_(gradient, non_blocking=True)
+                held[piece.offset] = host
+            elif piece.offset in held:
+                held[piece.offset].add_(piece.gradient)
+            else:
+                held[piece.offset] = piece.gradient.to(self.gradient_accumulation_dtype)
+
+    def _publish(self) -> None:
+        """Show gradients where DeepSpeed's `safe_get_full_grad` looks for them; zeros for parameters without."""
+        for i, params in enumerate(self.params_in_partition):
+            rank = dist.get_rank(group=self.real_dp_process_group[i])
+            for param in params:
+                for place in self.slices_of(param):
+                    if place.owner == rank and place.offset not in self._held[i]:
+                        zeros = torch.zeros(place.stop - place.start, dtype=param.dtype, device=param.device)
+                        self._deliver([param], [Piece(param, i, place.offset, zeros)])
+            self.averaged_gradients[i] = [self._held[i][offset] for offset in sorted(self._held[i])]
+
+    def _get_offload_gradient_dict(self) -> None:
+        for i, params in enumerate(self.params_in_partition):
+            found = []
+            for param in params:
+                _, _, offset, size = self.grad_position[self.get_param_id(param)]
+                found.append(self._host_gradients[i][offset : offset + size])
+            self.offload_gradient_dict[i] = found
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._discard()
+
+    def _discard(self) -> None:
+        self._local.clear()
+        for i, held in enumerate(self._held):
+            held.clear()
+            self.averaged_gradients[i] = None
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Norm, clipping, update of this rank's weights, all-gather. A step with gradients that are not finite is
+        skipped, as DeepSpeed's is."""
+        self.micro_step_id = INITIAL_MICRO_STEP_ID
+        if self.cpu_offload and not get_accelerator().is_synchronized_device():
+            get_accelerator().current_stream().synchronize()  # gradients are still on their way to the host
+        norm = self._scaled_norm()
+        scale_before = self.loss_scale
+        self.overflow = norm is not None and self._must_be_finite() and is_invalid_grad_norm(norm)
+        self._update_scale(self.overflow)
+        if self.overflow:
+            self._global_grad_norm = float("inf") if self.compute_grad_norm else None
+            self.zero_grad()
+            return
+        self._global_grad_norm = norm / scale_before if self.compute_grad_norm and norm is not None else None
+        clip = self.clip_grad if norm is not None else 0.0
+        known = norm if norm is not None else torch.zeros((), device=get_accelerator().current_device_name())
+        scale = clip_scale(known, clip, scale_before).to(self.single_partition_of_fp32_groups[0].device)
+        for i in range(len(self.bit16_groups)):
+            self._step_group(i, scale)
+        self._gather()
+
+    def _must_be_finite(self) -> bool:
+        return self.dtype != torch.bfloat16 or self.check_grad_overflow
+
+    def _scaled_norm(self) -> Tensor | None:
+        """Global norm of the gradients as they are, fp32, 0-d; None if nobody asks for it."""
+        if not self.compute_grad_norm and not (self.check_grad_overflow and self._must_be_finite()):
+            return None
+        if self.has_moe_layers or self.model_parallel_world_size > 1:
+            return self.scaled_global_norm()  # which knows what is counted how often
+        mine = [gradient for held in self._held for gradient in held.values()]
+        total = squared_norm(mine, get_accelerator().current_device_name())
+        dist.all_reduce(total, group=self.dp_process_group)
+        return total.sqrt().float()
+
+    def _step_group(self, i: int, scale: Tensor) -> None:
+        master = self.single_partition_of_fp32_groups[i]
+        held, self._held[i], self.averaged_gradients[i] = self._held[i], {}, None
+        begun = self.optimizer.begin(self.optimizer.param_groups[i], master)
+        if begun is not None:
+            rank = dist.get_rank(group=self.real_dp_process_group[i])
+            sweep = begun.sweep(first_block=rank * int(self.partition_size[i]) // BLOCK)
+            at = 0
+            for offset in sorted(held):
+                if offset > at:  # alignment of single parameters
+                    sweep.add(master.new_zeros(offset - at), scale)
+                gradient = held.pop(offset)
+                at = offset + gradient.numel()
+                sweep.add(gradient, scale)
+                del gradient
+            sweep.finish(scale)
+        self._show(i)
+
+    def _show(self, i: int) -> None:
+        """Copy this rank's weights of group `i` into the model, unless they are the model's."""
+        source, own = self.single_partition_of_fp32_groups[i], self._own_weights(i)
+        if self.cpu_offload and not self.holds_weights:
+            # Rounded here, so that half as much is transferred.
+            source = self.param_buffer_of_bit16_for_cpu_offload_groups[i].copy_(source)
+        if source.data_ptr() != own.data_ptr():
+            own.copy_(source, non_blocking=True)
+
+    def _gather(self) -> None:
+        all_gather_dp_groups(
+            groups_flat=self.bit16_groups_flat,
+            partitioned_param_groups=self.parallel_partitioned_bit16_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
+        for i in range(len(self.bit16_groups)):
+            self._update_model_bit16_weights(i)
+
+    def _restore_from_bit16_weights(self) -> None:
+        """Weights were put into the model from outside: what was below their last bit is no longer theirs."""
+        super()._restore_from_bit16_weights()
+        self.optimizer.forget_remainders()

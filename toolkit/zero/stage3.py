@@ -1,0 +1,137 @@
+"""ZeRO stage 3 without a second copy of weights and without transients in the step.
+
+DeepSpeed 0.19.8 (stage3.py) means to let the optimizer work on this rank's shards of the model where both have one
+dtype, and compares a device with its name, so that it never does. Its step flattens and casts the gradients of one
+sub-group after the other; they lie in one flat buffer in just that order, so here they are used where they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+from deepspeed.runtime.zero.stage3 import OPTIMIZER_STEP_TIMER, DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor
+
+from toolkit.optim import RuleOptimizer
+from toolkit.state.codecs import BLOCK
+from toolkit.zero.gradients import clip_scale, squared_norm
+
+
+class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
+    """DeepSpeed's stage 3 optimizer around a `RuleOptimizer`."""
+
+    optimizer: RuleOptimizer
+    offload_optimizer: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Where each parameter's blocks begin in its parameter group, which no sharding changes.
+        self._first_block: dict[int, int] = {}
+        blocks: dict[int, int] = {}
+        for i, params in enumerate(self.fp16_groups):
+            group = self.sub_group_to_group_id[i]
+            for param in params:
+                self._first_block[param.ds_id] = blocks.get(group, 0)
+                blocks[group] = blocks.get(group, 0) - (-param.ds_numel // BLOCK)
+
+    def _configure_master_weights(self, *args: Any, **kwargs: Any) -> torch.dtype:
+        # Asked for now: later the optimizer has no parameters, or other ones.
+        self.holds_weights = self.optimizer.holds_weights()
+        dtype = super()._configure_master_weights(*args, **kwargs)
+        return torch.bfloat16 if self.holds_weights else dtype
+
+    def _create_fp32_partitions(self) -> None:
+        super()._create_fp32_partitions()
+        if self.holds_weights:
+            for master, own in zip(self.fp32_partitioned_groups_flat, self.fp16_partitioned_groups_flat, strict=True):
+                if own.device == master.device:
+                    master.data = own.data
+
+    def initialize_optimizer_states(self) -> None:
+        """State is allocated at the first step, and gradients need no buffer beside `grad_partitions_flat_buffer`."""
+
+    def _offload_grad_partition_at_boundary(self, *args: Any) -> None:
+        """The gradient is on the host already."""
+
+    def _get_fp32_grad_state_partition(self, param: Any, release_swap_buffers: bool) -> tuple[Tensor, int]:
+        return self._gradient_of(param), self.grad_position[self.get_param_id(param)][0]
+
+    def get_fp32_grad_partitions(self) -> dict[int, dict[int, Tensor]]:
+        return {
+            i: {index: self._gradient_of(param).float() for index, param in enumerate(params)}
+            for i, params in enumerate(self.fp16_groups)
+        }
+
+    def _gradient_of(self, param: Any) -> Tensor:
+        gradients: dict[int, Tensor] = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        return gradients[param.ds_id]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Norm, clipping, update of this rank's shards. A step with gradients that are not finite is skipped."""
+        reduced = set(self._offload_boundary_param_ids)
+        self._pre_step()
+        self._partition_all_parameters()
+        for params in self.fp16_groups:
+            for param in params:
+                if param.ds_id not in reduced:  # no part in this step; what is there is an earlier step's
+                    self._gradient_of(param).zero_()
+        norm = self._scaled_norm()
+        scale_before = self.loss_scale
+        self.overflow = is_invalid_grad_norm(norm)
+        if self._loss_scale_update_and_overflow_cleanup():
+            return
+        self._global_grad_norm = norm / scale_before
+        self.timers(OPTIMIZER_STEP_TIMER).start()
+        self.zero_grad(set_to_none=True)
+        scale = clip_scale(norm, self.clip_grad, scale_before).to(self.fp32_partitioned_groups_flat[0].device)
+        start = 0
+        for i in range(len(self.fp16_groups)):
+            stop = start + self.fp32_partitioned_groups_flat[i].numel()
+            self._step_sub_group(i, self.grad_partitions_flat_buffer[start:stop], scale)
+            start = stop
+        self.timers(OPTIMIZER_STEP_TIMER).stop()
+        self._post_step({OPTIMIZER_STEP_TIMER})
+
+    def _scaled_norm(self) -> Tensor:
+        """Global norm of the gradients as they are, fp32, 0-d."""
+        if self.model_parallel_group is not None or len(set(map(id, self.sub_group_process_groups))) > 1:
+            self.averaged_gradients = {
+                i: [self._gradient_of(param) for param in params] for i, params in enumerate(self.fp16_groups)
+            }
+            offloaded, self.offload_optimizer = self.offload_optimizer, False
+            norm = combine_grad_norm_groups(self._get_norm_groups())  # which knows what is counted how often
+            self.offload_optimizer = offloaded
+            return norm.float()
+        total = squared_norm([self.grad_partitions_flat_buffer], get_accelerator().current_device_name())
+        dist.all_reduce(total, group=self.dp_process_group)
+        return total.sqrt().float()
+
+    def _step_sub_group(self, i: int, gradient: Tensor, scale: Tensor) -> None:
+        master = self.fp32_partitioned_groups_flat[i]
+        begun = self.optimizer.begin(self.optimizer.param_groups[self.sub_group_to_group_id[i]], master)
+        if begun is not None and begun.function.rounds:
+            start = 0
+            for param in self.fp16_groups[i]:
+                size = param.partition_numel()
+                first = self._first_block[param.ds_id] + self._get_param_partition_rank(param) * size // BLOCK
+                sweep = begun.sweep(start, start + size, first_block=first)
+                sweep.add(gradient[start : start + size], scale)
+                sweep.finish(scale)
+                start += size
+        elif begun is not None:
+            sweep = begun.sweep(first_block=0)
+            sweep.add(gradient, scale)
+            sweep.finish(scale)
+        own = self.fp16_partitioned_groups_flat[i]
+        if own.data_ptr() != master.data_ptr():
+            self._reassign_or_swap_out_partitioned_parameters(i)
+
+    def _restore_from_bit16_weights(self) -> None:
+        """Weights were put into the model from outside: what was below their last bit is no longer theirs."""
+        super()._restore_from_bit16_weights()
+        self.optimizer.forget_remainders()
