@@ -149,6 +149,11 @@ def _check_whole_blocks(zero: Any, stage: int, kind: str | None) -> None:
         raise UserError("zero_optimization.reduce_scatter is false, but must be true (the default) at stage 3.")
     if stage == 3 and zero.zero_quantized_gradients:
         raise UserError("zero_optimization.zero_quantized_gradients is not supported at stage 3; leave it out.")
+    if find_rule(kind) and (zero.zenflow is not None or getattr(zero.offload_optimizer, "super_offload", False)):
+        raise UserError(
+            f"zero_optimization.zenflow and offload_optimizer.super_offload bring an optimizer of their own, which "
+            f"cannot run {kind}; leave them out."
+        )
     if find_rule(kind) and stage in (1, 2) and zero.round_robin_gradients:
         raise UserError(
             "zero_optimization.round_robin_gradients orders parameters by the number of ranks, which the state of "

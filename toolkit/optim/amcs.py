@@ -18,6 +18,8 @@ PAPER_SCALES = {"attention": 1.2, "ffn": 1.0, "embedding": 0.8, "head": 0.8}
 
 AlphaPoints = tuple[tuple[float, float], ...]
 
+_PRODUCTS: dict[tuple[Any, ...], float] = {}  # by hyper-parameters and step: each step's is asked for by every tensor
+
 
 class AMCSRule(Rule):
     """AMCS (paper: equations 1 and 2, section 3.2).
@@ -168,12 +170,22 @@ class AMCSSingleRule(AMCSRule):
         alpha = self.alpha_at(t)
         return alpha * b_fast + (1.0 - alpha) * b_slow
 
+    def _product(self, t: int) -> float:
+        """b(1) ... b(t), as far as it is not zero beside 1."""
+        key = (self.betas, self.alpha, self.total_steps, t)
+        if key not in _PRODUCTS:
+            left = 1.0
+            for index in range(1, t + 1):
+                left *= self.beta_at(index)
+                if left < 1e-18:
+                    break
+            if len(_PRODUCTS) > 1000:
+                _PRODUCTS.clear()
+            _PRODUCTS[key] = left
+        return _PRODUCTS[key]
+
     def scalars(self, t: int) -> dict[str, float]:
-        left = 1.0  # b(1) ... b(t), as far as it is not zero beside 1
-        for index in range(1, t + 1):
-            left *= self.beta_at(index)
-            if left < 1e-18:
-                break
+        left = self._product(t)
         return {
             "lr": self.lr / (1.0 - left),
             "decay": self.lr * self.weight_decay,

@@ -31,6 +31,9 @@ _OPTIONS: dict[str, Any] = {
 }
 """Constructor keywords that belong to the optimizer, not to the rule, with their defaults."""
 
+KnownScalars = dict[tuple[int, int, torch.device], tuple[tuple[str, ...], Tensor]]
+"""The scalars of a step with their names, by number of the parameter group, step and device."""
+
 
 class RuleOptimizer(torch.optim.Optimizer):
     """Runs `rule` on every parameter. Subclasses come from `as_optimizer`.
@@ -91,6 +94,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         wanted = group.get("state_format", self.defaults["state_format"])
         group["state_format"] = state_formats(self.running, wanted, where=where)
         check_weights(group.setdefault("weights", self.defaults["weights"]), where=where)
+        if (group["weights"] == MASTER) != (self.defaults["weights"] == MASTER):
+            raise UserError(
+                f"{where}: weights is {group['weights']!r}, but {self.defaults['weights']!r} for the optimizer; either "
+                f"all groups have {MASTER!r} weights or none"
+            )
         plain = dict.fromkeys(group["state_format"], "fp32")
         exact = {"state_format": plain, "weights": MASTER if group["weights"] == MASTER else Remainder16.name}
         small: list[Any] = []
@@ -115,13 +123,14 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}: release_gradients works under DeepSpeed's ZeRO stages 1 and 2 only, through "
                 "toolkit.initialize or toolkit.register"
             )
+        known: KnownScalars = {}
         for group in self.param_groups:
             blocks = 0
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.numel():
                     if parameter.grad.is_sparse:
                         raise UserError("sparse gradients are not supported; use dense embeddings (sparse=False)")
-                    begun = self.begin(group, parameter)
+                    begun = self.begin(group, parameter, known)
                     if begun is not None:
                         scale = torch.ones((), device=parameter.device)
                         sweep = begun.sweep(first_block=blocks)
@@ -131,15 +140,21 @@ class RuleOptimizer(torch.optim.Optimizer):
                 blocks += -(-parameter.numel() // BLOCK)
         return loss
 
-    def begin(self, group: dict[str, Any], tensor: Tensor) -> TensorStep | None:
-        """Count one step of `tensor`, a member of `group`; None while state is only allocated."""
+    def begin(self, group: dict[str, Any], tensor: Tensor, known: KnownScalars | None = None) -> TensorStep | None:
+        """Count one step of `tensor`, a member of `group`; None while state is only allocated.
+
+        `known`: a dict that the calls of one training step share, for what they have in common.
+        """
         kept = self.layout(group, tensor.dtype)
         state = self._allocate(tensor, kept)
         if self._allocate_only:
             return None
         state["step"] += 1
-        names, scalars = self._scalars(group, state["step"], tensor.device)
         number = next(index for index, own in enumerate(self.param_groups) if own is group)
+        key, known = (number, state["step"], tensor.device), known if known is not None else {}
+        if key not in known:
+            known[key] = self._scalars(group, state["step"], tensor.device)
+        names, scalars = known[key]
         return TensorStep(
             function=step_function(self.running, names, kept),
             compiled=group["compile"],
@@ -223,8 +238,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for key in ("state_format", "weights"):
-                if group[key] != own[key]:
-                    raise ValueError(f"the saved optimizer keeps {key} {group[key]}, this one {own[key]}")
+                if group.get(key) != own[key]:
+                    raise ValueError(f"the saved optimizer keeps {key} {group.get(key)}, this one {own[key]}")
         super().load_state_dict(state_dict | {"state": {}})
         saved = state_dict["state"]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -252,6 +267,12 @@ class RuleOptimizer(torch.optim.Optimizer):
 def as_optimizer(rule: type[Rule]) -> type[RuleOptimizer]:
     """The optimizer class for `rule`, named after it without "Rule", and registered under that name."""
     name = rule.__name__.removesuffix("Rule")
+    anchors = {state.name for state in rule.states if state.near is None}
+    for state in rule.states:
+        if state.near is not None and state.near not in anchors:
+            raise ValueError(
+                f"{rule.__name__}: state {state.name!r} is near {state.near!r}, which must be a state that is near none"
+            )
     parameters = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     defaults = {key: field.get_default() for key, field in rule.model_fields.items()} | _OPTIONS
     parameters += [

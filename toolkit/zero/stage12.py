@@ -8,6 +8,7 @@ and the clip factor goes into the compiled step.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor
 from toolkit.optim import RuleOptimizer
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import Piece, Reducer, Slice, clip_scale, slices, squared_norm
+
+logger = logging.getLogger("toolkit")
 
 
 class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -42,6 +45,12 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
         self._laying_out = True
         super().__init__(init_optimizer, *args, **kwargs)
         self._laying_out = False
+        if not self.reduce_scatter or not self.postscale_gradients or self.gradient_predivide_factor != 1.0:
+            logger.warning(
+                "reduce_scatter, prescale_gradients and gradient_predivide_factor have no effect for %s: gradients are "
+                "divided by the number of ranks and added up at the rank that owns them",
+                type(init_optimizer).__name__,
+            )
         places = {}
         for i, params in enumerate(self.round_robin_bit16_groups):
             for param, offset in zip(params, self.round_robin_bit16_offsets[i], strict=True):

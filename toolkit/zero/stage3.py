@@ -14,8 +14,9 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
 from deepspeed.runtime.zero.stage3 import OPTIMIZER_STEP_TIMER, DeepSpeedZeroOptimizer_Stage3
-from torch import Tensor
+from torch import Tensor, nn
 
+from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import clip_scale, squared_norm
@@ -27,8 +28,13 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
     optimizer: RuleOptimizer
     offload_optimizer: bool
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, module: nn.Module, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
+        # An optimizer that the JSON names has been checked; one that was handed over has not.
+        if init_optimizer.defaults["release_gradients"]:
+            raise UserError("release_gradients works at ZeRO stages 1 and 2 only, not at 3")
+        super().__init__(module, init_optimizer, *args, **kwargs)
+        if self.swap_optimizer:
+            raise UserError(f"{type(init_optimizer).__name__}'s state cannot be offloaded to NVMe; use the CPU")
         # Where each parameter's blocks begin in its parameter group, which no sharding changes.
         self._first_block: dict[int, int] = {}
         blocks: dict[int, int] = {}
@@ -48,7 +54,7 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         super()._create_fp32_partitions()
         if self.holds_weights:
             for master, own in zip(self.fp32_partitioned_groups_flat, self.fp16_partitioned_groups_flat, strict=True):
-                if own.device == master.device:
+                if own is not None and own.device == master.device:
                     master.data = own.data
 
     def initialize_optimizer_states(self) -> None:
@@ -128,7 +134,7 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
             sweep.add(gradient, scale)
             sweep.finish(scale)
         own = self.fp16_partitioned_groups_flat[i]
-        if own.data_ptr() != master.data_ptr():
+        if own is None or own.data_ptr() != master.data_ptr():  # None: the weights lie on NVMe
             self._reassign_or_swap_out_partitioned_parameters(i)
 
     def _restore_from_bit16_weights(self) -> None:
