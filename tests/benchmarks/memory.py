@@ -155,7 +155,11 @@ def main() -> None:
             ranks = run(name, stage, options.ranks, options.model, options.offload)
             largest = max(ranks, key=lambda found: found["peak"])
             shares = {key: value / largest["parameters"] for key, value in largest.items()}
-            goal = f"{GOALS[name]:6.1f}" if name in GOALS and (options.ranks, stage) == (1, 2) else f"{'':6}"
+            goal = (
+                f"{GOALS[name]:6.1f}"
+                if name in GOALS and (options.ranks, stage, options.model) == (1, 2, "qwen3-134m")
+                else f"{'':6}"
+            )
             predicted = predict(name, stage, options.ranks, options.model)
             beside = f"{'':19}"
             if predicted is not None:

@@ -44,9 +44,10 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         made[f"poison-{stage}"] = case(config(world_size, stage, LEAN), steps=5, poison_at=2)
         made[f"unused-{stage}"] = case(config(world_size, stage, LEAN), unused=True, full=True)
         made[f"overlap-{stage}"] = case(config(world_size, stage, LEAN, zero={"overlap_comm": True}))
-        if world_size == 1:
-            made[f"accumulated-{stage}"] = case(config(world_size, stage, LEAN, accumulation=2))
+        made[f"accumulated-{stage}"] = case(config(world_size, stage, LEAN, accumulation=2))
         if stage > 1:
+            wide = {"data_types": {"grad_accum_dtype": "fp32"}}
+            made[f"accumulated-fp32-{stage}"] = case(config(world_size, stage, LEAN, accumulation=2, **wide))
             offload = {"offload_optimizer": {"device": "cpu"}}
             made[f"offload-{stage}"] = case(config(world_size, stage, LEAN, zero=offload), full=True)
             single = LEAN | {"mode": "single", "state_format": "minimal"}
@@ -162,9 +163,9 @@ def test_other_ways_to_the_same_step(runs: dict[int, Results], stage: int) -> No
                 found[f"lean-{stage}"][0]["losses"], rel=1e-4
             )
             assert set(found[f"offload-{stage}"][0]["full"]) == set(found[f"lean-{stage}"][0]["full"])
-    assert runs[1][f"accumulated-{stage}"][0]["losses"] == pytest.approx(
-        runs[1][f"lean-{stage}"][0]["losses"], rel=2e-3
-    )
+        for way in ("accumulated", "accumulated-fp32") if stage > 1 else ("accumulated",):
+            accumulated = found[f"{way}-{stage}"][0]["losses"]
+            assert accumulated == pytest.approx(found[f"lean-{stage}"][0]["losses"], rel=2e-3), way
 
 
 @pytest.mark.parametrize("stage", [1, 2])
