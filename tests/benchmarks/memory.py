@@ -142,7 +142,9 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[2])
     parser.add_argument("--model", default="qwen3-134m")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--offload", action="store_true", help="optimizer state and step on the host")
+    parser.add_argument(
+        "--offload", action="store_true", help="optimizer state and step on the host, which a CPU counts too"
+    )
     options = parser.parse_args()
     columns = ("forward", "backward", "step", "resident")
     print(f"{options.model}, bytes per parameter on the largest of {options.ranks} rank(s)")
@@ -160,7 +162,7 @@ def main() -> None:
                 if name in GOALS and (options.ranks, stage, options.model) == (1, 2, "qwen3-134m")
                 else f"{'':6}"
             )
-            predicted = predict(name, stage, options.ranks, options.model)
+            predicted = None if options.offload else predict(name, stage, options.ranks, options.model)
             beside = f"{'':19}"
             if predicted is not None:
                 beside = f"{predicted:11.2f}{100 * (predicted / shares['peak'] - 1):+7.1f}%"
