@@ -55,6 +55,7 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         if stage < 3:
             released = LEAN | {"release_gradients": True}
             made[f"released-{stage}"] = case(config(world_size, stage, released), steps=8)
+            made[f"released-saved-{stage}"] = case(config(world_size, stage, released), steps=8, save_at=4)
             made[f"released-poison-{stage}"] = case(config(world_size, stage, released), steps=5, poison_at=2)
             for name, params in (("held", LEAN), ("released", released)):
                 free = config(world_size, stage, params, gradient_clipping=0.0)
@@ -178,6 +179,7 @@ def test_released_gradients_take_the_same_step(runs: dict[int, Results], stage: 
         assert torch.equal(released["full"][name], value), name
     clipped = runs[world_size][f"released-{stage}"][0]["losses"]
     assert clipped[-1] < clipped[0] - 0.3
+    assert runs[world_size][f"released-saved-{stage}"][0]["losses"] == clipped, "a checkpoint keeps the norm, too"
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -30,6 +30,8 @@ from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import Piece, squared_norm
 from toolkit.zero.stage12 import LeanZeroOptimizer
 
+_NORM = "released_norm"
+
 
 class ReleasingZeroOptimizer(LeanZeroOptimizer):
     """Stages 1 and 2 with `release_gradients`, for one micro-batch a step in bf16 or fp32.
@@ -43,8 +45,13 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
         if refusal:
             raise UserError(f"optimizer.params.release_gradients {refusal}")
         self._whole = [all(param.numel() % BLOCK == 0 for param in params) for params in self.bit16_groups]
-        self._previous_norm: float | None = None
         self._start()
+
+    @property
+    def _previous_norm(self) -> float | None:
+        """Global norm of the latest step that was not skipped; kept in a parameter group, which checkpoints save."""
+        norm: float | None = self.optimizer.param_groups[0].get(_NORM)
+        return norm
 
     def _start(self) -> None:
         """Nothing of this step has been seen."""
@@ -117,7 +124,7 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
                     self._step_group(i, self._factor(norm))
                 else:
                     self._rest(i)
-            self._previous_norm = norm
+            self.optimizer.param_groups[0][_NORM] = norm
         self._discard()
         for i in range(len(self.bit16_groups)):
             self._show(i)
