@@ -132,7 +132,7 @@ class AMCSRule(Rule):
             "v_rate": 1.0 - b_v,
             "fast_weight": alpha / (1.0 - b_fast**t),
             "slow_weight": (1.0 - alpha) / (1.0 - b_slow**t),
-            "v_correction": 1.0 / (1.0 - b_v**t),
+            "v_correction": (1.0 - b_v**t) ** -0.5,
         }
 
     @staticmethod
@@ -142,7 +142,7 @@ class AMCSRule(Rule):
         m_slow = m_slow + s["slow_rate"] * (g - m_slow)
         v = v + s["v_rate"] * (g * g - v)
         m = s["fast_weight"] * m_fast + s["slow_weight"] * m_slow
-        step = m / ((v * s["v_correction"]).sqrt() + s["eps"])
+        step = m / (v.sqrt() * s["v_correction"] + s["eps"])  # the code of v takes the same root
         return theta - (s["decay"] * theta + s["lr"] * step), m_fast, m_slow, v
 
     def report(self, t: int) -> dict[str, float]:
@@ -192,7 +192,7 @@ class AMCSSingleRule(AMCSRule):
             "eps": self.eps,
             "m_rate": 1.0 - self.beta_at(t),
             "v_rate": 1.0 - self.betas[2],
-            "v_correction": 1.0 / (1.0 - self.betas[2] ** t),
+            "v_correction": (1.0 - self.betas[2] ** t) ** -0.5,
         }
 
     @staticmethod
@@ -200,7 +200,7 @@ class AMCSSingleRule(AMCSRule):
         m, v = states
         m = m + s["m_rate"] * (g - m)
         v = v + s["v_rate"] * (g * g - v)
-        step = m / ((v * s["v_correction"]).sqrt() + s["eps"])
+        step = m / (v.sqrt() * s["v_correction"] + s["eps"])  # the code of v takes the same root
         return theta - (s["decay"] * theta + s["lr"] * step), m, v
 
     def report(self, t: int) -> dict[str, float]:

@@ -202,7 +202,8 @@ class Signed4(Codec):
 
     @staticmethod
     def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
-        return (_signed_root(x, scale, dither, 7.0) + 8.0).to(torch.uint8)
+        # Cut towards zero before the sign is lost.
+        return (torch.trunc(_signed_root(x, scale, dither, 7.0)) + 8.0).to(torch.uint8)
 
     @staticmethod
     def decode(codes: Tensor, scale: Tensor) -> Tensor:
@@ -218,15 +219,14 @@ class Residual4(Signed4):
 
 
 def _signed_root(x: Tensor, scale: Scale, dither: Tensor, largest: float) -> Tensor:
-    """sign(x) `largest` sqrt(|x| / scale), rounded to a whole number so that its square is right on average.
+    """sign(x) `largest` sqrt(|x| / scale), which cut to a whole number has a square that is right on average.
 
     Between codes c and c + 1, of squares c^2 and c^2 + 2 c + 1, the square y goes up where it exceeds
     c^2 + d (2 c + 1), d the dither; that is (c + d)^2 + d (1 - d). Solved for c, the code is written with one mention
     of y, which matters: the compiler traces what is mentioned twice twice.
     """
     square = largest * largest * (x.abs() * scale.inverse)
-    code = torch.floor(torch.sqrt(torch.relu(square - dither * (1.0 - dither))) + (1.0 - dither))
-    return code * x.sign()
+    return (torch.sqrt(torch.relu(square - dither * (1.0 - dither))) + (1.0 - dither)) * x.sign()
 
 
 class Root8(Codec):
@@ -278,7 +278,7 @@ class Root4(Codec):
 
 def _fourth_root(x: Tensor, scale: Scale, dither: Tensor, largest: float) -> Tensor:
     root = torch.sqrt(torch.sqrt(x))
-    return torch.floor(largest * (root * scale.inverse) + dither).clamp(min=1.0).to(torch.uint8)
+    return (largest * (root * scale.inverse) + dither).clamp(min=1.0).to(torch.uint8)  # cut to a whole number
 
 
 def _fourth_power(codes: Tensor, scale: Tensor, largest: float) -> Tensor:
