@@ -78,9 +78,9 @@ class Reducer:
 
     def add(self, param: Tensor, gradient: Tensor) -> None:
         """Take the gradient of `param`; nobody else may hold on to it."""
-        process_group = self.process_groups[self.places[id(param)][0].group]
+        process_group = self._process_group(param)
         if self._waiting:
-            before = self.process_groups[self.places[id(self._waiting[0][0])][0].group]
+            before = self._process_group(self._waiting[0][0])
             if before is not process_group or any(param is other for other, _ in self._waiting):
                 self.flush()
         if gradient.numel() >= self.bucket_elements:
@@ -90,12 +90,15 @@ class Reducer:
         if self._elements >= self.bucket_elements or dist.get_world_size(process_group) == 1:
             self.flush()
 
+    def _process_group(self, param: Tensor) -> Any:
+        return self.process_groups[self.places[id(param)][0].group]
+
     def flush(self) -> None:
         """Reduce what is waiting."""
         bucket, self._waiting, self._elements = self._waiting, [], 0
         if not bucket:
             return
-        process_group = self.process_groups[self.places[id(bucket[0][0])][0].group]
+        process_group = self._process_group(bucket[0][0])
         params = [param for param, _ in bucket]
         by_owner: dict[int, list[Piece]] = {}
         for param, gradient in bucket:

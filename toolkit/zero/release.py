@@ -80,7 +80,7 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
                 waiting.append(piece)
                 continue
             known = [norms[id(piece.param)]] + ([self._previous_norm] if self._previous_norm is not None else [])
-            self._sweep(piece.group).apply(piece.offset, piece.gradient, self._factor(*known))
+            self._begun(piece.group).apply(piece.offset, piece.gradient, self._factor(*known))
             piece.gradient = piece.gradient[:0]
         super()._deliver(params, waiting)
 
@@ -100,12 +100,12 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
         factor = 1.0 / max(1.0, *((norm + 1e-6) / clip for norm in norms)) if clip > 0.0 else 1.0
         return torch.full((), factor, device=self.single_partition_of_fp32_groups[0].device)
 
-    def _sweep(self, i: int) -> Sweep:
+    def _begun(self, i: int) -> Sweep:
+        """The sweep of group `i` in this step."""
         if i not in self._sweeps:
-            begun = self.optimizer.begin(self.optimizer.param_groups[i], self.single_partition_of_fp32_groups[i])
-            assert begun is not None
-            rank = dist.get_rank(group=self.real_dp_process_group[i])
-            self._sweeps[i] = begun.sweep(first_block=rank * int(self.partition_size[i]) // BLOCK)
+            sweep = self._sweep(i)
+            assert sweep is not None
+            self._sweeps[i] = sweep
         return self._sweeps[i]
 
     def _publish(self) -> None:
@@ -141,7 +141,7 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
             for place in self.slices_of(param):
                 if place.owner == rank:
                     zeros = torch.zeros(place.stop - place.start, dtype=param.dtype, device=zero_scale.device)
-                    self._sweep(i).apply(place.offset, zeros, zero_scale)
+                    self._begun(i).apply(place.offset, zeros, zero_scale)
 
 
 def _refusal(zero: LeanZeroOptimizer) -> str | None:

@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from torch import Tensor
 
 from toolkit.optim import RuleOptimizer
+from toolkit.optim.sweep import Sweep
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import Piece, Reducer, Slice, clip_scale, slices, squared_norm
 
@@ -258,13 +259,19 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
         dist.all_reduce(total, group=self.dp_process_group)
         return total.sqrt().float()
 
+    def _sweep(self, i: int) -> Sweep | None:
+        """Count a step of group `i` and begin it; None while state is only allocated."""
+        begun = self.optimizer.begin(self.optimizer.param_groups[i], self.single_partition_of_fp32_groups[i])
+        if begun is None:
+            return None
+        rank = dist.get_rank(group=self.real_dp_process_group[i])
+        return begun.sweep(first_block=rank * int(self.partition_size[i]) // BLOCK)
+
     def _step_group(self, i: int, scale: Tensor) -> None:
         master = self.single_partition_of_fp32_groups[i]
         held, self._held[i], self.averaged_gradients[i] = self._held[i], {}, None
-        begun = self.optimizer.begin(self.optimizer.param_groups[i], master)
-        if begun is not None:
-            rank = dist.get_rank(group=self.real_dp_process_group[i])
-            sweep = begun.sweep(first_block=rank * int(self.partition_size[i]) // BLOCK)
+        sweep = self._sweep(i)
+        if sweep is not None:
             at = 0
             for offset in sorted(held):
                 if offset > at:  # alignment of single parameters
