@@ -16,7 +16,7 @@ from torch import LongTensor, Tensor, nn
 
 from toolkit.errors import UserError, nearest
 from toolkit.models.loss import CHUNKABLE, LOSSES, LossHead, chunked_kernel, plain_loss
-from toolkit.models.presets import first_line, load_config
+from toolkit.models.presets import Preset, first_line, load_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -70,8 +70,7 @@ def build_model(
     activation checkpointing of an architecture that has none.
     """
     config, preset = load_config(name_or_folder)
-    loss = loss or (preset.loss if preset else "chunked")
-    if loss not in LOSSES:
+    if loss is not None and loss not in LOSSES:
         raise UserError(f"unknown loss {loss!r}: expected {' or '.join(LOSSES)}.{nearest(loss, LOSSES)}")
     if vocab_size is not None and vocab_size < 1:
         raise UserError(f"the vocabulary size must be a positive number of tokens, not {vocab_size}.")
@@ -88,13 +87,50 @@ def build_model(
         config.vocab_size = vocab_size or config.vocab_size
         hf = skeleton(config, dtype)
         _initialise(hf, seed, zero3_config)
-    if loss == "chunked":
-        _use_chunked_loss(hf, dtype)
+    return _complete(hf, preset, dtype, activation_checkpointing, loss, on_gpu=torch.cuda.is_available())
+
+
+def blueprint(
+    name_or_folder: str,
+    *,
+    dtype: torch.dtype,
+    on_gpu: bool,
+    activation_checkpointing: bool | None = None,
+    loss: str | None = None,
+    attention: str | None = None,
+) -> CausalLM:
+    """The model that `build_model` builds on a machine with or without GPUs, on the meta device: it takes no memory.
+
+    `attention` is transformers' `attn_implementation` ("sdpa", "eager", ...; default: its own choice).
+
+    Raises UserError as `build_model` does.
+    """
+    config, preset = load_config(name_or_folder)
+    if attention is not None:
+        config._attn_implementation = attention
+    hf = skeleton(config, dtype)
+    nn.Module.to(hf, "meta")  # its buffers, too
+    return _complete(hf, preset, dtype, activation_checkpointing, loss, on_gpu=on_gpu)
+
+
+def _complete(
+    hf: PreTrainedModel,
+    preset: Preset | None,
+    dtype: torch.dtype,
+    activation_checkpointing: bool | None,
+    loss: str | None,
+    *,
+    on_gpu: bool,
+) -> CausalLM:
+    """Give `hf` its loss and its checkpointing; None is the preset's choice."""
+    if (loss or (preset.loss if preset else "chunked")) == "chunked":
+        _use_chunked_loss(hf, dtype, on_gpu)
     if activation_checkpointing is None:
         activation_checkpointing = preset is not None and preset.activation_checkpointing
     if activation_checkpointing:
         if not hf.supports_gradient_checkpointing:
-            raise UserError(f"{config.model_type!r} models do not support activation checkpointing: switch it off.")
+            kind = hf.config.model_type
+            raise UserError(f"{kind!r} models do not support activation checkpointing: switch it off.")
         # The first name is that of transformers 5.23 and later, where the second warns.
         enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -131,7 +167,7 @@ def _initialise(hf: PreTrainedModel, seed: int, zero3_config: dict[str, Any] | N
         partition = deepspeed.zero.Init(config_dict_or_path=zero3_config)
         draws = deepspeed.comm.get_rank() == 0
     made: dict[nn.Parameter, nn.Parameter] = {}  # by placeholder, so that tied parameters stay tied
-    for name, block in sorted(_blocks(hf), key=lambda item: -sum(p.numel() for p in item[1].parameters())):
+    for name, block in sorted(blocks(hf), key=lambda item: -sum(p.numel() for p in item[1].parameters())):
         slots = [
             (module, key, placeholder)
             for module in block.modules()
@@ -155,7 +191,7 @@ def _initialise(hf: PreTrainedModel, seed: int, zero3_config: dict[str, Any] | N
             module.register_parameter(key, made[placeholder])
 
 
-def _blocks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def blocks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Disjoint parts that hold all parameters between them, with their names: each layer, embedding, norm, head."""
     if any(True for _ in module.parameters(recurse=False)):
         yield name, module
@@ -165,7 +201,7 @@ def _blocks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
         if isinstance(module, nn.ModuleList):
             yield path, child
         else:
-            yield from _blocks(child, path)
+            yield from blocks(child, path)
 
 
 def _draw(hf: PreTrainedModel, name: str, block: nn.Module, seed: int) -> None:
@@ -207,11 +243,11 @@ def _load(folder: Path, dtype: torch.dtype, zero3_config: dict[str, Any] | None)
     return hf
 
 
-def _use_chunked_loss(hf: PreTrainedModel, dtype: torch.dtype) -> None:
+def _use_chunked_loss(hf: PreTrainedModel, dtype: torch.dtype, on_gpu: bool) -> None:
     """Make the head of `hf` a LossHead where that gives the model's own loss; say what was chosen."""
     head = hf.get_output_embeddings()
     if hf.config.model_type in CHUNKABLE and type(head) is nn.Linear:
-        kernel, words = chunked_kernel(dtype, on_gpu=torch.cuda.is_available())
+        kernel, words = chunked_kernel(dtype, on_gpu=on_gpu)
     else:
         kernel, words = None, f"{hf.config.model_type!r} is not known to use its head's output as it is"
     if kernel is not None:

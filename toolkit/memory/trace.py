@@ -1,0 +1,199 @@
+"""One training step with every allocation named: torch's allocator says how much, the tracker says what.
+
+On a CPU the profiler reports every allocation and release with the allocator's total. What the tracker saw as a
+tensor takes its name from there; what an operation used within itself goes by the operation.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+from toolkit.memory import categories as c
+from toolkit.memory.tape import Curve, Life, Tape, curve
+from toolkit.memory.tracker import Tracker
+
+Named = tuple[str, str, Tensor]
+
+
+def count_from_here() -> None:
+    """Let torch's CPU allocator keep count from now on; call it before the model is built, or totals lack it.
+
+    Also counts on threads that the profiler does not see: gloo's give back what they sent.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
+
+
+class StepTrace:
+    """Traces what happens within it, as a context manager, on this thread's device.
+
+    Args:
+        model: whose blocks and gradients are followed.
+        head: the module that makes logits, if there is one.
+        held: what is there already, by category and name; called at the start, and at the end of every phase for
+            what has been added.
+        on_gpu: take totals from the caching allocator instead of the profiler.
+
+    After it, `tape` and `curve` hold the step, with "other" for what nothing names.
+    """
+
+    def __init__(
+        self, model: nn.Module, head: nn.Module | None, held: Callable[[], Iterable[Named]], *, on_gpu: bool
+    ) -> None:
+        self.tape = Tape(nanoseconds=[])
+        self.curve: Curve
+        self._model, self._head, self._held, self._on_gpu = model, head, held, on_gpu
+        self._tracker = Tracker(self.tape, sites=True)
+        self._profile: Any = None
+
+    def __enter__(self) -> StepTrace:
+        for category, name, tensor in self._held():
+            self._tracker.adopt(tensor, category, name)
+        self._tracker.attach(self._model, self._head, lambda number, parameter: None)
+        if self._on_gpu:
+            self._before = torch.cuda.memory_allocated()
+        else:
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile.start()
+        self._tracker.__enter__()
+        return self
+
+    def phase(self, name: str) -> None:
+        """From here on it is phase `name`."""
+        self._name_new()
+        self.tape.begin(name)
+
+    def _name_new(self) -> None:
+        for category, name, tensor in self._held():
+            life = self._tracker.life(tensor)
+            if life is not None and life.born >= 0 and life.category in (None, c.BUCKETS):
+                life.category = category
+                life.what = life.what if life.category == c.GRADIENTS and life.parameter is not None else name
+
+    def __exit__(self, *error: Any) -> None:
+        self._name_new()
+        self._tracker.__exit__(*error)
+        self._tracker.detach()
+        if self._profile is not None:
+            self._profile.stop()
+        if error[0] is None:
+            self._finish()
+
+    def _finish(self) -> None:
+        self.tape.classify()
+        if self._on_gpu:
+            self._add_other(self._before)
+            return
+        events = list(_allocations(self._profile.profiler.kineto_results.experimental_event_tree()))
+        self._join(sorted(events, key=lambda event: event.start_time_ns))
+
+    def _add_other(self, before: int) -> None:
+        named = sum(life.bytes for life in self.tape.lives if life.born < 0)
+        self.tape.lives.append(Life(max(0, before - named), -1, None, c.INIT, c.OTHER, "before the trace"))
+        self.curve = curve(self.tape.lives, self.tape.now, self.tape.phases)
+
+    def _join(self, events: list[Any]) -> None:
+        """Put the tracker's lives and the allocator's events on one axis of time."""
+        tape = self.tape
+        assert tape.nanoseconds is not None
+        log = _Log(events)
+        # In nanoseconds, and where the allocator says so, when it happened rather than when the tracker saw it.
+        spans: list[tuple[int, int | None]] = []
+        for life in tape.lives:
+            born = tape.nanoseconds[life.born] if life.born >= 0 else None
+            died = tape.nanoseconds[life.died] if life.died is not None else None
+            spans.append(log.claim(life.address, born, died))
+        inside = log.unclaimed()
+        moments = sorted({*tape.nanoseconds, *(event.start_time_ns for event in events)})
+        place = {moment: index for index, moment in enumerate(moments)}
+        phases = [
+            (name, place[tape.nanoseconds[start]] if start < tape.now else len(moments)) for name, start in tape.phases
+        ]
+        head = None
+        if tape.head is not None:
+            head = tuple(place[tape.nanoseconds[min(moment, tape.now - 1)]] for moment in tape.head)
+        for life, (first, last) in zip(tape.lives, spans, strict=True):
+            life.born, life.died = place[first] if life.born >= 0 else -1, None if last is None else place[last]
+        for size, first, last, operation in inside:
+            start = place[first]
+            phase = next((name for name, begun in reversed(phases) if begun <= start), c.INIT)
+            category = c.LOGITS if head is not None and head[0] <= start <= head[1] else c.TRANSIENTS
+            end = None if last is None else place[last]
+            tape.lives.append(Life(size, start, end, phase, category, f"inside {operation}", operation))
+        tape.phases, tape.now, tape.nanoseconds = phases, len(moments), moments
+        named = curve(tape.lives, len(moments), phases)
+        other = (log.totals(moments) - named.total).clip(min=0) if events else 0 * named.total
+        self.curve = Curve(named.held | {c.OTHER: other}, named.total + other, phases)
+
+
+def _allocations(roots: Iterable[Any]) -> Iterable[Any]:
+    waiting = list(roots)
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            yield event
+
+
+class _Log:
+    """The allocator's events by address."""
+
+    def __init__(self, events: list[Any]) -> None:
+        self._events = events
+        self._made: dict[int, list[int]] = defaultdict(list)
+        self._freed: dict[int, list[int]] = defaultdict(list)
+        self._left: dict[tuple[int, int], tuple[int, str]] = {}
+        for event in events:
+            fields, moment = event.extra_fields, event.start_time_ns
+            if fields.alloc_size > 0:
+                self._made[fields.ptr].append(moment)
+                self._left[fields.ptr, moment] = fields.alloc_size, _operation(event)
+            else:
+                self._freed[fields.ptr].append(moment)
+
+    def claim(self, address: int, born: int | None, died: int | None) -> tuple[int, int | None]:
+        """When the tensor at `address`, which the tracker saw from `born` to `died`, was allocated and released.
+
+        A tensor is seen right after it was allocated and right before it is released.
+        """
+        made, freed = self._made[address], self._freed[address]
+        if born is not None and (at := bisect.bisect_right(made, born)):
+            born = made[at - 1]
+            self._left.pop((address, born), None)
+        if died is not None and (at := bisect.bisect_left(freed, died)) < len(freed):
+            following = bisect.bisect_right(made, died)
+            if following == len(made) or freed[at] <= made[following]:
+                died = freed[at]
+        return born or 0, died
+
+    def unclaimed(self) -> list[tuple[int, int, int | None, str]]:
+        """Allocations that were no tensor's: bytes, when, until when, and the operation they were made in."""
+        found = []
+        for (address, born), (size, operation) in self._left.items():
+            freed = self._freed[address]
+            at = bisect.bisect_right(freed, born)
+            found.append((size, born, freed[at] if at < len(freed) else None, operation))
+        return found
+
+    def totals(self, moments: list[int]) -> np.ndarray:
+        """The allocator's total at each of `moments`, int64."""
+        times = np.array([event.start_time_ns for event in self._events])
+        values = np.array([event.extra_fields.total_allocated for event in self._events], dtype=np.int64)
+        before = values[0] - self._events[0].extra_fields.alloc_size
+        at = np.searchsorted(times, np.array(moments), side="right") - 1
+        return np.where(at < 0, before, values[at])
+
+
+def _operation(event: Any) -> str:
+    return event.parent.name if event.parent is not None else "torch"

@@ -1,0 +1,196 @@
+"""Watches every operation and writes down the life of each storage that it makes."""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import PurePath
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from toolkit.memory import categories as c
+from toolkit.memory.tape import HEAD, Life, Scope, Tape
+from toolkit.models.build import blocks
+
+_FRAMES = 40
+"""Looked through for the line that made a tensor."""
+
+
+class Tracker(TorchDispatchMode):
+    """Writes `tape` while it is active. On the meta device, too, where storages have a size and take no memory.
+
+    Args:
+        tape: is written to.
+        sites: also write down the line of code, or the operation of the backward pass, that made each storage, and
+            give those that DeepSpeed or `toolkit.zero` made the categories "gathered" and "buckets".
+
+    What an operation allocates and frees within itself is no tensor, and not seen.
+    """
+
+    def __init__(self, tape: Tape, *, sites: bool) -> None:
+        super().__init__()
+        self.tape = tape
+        self._sites = sites
+        self._known: dict[int, Life | None] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._scope: list[Scope] = []
+        self._hooks: list[Any] = []
+        self._parameter_hook: Callable[[int, nn.Parameter], None] | None = None
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled functions stay compiled: what they hold within is none of this."""
+        return True
+
+    # ---- storages -------------------------------------------------------------------------------------------------
+
+    def adopt(self, tensor: Tensor, category: str | None, what: str = "") -> None:
+        """Count the storage of `tensor`, made before; with `category` None it is known, but not counted."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._known:
+            return
+        life = Life(storage.nbytes(), -1, None, c.INIT, category, what) if category is not None else None
+        self._watch(storage, life)
+
+    def life(self, tensor: Tensor) -> Life | None:
+        """The life of the storage of `tensor`, if it is counted."""
+        return self._known.get(tensor.untyped_storage()._cdata)
+
+    def _watch(self, storage: Any, life: Life | None) -> None:
+        key = storage._cdata
+        if life is not None:
+            self.tape.lives.append(life)
+
+        def gone(_: Any) -> None:
+            self._known.pop(key, None)
+            self._references.pop(key, None)
+            if life is not None:
+                life.died = self._tick()
+
+        self._known[key] = life
+        self._references[key] = weakref.ref(storage, gone)
+
+    def _tick(self) -> int:
+        moment = self.tape.now
+        self.tape.now += 1
+        if self.tape.nanoseconds is not None:
+            self.tape.nanoseconds.append(time.time_ns())
+        return moment
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = self.run(func, args, kwargs or {})
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        for output in outputs:
+            if isinstance(output, Tensor):
+                self._seen(func, output, args, kwargs or {})
+        return result
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Do the operation."""
+        return func(*args, **kwargs)
+
+    def _seen(self, func: Any, output: Tensor, args: Any, kwargs: Any) -> None:
+        storage = output.untyped_storage()
+        if storage._cdata in self._known or storage.nbytes() == 0:
+            return
+        # A view of, or a change to, what was there before this tracker is no birth.
+        inputs = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(x.untyped_storage()._cdata == storage._cdata for x in inputs):
+            self._watch(storage, None)
+            return
+        life = Life(
+            storage.nbytes(),
+            self._tick(),
+            None,
+            self.tape.phase,
+            what=str(func).removesuffix(".default"),
+            scope=self._scope[-1] if self._scope else None,
+        )
+        if self._sites:
+            life.address = storage.data_ptr()
+            life.where, maker = _site(sys._getframe(1))
+            # In the step, what ZeRO makes is no communication buffer.
+            if maker == c.GATHERED or life.phase in (c.BACKWARD, c.REDUCE):
+                life.category = maker
+        self._watch(storage, life)
+
+    # ---- the model ------------------------------------------------------------------------------------------------
+
+    def attach(
+        self, model: nn.Module, head: nn.Module | None, on_gradient: Callable[[int, nn.Parameter], None]
+    ) -> None:
+        """Follow the calls of the blocks of `model`, and its gradients.
+
+        Args:
+            model: whose blocks are its layers, and all else that has parameters.
+            head: the module that makes logits.
+            on_gradient: called with the number of a parameter (in `model.parameters()`) and the parameter when its
+                gradient is whole. The life of the gradient has been marked by then.
+        """
+        for name, block in blocks(model):
+            label = HEAD if block is head else name
+            self._hooks.append(block.register_forward_pre_hook(self._open(label)))
+            self._hooks.append(block.register_forward_hook(self._close, always_call=True))
+        own = {id(p) for p in head.parameters()} if head is not None else set()
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if parameter.requires_grad:
+                hook = self._gradient(number, name, id(parameter) in own)
+                self._hooks.append(parameter.register_hook(hook))
+                self._hooks.append(
+                    parameter.register_post_accumulate_grad_hook(lambda p, number=number: on_gradient(number, p))
+                )
+
+    def detach(self) -> None:
+        """Take all hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _open(self, label: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if label == HEAD and self.tape.phase == c.FORWARD:
+                self.tape.head = (self.tape.now, sys.maxsize)
+            scope = Scope(label, self.tape.now)
+            self.tape.scopes.append(scope)
+            self._scope.append(scope)
+
+        return hook
+
+    def _close(self, *_: Any) -> None:
+        if self._scope:
+            self._scope.pop().closed = self.tape.now
+
+    def _gradient(self, number: int, name: str, of_head: bool) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            life = self.life(gradient)
+            # A view of something larger is not the gradient's own storage.
+            if life is not None and life.bytes <= gradient.numel() * gradient.element_size() + 64:
+                life.category, life.what, life.parameter = c.GRADIENTS, f"gradient of {name}", number
+            if of_head and self.tape.head is not None:
+                self.tape.head = (self.tape.head[0], self.tape.now)
+
+        return hook
+
+
+def _site(frame: FrameType | None) -> tuple[str, str | None]:
+    """The line of code that a tensor was made for, and a category if that line is one of ZeRO's."""
+    for _ in range(_FRAMES):
+        if frame is None:
+            break
+        path = frame.f_code.co_filename
+        if path.endswith("torch/autograd/graph.py"):
+            node = torch._C._current_autograd_node()
+            return f"backward: {node.name() if node is not None else 'autograd'}", None
+        if "/torch/" not in path and path != __file__:
+            where = f"{'/'.join(PurePath(path).parts[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
+            if "/deepspeed/runtime/zero/partition" in path:
+                return where, c.GATHERED
+            return where, c.BUCKETS if "/deepspeed/" in path or "/toolkit/zero/" in path else None
+        frame = frame.f_back
+    return "", None

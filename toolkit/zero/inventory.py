@@ -1,0 +1,108 @@
+"""Everything that a DeepSpeed engine holds, by name: what a memory report calls weights, state or buckets.
+
+Reads the attributes of DeepSpeed 0.19.8's optimizer wrappers (stage_1_and_2.py, stage3.py, fp16/, bf16_optimizer.py);
+one that is missing is passed over, and what it would have named is "other".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.memory import categories as c
+from toolkit.optim.layout import REMAINDER
+
+Named = tuple[str, str, Tensor]
+"""Category, name and tensor."""
+
+
+def inventory(engine: Any) -> Iterator[Named]:
+    """What `engine` holds now. Several names may share one storage; the first one is the best.
+
+    A plain (module, optimizer) pair works as well: an object with `module` and `basic_optimizer`.
+    """
+    yield from _weights(engine)
+    yield from _states(engine)
+    yield from gradients(engine)
+    yield from _buckets(getattr(engine, "optimizer", None))
+
+
+def _weights(engine: Any) -> Iterator[Named]:
+    for name, parameter in engine.module.named_parameters():
+        own = getattr(parameter, "ds_tensor", None)
+        if own is None:
+            yield c.WEIGHTS, name, parameter.data
+            continue
+        yield c.WEIGHTS, name, own
+        if parameter.data.numel() > own.numel():
+            yield c.GATHERED, name, parameter.data
+    for name, buffer in engine.module.named_buffers():
+        yield c.WEIGHTS, name, buffer
+    wrapper = getattr(engine, "optimizer", None)
+    for attribute in ("bit16_groups_flat", "fp16_partitioned_groups_flat", "lp_param_buffer"):
+        for tensor in _tensors(getattr(wrapper, attribute, None)):
+            yield c.WEIGHTS, attribute, tensor
+    for attribute in (
+        "single_partition_of_fp32_groups",
+        "fp32_partitioned_groups_flat",
+        "fp32_groups",
+        "fp32_groups_flat_partition",
+        "fp32_groups_flat",
+    ):
+        for tensor in _tensors(getattr(wrapper, attribute, None)):
+            # Where they are the weights themselves, those were first.
+            yield c.MASTER, attribute, tensor
+
+
+def _states(engine: Any) -> Iterator[Named]:
+    basic = getattr(engine, "basic_optimizer", None)
+    for held in getattr(basic, "state", {}).values():
+        for key, value in held.items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                name, _, part = key.partition(".")
+                yield c.REMAINDER if name == REMAINDER else c.SCALES if part == "scale" else name, key, value
+
+
+def gradients(engine: Any) -> Iterator[Named]:
+    """Gradients wherever they wait for the step."""
+    for name, parameter in engine.module.named_parameters():
+        if parameter.grad is not None:
+            yield c.GRADIENTS, f"gradient of {name}", parameter.grad
+    wrapper = getattr(engine, "optimizer", None)
+    for attribute in (
+        "_held",
+        "_local",
+        "_host_gradients",
+        "averaged_gradients",
+        "all_grad_tensors",
+        "grad_partitions_flat_buffer",
+        "fp32_groups_gradients_flat",
+        "grads_in_partition",
+    ):
+        for tensor in _tensors(getattr(wrapper, attribute, None)):
+            yield c.GRADIENTS, attribute, tensor
+    for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups"):
+        for tensor in _tensors(getattr(wrapper, attribute, None)):
+            if tensor.grad is not None:
+                yield c.GRADIENTS, f"gradient of {attribute}", tensor.grad
+
+
+def _buckets(wrapper: Any) -> Iterator[Named]:
+    for bucket in getattr(wrapper, "ipg_buckets", {}).values():
+        for tensor in _tensors(getattr(bucket, "buffer", None)):
+            yield c.BUCKETS, "reduction bucket", tensor
+    for attribute in ("temp_grad_buffer_for_cpu_offload", "temp_grad_buffer_for_gpu_offload"):
+        for tensor in _tensors(getattr(wrapper, attribute, None)):
+            yield c.BUCKETS, attribute, tensor
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
