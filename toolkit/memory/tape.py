@@ -5,6 +5,7 @@ Time is counted in births and deaths, not in seconds: every one is a moment of i
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -56,8 +57,8 @@ class Tape:
     scopes: list[Scope] = field(default_factory=list)
     nanoseconds: list[int] | None = None
     """When each moment was; None for what never ran."""
-    head: tuple[int, int] | None = None
-    """From the head's first operation to the gradient of its weight, once both are known."""
+    heads: list[tuple[int, int]] = field(default_factory=list)
+    """Of each micro-batch, from the head's first operation to the gradient of its input; open ends are huge."""
     now: int = 0
 
     @property
@@ -69,14 +70,17 @@ class Tape:
 
     def classify(self) -> None:
         """Give every life that has no category yet the one that its place and length say."""
-        forward_ends = next((start for name, start in self.phases if name == c.BACKWARD), self.now)
+        backward = [start for name, start in self.phases if name == c.BACKWARD]
         for life in self.lives:
             if life.category is not None:
                 continue
             scope = life.scope
+            # Of several micro-batches, the backward pass of its own.
+            at = bisect.bisect_right(backward, life.born)
+            forward_ends = backward[at] if at < len(backward) else self.now
             ends = forward_ends if scope is None else scope.closed or forward_ends
             outlives = life.died is None or life.died > ends
-            after_head = self.head is not None and scope is None and self.head[0] <= life.born <= self.head[1]
+            after_head = scope is None and any(first <= life.born <= last for first, last in self.heads)
             if after_head or (scope is not None and scope.name == HEAD):
                 life.category = c.LOGITS
             elif life.phase == c.FORWARD or (life.phase == c.BACKWARD and life.scope is not None):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -64,6 +65,8 @@ class StepTrace:
         if self._on_gpu:
             self._before = torch.cuda.memory_allocated()
         else:
+            # Or it prints two lines a trace on stderr; read when the profiler starts for the first time.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.start()
         self._tracker.__enter__()
@@ -120,17 +123,19 @@ class StepTrace:
         phases = [
             (name, place[tape.nanoseconds[start]] if start < tape.now else len(moments)) for name, start in tape.phases
         ]
-        head = None
-        if tape.head is not None:
-            head = tuple(place[tape.nanoseconds[min(moment, tape.now - 1)]] for moment in tape.head)
+        heads = [
+            [place[tape.nanoseconds[min(moment, tape.now - 1)]] for moment in (first, last)]
+            for first, last in tape.heads
+        ]
         for life, (first, last) in zip(tape.lives, spans, strict=True):
             life.born, life.died = place[first] if life.born >= 0 else -1, None if last is None else place[last]
-        for size, first, last, operation in inside:
+        for address, size, first, last, operation in inside:
             start = place[first]
             phase = next((name for name, begun in reversed(phases) if begun <= start), c.INIT)
-            category = c.LOGITS if head is not None and head[0] <= start <= head[1] else c.TRANSIENTS
+            category = c.LOGITS if any(begun <= start <= ended for begun, ended in heads) else c.TRANSIENTS
             end = None if last is None else place[last]
-            tape.lives.append(Life(size, start, end, phase, category, f"inside {operation}", operation))
+            what = f"inside {operation}"
+            tape.lives.append(Life(size, start, end, phase, category, what, operation, address=address))
         tape.phases, tape.now, tape.nanoseconds = phases, len(moments), moments
         named = curve(tape.lives, len(moments), phases)
         other = (log.totals(moments) - named.total).clip(min=0) if events else 0 * named.total
@@ -168,22 +173,26 @@ class _Log:
         A tensor is seen right after it was allocated and right before it is released.
         """
         made, freed = self._made[address], self._freed[address]
-        if born is not None and (at := bisect.bisect_right(made, born)):
+        # What the allocator has no record of (shared memory, another library's) must not take another's birth.
+        if (
+            born is not None
+            and (at := bisect.bisect_right(made, born))
+            and self._left.pop((address, made[at - 1]), None) is not None
+        ):
             born = made[at - 1]
-            self._left.pop((address, born), None)
         if died is not None and (at := bisect.bisect_left(freed, died)) < len(freed):
             following = bisect.bisect_right(made, died)
             if following == len(made) or freed[at] <= made[following]:
                 died = freed[at]
         return born or 0, died
 
-    def unclaimed(self) -> list[tuple[int, int, int | None, str]]:
-        """Allocations that were no tensor's: bytes, when, until when, and the operation they were made in."""
+    def unclaimed(self) -> list[tuple[int, int, int, int | None, str]]:
+        """Allocations that were no tensor's: address, bytes, from when, until when, and the operation within."""
         found = []
         for (address, born), (size, operation) in self._left.items():
             freed = self._freed[address]
             at = bisect.bisect_right(freed, born)
-            found.append((size, born, freed[at] if at < len(freed) else None, operation))
+            found.append((address, size, born, freed[at] if at < len(freed) else None, operation))
         return found
 
     def totals(self, moments: list[int]) -> np.ndarray:

@@ -55,7 +55,9 @@ class Tracker(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._known:
             return
-        life = Life(storage.nbytes(), -1, None, c.INIT, category, what) if category is not None else None
+        life = None
+        if category is not None:
+            life = Life(storage.nbytes(), -1, None, c.INIT, category, what, address=storage.data_ptr())
         self._watch(storage, life)
 
     def life(self, tensor: Tensor) -> Life | None:
@@ -137,11 +139,9 @@ class Tracker(TorchDispatchMode):
             label = HEAD if block is head else name
             self._hooks.append(block.register_forward_pre_hook(self._open(label)))
             self._hooks.append(block.register_forward_hook(self._close, always_call=True))
-        own = {id(p) for p in head.parameters()} if head is not None else set()
         for number, (name, parameter) in enumerate(model.named_parameters()):
             if parameter.requires_grad:
-                hook = self._gradient(number, name, id(parameter) in own)
-                self._hooks.append(parameter.register_hook(hook))
+                self._hooks.append(parameter.register_hook(self._gradient(number, name)))
                 self._hooks.append(
                     parameter.register_post_accumulate_grad_hook(lambda p, number=number: on_gradient(number, p))
                 )
@@ -153,9 +153,9 @@ class Tracker(TorchDispatchMode):
         self._hooks.clear()
 
     def _open(self, label: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             if label == HEAD and self.tape.phase == c.FORWARD:
-                self.tape.head = (self.tape.now, sys.maxsize)
+                self._enter_head(inputs)
             scope = Scope(label, self.tape.now)
             self.tape.scopes.append(scope)
             self._scope.append(scope)
@@ -166,14 +166,24 @@ class Tracker(TorchDispatchMode):
         if self._scope:
             self._scope.pop().closed = self.tape.now
 
-    def _gradient(self, number: int, name: str, of_head: bool) -> Callable[[Tensor], None]:
+    def _enter_head(self, inputs: tuple[Any, ...]) -> None:
+        number = len(self.tape.heads)
+        self.tape.heads.append((self.tape.now, sys.maxsize))
+
+        def leave(_: Tensor) -> None:
+            self.tape.heads[number] = (self.tape.heads[number][0], self.tape.now)
+
+        # Not the gradient of its weight: a tied one is whole only when that of the embedding is.
+        hidden = inputs[0] if inputs else None
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
+            self._hooks.append(hidden.register_hook(leave))
+
+    def _gradient(self, number: int, name: str) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
             life = self.life(gradient)
             # A view of something larger is not the gradient's own storage.
             if life is not None and life.bytes <= gradient.numel() * gradient.element_size() + 64:
                 life.category, life.what, life.parameter = c.GRADIENTS, f"gradient of {name}", number
-            if of_head and self.tape.head is not None:
-                self.tape.head = (self.tape.head[0], self.tape.now)
 
         return hook
 
@@ -193,4 +203,6 @@ def _site(frame: FrameType | None) -> tuple[str, str | None]:
                 return where, c.GATHERED
             return where, c.BUCKETS if "/deepspeed/" in path or "/toolkit/zero/" in path else None
         frame = frame.f_back
-    return "", None
+    # On a GPU the backward pass has a thread of its own, with none of the caller's frames.
+    node = torch._C._current_autograd_node()
+    return (f"backward: {node.name()}" if node is not None else ""), None
