@@ -5,7 +5,8 @@
 
 Every allocation of a real `deepspeed` run on CPU ranks is counted by torch's profiler, from before the model exists;
 on a GPU the caching allocator's peak is taken. With 8 tokens a step activations vanish and what is left is model
-state: weights, remainders, gradients, optimizer state, buckets and transients. "predicted" is `docs/memory-model.md`.
+state: weights, remainders, gradients, optimizer state, buckets and transients. "predicted" is what `toolkit estimate`
+computes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 BUCKET = 4_194_304
+TOKENS = 8
 WORKER = Path(__file__).with_name("memory_worker.py")
 
 
@@ -75,65 +77,39 @@ GOALS = {
 }
 
 
-def run(name: str, stage: int, world_size: int, model: str, offload: bool) -> list[dict[str, float]]:
-    """Bytes that each rank of a real run held, by phase."""
-    extra, buckets, bnb = CASES[name]
+def configuration(name: str, stage: int, offload: bool = False) -> dict[str, Any]:
+    """The DeepSpeed JSON of a case."""
+    extra, buckets, _ = CASES[name]
     config = base(stage, buckets) | extra
     if offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
         config["zero_force_ds_cpu_optimizer"] = False
+    return config
+
+
+def launch(config: dict[str, Any], world_size: int, **settings: Any) -> list[dict[str, Any]]:
+    """What each rank of a real run held, in bytes; `settings` as of memory_worker.py, which see."""
+    defaults = {"optimizer": None, "steps": 4, "micro_batch": 1, "checkpointing": False, "loss": "plain"}
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"config": config, "optimizer": bnb, "model": model, "steps": 4, "tokens": 8, "out": folder}
         path = Path(folder) / "settings.json"
-        path.write_text(json.dumps(settings))
+        path.write_text(json.dumps(defaults | settings | {"config": config, "out": folder}))
         scripts = Path(sys.executable).parent
-        port = str(20_000 + os.getpid() % 20_000)
-        command = [
-            str(scripts / "deepspeed"),
-            "--num_gpus",
-            str(world_size),
-            "--master_port",
-            port,
-            str(WORKER),
-            str(path),
-        ]
+        ranks = ["--num_gpus", str(world_size), "--master_port", str(20_000 + os.getpid() % 20_000)]
+        command = [sys.executable, str(scripts / "deepspeed"), *ranks, str(WORKER), str(path)]
         environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
-            raise SystemExit(
-                f"{name}, stage {stage}, {world_size} rank(s):\n{done.stdout[-3000:]}{done.stderr[-5000:]}"
-            )
+            raise SystemExit(f"{config}, {world_size} rank(s):\n{done.stdout[-3000:]}{done.stderr[-5000:]}")
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def predict(name: str, stage: int, world_size: int, model: str) -> float | None:
-    """Bytes per parameter that docs/memory-model.md gives; None for what it does not describe."""
-    from toolkit.memory import Buckets, peak, per_parameter
-    from toolkit.models import load_config
-    from toolkit.models.build import skeleton
-    from toolkit.optim import find_rule
-    from toolkit.optim.layout import layout, state_formats
+def predict(config: dict[str, Any], world_size: int, model: str) -> int:
+    """The peak that `toolkit estimate` would give."""
+    from toolkit.memory.estimate import Case, Estimator
 
-    extra, _, _ = CASES[name]
-    optimizer = extra.get("optimizer", {})
-    rule, params = find_rule(optimizer.get("type")), optimizer.get("params", {})
-    if rule is None or params["weights"] == "fp32":
-        return None
-    formats = state_formats(rule.rule, params["state_format"], where=name)
-    matrix = layout(rule.rule, formats, params["weights"], torch.bfloat16)
-    vector = layout(rule.rule, dict.fromkeys(formats, "fp32"), "bf16+16", torch.bfloat16)
-    shapes = [tuple(p.shape) for p in skeleton(load_config(model)[0], torch.bfloat16).parameters()]
-    buckets = Buckets(BUCKET, prefetch=BUCKET, live=4 * BUCKET)
-    held = peak(
-        shapes,
-        matrix,
-        vector,
-        stage=stage,
-        world_size=world_size,
-        buckets=buckets,
-        released=params.get("release_gradients", False),
-    )
-    return per_parameter(held, shapes)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = Case(model, config, world_size, 1, TOKENS, device=device, activation_checkpointing=False, loss="plain")
+    return Estimator().peak(case)
 
 
 def main() -> None:
@@ -154,19 +130,21 @@ def main() -> None:
     )
     for name in options.cases:
         for stage in options.stages:
-            ranks = run(name, stage, options.ranks, options.model, options.offload)
+            config, bnb = configuration(name, stage, options.offload), CASES[name][2]
+            ranks = launch(config, options.ranks, model=options.model, optimizer=bnb, seq_len=TOKENS)
             largest = max(ranks, key=lambda found: found["peak"])
-            shares = {key: value / largest["parameters"] for key, value in largest.items()}
+            parameters = largest["parameters"]
+            shares = {key: largest.get(key, float("nan")) / parameters for key in ("peak", *columns)}
             goal = (
                 f"{GOALS[name]:6.1f}"
                 if name in GOALS and (options.ranks, stage, options.model) == (1, 2, "qwen3-134m")
                 else f"{'':6}"
             )
-            predicted = None if options.offload else predict(name, stage, options.ranks, options.model)
             beside = f"{'':19}"
-            if predicted is not None:
+            if bnb is None:
+                predicted = predict(config, options.ranks, options.model) / parameters
                 beside = f"{predicted:11.2f}{100 * (predicted / shares['peak'] - 1):+7.1f}%"
-            shown = "".join(f"{shares.get(column, float('nan')):10.2f}" for column in columns)
+            shown = "".join(f"{shares[column]:10.2f}" for column in columns)
             print(f"{name:34}{stage:6}{shares['peak']:8.2f}{beside}{goal}{shown}", flush=True)
 
 

@@ -1,60 +1,22 @@
-"""One rank of `memory.py`: a few training steps with every allocation counted.
+"""One rank of `memory.py` and `prediction.py`: a few training steps, the last of them traced whole.
 
 Its argument is the path of a JSON: `config` (a DeepSpeed JSON), `optimizer` (a class of bitsandbytes, or null for the
-JSON's), `model` (a preset), `steps`, `tokens`, `out`. Writes rank<n>.json there.
+JSON's), `model` (a preset), `steps`, `micro_batch`, `seq_len`, `checkpointing`, `loss`, `out`. Writes rank<n>.json
+there: bytes at the peak, by phase and between steps, and by category at the peak.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
 
-PHASES = ("forward", "backward", "step")
-
-
-def peaks(trace: dict[str, Any], first: int) -> dict[str, float]:
-    """Largest "Total Allocated" of the CPU, by phase of the steps from `first` on, and what stays between steps."""
-    events = trace["traceEvents"]
-    spans = sorted(
-        (event["ts"], event["ts"] + event["dur"], event["name"].split()[1], int(event["name"].split()[2]))
-        for event in events
-        if event.get("name", "").startswith("phase ") and event.get("ph") == "X"
-    )
-    spans = [span for span in spans if span[3] >= first]
-    memory = sorted(
-        (event["ts"], event["args"]["Total Allocated"])
-        for event in events
-        if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
-    )
-    found = dict.fromkeys((*PHASES, "resident"), 0.0)
-    place = 0
-    level = 0.0
-    for start, end, phase, _ in spans:
-        while place < len(memory) and memory[place][0] <= end:
-            moment, total = memory[place]
-            if moment >= start:
-                found[phase] = max(found[phase], level, total)
-            level = total
-            place += 1
-        found[phase] = max(found[phase], level)
-        if phase == "step":
-            found["resident"] = max(found["resident"], level)
-    return found
-
-
-def count_every_thread() -> None:
-    """Let the allocator count on threads that the profiler does not see: gloo's give back what they sent."""
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
+from toolkit.memory import categories as c
+from toolkit.memory.trace import StepTrace, count_from_here
 
 
 def build(settings: dict[str, Any]) -> Any:
@@ -63,8 +25,14 @@ def build(settings: dict[str, Any]) -> Any:
 
     config = settings["config"]
     toolkit.register()
-    zero3 = config if config["zero_optimization"]["stage"] == 3 else None
-    model = models.build_model(settings["model"], dtype=torch.bfloat16, seed=0, zero3_config=zero3, loss="plain")
+    model = models.build_model(
+        settings["model"],
+        dtype=torch.bfloat16,
+        seed=0,
+        zero3_config=config if config["zero_optimization"]["stage"] == 3 else None,
+        loss=settings["loss"],
+        activation_checkpointing=settings["checkpointing"],
+    )
     if settings["optimizer"] is None:
         return toolkit.initialize(model=model, config=config, total_steps=1000)[0]
     import bitsandbytes
@@ -77,39 +45,44 @@ def build(settings: dict[str, Any]) -> Any:
 def main() -> None:
     settings = json.loads(Path(sys.argv[-1]).read_text())
     from toolkit.run import ranks
+    from toolkit.zero.inventory import inventory
 
     ranks.prepare()
     device = ranks.start()
-    steps = settings["steps"]
     on_gpu = device.type == "cuda"
-    counting = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     if not on_gpu:
-        count_every_thread()
-        counting.start()
+        count_from_here()
     engine = build(settings)
-    vocabulary = engine.module.hf.config.vocab_size
+    head = engine.module.hf.get_output_embeddings()
     generator = torch.Generator().manual_seed(dist.get_rank())
-    loss = None
-    for step in range(steps):
-        if on_gpu and step == 2:
-            torch.cuda.reset_peak_memory_stats()
-        tokens = torch.randint(0, vocabulary, (1, settings["tokens"] + 1), generator=generator).to(device)
-        with record_function(f"phase forward {step}"):
-            loss = engine(tokens)
-        with record_function(f"phase backward {step}"):
-            engine.backward(loss)
+    accumulation = engine.gradient_accumulation_steps()
+
+    def pass_once(phase: Any) -> None:
+        shape = (settings["micro_batch"], settings["seq_len"] + 1)
+        tokens = torch.randint(0, engine.module.hf.config.vocab_size, shape, generator=generator).to(device)
+        phase(c.FORWARD)
+        loss = engine(tokens)
+        phase(c.BACKWARD)
+        engine.backward(loss)
         del loss
-        with record_function(f"phase step {step}"):
-            engine.step()
+        phase(c.STEP)
+        engine.step()
+
+    for _ in range(settings["steps"] - 1):
+        for _ in range(accumulation):
+            pass_once(lambda name: None)
+    trace = StepTrace(engine.module, head, lambda: inventory(engine), on_gpu=on_gpu)
     if on_gpu:
-        found: dict[str, float] = {"peak": torch.cuda.max_memory_allocated(), "resident": torch.cuda.memory_allocated()}
-    else:
-        counting.stop()
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "trace.json")
-            counting.export_chrome_trace(path)
-            found = peaks(json.loads(Path(path).read_text()), first=2)
-        found["peak"] = max(found[phase] for phase in PHASES)
+        torch.cuda.reset_peak_memory_stats()
+    with trace:
+        for _ in range(accumulation):
+            pass_once(trace.phase)
+    curve = trace.curve
+    found: dict[str, Any] = {phase.name: phase.peak for phase in curve.by_phase()}
+    found["peak"] = torch.cuda.max_memory_allocated() if on_gpu else int(curve.total.max())
+    found["resident"] = int(curve.total[-1])
+    found["held"] = curve.at(curve.peak_at)
+    found["phase"] = curve.phase_at(curve.peak_at)
     found["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     Path(settings["out"], f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()

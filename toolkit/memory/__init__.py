@@ -1,5 +1,1 @@
-"""What training will hold in memory, from shapes and settings alone."""
-
-from toolkit.memory.model import Buckets, peak, per_parameter, resident
-
-__all__ = ["Buckets", "peak", "per_parameter", "resident"]
+"""What training holds in memory: before a run, during it and after it."""

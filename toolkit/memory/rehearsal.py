@@ -7,6 +7,7 @@ depends on the device, is modelled here: attention and the chunked loss.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,17 +27,22 @@ from toolkit.models.loss import LossHead
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trained parameter: its name, shape and whether its gradient came in this step."""
+    """One parameter."""
 
     name: str
     shape: tuple[int, ...]
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
-@dataclass(frozen=True)
+
+@dataclass(order=True)
 class Call:
-    """One call of a module that has parameters of its own: the moment and the numbers of these parameters."""
+    """One call of a module: from, until, and the numbers of its own parameters, if it has any."""
 
-    moment: int
+    opened: int
+    closed: int | None
     parameters: tuple[int, ...]
 
 
@@ -48,6 +54,7 @@ class Rehearsal:
     `arrivals` (number of the parameter, moment). `calls` are in order.
     """
 
+    model: CausalLM
     tape: Tape
     parameters: list[Parameter]
     arrivals: list[tuple[int, int]]
@@ -121,6 +128,7 @@ def rehearse(
         hook.remove()
     tape.classify()
     return Rehearsal(
+        model=built,
         tape=tape,
         parameters=[Parameter(name, tuple(p.shape)) for name, p in built.named_parameters()],
         arrivals=arrivals,
@@ -136,12 +144,17 @@ def _watch_calls(model: nn.Module, tape: Tape, numbers: dict[int, int], calls: l
     hooks = []
     for module in model.modules():
         own = tuple(numbers[id(p)] for p in module.parameters(recurse=False))
-        if own:
+        running: list[Call] = []
 
-            def hook(*_: Any, own: tuple[int, ...] = own) -> None:
-                calls.append(Call(tape.now, own))
+        def opens(*_: Any, own: tuple[int, ...] = own, running: list[Call] = running) -> None:
+            running.append(Call(tape.now, None, own))
+            calls.append(running[-1])
 
-            hooks.append(module.register_forward_pre_hook(hook))
+        def closes(*_: Any, running: list[Call] = running) -> None:
+            running.pop().closed = tape.now
+
+        hooks.append(module.register_forward_pre_hook(opens))
+        hooks.append(module.register_forward_hook(closes, always_call=True))
     return hooks
 
 

@@ -1,0 +1,119 @@
+"""Predicted against measured peaks: optimizers, ZeRO stages, ranks, state formats, models, lengths, checkpointing.
+
+    python tests/benchmarks/prediction.py                   # the table of docs/benchmarks, about 25 minutes
+    python tests/benchmarks/prediction.py --only qwen3-tiny
+
+Each case is a real `deepspeed` run on CPU ranks (on GPUs where there are any), of which one whole step is traced; the
+prediction is what `toolkit estimate --device cpu` computes from the same JSON before anything runs. "model state" is
+weights, remainder or master weights, gradients and optimizer state at the measured peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from dataclasses import dataclass
+
+import torch
+from memory import configuration, launch
+
+from toolkit.memory.categories import is_model_state
+from toolkit.memory.estimate import Case, Estimator
+
+LIMIT, STATE_LIMIT = 0.05, 0.02
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row."""
+
+    model: str
+    optimizer: str
+    stage: int
+    ranks: int
+    micro_batch: int
+    seq_len: int
+    checkpointing: bool
+    loss: str = "plain"
+
+
+def cases() -> list[Run]:
+    """Every stage and number of ranks with every optimizer on the small model, then the 134M one."""
+    found = []
+    for optimizer, stage, ranks in itertools.product(("AMCS 8bit", "SOAM 8bit", "AdamW"), (0, 1, 2, 3), (1, 2)):
+        suffix = {"AdamW": ""}.get(optimizer, ", fp32 weights" if stage == 0 else ", bf16+8")
+        found.append(Run("qwen3-tiny", optimizer + suffix, stage, ranks, 2, 256, False))
+    for stage, ranks, seq_len, checkpointing in (
+        *((2, 1, 64, False), (2, 1, 256, True), (3, 2, 64, True), (2, 2, 256, True), (1, 2, 64, False)),
+    ):
+        for optimizer in ("AMCS compact, bf16+4", "SOAM compact, bf16+4", "AMCS minimal, bf16+4"):
+            found.append(Run("qwen3-tiny", optimizer, stage, ranks, 2, seq_len, checkpointing))
+    for optimizer, stage, ranks, seq_len, checkpointing, loss in (
+        ("AMCS 8bit, bf16+8", 2, 1, 256, False, "plain"),
+        ("AMCS 8bit, bf16+8", 2, 1, 64, True, "plain"),
+        ("AMCS 8bit, bf16+8", 2, 2, 256, False, "plain"),
+        ("AMCS 8bit, bf16+8", 3, 2, 256, True, "plain"),
+        ("AMCS 8bit, bf16+8", 2, 1, 256, True, "chunked"),
+        ("AMCS compact, bf16+4, released", 2, 1, 64, True, "plain"),
+        ("SOAM 8bit, bf16+8", 1, 2, 256, True, "plain"),
+        ("SOAM compact, bf16+4", 3, 2, 64, False, "plain"),
+        ("AdamW", 2, 1, 256, False, "plain"),
+        ("AdamW", 2, 2, 256, True, "plain"),
+        ("AdamW", 3, 2, 256, False, "plain"),
+        ("AdamW", 0, 1, 64, True, "plain"),
+    ):
+        found.append(Run("qwen3-134m", optimizer, stage, ranks, 2, seq_len, checkpointing, loss))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="cases whose model or optimizer contains this")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    estimator = Estimator()
+    header = ("model", "optimizer", "stage", "ranks", "tokens", "ckpt", "loss", "measured MB", "predicted MB", "error")
+    print("| " + " | ".join((*header, "model state", "peak in")) + " |")
+    print("|" + "---|" * (len(header) + 2), flush=True)
+    errors = []
+    for run in cases():
+        if options.only and options.only not in run.model and options.only not in run.optimizer:
+            continue
+        config = configuration(run.optimizer, run.stage)
+        config["train_micro_batch_size_per_gpu"] = run.micro_batch
+        shape = {"micro_batch": run.micro_batch, "seq_len": run.seq_len}
+        ranks = launch(config, run.ranks, model=run.model, checkpointing=run.checkpointing, loss=run.loss, **shape)
+        largest = max(ranks, key=lambda found: found["peak"])
+        predicted = estimator.predict(
+            Case(
+                run.model,
+                config,
+                run.ranks,
+                **shape,
+                device=device,
+                activation_checkpointing=run.checkpointing,
+                loss=run.loss,
+            )
+        )
+        held = next(phase.held for phase in predicted.phases if phase.name == largest["phase"])
+        state = sum(size for name, size in largest["held"].items() if is_model_state(name))
+        said = sum(size for name, size in held.items() if is_model_state(name))
+        error, state_error = predicted.peak / largest["peak"] - 1, said / state - 1
+        errors.append((abs(error), abs(state_error)))
+        cells = (
+            *(run.model, run.optimizer, run.stage, run.ranks, f"{run.micro_batch} x {run.seq_len}"),
+            *("yes" if run.checkpointing else "no", run.loss),
+            *(f"{largest['peak'] / 1e6:.1f}", f"{predicted.peak / 1e6:.1f}", f"{100 * error:+.1f} %"),
+            *(f"{100 * state_error:+.1f} %", largest["phase"]),
+        )
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    beyond = sum(error > LIMIT or state > STATE_LIMIT for error, state in errors)
+    worst = max(error for error, _ in errors)
+    worst_state = max(state for _, state in errors)
+    print(f"\n{len(errors)} cases; largest error {100 * worst:.1f} %, of model state {100 * worst_state:.1f} %")
+    if beyond:
+        raise SystemExit(f"{beyond} case(s) beyond {LIMIT:.0%}, or {STATE_LIMIT:.0%} of model state")
+
+
+if __name__ == "__main__":
+    main()

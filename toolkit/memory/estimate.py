@@ -1,0 +1,246 @@
+"""What a run will hold, before it runs: a rehearsal of the model's pass, and ZeRO and the optimizer around it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from toolkit.memory.records import Change, Prediction, Setup
+from toolkit.memory.rehearsal import Rehearsal, rehearse
+from toolkit.memory.sharding import Step, Zero, simulate
+from toolkit.memory.state import Stored, stored
+from toolkit.run.screen import size_text
+
+ASSUMED_CONTEXT = 1_000_000_000
+"""Bytes of a GPU that the CUDA context, its libraries and NCCL are taken to hold outside torch's allocator. An
+assumption, not a measurement: it differs by driver and GPU."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run whose memory is asked for.
+
+    Args:
+        model: a preset or a folder with a config.json.
+        config: a DeepSpeed JSON that has been validated.
+        world_size: ranks in all.
+        micro_batch, accumulation: sequences of a forward pass; micro-batches of a step.
+        seq_len: predictions per sequence.
+        device: "cuda" or "cpu".
+        activation_checkpointing, loss, attention: None is the model's default.
+    """
+
+    model: str
+    config: Mapping[str, Any]
+    world_size: int
+    micro_batch: int
+    seq_len: int
+    accumulation: int = 1
+    device: str = "cuda"
+    activation_checkpointing: bool | None = None
+    loss: str | None = None
+    attention: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return computed_in(self.config)
+
+
+def computed_in(config: Mapping[str, Any]) -> torch.dtype:
+    """What a DeepSpeed JSON has the model compute in."""
+    for key, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(key, {}).get("enabled", False):
+            return dtype
+    return torch.float32
+
+
+@dataclass
+class Estimator:
+    """Predicts cases; passes that several of them share are rehearsed once."""
+
+    _passes: dict[tuple[Any, ...], Rehearsal] = field(default_factory=dict)
+
+    def predict(self, case: Case, *, changes: bool = False) -> Prediction:
+        """The step of the rank that holds most.
+
+        Args:
+            changes: also what other settings would hold, which takes a few more rehearsals.
+
+        Raises:
+            UserError: an unknown model or optimizer, or settings that exclude each other.
+        """
+        rehearsal, kept, step = self._simulate(case)
+        found = self._describe(case, rehearsal, kept, step)
+        if changes:
+            found.changes = self._changes(case, found.peak)
+        return found
+
+    def peak(self, case: Case) -> int:
+        """Bytes of the device, the context left out, at the peak of the rank that holds most."""
+        _, _, step = self._simulate(case)
+        return int(step.curve.total.max())
+
+    def _simulate(self, case: Case) -> tuple[Rehearsal, Stored, Step]:
+        key = (
+            *(case.model, case.dtype, case.micro_batch, case.seq_len, case.device),
+            *(case.activation_checkpointing, case.loss, case.attention),
+        )
+        if key not in self._passes:
+            self._passes[key] = rehearse(
+                case.model,
+                dtype=case.dtype,
+                micro_batch=case.micro_batch,
+                seq_len=case.seq_len,
+                device=case.device,
+                activation_checkpointing=case.activation_checkpointing,
+                loss=case.loss,
+                attention=case.attention,
+            )
+        rehearsal = self._passes[key]
+        zero = Zero.read(case.config, world_size=case.world_size, accumulation=case.accumulation)
+        offloaded = zero.optimizer_on != "none"
+        kept = stored(rehearsal.model, case.config, dtype=case.dtype, stage=zero.stage, on_host=offloaded)
+        on_gpu = case.device == "cuda"
+        steps = [
+            simulate(rehearsal, zero, kept, dtype=case.dtype, rank=rank, on_gpu=on_gpu)
+            for rank in {0, case.world_size - 1}
+        ]
+        return rehearsal, kept, max(steps, key=lambda step: int(step.curve.total.max()))
+
+    def _describe(self, case: Case, rehearsal: Rehearsal, kept: Stored, step: Step) -> Prediction:
+        at = step.curve.peak_at
+        remarks = list(kept.remarks)
+        if case.device == "cuda":
+            remarks.append(
+                f"{size_text(ASSUMED_CONTEXT)} are assumed for the CUDA context and its libraries; what the caching "
+                "allocator reserves beyond what is allocated is not predicted."
+            )
+        return Prediction(
+            setup=setup_of(case, rehearsal),
+            peak=int(step.curve.total[at]),
+            peak_phase=step.curve.phase_at(at),
+            phases=step.curve.by_phase(),
+            timeline=step.curve.timeline(),
+            resident=step.resident,
+            host=step.host,
+            nvme=step.nvme,
+            context=ASSUMED_CONTEXT if case.device == "cuda" else 0,
+            per_block=rehearsal.per_block,
+            remarks=remarks,
+        )
+
+    def _changes(self, case: Case, peak: int) -> list[Change]:
+        found = []
+        for words, changed in alternatives(case):
+            other = self.peak(changed)
+            found.append(Change(change=words, peak=other, saves=peak - other))
+        return sorted(found, key=lambda change: -change.saves)
+
+
+def setup_of(case: Case, rehearsal: Rehearsal) -> Setup:
+    """`case` as it is written down."""
+    section = case.config.get("optimizer", {})
+    params = section.get("params", {})
+    zero = case.config.get("zero_optimization", {})
+    ours = find_name(section.get("type"))
+    narrow = case.dtype == torch.bfloat16
+    default_weights = "bf16+8" if ours and narrow else "fp32"
+    formats = params.get("state_format", "8bit" if ours else "fp32")
+    return Setup(
+        model=case.model,
+        parameters=sum(parameter.numel for parameter in rehearsal.parameters),
+        optimizer=ours or str(section.get("type")),
+        stage=int(zero if isinstance(zero, bool) else zero.get("stage", 0)),
+        state_format=formats if isinstance(formats, str) else ", ".join(f"{k} {v}" for k, v in formats.items()),
+        weights=str(params.get("weights", default_weights)) if ours else "fp32",
+        offload=[part for part in ("optimizer", "param") if _offloads(zero, part)],
+        world_size=case.world_size,
+        micro_batch=case.micro_batch,
+        gradient_accumulation=case.accumulation,
+        seq_len=case.seq_len,
+        activation_checkpointing=rehearsal.checkpointing,
+        attention=rehearsal.attention,
+        loss=rehearsal.loss,
+        device="cuda" if case.device == "cuda" else "cpu",
+    )
+
+
+def find_name(kind: str | None) -> str | None:
+    """The name under which a rule of this package is registered, or None."""
+    from toolkit.optim import find_rule
+
+    rule = find_rule(kind)
+    return rule.__name__ if rule else None
+
+
+def _offloads(zero: Any, part: str) -> bool:
+    place = zero.get(f"offload_{part}") if isinstance(zero, Mapping) else None
+    return isinstance(place, Mapping) and str(place.get("device", "none")) != "none"
+
+
+def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
+    """Settings that change one thing of `case`, in a user's words; only what the rest of it allows."""
+    config = case.config
+    ours = find_name(config.get("optimizer", {}).get("type")) is not None
+    params = config.get("optimizer", {}).get("params", {})
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    lean = ours and case.dtype == torch.bfloat16 and stage > 0 and params.get("weights") != "fp32"
+    offloaded = _offloads(config.get("zero_optimization", {}), "optimizer")
+
+    def params_with(**changed: Any) -> Case:
+        return replace(case, config=_with(config, ["optimizer", "params"], changed))
+
+    def zero_with(**changed: Any) -> Case:
+        return replace(case, config=_with(config, ["zero_optimization"], changed))
+
+    for other in (1, 2, 3):
+        if other > stage and (case.world_size > 1 or stage == 0) and not (other == 3 and _released(params)):
+            yield f"zero_optimization.stage {other}", zero_with(stage=other)
+    if ours:
+        for name in ("8bit", "compact", "minimal"):
+            if params.get("state_format", "8bit") != name:
+                yield f"optimizer.params.state_format {name}", params_with(state_format=name)
+    if lean and params.get("weights", "bf16+8") != "bf16+4":
+        yield "optimizer.params.weights bf16+4", params_with(weights="bf16+4")
+    if ours and not lean and stage > 0 and case.dtype == torch.bfloat16:
+        yield "optimizer.params.weights bf16+8", params_with(weights="bf16+8")
+    if lean and stage in (1, 2) and case.accumulation == 1 and not offloaded and not _released(params):
+        yield "optimizer.params.release_gradients true", params_with(release_gradients=True)
+    if not ours and case.dtype == torch.bfloat16:
+        own = {"lr": params.get("lr", 1e-4), "total_steps": 1, **({} if stage else {"weights": "fp32"})}
+        optimizer = {"type": "AMCS", "params": own}
+        yield "optimizer.type AMCS (8bit)", replace(case, config={**config, "optimizer": optimizer})
+    if not offloaded and stage > 0 and not _released(params) and case.device == "cuda":
+        yield "zero_optimization.offload_optimizer", zero_with(offload_optimizer={"device": "cpu"})
+    if case.activation_checkpointing is not True:
+        yield "--activation-checkpointing", replace(case, activation_checkpointing=True)
+    if case.loss == "plain":
+        yield "--loss chunked", replace(case, loss="chunked")
+    if case.micro_batch > 1:
+        half = case.micro_batch // 2
+        yield f"--micro-batch {half}", replace(case, micro_batch=half)
+    if case.seq_len > 256:
+        half = case.seq_len // 2
+        yield f"--seq-len {half}", replace(case, seq_len=half)
+
+
+def _released(params: Mapping[str, Any]) -> bool:
+    return params.get("release_gradients") is True
+
+
+def _with(config: Mapping[str, Any], path: list[str], changed: Mapping[str, Any]) -> dict[str, Any]:
+    result = copy.deepcopy(dict(config))
+    section = result
+    for key in path:
+        section = section.setdefault(key, {})
+    section.update(changed)
+    return result
+
+
+def total_with_context(prediction: Prediction) -> int:
+    """Bytes that a device must have."""
+    return prediction.peak + prediction.context

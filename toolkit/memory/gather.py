@@ -1,0 +1,144 @@
+"""When ZeRO-3 gathers weights and lets go of them again.
+
+Follows DeepSpeed 0.19.8's partitioned_param_coordinator.py, after it has recorded the order of modules: a module's
+weights are gathered before it runs, those of the next modules ahead of time, and freed after it unless they are needed
+again soon.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from toolkit.memory.rehearsal import Call, Rehearsal
+from toolkit.memory.tape import Life
+
+Hold = Callable[[float, str, int, int | None], Life]
+"""Adds a life: bytes, what, from, until."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of zero_optimization, in elements."""
+
+    prefetch: int
+    live: int
+    reuse: int
+    persistent: int
+
+
+@dataclass
+class _Flight:
+    """Weights that are gathered together: one buffer, of which each is copied at the first wait for any of them."""
+
+    numbers: list[int]
+    buffer: Life
+    left: set[int] = field(default_factory=set)
+    arrived: bool = False
+
+
+def gather(
+    rehearsal: Rehearsal, sizes: Sequence[float], elements: Sequence[int], limits: Limits, hold: Hold, *, copies: bool
+) -> None:
+    """Hold the weights that are gathered, for as long as they are.
+
+    Args:
+        sizes: bytes of each whole parameter, `elements` their numels.
+        hold: called for every buffer.
+        copies: weights that are gathered together are cut out of one buffer, each as a copy (more than one rank).
+    """
+    persistent = {number for number, numel in enumerate(elements) if numel <= limits.persistent}
+    for number in sorted(persistent):
+        hold(sizes[number], rehearsal.parameters[number].name, -1, None)
+    uses = _uses(rehearsal)
+    order: deque[tuple[int, int]] = deque((step, number) for step, use in enumerate(uses) for number in use.parameters)
+    fetched_for = dict.fromkeys(range(len(elements)), -1)
+    available: dict[int, Life | None] = dict.fromkeys(persistent)
+    flights: dict[int, _Flight] = {}
+    live = 0
+
+    def submit(numbers: list[int], moment: int) -> None:
+        nonlocal live
+        live += sum(elements[number] for number in numbers)
+        if len(numbers) == 1 or not copies:
+            for number in numbers:
+                available[number] = hold(sizes[number], rehearsal.parameters[number].name, moment, None)
+            return
+        buffer = hold(sum(sizes[number] for number in numbers), "weights gathered together", moment, None)
+        flight = _Flight(numbers, buffer, set(numbers))
+        flights.update(dict.fromkeys(numbers, flight))
+
+    def wait(number: int, moment: int) -> None:
+        flight = flights.pop(number, None)
+        if flight is None:
+            return
+        flight.left.discard(number)
+        if not flight.left:
+            flight.buffer.died = moment if flight.arrived else moment + 1
+        if not flight.arrived:
+            flight.arrived = True
+            for other in flight.numbers:
+                available[other] = hold(sizes[other], rehearsal.parameters[other].name, moment, None)
+
+    for step, use in enumerate(uses):
+        missing = [number for number in use.parameters if number not in available and number not in flights]
+        if missing:
+            submit(missing, use.opened)
+        for number in use.parameters:
+            wait(number, use.opened)
+        new = {number for number in use.parameters if fetched_for[number] < step}
+        seen: set[int] = set()
+        while order and len(seen) < len(new):
+            used_at, number = order.popleft()
+            fetched_for[number] = used_at
+            seen.add(number)
+        ahead: list[int] = []
+        numel, most = 0, min(limits.live - live, limits.prefetch)
+        while order and numel < most:
+            used_at, number = order.popleft()
+            fetched_for[number] = max(fetched_for[number], used_at)
+            if number not in available and number not in flights and number not in ahead:
+                ahead.append(number)
+                numel += elements[number]
+        if ahead:
+            submit(ahead, use.opened)
+        closed = use.closed if use.closed is not None else rehearsal.tape.now
+        keep, distance = set(), 0
+        for later in uses[step + 1 :]:
+            if distance >= limits.reuse:
+                break
+            for number in later.parameters:
+                keep.add(number)
+                distance += elements[number]
+        for number in use.parameters:
+            if number in persistent or number in keep or number not in available:
+                continue
+            life = available.pop(number)
+            if life is not None:
+                life.died = max(closed, life.born + 1)
+            live -= elements[number]
+    for flight in flights.values():
+        flight.buffer.died = rehearsal.tape.now
+
+
+def _uses(rehearsal: Rehearsal) -> list[Call]:
+    """Every use of a module's weights, in order: its calls, and its part of the backward pass."""
+    arrived = dict(rehearsal.arrivals)
+    turn = next(moment for name, moment in rehearsal.tape.phases if name == "backward")
+    forward = [call for call in rehearsal.calls if call.opened < turn]
+    backward: list[Call] = []
+    ends = sorted(
+        (max((arrived[n] for n in call.parameters if n in arrived), default=math.inf), call.opened, call)
+        for call in forward
+    )
+    before = turn
+    for end, _, call in ends:
+        if end is math.inf:
+            continue
+        moment = int(end)
+        # Weights are gathered again before the first operation of the module's own backward pass.
+        backward.append(Call(min(before, moment), moment + 1, call.parameters))
+        before = moment + 1
+    return sorted([*rehearsal.calls, *backward], key=lambda call: call.opened)
