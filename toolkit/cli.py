@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -53,6 +55,41 @@ def configs(
         offload = "+".join(config.offload) or "-"
         table.add_row(key, config.optimizer, str(config.stage), offload, config.state_format, config.purpose)
     Console().print(table)
+
+
+class Format(StrEnum):
+    HTML = "html"
+    MARKDOWN = "markdown"
+    JSON = "json"
+    ALL = "all"
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders; the first is what others are compared with.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="A folder, or a file where it is one format. (default: the first run's folder)")
+    ] = None,
+    formats: Annotated[
+        list[Format] | None, typer.Option("--format", help="What to write; repeatable. (default: all)")
+    ] = None,
+) -> None:
+    """Report what runs took and why: a page, Markdown and JSON."""
+    from toolkit.memory.report import build_report, report_paths, write_report
+
+    paths = report_paths(runs, out, () if formats is None or Format.ALL in formats else formats)
+    built = build_report(runs)
+    write_report(built, paths)
+    typer.echo(built.headline)
+    for gap in built.gaps:
+        typer.echo(f"not like for like: {gap}")
+    for run in built.runs:
+        for problem in run.problems:
+            typer.echo(f"{run.name}: {problem.sentence}")
+    for path in paths.values():
+        typer.echo(f"written: {path}")
 
 
 def main() -> None:

@@ -1,0 +1,61 @@
+"""What a run took and why, after it ran: one data model, written as an HTML page, Markdown and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from toolkit.errors import UserError
+from toolkit.memory.report.compare import build_report
+from toolkit.memory.report.data import Report
+
+__all__ = ["SUFFIXES", "Report", "build_report", "render", "report_paths", "write_report"]
+
+SUFFIXES = {"html": ".html", "markdown": ".md", "json": ".json"}
+"""The file suffix of each format."""
+
+
+def render(report: Report, kind: str) -> str:
+    """`report` as the text of a file; `kind` is a key of SUFFIXES."""
+    if kind == "json":
+        return report.model_dump_json(indent=1) + "\n"
+    if kind == "markdown":
+        from toolkit.memory.report.markdown import to_markdown
+
+        return to_markdown(report)
+    from toolkit.memory.report.html import to_html
+
+    return to_html(report)
+
+
+def report_paths(runs: Sequence[Path], out: Path | None, kinds: Collection[str]) -> dict[str, Path]:
+    """Where each format goes: to report.html, .md and .json in folder `out` (None: the first run's), or to file `out`.
+
+    Args:
+        kinds: keys of SUFFIXES; none means all of them, or the one that `out` names by its suffix.
+
+    Raises:
+        UserError: `out` is a file of one format, and others are asked for.
+    """
+    named = None if out is None or out.is_dir() else next((k for k, end in SUFFIXES.items() if out.suffix == end), None)
+    if out is None or named is None:
+        return {kind: (out or runs[0]) / f"report{end}" for kind, end in SUFFIXES.items() if not kinds or kind in kinds}
+    if kinds and set(kinds) != {named}:
+        asked = ", ".join(kind for kind in SUFFIXES if kind in kinds)
+        raise UserError(f"--out {out} is a file for {named}, but --format asks for {asked}; give a folder.")
+    return {named: out}
+
+
+def write_report(report: Report, paths: dict[str, Path]) -> None:
+    """Write `report` to `paths` (by format), making folders as needed.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    for kind, path in paths.items():
+        text = render(report, kind)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"the report {path} cannot be written: {error.strerror}.") from None

@@ -1,0 +1,375 @@
+"""One run's part of the data model, from what its folder holds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from toolkit.memory.categories import PHASES, is_model_state, ordered
+from toolkit.memory.records import Measurement, Prediction, Setup
+from toolkit.memory.report.data import (
+    Comparison,
+    Curve,
+    Facts,
+    Imbalance,
+    Pair,
+    Peak,
+    PerParameter,
+    PhasePair,
+    Rank,
+    RunReport,
+    StepTimeline,
+    Training,
+)
+from toolkit.memory.report.read import Folder, RunFile
+from toolkit.memory.report.words import headline, listed, percent
+from toolkit.run.folder import METRICS
+
+# Final loss as `toolkit.train` has it: a single batch is too noisy to report.
+LAST_STEPS = 10
+
+
+def build_run(folder: Folder, name: str) -> RunReport:
+    """The report of one run, called `name`."""
+    predicted, measured = folder.predicted, folder.measured
+    facts = _facts(folder)
+    training = _training(folder, facts)
+    largest = _largest_rank(measured)
+    _check_setups(folder)
+    missing = sorted(set(range(facts.world_size or 0)) - set(measured)) if measured else []
+    if missing:
+        ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {listed([str(rank) for rank in missing])}"
+        folder.note("measurement", f"{ranks.capitalize()} of {facts.world_size} left no measurement that can be read.")
+    peak = _peak(folder, facts, largest)
+    ranks_table = [_rank(rank, record) for rank, record in sorted(measured.items())]
+    report = RunReport(
+        name=name,
+        folder=str(folder.path),
+        headline="",
+        facts=facts,
+        problems=folder.problems,
+        training=training,
+        peak=peak,
+        timeline=_timeline(predicted, largest, measured),
+        comparisons=_comparisons(predicted, largest),
+        phases=_phases(predicted, largest),
+        ranks=ranks_table,
+        missing_ranks=missing,
+        imbalance=_imbalance(ranks_table),
+        blocks=sorted(largest.blocks, key=lambda block: -block.bytes) if largest else [],
+        per_parameter=_per_parameter(predicted, largest, facts.parameters),
+        changes=sorted(predicted.changes, key=lambda change: -change.saves) if predicted else [],
+        predicted_peak=predicted.peak if predicted else None,
+        context=predicted.context if predicted else 0,
+        host=predicted.host if predicted else {},
+        nvme=predicted.nvme if predicted else 0,
+        per_block=predicted.per_block if predicted else {},
+        remarks=predicted.remarks if predicted else [],
+        measuring=_measuring(largest, training),
+        out_of_memory=folder.out_of_memory,
+    )
+    report.headline = headline(report)
+    return report
+
+
+def _facts(folder: Folder) -> Facts:
+    run = folder.run or RunFile()
+    settings, config = run.settings, run.ds_config
+    parameters = _at(config, "optimizer", "params")
+    state_format, kept = _at(parameters, "state_format"), _at(parameters, "weights")
+    data = f"{settings.data} ({settings.data_subset})" if settings.data_subset else settings.data
+    facts = Facts(
+        model=settings.model,
+        parameters=run.parameters,
+        optimizer=_text(_at(config, "optimizer", "type")),
+        state_format=_text(state_format),
+        weights=_text(kept),
+        stage=_number(_at(config, "zero_optimization", "stage")),
+        world_size=run.world_size,
+        micro_batch=run.micro_batch,
+        gradient_accumulation=run.gradient_accumulation,
+        global_batch=run.global_batch,
+        seq_len=settings.seq_len,
+        steps=settings.steps,
+        activation_checkpointing=settings.activation_checkpointing,
+        loss=settings.loss,
+        data=data,
+        tokenizer=settings.tokenizer,
+        seed=settings.seed,
+        device=run.device,
+        started=run.started,
+        versions=run.versions,
+    )
+    setup = _setup(folder)
+    if setup is None:
+        return facts
+    # The records know the defaults that were resolved, run.json the words that the user chose.
+    resolved = {name: value for name, value in setup if name in Facts.model_fields}
+    known = {name: value for name, value in facts if value is not None and name in ("model", "device")}
+    return facts.model_copy(update=resolved | known)
+
+
+def _setup(folder: Folder) -> Setup | None:
+    records: list[Measurement | Prediction | None] = [*folder.measured.values(), folder.predicted]
+    records += [explanation.record for explanation in folder.out_of_memory]  # type: ignore[misc]
+    return next((record.setup for record in records if record is not None and record.setup is not None), None)
+
+
+def _at(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {json.dumps(item).strip(chr(34))}" for key, item in value.items())
+    return None if value is None else str(value)
+
+
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _check_setups(folder: Folder) -> None:
+    """A prediction of something else than what was measured would make every error in the report meaningless."""
+    if folder.predicted is None or not folder.measured:
+        return
+    measured = next(iter(folder.measured.values())).setup
+    for name, predicted in folder.predicted.setup:
+        if predicted != (value := getattr(measured, name)):
+            folder.note(
+                "prediction",
+                f"The prediction is of another setup than the measurement: {name} {predicted} there, {value} here.",
+            )
+
+
+def _training(folder: Folder, facts: Facts) -> Training | None:
+    if not folder.steps:
+        if folder.run is not None and not any(METRICS in problem.sentence for problem in folder.problems):
+            folder.note("training", f"{METRICS} holds no step.")
+        return None
+    steps, final = folder.steps, [line.loss for line in folder.steps[-LAST_STEPS:]]
+    finite = [loss for loss in final if loss is not None]
+    times = [line.step_time_s for line in steps if line.step_time_s]
+    speeds = [line.tokens_per_s for line in steps if line.tokens_per_s is not None]
+    validated = [line for line in steps if "val_loss" in line.model_fields_set]
+    bad = [line.step for line in steps if line.loss is None]
+    if bad:
+        shown = listed([str(step) for step in bad]) if len(bad) <= 6 else f"{bad[0]} to {bad[-1]} ({len(bad)} of them)"
+        folder.note("training", f"The loss is not finite at step{'' if len(bad) == 1 else 's'} {shown}.")
+    tokens = facts.global_batch * facts.seq_len if facts.global_batch and facts.seq_len else None
+    return Training(
+        steps=len(steps),
+        complete=folder.summary is not None and not folder.summary.interrupted,
+        tokens=tokens * len(steps) if tokens else None,
+        seconds=sum(times),
+        loss=statistics.fmean(finite) if len(finite) == len(final) else None,
+        loss_steps=len(final),
+        val_loss=validated[-1].val_loss if validated else None,
+        tokens_per_s=tokens / statistics.median(times)
+        if tokens and times
+        else (statistics.median(speeds) if speeds else None),
+        nonfinite_steps=bad,
+        skipped_steps=sum(line.skipped for line in steps),
+        curve=Curve(
+            steps=[line.step for line in steps],
+            loss=[line.loss for line in steps],
+            val_steps=[line.step for line in validated],
+            val_loss=[line.val_loss for line in validated],
+        ),
+    )
+
+
+def _largest_rank(measured: Mapping[int, Measurement]) -> Measurement | None:
+    """The measurement with the largest peak, or resident set where no rank knows a peak."""
+    return max(
+        measured.values(),
+        key=lambda record: (record.peak or 0, record.largest_resident_set or 0, -record.rank),
+        default=None,
+    )
+
+
+def _held_at_peak(record: Measurement | Prediction | None) -> dict[str, int]:
+    if record is None:
+        return {}
+    held = next((phase.held for phase in record.phases if phase.name == record.peak_phase), {})
+    return {name: held[name] for name in ordered(held)}
+
+
+def _peak(folder: Folder, facts: Facts, largest: Measurement | None) -> Peak | None:
+    predicted, summary = folder.predicted, folder.summary
+    lines = [line.memory_bytes for line in folder.steps if line.memory_bytes]
+    peak: Peak | None = None
+    if largest is not None and largest.peak is not None:
+        held = _held_at_peak(largest)
+        peak = Peak(
+            bytes=largest.peak,
+            kind="allocated",
+            source=largest.source,
+            rank=largest.rank,
+            phase=largest.peak_phase,
+            held=held,
+        )
+    elif largest is not None and largest.largest_resident_set is not None:
+        peak = Peak(bytes=largest.largest_resident_set, kind="resident set", source=largest.source, rank=largest.rank)
+    elif summary is not None and summary.peak_memory_bytes or lines:
+        # What metrics.jsonl holds of a run without a summary: allocated on a GPU, resident on a CPU.
+        total = summary.peak_memory_bytes if summary is not None and summary.peak_memory_bytes else max(lines)
+        on_accelerator = (facts.device or "cpu") != "cpu"
+        peak = Peak(
+            bytes=total,
+            kind="allocated" if on_accelerator else "resident set",
+            source="the training loop, largest rank",
+        )
+    elif predicted is not None:
+        peak = Peak(
+            bytes=predicted.peak,
+            kind="predicted",
+            source="the prediction",
+            phase=predicted.peak_phase,
+            held=_held_at_peak(predicted),
+        )
+    # A resident set is mostly libraries: per parameter it would say nothing.
+    if peak is not None and facts.parameters and peak.kind != "resident set":
+        peak.per_parameter = peak.bytes / facts.parameters
+    return peak
+
+
+def _timeline(
+    predicted: Prediction | None, largest: Measurement | None, measured: Mapping[int, Measurement]
+) -> StepTimeline | None:
+    with_one = [record for record in ([largest] if largest else []) + list(measured.values()) if record.timeline]
+    for record in with_one:
+        if record.timeline and any(record.timeline.held.values()):
+            return StepTimeline(measured=True, rank=record.rank, step=record.step, timeline=record.timeline)
+    if predicted is not None and any(predicted.timeline.held.values()):
+        return StepTimeline(measured=False, rank=None, step=None, timeline=predicted.timeline)
+    return None
+
+
+def _pair(name: str, predicted: int, measured: int) -> Pair:
+    return Pair(name=name, predicted=predicted, measured=measured, error=percent(predicted, measured))
+
+
+def _comparisons(predicted: Prediction | None, largest: Measurement | None) -> list[Comparison]:
+    if predicted is None or largest is None:
+        return []
+    comparisons = []
+    if largest.peak is not None:
+        comparisons.append(
+            _comparison(
+                "at the peak", largest, _held_at_peak(predicted), _held_at_peak(largest), predicted.peak, largest.peak
+            )
+        )
+    if largest.resident:
+        before, after = predicted.resident, largest.resident
+        comparisons.append(
+            _comparison("between steps", largest, before, after, sum(before.values()), sum(after.values()))
+        )
+    return comparisons
+
+
+def _comparison(
+    moment: Any, record: Measurement, before: dict[str, int], after: dict[str, int], predicted: int, measured: int
+) -> Comparison:
+    names = ordered({*before, *after}) if after else []
+    state = [
+        sum(size for name, size in held.items() if is_model_state(name)) if held else None for held in (before, after)
+    ]
+    return Comparison(
+        moment=moment,
+        rank=record.rank,
+        categories=[_pair(name, before.get(name, 0), after.get(name, 0)) for name in names],
+        model_state=_pair("model state", state[0] or 0, state[1]) if state[1] is not None else None,
+        total=_pair("total", predicted, measured),
+    )
+
+
+def _phases(predicted: Prediction | None, largest: Measurement | None) -> list[PhasePair]:
+    before = {phase.name: phase for phase in predicted.phases} if predicted else {}
+    after = {phase.name: phase for phase in largest.phases} if largest else {}
+    order = {name: place for place, name in enumerate(PHASES)}
+    names = sorted({*before, *after}, key=lambda name: (order.get(name, len(order)), name))
+    return [
+        PhasePair(
+            name=name,
+            predicted=before[name].peak if name in before else None,
+            measured=after[name].peak if name in after else None,
+            resident_set=after[name].resident_set if name in after else None,
+        )
+        for name in names
+    ]
+
+
+def _rank(rank: int, record: Measurement) -> Rank:
+    allocator = record.allocator
+    return Rank(
+        rank=rank,
+        host=record.host,
+        device=record.device_name,
+        peak=record.peak,
+        phase=record.peak_phase,
+        held=_held_at_peak(record),
+        resident=sum(record.resident.values()) if record.resident else None,
+        resident_set=record.largest_resident_set,
+        reserved=allocator.reserved if allocator else None,
+        fragmentation=allocator.fragmentation if allocator else None,
+    )
+
+
+def _imbalance(ranks: list[Rank]) -> Imbalance | None:
+    by_peak = all(rank.peak is not None for rank in ranks)
+    sizes = {rank.rank: (rank.peak if by_peak else rank.resident_set) or 0 for rank in ranks}
+    if len(sizes) < 2 or not all(sizes.values()):
+        return None
+    first = max(sizes, key=lambda rank: sizes[rank])
+    mean = statistics.fmean(sizes.values())
+    excesses: dict[str, float] = {}
+    if by_peak and all(rank.held for rank in ranks):
+        held = next(rank.held for rank in ranks if rank.rank == first)
+        for name, size in held.items():
+            excesses[name] = size - statistics.fmean(rank.held.get(name, 0) for rank in ranks)
+    category = max(excesses, key=lambda name: excesses[name], default=None)
+    return Imbalance(
+        of="peak" if by_peak else "resident set",
+        rank=first,
+        largest=sizes[first],
+        mean=mean,
+        percent=100 * (sizes[first] / mean - 1),
+        category=category,
+        excess=excesses[category] if category is not None else None,
+    )
+
+
+def _per_parameter(
+    predicted: Prediction | None, largest: Measurement | None, parameters: int | None
+) -> list[PerParameter]:
+    record = largest if _held_at_peak(largest) else predicted
+    held, resident = _held_at_peak(record), record.resident if record is not None else {}
+    if not held:
+        return []
+    return [
+        PerParameter(
+            category=name,
+            peak=held.get(name, 0),
+            resident=resident.get(name, 0) if resident else None,
+            peak_per_parameter=held.get(name, 0) / parameters if parameters else None,
+            resident_per_parameter=resident.get(name, 0) / parameters if parameters and resident else None,
+        )
+        for name in ordered({*held, *resident})
+    ]
+
+
+def _measuring(largest: Measurement | None, training: Training | None) -> str | None:
+    if largest is None:
+        return None
+    sentence = f"Measured by {largest.source}, level {largest.level}"
+    if largest.step is not None:
+        sentence += f", traced in step {largest.step}"
+    sentence += f"; measuring took {largest.overhead_seconds:.2f} s over {largest.steps} steps"
+    if training is not None and training.seconds > 0 and training.steps == largest.steps:
+        sentence += f", {100 * largest.overhead_seconds / training.seconds:.1f} % of their time"
+    return sentence + "."
