@@ -129,6 +129,13 @@ def measurement(optimizer: str = "AMCS", rank: int = 0, ranks: int = 2, **change
 
 def blocks() -> list[Block]:
     head = "transformers/models/qwen3/modeling_qwen3.py:476 forward"
+    silu = Block(
+        bytes=12_582_912,
+        category="activations",
+        what="silu",
+        where="transformers/models/qwen3/modeling_qwen3.py:83 forward",
+        phase="forward",
+    )
     return [
         Block(bytes=131_072_000, category="logits", what="linear", where=head, phase="forward"),
         Block(
@@ -140,13 +147,7 @@ def blocks() -> list[Block]:
         ),
         Block(bytes=VOCABULARY_MATRIX, category="weights", what="model.embed_tokens.weight", where="", phase="init"),
         Block(bytes=VOCABULARY_MATRIX, category="weights", what="lm_head.weight", where="", phase="init"),
-        Block(
-            bytes=12_582_912,
-            category="activations",
-            what="silu",
-            where="transformers/models/qwen3/modeling_qwen3.py:83 forward",
-            phase="forward",
-        ),
+        *[silu] * LAYERS,
         Block(bytes=12_288_000, category="m_fast", what="lm_head.weight m_fast", where="", phase="init"),
     ]
 

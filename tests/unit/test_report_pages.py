@@ -104,7 +104,9 @@ def test_markdown_and_html_hold_the_numbers_of_the_data_model(two: Report) -> No
             rows = cells(markdown, category.category)
             assert any(row[1:3] == [number(category.peak_per_parameter, 3), size(category.peak)] for row in rows)
         for block in run.blocks:
-            row = [size(block.bytes), block.category, block.what, block.where, block.phase]
+            count = run.blocks.count(block)
+            times = f"× {count}" if count > 1 else ""
+            row = [size(block.bytes), times, block.category, block.what, block.where, block.phase]
             assert row in cells(markdown, size(block.bytes)) and row in page.rows
         for change in run.changes:
             row = [change.change, size(change.saves), size(change.peak)]

@@ -97,9 +97,11 @@ def _headline(runs: Sequence[RunReport]) -> str:
     if len(sizes) > 1:
         least, *_, most = sorted(sizes, key=lambda run: run.peak.bytes if run.peak else 0)
         assert least.peak is not None and most.peak is not None
+        less = most.peak.bytes - least.peak.bytes
         parts.append(
-            f"{least.name} takes the least memory, {size(least.peak.bytes)}: "
-            f"{size(most.peak.bytes - least.peak.bytes)} less than {most.name}."
+            f"{least.name} takes the least memory, {size(least.peak.bytes)}: {size(less)} less than {most.name}."
+            if less
+            else f"All take the same memory, {size(least.peak.bytes)}."
         )
     losses = sorted((run.training.loss, run.name) for run in runs if run.training and run.training.loss is not None)
     if losses:

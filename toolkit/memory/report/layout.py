@@ -31,6 +31,8 @@ class Chart:
 
     drawing: Markup
     legend: list[Markup] = field(default_factory=list)
+    caption: str = ""
+    """What to look for; without the drawing there is nothing to say."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class RunPart:
     headline: str
     figures: list[tuple[str, str]]
     sections: list[Section]
-    problems: int
+    problems: list[str]
+    """All that the sections lack, which each names its own of."""
 
 
 def table(columns: Sequence[tuple[str, Kind]], rows: Sequence[Sequence[str]], total: bool = False) -> Table:

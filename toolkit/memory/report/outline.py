@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from toolkit.memory.report import svg
 from toolkit.memory.report.build import LAST_STEPS
 from toolkit.memory.report.data import Report, RunReport
-from toolkit.memory.report.layout import Chart, Item, Kind, RunPart, Section, legend, table
+from toolkit.memory.report.layout import Chart, Item, Kind, RunPart, Section, Table, legend, table
 from toolkit.memory.report.sections import run_part
 from toolkit.memory.report.words import UNKNOWN, duration, listed, number, signed
+
+_POINTS = 8
+"""Rows of the table of losses."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +122,10 @@ def _curves(report: Report) -> list[Item]:
     ]
     about = "One curve a run: " + listed([line.name for line in series]) + "."
     drawing = svg.lines(series, "Training loss of all runs over optimizer steps, nats per token", about)
-    items: list[Item] = []
-    if drawing:
-        items += [
-            "Training loss over optimizer steps, nats per token.",
-            Chart(drawing, [svg.dash(i, r.name) for i, r in runs]),
-        ]
+    if not drawing:
+        return []
+    keys = [svg.dash(index, run.name) for index, run in runs]
+    items: list[Item] = [Chart(drawing, keys, "Training loss over optimizer steps, nats per token.")]
     paired = [(index, method) for index, method in enumerate(report.methods) if method.against_first is not None]
     differences = [
         svg.Series(method.run, method.against_first.steps, list(method.against_first.difference), index)
@@ -134,5 +135,15 @@ def _curves(report: Report) -> list[Item]:
     about = f"Loss minus that of {report.runs[0].name} at the same step; above zero is worse."
     drawing = svg.lines(differences, "Difference in loss from the first run", about, zero=True)
     if drawing:
-        items += [about, Chart(drawing, [svg.dash(index, method.run) for index, method in paired])]
-    return items
+        items.append(Chart(drawing, [svg.dash(index, method.run) for index, method in paired], about))
+    return [*items, _loss_table(series)]
+
+
+def _loss_table(series: list[svg.Series]) -> Table:
+    """A few points of the curves, for who cannot see them."""
+    last = max(max(line.xs) for line in series)
+    steps = sorted({max(1, round(last * part / _POINTS)) for part in range(1, _POINTS + 1)})
+    at = [dict(zip(line.xs, line.ys, strict=True)) for line in series]
+    rows = [[f"{step:,}", *(number(losses.get(step), 4) for losses in at)] for step in steps]
+    columns: list[tuple[str, Kind]] = [("Loss at step", "number"), *((line.name, "number") for line in series)]
+    return table(columns, rows)

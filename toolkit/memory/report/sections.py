@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from markupsafe import Markup
@@ -45,7 +46,7 @@ def run_part(run: RunReport, palette: dict[str, str]) -> RunPart:
         problems = [problem.sentence for problem in run.problems if problem.part == part]
         if items or problems:
             sections.append(Section(title, items, problems))
-    return RunPart(run.name, run.headline, _figures(run), sections, len(run.problems))
+    return RunPart(run.name, run.headline, _figures(run), sections, [problem.sentence for problem in run.problems])
 
 
 def _figures(run: RunReport) -> list[tuple[str, str]]:
@@ -56,6 +57,8 @@ def _figures(run: RunReport) -> list[tuple[str, str]]:
         figures.append((names[run.peak.kind], size(run.peak.bytes)))
         if run.peak.per_parameter is not None:
             figures.append(("bytes per parameter", number(run.peak.per_parameter)))
+    if run.predicted_peak is not None and run.peak is not None and run.peak.kind == "resident set":
+        figures.append(("predicted peak", size(run.predicted_peak)))
     at_peak = [comparison for comparison in run.comparisons if comparison.moment == "at the peak"]
     if at_peak:
         figures.append(("error of the prediction", signed(at_peak[0].total.error, 1, " %")))
@@ -71,17 +74,13 @@ def _over_one_step(run: RunReport, palette: dict[str, str]) -> list[Item]:
         of = run.timeline
         step = f", step {of.step}" if of.step is not None else ""
         sentence = f"Measured on rank {of.rank}{step}." if of.measured else "Predicted; nothing was traced."
-        if of.timeline.milliseconds is None:
-            sentence += " Samples are in order and have no time."
+        caption = "" if of.timeline.milliseconds is not None else "From left to right is order, not time."
         reference = run.predicted_peak if of.measured else None
         if reference:
-            sentence += f" The dashed line is the predicted peak, {size(reference)}."
-        title = "Memory over one training step by category"
+            caption = f"{caption} The dashed line is the predicted peak, {size(reference)}.".strip()
+        drawing = svg.timeline(of.timeline, palette, "Memory over one training step by category", reference)
         held = [name for name, values in of.timeline.held.items() if any(values)]
-        items = [
-            sentence,
-            Chart(svg.timeline(of.timeline, palette, title, reference), legend(held, palette)[::-1]),
-        ]
+        items = [sentence, Chart(drawing, legend(held, palette)[::-1], caption)]
     if run.phases:
         rows = [[one.name, size(one.predicted), size(one.measured), size(one.resident_set)] for one in run.phases]
         reserved = "reserved" if any(rank.reserved is not None for rank in run.ranks) else "resident set"
@@ -194,9 +193,12 @@ def _ranks(run: RunReport, palette: dict[str, str]) -> list[Item]:
 
 
 def _blocks(blocks: Sequence[Block]) -> Table:
-    rows = [[size(block.bytes), block.category, block.what, block.where, block.phase] for block in blocks]
+    # One operation in every layer makes as many tensors alike: they are one line.
+    alike = Counter((size(block.bytes), block.category, block.what, block.where, block.phase) for block in blocks)
+    rows = [[first, f"× {count}" if count > 1 else "", *rest] for (first, *rest), count in alike.items()]
     columns: list[tuple[str, Kind]] = [
         ("Size", "number"),
+        ("times", "number"),
         ("category", "category"),
         ("what", "code"),
         ("allocated in", "code"),

@@ -27,6 +27,8 @@ _NARROW, _WIDE = 300, 760
 """Pixels across a chart on a phone and on a screen: a label is shown where it fits."""
 _LONGEST_NAME = 34
 """Characters of a bar's name that fit on a phone beside the bar's size; text in a drawing does not wrap."""
+_NARROWEST = 0.08
+"""Of a timeline's samples: the least that a phase is drawn wide as, where there is no time."""
 _CHARACTER = 7.0
 """Pixels of a character of a label, about."""
 
@@ -47,18 +49,15 @@ def series_colour(index: int) -> str:
 
 def timeline(timeline: Timeline, palette: Mapping[str, str], title: str, predicted_peak: int | None) -> Markup:
     """Held bytes over a step, stacked by category: phases below, the peak marked, `predicted_peak` as a line."""
-    layers = [(name, timeline.held[name]) for name in ordered(timeline.held) if any(timeline.held[name])]
-    samples = len(next(iter(timeline.held.values())))
+    across = _across(timeline)
+    held = {name: [timeline.held[name][index] for index in across.samples] for name in ordered(timeline.held)}
+    layers = [(name, values) for name, values in held.items() if any(values)]
     totals = [sum(values) for values in zip(*(values for _, values in layers), strict=True)]
-    times = timeline.milliseconds
-    # A prediction has no time, and a clock that stood still none to draw.
-    across = times if times and times[-1] > times[0] else [float(index) for index in range(samples)]
-    begin, length = across[0], (across[-1] - across[0]) or 1.0
-    xs = [100 * (value - begin) / length for value in across]
+    xs = across.xs
     top = max([*totals, predicted_peak or 0])
-    peak = max(range(samples), key=totals.__getitem__)
+    peak = max(range(len(totals)), key=totals.__getitem__)
     axis = _Axis(0.0, top * 1.06, height=340, unit=_bytes_unit(top))
-    below = [0.0] * samples
+    below = [0.0] * len(totals)
     shapes, labels = [], []
     for name, values in layers:
         above = [low + value for low, value in zip(below, values, strict=True)]
@@ -72,11 +71,48 @@ def timeline(timeline: Timeline, palette: Mapping[str, str], title: str, predict
         y = axis.y(predicted_peak)
         marks.insert(0, Markup('<line class="reference" x1="0" x2="100%" y1="{0}" y2="{0}"/>').format(f"{y:.1f}"))
     parts = [axis.grid(), _stretched(shapes, axis.height, "layers"), *marks, *labels]
-    parts.append(_phases(timeline.spans, xs, axis.height + 6))
-    if across is times:
-        parts.append(_ticks_across(begin, across[-1], axis.height + 46, " ms"))
+    parts.append(_phases(across.phases, axis.height + 6))
+    if across.times is not None:
+        parts.append(_ticks_across(*across.times, axis.height + 46, " ms"))
     about = f"Stacked areas over one training step; the peak is {size(totals[peak])}. Tables have the sizes."
-    return _chart(parts, axis.height + (52 if across is times else 32), title, about)
+    return _chart(parts, axis.height + (32 if across.times is None else 52), title, about)
+
+
+@dataclass(frozen=True)
+class _Across:
+    """Where samples and phases lie across a timeline, in percent."""
+
+    samples: list[int]
+    xs: list[float]
+    phases: list[tuple[str, float, float]]
+    times: tuple[float, float] | None = None
+    """Milliseconds at both ends."""
+
+
+def _across(timeline: Timeline) -> _Across:
+    count, times = len(next(iter(timeline.held.values()))), timeline.milliseconds
+    if times and times[-1] > times[0]:
+        length = times[-1] - times[0]
+        xs = [100 * (time - times[0]) / length for time in times]
+        ends = [[min(max(place, 0), count - 1) for place in (span.start, span.stop)] for span in timeline.spans]
+        phases = [(span.name, xs[start], xs[stop]) for span, (start, stop) in zip(timeline.spans, ends, strict=True)]
+        return _Across(list(range(count)), xs, phases, (times[0], times[-1]))
+    # A prediction's samples have no time. A phase is as wide as it has samples, but none too narrow to be seen, and
+    # each ends with its last sample again, or a phase of one sample would have no width.
+    spans = timeline.spans
+    edges = [0, *(span.stop for span in spans)]
+    if [span.start for span in spans] != edges[:-1] or edges[-1] != count or any(a >= b for a, b in pairwise(edges)):
+        spans = [Span(name="", start=0, stop=count)]
+    widths = [max(span.stop - span.start, _NARROWEST * count) for span in spans]
+    samples: list[int] = []
+    xs, phases, x = [], [], 0.0
+    for span, share in zip(spans, widths, strict=True):
+        width, inside = 100 * share / sum(widths), span.stop - span.start
+        samples += [*range(span.start, span.stop), span.stop - 1]
+        xs += [x + width * index / inside for index in range(inside + 1)]
+        phases.append((span.name, x, x + width))
+        x += width
+    return _Across(samples, xs, phases)
 
 
 def bars(rows: Sequence[tuple[str, Mapping[str, int]]], palette: Mapping[str, str], title: str) -> Markup:
@@ -264,23 +300,21 @@ def _peak_mark(x: float, y: float, text: str, bottom: int) -> Markup:
     ).format(x, y, side, -8 if side == "end" else 8, y - 7, text, bottom)
 
 
-def _phases(spans: Sequence[Span], xs: Sequence[float], y: int) -> Markup:
+def _phases(phases: Sequence[tuple[str, float, float]], y: int) -> Markup:
     parts = []
-    for index, span in enumerate(spans):
-        first, last = (min(max(place, 0), len(xs) - 1) for place in (span.start, span.stop))
-        width = xs[last] - xs[first]
-        if width <= 0:
+    for index, (name, left, right) in enumerate(phases):
+        if right <= left:
             continue
         parts.append(
             Markup(
                 '<rect class="phase {}" x="{:.2f}%" y="{}" width="{:.2f}%" height="22"><title>{}</title></rect>'
-            ).format("odd" if index % 2 else "even", xs[first], y, width, span.name)
+            ).format("odd" if index % 2 else "even", left, y, right - left, name)
         )
-        where = _fits(span.name, width)
+        where = _fits(name, right - left)
         if where is not None:
             parts.append(
                 Markup('<text class="phase {}" x="{:.2f}%" y="{}">{}</text>').format(
-                    where, xs[first] + width / 2, y + 15, span.name
+                    where, (left + right) / 2, y + 15, name
                 )
             )
     return Markup("").join(parts)

@@ -79,6 +79,8 @@ def headline(run: RunReport) -> str:
         parts.append("How much memory this run took is not known.")
         return " ".join(parts)
     parts.append(peak_sentence(run.peak, run.facts.parameters))
+    if run.peak.kind == "resident set" and run.predicted_peak is not None:
+        parts.append(f"Predicted are {size(run.predicted_peak)} of allocations at the peak.")
     if run.peak.held:
         most = max(run.peak.held, key=lambda name: run.peak.held[name] if run.peak else 0)
         held = run.peak.held[most]
@@ -121,5 +123,5 @@ def imbalance_sentence(imbalance: Imbalance) -> str:
     if imbalance.percent < 0.05:
         return f"All ranks hold the same: a {imbalance.of} of {size(imbalance.largest)}."
     if imbalance.category is not None and imbalance.excess is not None and imbalance.excess > 0:
-        sentence += f"; most of that is in {imbalance.category}, {size(imbalance.excess)} above its mean"
+        sentence += f"; furthest above its mean is {imbalance.category}, by {size(imbalance.excess)}"
     return sentence + "."
