@@ -78,6 +78,23 @@ def test_a_category_that_was_only_predicted_has_no_error(tmp_path: Path) -> None
     assert next(pair for pair in between.categories if pair.name == "buckets").error is None
 
 
+def test_offloaded_state_is_compared_in_host_memory(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ranks=1)
+    write(folder, PREDICTED, prediction(ranks=1, host={"v": 90}))
+    write(folder, measured_name(0), measurement(ranks=1, host_memory={"v": 100}, limit=2_000_000_000))
+    run = report_of(folder)
+    host = run.comparisons[-1]
+    assert (host.moment, host.total.error, run.ranks[0].limit) == ("in host memory", -10, 2_000_000_000)
+
+
+def test_peaks_in_different_phases_are_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    write(folder, PREDICTED, prediction(peak_phase="step", peak=prediction().phases[-1].peak))
+    report = build_report([folder])
+    assert report.runs[0].comparisons[0].phases == ["step", "backward"]
+    assert "predicted in phase step and measured in backward" in render(report, "markdown")
+
+
 def test_imbalance_is_the_largest_against_the_mean_and_names_the_category(tmp_path: Path) -> None:
     imbalance = report_of(write_run(tmp_path / "run")).imbalance
     peaks = [measurement(rank=rank).peak or 0 for rank in (0, 1)]
@@ -165,7 +182,9 @@ def test_ranks_without_a_measurement_are_named(tmp_path: Path) -> None:
     assert "Ranks 1 and 3 of 4 left no measurement" in problems(run)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"peak": 1}', '"\\ud800"', "[" * 100_000, "\udcff"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"peak": 1}', '"\\ud800"', "[" * 100_000, "\udcff", "9" * 5000]
+)
 @pytest.mark.parametrize(
     "name", ["run.json", "metrics.jsonl", "summary.json", "memory/predicted.json", "memory/rank0.json"]
 )

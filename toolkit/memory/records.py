@@ -147,6 +147,10 @@ class Measurement(Record):
     phases: list[Phase]
     resident: dict[str, int]
     """Between steps, by category, with "other" for what has no name; without it in a summary on a CPU."""
+    host_memory: dict[str, int] = {}
+    """In host memory between steps, by category, where something is offloaded from a GPU."""
+    limit: int | None = None
+    """Bytes this process may have, where known."""
     timeline: Timeline | None = None
     blocks: list[Block] = []
     allocator: Allocator | None = None

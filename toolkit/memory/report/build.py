@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from toolkit.memory.categories import PHASES, is_model_state, ordered
 from toolkit.memory.records import Measurement, Prediction, Setup
@@ -27,6 +27,7 @@ from toolkit.memory.report.read import Folder, RunFile
 from toolkit.memory.report.words import headline, listed, percent
 from toolkit.run.folder import METRICS
 
+_Moment = Literal["at the peak", "between steps", "in host memory"]
 # Final loss as `toolkit.train` has it: a single batch is too noisy to report.
 LAST_STEPS = 10
 
@@ -259,21 +260,24 @@ def _comparisons(predicted: Prediction | None, largest: Measurement | None) -> l
         return []
     comparisons = []
     if largest.peak is not None:
-        comparisons.append(
-            _comparison(
-                "at the peak", largest, _held_at_peak(predicted), _held_at_peak(largest), predicted.peak, largest.peak
-            )
-        )
-    if largest.resident:
-        before, after = predicted.resident, largest.resident
-        comparisons.append(
-            _comparison("between steps", largest, before, after, sum(before.values()), sum(after.values()))
-        )
+        held = _held_at_peak(predicted), _held_at_peak(largest)
+        at_peak = _comparison("at the peak", largest, *held, predicted.peak, largest.peak)
+        if largest.peak_phase is not None and largest.peak_phase != predicted.peak_phase:
+            at_peak.phases = [predicted.peak_phase, largest.peak_phase]
+        comparisons.append(at_peak)
+    sums: tuple[tuple[_Moment, dict[str, int], dict[str, int]], ...] = (
+        ("between steps", predicted.resident, largest.resident),
+        ("in host memory", predicted.host, largest.host_memory),
+    )
+    for moment, before, after in sums:
+        if after:
+            totals = sum(before.values()), sum(after.values())
+            comparisons.append(_comparison(moment, largest, before, after, *totals))
     return comparisons
 
 
 def _comparison(
-    moment: Any, record: Measurement, before: dict[str, int], after: dict[str, int], predicted: int, measured: int
+    moment: _Moment, record: Measurement, before: dict[str, int], after: dict[str, int], predicted: int, measured: int
 ) -> Comparison:
     names = ordered({*before, *after}) if after else []
     state = [
@@ -315,6 +319,7 @@ def _rank(rank: int, record: Measurement) -> Rank:
         held=_held_at_peak(record),
         resident=sum(record.resident.values()) if record.resident else None,
         resident_set=record.largest_resident_set,
+        limit=record.limit,
         reserved=allocator.reserved if allocator else None,
         fragmentation=allocator.fragmentation if allocator else None,
     )

@@ -112,8 +112,10 @@ class Pair(Record):
 class Comparison(Record):
     """Predicted against measured at one moment, on the rank with the largest peak."""
 
-    moment: Literal["at the peak", "between steps"]
+    moment: Literal["at the peak", "between steps", "in host memory"]
     rank: int
+    phases: list[str] = []
+    """In which the peak was predicted and measured, where these differ."""
     categories: list[Pair]
     """Empty where categories were not measured."""
     model_state: Pair | None
@@ -144,6 +146,8 @@ class Rank(Record):
     resident: int | None
     """Between steps, all categories together."""
     resident_set: int | None
+    limit: int | None
+    """Bytes that this process may have."""
     reserved: int | None
     fragmentation: float | None
     """Share of the reserved bytes that is not allocated."""

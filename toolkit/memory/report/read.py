@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolkit.errors import UserError, nearest
-from toolkit.memory.records import FOLDER, PREDICTED, Measurement, OutOfMemory, Prediction, Record, Timeline
+from toolkit.memory.records import FOLDER, PREDICTED, Measurement, OutOfMemory, Prediction, Timeline
 from toolkit.memory.report.data import Explanation, Part, Problem
 from toolkit.run.folder import CONFIG, METRICS, RUN, SUMMARY, read_metrics
 
 _RANK = re.compile(r"rank(\d+)\.json")
 _OUT_OF_MEMORY = re.compile(r"rank(\d+)-out-of-memory\.(json|md)")
+_DIGITS = 18
+_FP32_MAX = 3.4028235e38
+_Count = Annotated[int, Field(ge=0, le=10**_DIGITS)]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -67,11 +69,11 @@ class SummaryFile(_Written):
 class StepLine(_Written):
     """A line of metrics.jsonl."""
 
-    step: int
+    step: _Count
     loss: float | None
     tokens_per_s: float | None = None
     step_time_s: float | None = None
-    memory_bytes: int | None = None
+    memory_bytes: _Count | None = None
     skipped: bool = False
     val_loss: float | None = None
     nonfinite: list[str] = []
@@ -214,8 +216,6 @@ def _load(folder: Folder, part: Part, name: str, model: type[_Model]) -> _Model 
     content = _load_object(folder, part, name)
     if content is None:
         return None
-    # Memory records are exact and their NaN would be damage; the loop's own files may hold numbers that are not finite.
-    content = content if issubclass(model, Record) else _finite(content)
     try:
         return model.model_validate(content)
     except (ValidationError, RecursionError) as error:
@@ -228,7 +228,11 @@ def _load_object(folder: Folder, part: Part, name: str) -> dict[str, Any] | None
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(
+            path.read_text(encoding="utf-8"), parse_int=_whole, parse_float=_real, parse_constant=_real
+        )
+        # JSON can spell halves of characters, which no file of ours could hold.
+        json.dumps(content, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         folder.note(part, f"{name} is damaged: {_why(error)}.")
         return None
@@ -238,12 +242,26 @@ def _load_object(folder: Folder, part: Part, name: str) -> dict[str, Any] | None
     return content
 
 
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"the number {text[:_DIGITS]}... is too large")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    if not abs(value) <= _FP32_MAX:
+        raise ValueError(f"the number {text[:_DIGITS]} is not finite")
+    return value
+
+
 def _finite(record: Any) -> Any:
-    """`record` with None for each NaN and infinity at its top level (older files may hold them)."""
+    """A line of the metrics with None for each number that is none in fp32."""
     if not isinstance(record, Mapping):
         return record
     return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+        key: None if isinstance(value, float) and not abs(value) <= _FP32_MAX else value
+        for key, value in record.items()
     }
 
 
@@ -258,4 +276,6 @@ def _why(error: Exception) -> str:
         return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}"
     if isinstance(error, OSError):
         return f"{(error.strerror or 'it cannot be read').lower()}"
+    if isinstance(error, UnicodeEncodeError):
+        return "it holds half a character"
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)

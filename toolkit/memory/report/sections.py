@@ -108,7 +108,7 @@ def _predicted_and_measured(run: RunReport, palette: dict[str, str]) -> list[Ite
         items.append(table([*columns, ("error", "number")], rows, True))
     if run.context:
         items.append(f"Outside torch's allocator come {size(run.context)} of CUDA context, by prediction.")
-    if run.host:
+    if run.host and not any(comparison.moment == "in host memory" for comparison in run.comparisons):
         held = ", ".join(f"{name} {size(run.host[name])}" for name in ordered(run.host))
         items.append(f"In host memory, by prediction: {held}; {size(sum(run.host.values()))} together.")
     if run.nvme:
@@ -167,6 +167,7 @@ def _ranks(run: RunReport, palette: dict[str, str]) -> list[Item]:
             rank.phase or "",
             size(rank.resident),
             size(rank.resident_set),
+            size(rank.limit),
             size(rank.reserved),
             UNKNOWN if rank.fragmentation is None else f"{100 * rank.fragmentation:.1f} %",
             rank.device,
@@ -180,6 +181,7 @@ def _ranks(run: RunReport, palette: dict[str, str]) -> list[Item]:
         ("in phase", "text"),
         ("between steps", "number"),
         ("resident set", "number"),
+        ("limit", "number"),
         ("reserved", "number"),
         ("fragmented", "number"),
         ("device", "text"),
