@@ -109,10 +109,11 @@ def comparison_sentence(comparison: Comparison) -> str:
     )
     if state is not None:
         sentence += f"; of the model state {signed(state.error, 1, ' %')}"
-    other = next((pair.measured for pair in comparison.categories if pair.name == "other"), 0)
+    # Where nothing was counted but what has a name, there is no saying what has none.
+    other = next((pair.measured for pair in comparison.categories if pair.name == "other"), None)
     if comparison.phases:
         sentence += f". The peak was predicted in phase {comparison.phases[0]} and measured in {comparison.phases[1]}"
-    if comparison.categories:
+    if other is not None:
         sentence += f". Without a name (other): {share(other, total.measured)}"
     return sentence + "."
 
