@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
+from toolkit.memory.records import FOLDER as MEMORY_FOLDER
 from toolkit.run import folder as run_folder
 from toolkit.run import ranks
 from toolkit.run.plan import Plan, make_plan
@@ -23,9 +24,19 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from toolkit.memory.exhausted import Explainer
+    from toolkit.memory.ledger import Ledger
+    from toolkit.memory.records import Prediction
+
 # Steps whose mean is the final training loss: a single batch is too noisy to report.
 LAST_STEPS = 10
 INTERRUPTED = 130
+# The number of ENOMEM. Not 137, which is how a shell reports what the kernel has killed.
+OUT_OF_MEMORY = 12
+
+
+class OutOfMemory(Exception):
+    """This rank or another one ran out of memory; memory/rank<n>-out-of-memory.md says why."""
 
 
 def train(settings: RunSettings) -> dict[str, Any]:
@@ -36,28 +47,38 @@ def train(settings: RunSettings) -> dict[str, Any]:
 
     Raises:
         UserError: the settings, the JSON, the data or the model are not fit for a run. Raised by every rank.
+        OutOfMemory: raised by ranks whose memory ran out, and by those that this stopped.
     """
     device = ranks.start()
     import torch
+
+    from toolkit.memory.exhausted import Explainer  # noqa: F401 (when it is needed, there is no memory to import it)
 
     plan = ranks.agreed(lambda: make_plan(settings))
     plan.folder = ranks.from_first(plan.folder)  # its default name holds the time
     held = ranks.agreed(lambda: _claim(plan, device))
     stop = ranks.StopRequest()
     screen = Screen(settings.steps, shown=ranks.rank() == 0)
+    explainer = None
     try:
+        explainer = _explainer(plan, device)
         _announce(plan, screen, device)
+        screen.say(explainer.words())
         torch.manual_seed(settings.seed)
-        engine = _engine(plan)
-        with stop:
-            with screen:
-                records = _loop(plan, engine, screen, held, stop)
-            summary = _summary(plan, engine, records)
-            if held is not None:
-                held.write_summary(summary)
-                run_folder.plot_loss(records, plan.folder / run_folder.PLOT, title=plan.folder.name)
+        with explainer:
+            engine = _engine(plan)
+            with stop, _watch(plan, engine, explainer) as ledger:
+                with screen:
+                    records = _loop(plan, engine, screen, held, stop, ledger)
+                ledger.close()
+                summary = _summary(plan, engine, records, ledger.largest)
+                if held is not None:
+                    held.write_summary(summary)
+                    run_folder.plot_loss(records, plan.folder / run_folder.PLOT, title=plan.folder.name)
         screen.summary(summary)
     except Exception:
+        if explainer is not None and explainer.ended_by_memory():
+            raise OutOfMemory from None
         # Once the user has stopped the run, ranks fail merely because others are gone already.
         if stop.requested:
             raise KeyboardInterrupt from None
@@ -108,11 +129,69 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def _explainer(plan: Plan, device: torch.device) -> Explainer:
+    """What explains memory that runs out, with the prediction that it needs before there is none left."""
+    from toolkit.memory.exhausted import Explainer
+
+    predicted = ranks.from_first(_predict(plan, device) if ranks.rank() == 0 else None)
+    explainer = Explainer(plan.folder, ranks.rank(), device, predicted=predicted)
+    # A limit may be on one rank only, and only rank 0 is heard.
+    warnings = ranks.everyones(explainer.warning())
+    plan.remarks += [f"rank {rank}: {warning}" for rank, warning in enumerate(warnings) if warning][:1]
+    return explainer
+
+
+def _predict(plan: Plan, device: torch.device) -> Prediction | None:
+    """What this run will hold and what would change it, also written to memory/predicted.json."""
+    from toolkit.memory.estimate import Case, Estimator
+    from toolkit.memory.records import PREDICTED, write
+
+    settings, batch = plan.settings, plan.batch
+    if settings.memory_profile == "off":
+        return None
+    case = Case(
+        model=settings.model,
+        config=plan.config,
+        world_size=batch.world_size,
+        micro_batch=batch.micro,
+        accumulation=batch.accumulation,
+        seq_len=settings.seq_len,
+        device=device.type,
+        activation_checkpointing=settings.activation_checkpointing,
+        loss=settings.loss,
+    )
+    try:
+        predicted = Estimator().predict(case, changes=True)
+    except Exception as error:  # of a model or optimizer that it does not know; the run may be fine
+        plan.remarks.append(f"the memory of this run could not be predicted: {error}")
+        return None
+    write(plan.folder, PREDICTED, predicted)
+    return predicted
+
+
+def _watch(plan: Plan, engine: Any, explainer: Explainer) -> Ledger:
+    from toolkit import memory
+
+    settings = plan.settings
+    return memory.watch(
+        engine,
+        plan.folder,
+        settings.memory_profile,
+        model=settings.model,
+        seq_len=settings.seq_len,
+        explainer=explainer,
+    )
+
+
 def _engine(plan: Plan) -> Any:
+    import torch
+
     import toolkit
-    from toolkit import models
+    from toolkit import memory, models
 
     settings, config = plan.settings, plan.config
+    if settings.memory_profile == "full" and not torch.accelerator.is_available():
+        memory.count_from_here()
     # At stage 3 the model is partitioned while it is built, so the layout of partitions must be in place.
     toolkit.register()
     stage = config.get("zero_optimization", {}).get("stage", 0)
@@ -130,7 +209,12 @@ def _engine(plan: Plan) -> Any:
 
 
 def _loop(
-    plan: Plan, engine: Any, screen: Screen, held: run_folder.RunFolder | None, stop: ranks.StopRequest
+    plan: Plan,
+    engine: Any,
+    screen: Screen,
+    held: run_folder.RunFolder | None,
+    stop: ranks.StopRequest,
+    ledger: Ledger,
 ) -> list[dict[str, Any]]:
     """Step to the end, or until a rank is asked to stop; returns the records of metrics.jsonl."""
     from toolkit import data
@@ -145,7 +229,7 @@ def _loop(
         started = time.perf_counter()
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
         mine = _step(engine, batches, batch.accumulation)
-        [loss], [memory, stopping] = ranks.mean_max([mine], [_memory(), stop.requested], engine.device)
+        [loss], [memory, stopping] = ranks.mean_max([mine], [_memory(ledger), stop.requested], engine.device)
         seconds = time.perf_counter() - started
         norm = engine.get_global_grad_norm()
         record: dict[str, Any] = {
@@ -216,29 +300,26 @@ def _monitor(engine: Any, record: dict[str, Any]) -> None:
         engine.monitor.write_events(events)
 
 
-def _memory(peak: bool = False) -> int:
-    """Bytes this rank holds: the accelerator's peak of allocations, or the resident set on a CPU."""
+def _memory(ledger: Ledger) -> int:
+    """Bytes this rank holds: the accelerator's peak of allocations so far, or the resident set on a CPU."""
     import psutil
     import torch
 
+    if torch.cuda.is_available():
+        return ledger.largest
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated()
-    if peak and sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return psutil.Process().memory_info().rss
 
 
-def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: int) -> dict[str, Any]:
     import torch
 
     from toolkit.zero import optimizer_state_bytes
 
     states = optimizer_state_bytes(engine)
     mine = sum(states.values())
-    [mean], [largest, peak] = ranks.mean_max([mine], [mine, _memory(peak=True)], engine.device)
+    [mean], [largest, peak] = ranks.mean_max([mine], [mine, memory], engine.device)
     final = [record["loss"] for record in records[-LAST_STEPS:]]
     validated = [record["val_loss"] for record in records if "val_loss" in record]
     seconds = [record["step_time_s"] for record in records]
@@ -257,6 +338,7 @@ def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]]) -> dict[str
         "tokens_per_s": tokens / statistics.median(seconds),
         "peak_memory_bytes": int(peak),
         "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
+        "memory_files": str(plan.folder / MEMORY_FOLDER) if plan.settings.memory_profile != "off" else None,
         "parameters": plan.parameters,
         "state_bytes_by_name": states,
         "state_bytes_per_parameter": mean * plan.batch.world_size / plan.parameters,
@@ -264,8 +346,18 @@ def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]]) -> dict[str
     }
 
 
+def _end_without_memory(error: Exception) -> None:
+    """End this rank with a line if `error` is that memory ran out before the run had a folder to explain it in."""
+    from toolkit.memory.exhausted import out_of_memory
+
+    if (cause := out_of_memory(error)) is not None:
+        words = f"error: rank {ranks.rank()} ran out of memory before the run began: {type(cause).__name__}: {cause}"
+        print(words.splitlines()[0], file=sys.stderr)
+        ranks.abandon(OUT_OF_MEMORY)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 for the user's errors, 130 when interrupted."""
+    """The command line; returns the exit status: 0, 2 for the user's errors, 12 without memory, 130 interrupted."""
     ranks.prepare()
     try:
         settings = parse(arguments)
@@ -277,6 +369,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = 2
     except KeyboardInterrupt:
         status = INTERRUPTED
+    except OutOfMemory:
+        ranks.abandon(OUT_OF_MEMORY)
+    except Exception as error:
+        _end_without_memory(error)
+        raise
     ranks.finish()
     return status
 

@@ -49,7 +49,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         f"--text-column body --val-data held.txt --deepspeed_config soam_zero3 --set a.b=1 --set c=x "
         f"--plugin {tmp_path}/p.py --steps 7 --seq-len 33 --micro-batch 2 --grad-accum 3 --global-batch 12 "
         f"--lr 1e-3 --warmup 0.2 --seed 5 --eval-every 0 --eval-sequences 9 --run-dir {tmp_path}/run "
-        "--no-activation-checkpointing --loss plain --from-checkpoint"
+        "--no-activation-checkpointing --loss plain --from-checkpoint --memory-profile full"
     )
     settings = parse(line.split())
     assert settings == RunSettings(
@@ -76,6 +76,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         run_dir=tmp_path / "run",
         activation_checkpointing=False,
         loss="plain",
+        memory_profile="full",
     )
     defaults = parse([])
     assert defaults == RunSettings()
@@ -101,6 +102,7 @@ def test_help_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
         ("--seed -1", "--seed is -1, but it should be greater than or equal to 0."),
         ("--steps many", "--steps"),
         ("--loss tiny", "'chunked'"),
+        ("--memory-profile some", "'summary'"),
         ("--stepz 3", "--steps"),
         ("--steps", "--steps"),
         ("extra", "extra"),
@@ -344,6 +346,7 @@ SUMMARY: dict[str, Any] = {
     "tokens_per_s": 5120.0,
     "peak_memory_bytes": 743_600_000,
     "memory_kind": "resident",
+    "memory_files": "runs/x/memory",
     "state_bytes_by_name": {"m_fast": 5_000_000, "v": 900},
     "state_bytes_per_parameter": 3.05,
     "state_bytes_per_parameter_per_rank": 1.525,
@@ -364,7 +367,7 @@ def test_screen_shows_progress_and_summary(terminal: bool) -> None:
         screen.step(record(241, loss=None, skipped=True))
     screen.summary(SUMMARY)
     shown = out.getvalue()
-    for expected in ("runs/[a]", "4.2500", "not measured", "5,120", "743.60 MB", "3.05", "m_fast 5.00 MB, v 900 B"):
+    for expected in ("runs/[a]", "runs/x/memory", "4.2500", "not measured", "5,120", "743.60 MB", "3.05", "m_fast 5.00 MB, v 900 B"):
         assert expected in shown
     assert "validation loss not finite" in shown and "the gradient is not finite" in shown
     if not terminal:

@@ -30,8 +30,8 @@ class Gauge(Protocol):
     def read(self) -> tuple[int | None, int]:
         """Since `begin`: peak of allocated bytes where known, and the largest resident set or reserved bytes."""
 
-    def allocated(self) -> int | None:
-        """Bytes allocated now, where known."""
+    def now(self) -> int:
+        """Bytes allocated now, or resident where that is not known."""
 
 
 class ResidentSet:
@@ -45,24 +45,24 @@ class ResidentSet:
         with contextlib.suppress(OSError):
             self._status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
             self._clear = os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
-            os.pwrite(self._clear, b"5", 0)
         self._first = 0
 
     def begin(self) -> None:
         if self._clear is not None:
-            os.pwrite(self._clear, b"5", 0)
-        else:
-            self._first = self._now()
+            try:
+                os.pwrite(self._clear, b"5", 0)
+                return
+            except OSError:
+                os.close(self._clear)
+                self._clear = None
+        self._first = self.now()
 
     def read(self) -> tuple[int | None, int]:
         if self._clear is not None:
             return None, self._line(b"VmHWM:")
-        return None, max(self._first, self._now())
+        return None, max(self._first, self.now())
 
-    def allocated(self) -> int | None:
-        return None
-
-    def _now(self) -> int:
+    def now(self) -> int:
         return self._line(b"VmRSS:") if self._status is not None else psutil.Process().memory_info().rss
 
     def _line(self, name: bytes) -> int:
@@ -96,7 +96,7 @@ class CachingAllocator:
         stats = torch.cuda.memory_stats_as_nested_dict(self._device)
         return stats["allocated_bytes"]["all"]["peak"], stats["reserved_bytes"]["all"]["peak"]
 
-    def allocated(self) -> int | None:
+    def now(self) -> int:
         return torch.cuda.memory_allocated(self._device)
 
     def state(self) -> Allocator:

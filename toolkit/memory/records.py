@@ -1,7 +1,8 @@
 """What a run's folder says of memory: one model for predictions, measurements and reports.
 
-Files, all in ``<run>/memory``: predicted.json (`Prediction`), rank<n>.json (`Measurement`, one a rank), and where
-memory ran out rank<n>-out-of-memory.md and .json (`OutOfMemory`). All sizes are bytes of one rank.
+Files, all in ``<run>/memory``: predicted.json (`Prediction`), rank<n>.json (`Measurement`, one a rank) and, of a traced
+step, rank<n>-snapshot.pickle; where memory ran out rank<n>-out-of-memory.md, .json (`OutOfMemory`) and .pickle. All
+sizes are bytes of one rank.
 """
 
 from __future__ import annotations

@@ -116,8 +116,11 @@ class Curve:
     def by_phase(self) -> list[Phase]:
         """The peak of each phase, the phases of one name (micro-batches) together."""
         best: dict[str, int] = {}
-        for name, start, end in self.spans():
-            moment = start + int(self.total[start:end].argmax())
+        ends = [start for _, start in self.phases[1:]] + [len(self.total)]
+        for (name, start), end in zip(self.phases, ends, strict=True):
+            # One in which nothing was allocated or freed holds what was there before it.
+            first = min(start, max(0, end - 1))
+            moment = first + int(self.total[first : max(end, first + 1)].argmax())
             if name not in best or self.total[moment] > self.total[best[name]]:
                 best[name] = moment
         return [Phase(name=name, peak=int(self.total[at]), held=self.at(at)) for name, at in best.items()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,12 +29,22 @@ Named = tuple[str, str, Tensor]
 
 
 def count_from_here() -> None:
-    """Let torch's CPU allocator keep count from now on; call it before the model is built, or totals lack it.
+    """Let torch's CPU allocator keep count from now on; call it before the model is built.
 
+    Without it a trace holds what has a name, and "other" stays 0.
     Also counts on threads that the profiler does not see: gloo's give back what they sent.
     """
+    _flag().value = True
+
+
+def counted() -> bool:
+    """Whether `count_from_here` was called."""
+    return _flag().value
+
+
+def _flag() -> ctypes.c_bool:
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
+    return ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage")
 
 
 class StepTrace:
@@ -57,6 +68,8 @@ class StepTrace:
         self._model, self._head, self._held, self._on_gpu = model, head, held, on_gpu
         self._tracker = Tracker(self.tape, sites=True)
         self._profile: Any = None
+        self._begun: list[int] = []
+        """When each phase began."""
 
     def __enter__(self) -> StepTrace:
         for category, name, tensor in self._held():
@@ -76,6 +89,7 @@ class StepTrace:
         """From here on it is phase `name`."""
         self._name_new()
         self.tape.begin(name)
+        self._begun.append(time.time_ns())
 
     def _name_new(self) -> None:
         for category, name, tensor in self._held():
@@ -121,7 +135,8 @@ class StepTrace:
         moments = sorted({*tape.nanoseconds, *(event.start_time_ns for event in events)})
         place = {moment: index for index, moment in enumerate(moments)}
         phases = [
-            (name, place[tape.nanoseconds[start]] if start < tape.now else len(moments)) for name, start in tape.phases
+            (name, bisect.bisect_left(moments, begun))
+            for (name, _), begun in zip(tape.phases, self._begun, strict=True)
         ]
         heads = [
             [place[tape.nanoseconds[min(moment, tape.now - 1)]] for moment in (first, last)]
@@ -138,7 +153,9 @@ class StepTrace:
             tape.lives.append(Life(size, start, end, phase, category, what, operation, address=address))
         tape.phases, tape.now, tape.nanoseconds = phases, len(moments), moments
         named = curve(tape.lives, len(moments), phases)
-        other = (log.totals(moments) - named.total).clip(min=0) if events else 0 * named.total
+        # Without a count from the start its totals lack what was there, and hold what earlier traces left.
+        known = bool(events) and counted()
+        other = (log.totals(moments) - named.total).clip(min=0) if known else 0 * named.total
         self.curve = Curve(named.held | {c.OTHER: other}, named.total + other, phases)
 
 

@@ -1,7 +1,7 @@
 """A run's folder: claimed once, then metrics.jsonl line by line, and a summary and a plot at the end.
 
 Files: run.json (settings, batch, versions), ds_config.json (the DeepSpeed JSON as used), metrics.jsonl (one
-line per optimizer step), summary.json, loss.png.
+line per optimizer step), summary.json, loss.png, and the folder memory (`toolkit.memory.records`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.memory.records import FOLDER as MEMORY
 
 RUN, CONFIG, METRICS, SUMMARY, PLOT = (
     "run.json",
@@ -83,13 +84,15 @@ class RunFolder:
         self._lines += 1
 
     def close(self) -> None:
-        """Close the metrics; a run that never made a step gives its folder back."""
+        """Close the metrics; a run that never made a step, and not for want of memory, gives its folder back."""
         self._metrics.close()
-        if self._lines == 0:
-            for name in (METRICS, RUN, CONFIG):
-                (self.folder / name).unlink(missing_ok=True)
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
+        memory = self.folder / MEMORY
+        if self._lines == 0 and not any(memory.glob("rank*-out-of-memory.json")):
+            for path in (*(self.folder / name for name in (METRICS, RUN, CONFIG)), *memory.glob("*.json")):
+                path.unlink(missing_ok=True)
+            for folder in (memory, self.folder):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         (self.folder / SUMMARY).write_text(_pretty(summary))

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from toolkit.errors import UserError
 
@@ -123,6 +123,13 @@ def finish() -> None:
         distributed.destroy_process_group()
 
 
+def abandon(status: int) -> NoReturn:
+    """End this process at once: with too little memory, leaving the process group may hang or fail."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def _joined() -> bool:
     return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
 
@@ -138,8 +145,6 @@ def agreed(check: Callable[[], T]) -> T:
 
     Without this one rank would stop while the others wait for it in a collective.
     """
-    from torch import distributed
-
     result: T | None = None
     problem: str | None = None
     try:
@@ -148,9 +153,7 @@ def agreed(check: Callable[[], T]) -> T:
         problem = str(error)
     except OSError as error:  # what the file system refuses while we look is the user's to mend
         problem = f"{error.filename or type(error).__name__}: {error.strerror or error}."
-    problems: list[str | None] = [None] * world_size()
-    distributed.all_gather_object(problems, problem)
-    for found in problems:
+    for found in everyones(problem):
         if found is not None:
             raise AgreedError(found)
     return result  # type: ignore[return-value]
@@ -163,6 +166,15 @@ def from_first(value: T) -> T:
     box = [value]
     distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def everyones(value: T) -> list[T]:
+    """The `value` of every rank, in their order, on every rank."""
+    from torch import distributed
+
+    box = [value] * world_size()
+    distributed.all_gather_object(box, value)
+    return box
 
 
 def mean_max(mean: list[float], largest: list[float], device: torch.device) -> tuple[list[float], list[float]]:

@@ -80,6 +80,7 @@ class Screen:
             "validation loss": "not measured" if validation is None else _figure(validation),
             "speed": f"{summary['tokens_per_s']:,.0f} tokens/s",
             "peak memory": f"{peak} {summary['memory_kind']}, largest rank",
+            "  records": summary["memory_files"] or "none: --memory-profile off",
             "optimizer state": f"{summary['state_bytes_per_parameter']:.2f} bytes per parameter, "
             f"{summary['state_bytes_per_parameter_per_rank']:.2f} of them on each rank",
             "  of rank 0": ", ".join(f"{name} {size_text(count)}" for name, count in by_name),

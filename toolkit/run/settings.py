@@ -99,6 +99,10 @@ class RunSettings(BaseModel):
         Literal["chunked", "plain"] | None,
         typer.Option(help="chunked never builds the full logits. (default: the preset's)"),
     ] = None
+    memory_profile: Annotated[
+        Literal["off", "summary", "full"],
+        typer.Option(help="What is measured of memory; full traces every allocation of step 3."),
+    ] = "summary"
 
     @field_validator("warmup")
     @classmethod

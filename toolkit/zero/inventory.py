@@ -30,14 +30,16 @@ def inventory(engine: Any) -> Iterator[Named]:
 
 
 def _weights(engine: Any) -> Iterator[Named]:
+    # Stages 1 and 2 lay the parameters of a group out in one tensor.
+    storages: dict[int, tuple[Tensor, list[str]]] = {}
     for name, parameter in engine.module.named_parameters():
         own = getattr(parameter, "ds_tensor", None)
-        if own is None:
-            yield c.WEIGHTS, name, parameter.data
-            continue
-        yield c.WEIGHTS, name, own
-        if parameter.data.numel() > own.numel():
+        tensor = parameter.data if own is None else own
+        storages.setdefault(tensor.untyped_storage()._cdata, (tensor, []))[1].append(name)
+        if own is not None and parameter.data.numel() > own.numel():
             yield c.GATHERED, name, parameter.data
+    for tensor, names in storages.values():
+        yield c.WEIGHTS, names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", tensor
     for name, buffer in engine.module.named_buffers():
         yield c.WEIGHTS, name, buffer
     wrapper = getattr(engine, "optimizer", None)
@@ -58,11 +60,17 @@ def _weights(engine: Any) -> Iterator[Named]:
 
 def _states(engine: Any) -> Iterator[Named]:
     basic = getattr(engine, "basic_optimizer", None)
-    for held in getattr(basic, "state", {}).values():
+    groups = {
+        id(parameter): f"group {number}" + (f" ({group['component']})" if "component" in group else "")
+        for number, group in enumerate(getattr(basic, "param_groups", ()))
+        for parameter in group["params"]
+    }
+    for parameter, held in getattr(basic, "state", {}).items():
         for key, value in held.items():
             if isinstance(value, Tensor) and value.dim() > 0:
                 name, _, part = key.partition(".")
-                yield c.REMAINDER if name == REMAINDER else c.SCALES if part == "scale" else name, key, value
+                category = c.REMAINDER if name == REMAINDER else c.SCALES if part == "scale" else name
+                yield category, f"{key} of {groups[id(parameter)]}" if id(parameter) in groups else key, value
 
 
 def gradients(engine: Any) -> Iterator[Named]:

@@ -1,0 +1,207 @@
+"""A traced step of plain torch code whose allocations are known: every byte, its category and its phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from toolkit.memory import categories as c
+from toolkit.memory.tape import Life
+from toolkit.memory.trace import StepTrace
+
+ROWS, WIDE, VOCABULARY = 64, 32, 128
+FLOAT = 4
+HIDDEN = ROWS * WIDE * FLOAT
+LOGITS = ROWS * VOCABULARY * FLOAT
+
+
+class Block(nn.Module):
+    """Keeps the result of its exponential for the backward pass, and needs one tensor for a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            shift = torch.full_like(x, -1.0)
+        return torch.exp(x * self.scale + shift)
+
+
+class Model(nn.Module):
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDE)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(WIDE, VOCABULARY, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return F.cross_entropy(self.head(x), tokens)
+
+
+def traced(micro_batches: int = 1, tied: bool = False) -> StepTrace:
+    torch.manual_seed(0)
+    model = Model(tied)
+    tokens = torch.arange(ROWS)
+
+    def held() -> Iterator[tuple[str, str, Tensor]]:
+        for name, parameter in model.named_parameters():
+            yield c.WEIGHTS, name, parameter.data
+            if parameter.grad is not None:
+                yield c.GRADIENTS, name, parameter.grad
+
+    trace = StepTrace(model, model.head, held, on_gpu=False)
+    with trace:
+        for _ in range(micro_batches):
+            trace.phase(c.FORWARD)
+            loss = model(tokens)
+            trace.phase(c.BACKWARD)
+            loss.backward()
+            del loss
+        trace.phase(c.STEP)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                update = parameter.grad * -0.1
+                parameter.add_(update)
+                del update
+        model.zero_grad()
+    return trace
+
+
+def of(trace: StepTrace, category: str, phase: str | None = None) -> list[Life]:
+    return [x for x in trace.tape.lives if x.category == category and phase in (None, x.phase)]
+
+
+@pytest.fixture
+def one(one_thread: None) -> StepTrace:
+    return traced()
+
+
+def test_weights_are_what_was_there_before(one: StepTrace) -> None:
+    expected = {
+        "embedding.weight": VOCABULARY * WIDE * FLOAT,
+        "layers.0.scale": WIDE * FLOAT,
+        "layers.1.scale": WIDE * FLOAT,
+        "head.weight": VOCABULARY * WIDE * FLOAT,
+    }
+    found = {life.what: life.bytes for life in of(one, c.WEIGHTS)}
+    assert found == expected
+    assert all(life.born == -1 and life.died is None for life in of(one, c.WEIGHTS))
+    assert (one.curve.held[c.WEIGHTS] == sum(expected.values())).all()
+
+
+def test_activations_are_what_the_backward_pass_needs(one: StepTrace) -> None:
+    # The embedding's output and the exponential of each block; the last one is the head's input.
+    forward = of(one, c.ACTIVATIONS, c.FORWARD)
+    assert sorted(life.bytes for life in forward) == [HIDDEN] * 3
+    ends = next(start for name, start in one.tape.phases if name == c.BACKWARD)
+    assert one.curve.held[c.ACTIVATIONS][ends - 1] == 3 * HIDDEN
+    assert one.curve.held[c.ACTIVATIONS][-1] == 0
+
+
+def test_transients_are_gone_when_their_block_is(one: StepTrace) -> None:
+    # In each block the shift, the product and the sum; the backward pass needs none of them.
+    forward = of(one, c.TRANSIENTS, c.FORWARD)
+    assert sorted(life.bytes for life in forward) == [HIDDEN] * 6
+    shift = [life for life in forward if life.what == "aten.full_like"]
+    assert len(shift) == 2 and all("test_trace.py" in life.where and "forward" in life.where for life in shift)
+    # All three are held when the sum is made, beside the block's input.
+    block = shift[0].scope
+    assert block is not None and block.closed is not None
+    inside = one.curve.held[c.TRANSIENTS]
+    assert inside.max() == 3 * HIDDEN
+
+
+def test_logits_reach_from_the_head_to_the_gradient_of_its_input(one: StepTrace) -> None:
+    made = of(one, c.LOGITS)
+    assert [life.what for life in made if life.bytes == LOGITS and life.phase == c.FORWARD] == [
+        "aten.mm",
+        "aten._log_softmax",
+    ]
+    backward = [life for life in made if life.phase == c.BACKWARD and life.bytes == LOGITS]
+    assert len(backward) == 2 and all(life.where.startswith("backward: ") for life in backward)
+    # Softmax and the gradient of the loss, then that of the logits; the logits themselves are no longer there.
+    assert 0 <= one.curve.held[c.LOGITS].max() - 3 * LOGITS < 64  # and the loss
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_is_not_the_heads(one_thread: None, tied: bool) -> None:
+    trace = traced(tied=tied)
+    late = [life for life in trace.tape.lives if "Embedding" in life.where]
+    assert late and all(life.category in (c.GRADIENTS, c.TRANSIENTS) for life in late)
+
+
+def test_gradients_are_named_and_live_until_they_are_dropped(one: StepTrace) -> None:
+    names = {life.what: life.bytes for life in of(one, c.GRADIENTS)}
+    assert names == {
+        "gradient of embedding.weight": VOCABULARY * WIDE * FLOAT,
+        "gradient of layers.0.scale": WIDE * FLOAT,
+        "gradient of layers.1.scale": WIDE * FLOAT,
+        "gradient of head.weight": VOCABULARY * WIDE * FLOAT,
+    }
+    step = next(start for name, start in one.tape.phases if name == c.STEP)
+    held = one.curve.held[c.GRADIENTS]
+    assert held[step - 1] == sum(names.values()) and held[-1] == 0
+
+
+def test_the_step_holds_one_update_at_a_time(one: StepTrace) -> None:
+    updates = [life for life in of(one, c.TRANSIENTS, c.STEP) if life.what.startswith("aten.mul")]
+    assert sorted(life.bytes for life in updates) == sorted(life.bytes for life in of(one, c.GRADIENTS))
+    phase = next(phase for phase in one.curve.by_phase() if phase.name == c.STEP)
+    assert 0 <= phase.held[c.TRANSIENTS] - VOCABULARY * WIDE * FLOAT < 64  # the factor is a tensor, too
+
+
+def test_categories_add_up_to_the_peaks(one: StepTrace) -> None:
+    phases = one.curve.by_phase()
+    assert [phase.name for phase in phases] == [c.FORWARD, c.BACKWARD, c.STEP]
+    for phase in phases:
+        assert sum(phase.held.values()) == phase.peak
+    timeline = one.curve.timeline(one.tape.nanoseconds)
+    totals = [sum(values) for values in zip(*timeline.held.values(), strict=True)]
+    assert max(totals) == one.curve.total.max() == max(phase.peak or 0 for phase in phases)
+    assert timeline.milliseconds == sorted(timeline.milliseconds or [])
+
+
+def test_micro_batches_are_told_apart(one_thread: None) -> None:
+    single, double = traced(1), traced(2)
+    for category in (c.ACTIVATIONS, c.LOGITS):
+        assert double.curve.held[category].max() == single.curve.held[category].max(), category
+    assert len(of(double, c.ACTIVATIONS, c.FORWARD)) == 2 * len(of(single, c.ACTIVATIONS, c.FORWARD))
+    assert len(of(double, c.LOGITS)) == 2 * len(of(single, c.LOGITS))
+    # The second forward pass holds the gradients of the first.
+    forward = next(phase for phase in double.curve.by_phase() if phase.name == c.FORWARD)
+    assert forward.held[c.GRADIENTS] == sum(life.bytes for life in of(single, c.GRADIENTS))
+
+
+def test_what_an_operation_uses_within_itself_is_seen(one_thread: None) -> None:
+    model, values = nn.Linear(4, 4), torch.randn(40_000)
+    trace = StepTrace(model, None, lambda: [(c.WEIGHTS, "values", values)], on_gpu=False)
+    with trace:
+        trace.phase(c.STEP)
+        values.median()
+    inside = [life for life in trace.tape.lives if life.what.startswith("inside ")]
+    assert sum(life.bytes for life in inside) >= values.numel() * FLOAT  # median works on a copy
+    assert all(life.category == c.TRANSIENTS and life.phase == c.STEP for life in inside)
+    assert trace.curve.total.max() >= 2 * values.numel() * FLOAT
+
+
+def test_a_phase_in_which_nothing_happens_holds_what_was_there(one_thread: None) -> None:
+    model = nn.Linear(8, 8)
+    trace = StepTrace(model, None, lambda: [(c.WEIGHTS, "weight", model.weight.data)], on_gpu=False)
+    with trace:
+        trace.phase(c.FORWARD)
+        kept = torch.ones(1000)
+        trace.phase(c.REDUCE)
+        trace.phase(c.STEP)
+        del kept
+    peaks = {phase.name: phase.peak for phase in trace.curve.by_phase()}
+    assert peaks[c.REDUCE] == peaks[c.FORWARD] == 4000 + 256

@@ -1,0 +1,445 @@
+"""Follows a DeepSpeed engine and writes down what each phase of its steps holds, rank by rank.
+
+    ledger = toolkit.memory.watch(engine, run_dir="runs/mine")
+    ...                                                # the training loop, as it is
+    ledger.close()
+
+Levels: "off" does nothing; "summary" reads the allocator's watermark (GPU) or the resident set (CPU) at the border of
+every phase, and once adds up what is held by name; "full" also traces one whole step, every allocation of it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from toolkit.memory import categories as c
+from toolkit.memory import gauges, held, snapshot
+from toolkit.memory.exhausted import Explainer
+from toolkit.memory.records import FOLDER, Block, Measurement, Phase, Setup, Timeline, measured_name, write
+from toolkit.memory.trace import StepTrace, counted
+from toolkit.models.build import CausalLM
+
+logger = logging.getLogger("toolkit")
+
+Level = Literal["off", "summary", "full"]
+
+TRACED_STEP = 3
+"""The optimizer's state is made in the first step, and its compiler has gone by the third."""
+
+WRITE_SECONDS = 60.0
+"""The record is written anew at the end of a step so long after the last time: a run that is killed leaves it."""
+
+_METHODS = {
+    "forward": c.FORWARD,
+    "backward": c.BACKWARD,
+    "_backward_prologue": c.BACKWARD,  # where the user calls loss.backward()
+    "allreduce_gradients": c.REDUCE,
+    "step": c.STEP,
+    "save_checkpoint": c.CHECKPOINT,
+}
+# What comes after these is still theirs: a loss computed outside of the engine, gradients after their reduction.
+_LASTING = (c.FORWARD, c.BACKWARD)
+
+
+class Ledger:
+    """Measures what `engine` holds until `close`; made by `watch`.
+
+    Also a context manager, which explains memory that ran out anywhere within it, and not only in the engine.
+
+    Args:
+        engine: DeepSpeed's.
+        folder: of the run; records go to its folder `memory`.
+        level: "off", "summary" or "full".
+        named: what the engine holds, by category and name.
+        describe: what the engine trains, given the length of its sequences.
+        explainer: told of the phase and step, and of allocations that fail.
+        seq_len: predictions of a sequence; else read off the first batch.
+        step: which one to trace, from 1 (level "full").
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        folder: Path,
+        level: Level,
+        *,
+        named: Callable[[], Iterable[held.Named]],
+        describe: Callable[[int], Setup],
+        explainer: Explainer,
+        seq_len: int | None = None,
+        step: int = TRACED_STEP,
+    ) -> None:
+        self._began = time.perf_counter()
+        self._engine, self._folder, self._level = engine, folder, level
+        self._named, self._describe, self._explainer = named, describe, explainer
+        self._seq_len, self._traced_step = seq_len or 0, step
+        self._gauge = gauges.gauge(engine.device)
+        self._on_gpu = engine.device.type == "cuda"
+        self._phase: str | None = None
+        self._peaks: dict[str, tuple[int | None, int]] = {c.INIT: self._gauge.read()}
+        self._steps = 0
+        self._cost = 0.0
+        self._step_began: float | None = None
+        self._durations: list[float] = []
+        self._trace: StepTrace | None = None
+        self._resident: dict[str, int] = {}
+        self._host: dict[str, int] = {}
+        self._blocks: list[Block] = []
+        self._timeline: Timeline | None = None
+        self._held: dict[str, Phase] = {}
+        self._patched: list[str] = []
+        self._closed = level == "off"
+        output = getattr(getattr(engine.module, "hf", engine.module), "get_output_embeddings", None)
+        self._head = output() if output is not None else None
+        explainer.vocabulary = getattr(self._head, "out_features", None)
+        explainer.held, explainer.phase = named, c.INIT
+        explainer.setup = describe(self._seq_len)
+        self._follow()
+        self._hook = sys.excepthook
+        sys.excepthook = self._uncaught
+        if not self._closed:
+            atexit.register(self.close)
+            self._write()
+            self._gauge.begin()
+        self._cost += time.perf_counter() - self._began
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if value is not None:
+            self._explainer.explain(value)
+        self.close()
+
+    def _uncaught(self, kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        """What the user's loop allocates is not the engine's; this is where a failure of it comes by."""
+        self._explainer.explain(value)
+        self._hook(kind, value, trace)
+
+    # ---- phases ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens within belongs to phase `name`, "eval" or "checkpoint"."""
+        if name not in c.PHASES:
+            raise ValueError(f"there is no phase {name!r}: expected {', '.join(c.PHASES)}.")
+        before = self._phase
+        self._enter(name)
+        try:
+            yield
+        except BaseException as error:
+            self._explainer.explain(error)
+            raise
+        finally:
+            self._enter(before)
+
+    def _enter(self, name: str | None) -> None:
+        if name is not None:
+            self._explainer.phase = name
+        if self._closed or name == self._phase:
+            return
+        began = time.perf_counter()
+        self._read()
+        self._phase = name
+        if self._trace is not None and name is not None:
+            self._trace.phase(name)
+        self._gauge.begin()
+        self._cost += time.perf_counter() - began
+
+    def _read(self) -> None:
+        peak, resident = self._gauge.read()
+        # Between steps belongs to no phase, but its peak is the run's, too.
+        name = self._phase or ""
+        old, before = self._peaks.get(name, (None, 0))
+        self._peaks[name] = (peak if old is None or peak is None else max(peak, old), max(resident, before))
+
+    @property
+    def largest(self) -> int:
+        """The run's peak so far: bytes allocated on a GPU, resident on a CPU.
+
+        What `torch.cuda.max_memory_allocated` and getrusage say otherwise, whose marks are reset at every phase.
+        """
+        peaks = [*self._peaks.values(), self._gauge.read()]
+        return max((resident if peak is None else peak) for peak, resident in peaks)
+
+    # ---- the engine -----------------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Put this ledger's own in place of the engine's methods, on this one engine."""
+        for method, phase in _METHODS.items():
+            original = getattr(self._engine, method, None)
+            if original is None or method in vars(self._engine):
+                continue
+            wrap = {"forward": self._forward, "step": self._stepping}.get(method)
+            replaced = wrap(original) if wrap is not None else self._within(phase, original)
+            object.__setattr__(self._engine, method, replaced)
+            self._patched.append(method)
+
+    def _within(self, phase: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            before = self._phase
+            self._enter(phase)
+            try:
+                result = original(*args, **kwargs)
+            except BaseException as error:
+                self._failed(error)
+                raise
+            if phase not in _LASTING:
+                self._enter(None if phase == c.STEP else before)
+            return result
+
+        return followed
+
+    def _forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        training = self._within(c.FORWARD, original)
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            if not self._engine.module.training:
+                with self.phase(c.EVAL):
+                    return original(*args, **kwargs)
+            if self._step_began is None:
+                self._step_begins(args, kwargs)
+            return training(*args, **kwargs)
+
+        return followed
+
+    def _stepping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        within = self._within(c.STEP, original)
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            last = self._engine.is_gradient_accumulation_boundary()
+            result = within(*args, **kwargs)
+            if last:
+                self._step_ends()
+            return result
+
+        return followed
+
+    def _failed(self, error: BaseException) -> None:
+        self._explainer.explain(error)
+        if self._trace is not None:
+            trace, self._trace = self._trace, None
+            with contextlib.suppress(Exception):
+                trace.__exit__(type(error), error, error.__traceback__)
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+
+    def _step_begins(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        self._step_began = began
+        self._explainer.step = self._steps + 1
+        if self._seq_len == 0:
+            # The toolkit's own models take one token more, the last one's target.
+            self._seq_len = _sequence_length((*args, *kwargs.values())) - isinstance(self._engine.module, CausalLM)
+            self._explainer.setup = self._describe(self._seq_len)
+        if not self._closed and self._level == "full" and self._steps + 1 == self._traced_step:
+            self._start_trace()
+        self._cost += time.perf_counter() - began
+
+    def _start_trace(self) -> None:
+        if self._on_gpu:
+            torch.cuda.memory._record_memory_history(stacks="python")
+        self._trace = StepTrace(self._engine.module, self._head, self._named, on_gpu=self._on_gpu)
+        self._trace.__enter__()
+
+    def _step_ends(self) -> None:
+        began = time.perf_counter()
+        self._steps += 1
+        seconds = began - (self._step_began or began)
+        self._step_began = None
+        if self._closed:
+            return
+        if self._trace is not None:
+            trace, self._trace = self._trace, None
+            self._finish_trace(trace)
+            # Tracing slows the step itself down, too.
+            typical = statistics.median(self._durations[1:] or self._durations or [seconds])
+            self._cost += max(0.0, seconds - typical)
+        else:
+            self._durations.append(seconds)
+            del self._durations[:-50]
+        if self._steps == 2:  # the optimizer has its state by now
+            self._take_stock()
+        if self._steps in (2, self._traced_step) or began - self._written > WRITE_SECONDS:
+            self._write()
+        self._cost += time.perf_counter() - began
+
+    def _finish_trace(self, trace: StepTrace) -> None:
+        try:
+            trace.__exit__(None, None, None)
+            curve = trace.curve
+            self._timeline = curve.timeline(trace.tape.nanoseconds)
+            self._held = {phase.name: phase for phase in curve.by_phase()}
+            self._blocks = held.blocks_at(trace.tape.lives, curve, curve.peak_at)
+            self._resident = curve.at(len(curve.total) - 1)
+            path = self._folder / FOLDER / f"rank{self._explainer.rank}-snapshot.pickle"
+            if self._on_gpu:
+                snapshot.write_cuda(path)
+                torch.cuda.memory._record_memory_history(enabled=None)
+            else:
+                snapshot.write(path, snapshot.of_tape(trace.tape.lives, trace.tape.nanoseconds or []))
+        except Exception as error:  # measuring must not end a run
+            logger.warning("the traced step could not be written down: %s: %s", type(error).__name__, error)
+
+    def _take_stock(self) -> None:
+        here, self._host, blocks = held.by_category(self._named(), self._engine.device.type)
+        if self._timeline is not None:
+            return  # the trace has them, and more
+        self._resident, self._blocks = here, blocks
+        if self._on_gpu:
+            rest = self._gauge.now() - sum(here.values())
+            self._resident = here | {c.OTHER: max(0, rest)}
+
+    # ---- the record -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Write the record and let go of the engine; calling it again does nothing."""
+        for method in self._patched:
+            with contextlib.suppress(AttributeError):
+                object.__delattr__(self._engine, method)
+        self._patched.clear()
+        if sys.excepthook == self._uncaught:
+            sys.excepthook = self._hook
+        if self._closed:
+            return
+        self._enter(None)
+        self._closed = True
+        atexit.unregister(self.close)
+        if self._trace is not None:
+            # In the middle of a step: not a whole one, so not a record of one.
+            trace, self._trace = self._trace, None
+            trace.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        if self._level == "full" and self._timeline is None:
+            logger.warning("memory: the run ended before step %d, which was to be traced", self._traced_step)
+        if self._steps:  # else the record is the one that it began with
+            if not self._resident:
+                self._take_stock()
+            self._write()
+
+    def _write(self) -> None:
+        self._written = time.perf_counter()
+        with contextlib.suppress(OSError):
+            write(self._folder, measured_name(self._explainer.rank), self.record())
+
+    def record(self) -> Measurement:
+        """What has been measured so far."""
+        phases = self._phases()
+        known = [phase for phase in phases if phase.peak is not None]
+        largest = max(known, key=lambda phase: phase.peak or 0, default=None)
+        allocator = self._gauge.state() if isinstance(self._gauge, gauges.CachingAllocator) else None
+        source = self._gauge.source
+        if self._timeline is not None and not self._on_gpu:
+            source = "torch's CPU allocator" if counted() else "named tensors (torch's CPU allocator kept no count)"
+        assert self._level != "off"
+        return Measurement(
+            setup=self._explainer.setup or self._describe(self._seq_len),
+            rank=self._explainer.rank,
+            host=gauges.host(),
+            device_name=torch.cuda.get_device_name(self._engine.device) if self._on_gpu else "cpu",
+            level=self._level,
+            source=source,
+            step=self._traced_step if self._timeline is not None else None,
+            peak=largest.peak if largest is not None else None,
+            peak_phase=largest.name if largest is not None else None,
+            phases=phases,
+            resident=self._resident,
+            host_memory=self._host,
+            limit=self._explainer.limit,
+            timeline=self._timeline,
+            blocks=self._blocks,
+            allocator=allocator,
+            largest_resident_set=None if self._on_gpu else self.largest,
+            overhead_seconds=self._cost,
+            steps=self._steps,
+        )
+
+    def _phases(self) -> list[Phase]:
+        found = []
+        for name in c.PHASES:
+            peak, resident = self._peaks.get(name, (None, None))
+            traced = self._held.get(name)
+            if traced is None:
+                if resident is not None:
+                    found.append(Phase(name=name, peak=peak, resident_set=resident))
+                continue
+            by_name, total = traced.held, traced.peak or 0
+            if peak is not None and peak > total:
+                # Another step held more than the traced one, or an operation did within itself.
+                by_name = by_name | {c.OTHER: by_name.get(c.OTHER, 0) + peak - total}
+                total = peak
+            found.append(Phase(name=name, peak=total, held=by_name, resident_set=resident))
+        return found
+
+
+def _sequence_length(inputs: Iterable[Any]) -> int:
+    """Predictions of a sequence, from the first batch of token numbers; 0 if there is none."""
+    for value in inputs:
+        if isinstance(value, dict):
+            if found := _sequence_length(value.values()):
+                return found
+        elif isinstance(value, Tensor) and value.dim() >= 2 and not value.is_floating_point():
+            return int(value.shape[-1])
+    return 0
+
+
+def watch(
+    engine: Any,
+    run_dir: str | Path,
+    level: Level = "summary",
+    *,
+    model: str = "",
+    seq_len: int | None = None,
+    step: int = TRACED_STEP,
+    explainer: Explainer | None = None,
+) -> Ledger:
+    """Measure what `engine` holds, by phase and category, into `run_dir`/memory/rank<n>.json.
+
+    Args:
+        engine: that `deepspeed.initialize` or `toolkit.initialize` returned.
+        run_dir: made if missing. One run, one folder.
+        level: "off", "summary" or "full"; see docs/memory-profiling.md for the cost. On a CPU "full" counts from
+            `toolkit.memory.count_from_here()` on: call that before the model is built.
+        model: its name, for the record; by default that of its class.
+        seq_len: predictions of a sequence; by default read off the first batch.
+        step: which one "full" traces, from 1.
+        explainer: where memory that runs out is explained; by default one for `run_dir`.
+
+    Raises:
+        ValueError: an unknown level.
+        OSError: the folder cannot be made.
+    """
+    # DeepSpeed is loaded where there is an engine; `toolkit.memory` does without it.
+    from toolkit.zero.describe import describe
+    from toolkit.zero.inventory import inventory
+
+    if level not in ("off", "summary", "full"):
+        raise ValueError(f"level is {level!r}, but it must be off, summary or full.")
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if explainer is None:
+        here, _, _ = held.by_category(inventory(engine), engine.device.type)
+        explainer = Explainer(folder, int(engine.global_rank), engine.device, held_already=sum(here.values()))
+    return Ledger(
+        engine,
+        folder,
+        level,
+        named=lambda: inventory(engine),
+        describe=lambda length: describe(engine, model=model, seq_len=length),
+        explainer=explainer,
+        seq_len=seq_len,
+        step=step,
+    )
