@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from toolkit.errors import UserError, nearest
+from toolkit.memory.commands import estimate, plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -90,6 +91,10 @@ def report(
             typer.echo(f"{run.name}: {problem.sentence}")
     for path in paths.values():
         typer.echo(f"written: {path}")
+
+
+app.command()(estimate)
+app.command()(plan)
 
 
 def main() -> None:

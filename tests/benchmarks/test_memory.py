@@ -1,19 +1,43 @@
-"""The peak of a real training step against the memory model, on a model small enough for every test run."""
+"""Peaks of real training steps against `toolkit estimate`, on a model small enough for every test run.
+
+`prediction.py` has all cases.
+"""
 
 from __future__ import annotations
 
 import pytest
-from memory import predict, run
+from memory import configuration, launch
+
+from toolkit.memory.categories import is_model_state
+from toolkit.memory.estimate import Case, Estimator
 
 MODEL = "qwen3-tiny"
 
 
-@pytest.mark.parametrize(("name", "least"), [("AMCS compact, bf16+4", 0.97), ("AMCS compact, bf16+4, released", 0.95)])
-def test_the_measured_peak_is_the_predicted_one(name: str, least: float) -> None:
-    """What is held for a moment beside model state, activations and logits, is 1.5 % of a model of 5M parameters."""
-    [found] = run(name, stage=2, world_size=1, model=MODEL, offload=False)
-    peak = found["peak"] / found["parameters"]
-    predicted = predict(name, 2, 1, MODEL)
-    assert predicted is not None
-    assert least < predicted / peak <= 1.001, (peak, predicted)
-    assert found["resident"] / found["parameters"] == pytest.approx(5.05, rel=0.005)
+@pytest.mark.parametrize(
+    ("name", "stage", "ranks", "seq_len", "checkpointing"),
+    [
+        ("AMCS compact, bf16+4", 2, 1, 8, False),
+        ("AMCS compact, bf16+4, released", 2, 1, 8, False),
+        ("AMCS 8bit, bf16+8", 2, 2, 96, False),
+        ("AMCS 8bit, bf16+8", 3, 2, 96, True),
+        ("AdamW", 2, 2, 64, False),
+    ],
+)
+def test_the_measured_peak_is_the_predicted_one(
+    name: str, stage: int, ranks: int, seq_len: int, checkpointing: bool
+) -> None:
+    config = configuration(name, stage)
+    found = launch(config, ranks, model=MODEL, seq_len=seq_len, checkpointing=checkpointing)
+    largest = max(found, key=lambda one: one["peak"])
+    case = Case(MODEL, config, ranks, 1, seq_len, device="cpu", activation_checkpointing=checkpointing, loss="plain")
+    predicted = Estimator().predict(case)
+    assert predicted.peak == pytest.approx(largest["peak"], rel=0.02)
+    held = next(phase.held for phase in predicted.phases if phase.name == largest["phase"])
+
+    def model_state(by_category: dict[str, int]) -> int:
+        return sum(size for category, size in by_category.items() if is_model_state(category))
+
+    assert model_state(held) == pytest.approx(model_state(largest["held"]), rel=0.02)
+    # Every byte of the peak has a name.
+    assert largest["held"].get("other", 0) < 0.03 * largest["peak"]

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from toolkit.memory.records import Change, Prediction, Setup
-from toolkit.memory.rehearsal import Rehearsal, rehearse
+from toolkit.memory.rehearsal import Rehearsal, rehearse, scaled
 from toolkit.memory.sharding import Step, Zero, simulate
 from toolkit.memory.state import Stored, stored
+from toolkit.memory.tape import curve
 from toolkit.run.screen import size_text
 
 ASSUMED_CONTEXT = 1_000_000_000
@@ -60,8 +61,13 @@ def computed_in(config: Mapping[str, Any]) -> torch.dtype:
 
 @dataclass
 class Estimator:
-    """Predicts cases; passes that several of them share are rehearsed once."""
+    """Predicts cases; passes that several of them share are rehearsed once.
 
+    Args:
+        several: many micro-batches will be asked for, so it pays to scale the rehearsals of two.
+    """
+
+    several: bool = False
     _passes: dict[tuple[Any, ...], Rehearsal] = field(default_factory=dict)
 
     def predict(self, case: Case, *, changes: bool = False) -> Prediction:
@@ -85,22 +91,7 @@ class Estimator:
         return int(step.curve.total.max())
 
     def _simulate(self, case: Case) -> tuple[Rehearsal, Stored, Step]:
-        key = (
-            *(case.model, case.dtype, case.micro_batch, case.seq_len, case.device),
-            *(case.activation_checkpointing, case.loss, case.attention),
-        )
-        if key not in self._passes:
-            self._passes[key] = rehearse(
-                case.model,
-                dtype=case.dtype,
-                micro_batch=case.micro_batch,
-                seq_len=case.seq_len,
-                device=case.device,
-                activation_checkpointing=case.activation_checkpointing,
-                loss=case.loss,
-                attention=case.attention,
-            )
-        rehearsal = self._passes[key]
+        rehearsal = self._rehearsal(case)
         zero = Zero.read(case.config, world_size=case.world_size, accumulation=case.accumulation)
         offloaded = zero.optimizer_on != "none"
         kept = stored(rehearsal.model, case.config, dtype=case.dtype, stage=zero.stage, on_host=offloaded)
@@ -110,6 +101,28 @@ class Estimator:
             for rank in {0, case.world_size - 1}
         ]
         return rehearsal, kept, max(steps, key=lambda step: int(step.curve.total.max()))
+
+    def _rehearsal(self, case: Case) -> Rehearsal:
+        key = (
+            *(case.model, case.dtype, case.micro_batch, case.seq_len, case.device),
+            *(case.activation_checkpointing, case.loss, case.attention),
+        )
+        if key not in self._passes:
+            found = None
+            if self.several and case.micro_batch > 3:
+                two, three = (self._rehearsal(replace(case, micro_batch=size)) for size in (2, 3))
+                found = scaled(two, three, case.micro_batch)
+            self._passes[key] = found or rehearse(
+                case.model,
+                dtype=case.dtype,
+                micro_batch=case.micro_batch,
+                seq_len=case.seq_len,
+                device=case.device,
+                activation_checkpointing=case.activation_checkpointing,
+                loss=case.loss,
+                attention=case.attention,
+            )
+        return self._passes[key]
 
     def _describe(self, case: Case, rehearsal: Rehearsal, kept: Stored, step: Step) -> Prediction:
         at = step.curve.peak_at
@@ -192,10 +205,10 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
     offloaded = _offloads(config.get("zero_optimization", {}), "optimizer")
 
     def params_with(**changed: Any) -> Case:
-        return replace(case, config=_with(config, ["optimizer", "params"], changed))
+        return replace(case, config=with_section(config, ["optimizer", "params"], changed))
 
     def zero_with(**changed: Any) -> Case:
-        return replace(case, config=_with(config, ["zero_optimization"], changed))
+        return replace(case, config=with_section(config, ["zero_optimization"], changed))
 
     for other in (1, 2, 3):
         if other > stage and (case.world_size > 1 or stage == 0) and not (other == 3 and _released(params)):
@@ -232,7 +245,8 @@ def _released(params: Mapping[str, Any]) -> bool:
     return params.get("release_gradients") is True
 
 
-def _with(config: Mapping[str, Any], path: list[str], changed: Mapping[str, Any]) -> dict[str, Any]:
+def with_section(config: Mapping[str, Any], path: list[str], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `config` with keys changed in the section at `path`."""
     result = copy.deepcopy(dict(config))
     section = result
     for key in path:
@@ -241,6 +255,31 @@ def _with(config: Mapping[str, Any], path: list[str], changed: Mapping[str, Any]
     return result
 
 
-def total_with_context(prediction: Prediction) -> int:
-    """Bytes that a device must have."""
-    return prediction.peak + prediction.context
+def variants(case: Case) -> dict[str, int]:
+    """Bytes of one transformer block's activations and of the loss, under every choice that a run has for them.
+
+    From a model of one layer: "kept" stays between the block's forward and its backward pass, "while it runs" is the
+    most that it holds, "logits" the most between the head and the gradient of its input.
+    """
+    found: dict[str, int] = {}
+    for attention, words in (("sdpa", "flash attention"), ("eager", "eager attention")):
+        for checkpointing in (False, True):
+            small = rehearse(
+                case.model,
+                dtype=case.dtype,
+                micro_batch=case.micro_batch,
+                seq_len=case.seq_len,
+                device=case.device,
+                activation_checkpointing=checkpointing,
+                loss="plain" if checkpointing else "chunked",
+                attention=attention,
+                layers=1,
+            )
+            if checkpointing:
+                found["kept, with checkpointing"] = small.per_block.get("kept", 0)
+            else:
+                found[f"kept, {words}"] = small.per_block.get("kept", 0)
+                found[f"while it runs, {words}"] = small.per_block.get("largest moment", 0)
+            held = curve(small.tape.lives, small.tape.now, small.tape.phases).held.get("logits")
+            found[f"logits, {small.loss} loss"] = 0 if held is None else int(held.max())
+    return found

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from toolkit.memory import categories as c
 from toolkit.memory.rehearsal import Call, Rehearsal
 from toolkit.memory.tape import Life
 
-Hold = Callable[[float, str, int, int | None], Life]
-"""Adds a life: bytes, what, from, until."""
+Hold = Callable[[float, str, str, int, int | None], Life]
+"""Adds a life: bytes, category, what, from, until."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,28 @@ class Limits:
 
 @dataclass
 class _Flight:
-    """Weights that are gathered together: one buffer, of which each is copied at the first wait for any of them."""
+    """Weights that are gathered together: one buffer, of which each is copied at the first wait for any of them.
+
+    A single one is not copied: it is the buffer.
+    """
 
     numbers: list[int]
     buffer: Life
+    own: Life | None
+    """gloo's buffer."""
     left: set[int] = field(default_factory=set)
     arrived: bool = False
 
 
 def gather(
-    rehearsal: Rehearsal, sizes: Sequence[float], elements: Sequence[int], limits: Limits, hold: Hold, *, copies: bool
+    rehearsal: Rehearsal,
+    sizes: Sequence[float],
+    elements: Sequence[int],
+    limits: Limits,
+    hold: Hold,
+    *,
+    copies: bool,
+    gloo: bool,
 ) -> None:
     """Hold the weights that are gathered, for as long as they are.
 
@@ -48,26 +61,33 @@ def gather(
         sizes: bytes of each whole parameter, `elements` their numels.
         hold: called for every buffer.
         copies: weights that are gathered together are cut out of one buffer, each as a copy (more than one rank).
+        gloo: it gathers into a buffer of its own, which it holds until it is done: before the next one begins.
     """
+
+    def gathered(number: int, moment: int) -> Life:
+        return hold(sizes[number], c.GATHERED, rehearsal.parameters[number].name, moment, None)
+
     persistent = {number for number, numel in enumerate(elements) if numel <= limits.persistent}
-    for number in sorted(persistent):
-        hold(sizes[number], rehearsal.parameters[number].name, -1, None)
+    available: dict[int, Life] = {number: gathered(number, -1) for number in sorted(persistent)}
     uses = _uses(rehearsal)
     order: deque[tuple[int, int]] = deque((step, number) for step, use in enumerate(uses) for number in use.parameters)
     fetched_for = dict.fromkeys(range(len(elements)), -1)
-    available: dict[int, Life | None] = dict.fromkeys(persistent)
     flights: dict[int, _Flight] = {}
     live = 0
+    own: Life | None = None
 
     def submit(numbers: list[int], moment: int) -> None:
-        nonlocal live
+        nonlocal live, own
         live += sum(elements[number] for number in numbers)
-        if len(numbers) == 1 or not copies:
-            for number in numbers:
-                available[number] = hold(sizes[number], rehearsal.parameters[number].name, moment, None)
+        if not copies:
+            available.update({number: gathered(number, moment) for number in numbers})
             return
-        buffer = hold(sum(sizes[number] for number in numbers), "weights gathered together", moment, None)
-        flight = _Flight(numbers, buffer, set(numbers))
+        size = sum(sizes[number] for number in numbers)
+        what = "weights gathered together" if len(numbers) > 1 else rehearsal.parameters[numbers[0]].name
+        if own is not None:
+            own.died = min(own.died or moment, moment)
+        own = hold(size, c.TRANSIENTS, f"{what}, gloo's copy", moment, None) if gloo else None
+        flight = _Flight(numbers, hold(size, c.GATHERED, what, moment, None), own, set(numbers))
         flights.update(dict.fromkeys(numbers, flight))
 
     def wait(number: int, moment: int) -> None:
@@ -75,12 +95,18 @@ def gather(
         if flight is None:
             return
         flight.left.discard(number)
-        if not flight.left:
+        if len(flight.numbers) > 1 and not flight.left:
             flight.buffer.died = moment if flight.arrived else moment + 1
-        if not flight.arrived:
-            flight.arrived = True
-            for other in flight.numbers:
-                available[other] = hold(sizes[other], rehearsal.parameters[other].name, moment, None)
+        if flight.arrived:
+            return
+        flight.arrived = True
+        if flight.own is not None:
+            done = max(moment, flight.own.born + 1)
+            flight.own.died = min(flight.own.died or done, done)
+        if len(flight.numbers) == 1:
+            available[number] = flight.buffer
+        else:
+            available.update({other: gathered(other, moment) for other in flight.numbers})
 
     for step, use in enumerate(uses):
         missing = [number for number in use.parameters if number not in available and number not in flights]
@@ -116,11 +142,12 @@ def gather(
             if number in persistent or number in keep or number not in available:
                 continue
             life = available.pop(number)
-            if life is not None:
-                life.died = max(closed, life.born + 1)
+            life.died = max(closed, life.born + 1)
             live -= elements[number]
     for flight in flights.values():
-        flight.buffer.died = rehearsal.tape.now
+        for left in (flight.buffer, flight.own):
+            if left is not None and left.died is None:
+                left.died = rehearsal.tape.now
 
 
 def _uses(rehearsal: Rehearsal) -> list[Call]:

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from toolkit.memory.tape import Tape
 from toolkit.memory.tracker import Tracker
 from toolkit.models.build import CausalLM, blueprint
 from toolkit.models.loss import LossHead
+
+MOMENTS = 4
+"""From one birth or death to the next: between them is room for what ZeRO does at that point."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def rehearse(
     activation_checkpointing: bool | None = None,
     loss: str | None = None,
     attention: str | None = None,
+    layers: int | None = None,
 ) -> Rehearsal:
     """Rehearse a forward and a backward pass.
 
@@ -85,6 +89,7 @@ def rehearse(
         device: "cuda" or "cpu", whose kernels are assumed.
         activation_checkpointing, loss: None is the model's default.
         attention: "sdpa", "eager" or another of transformers' names; None is the model's default.
+        layers: only so many of the model's.
 
     Raises:
         UserError: as `build_model`.
@@ -96,6 +101,7 @@ def rehearse(
         activation_checkpointing=activation_checkpointing,
         loss=loss,
         attention=attention,
+        layers=layers,
     )
     built.train()
     tape = Tape()
@@ -140,6 +146,25 @@ def rehearse(
     )
 
 
+def scaled(two: Rehearsal, three: Rehearsal, micro_batch: int) -> Rehearsal | None:
+    """The rehearsal of `micro_batch` sequences, from those of two and three; None if they differ in more than size.
+
+    Every tensor's size is linear in the number of sequences, as long as the same operations run. (With one sequence
+    some copies are left out.)
+    """
+
+    def pattern(rehearsal: Rehearsal) -> list[tuple[int, int | None, str]]:
+        return [(life.born, life.died, life.what) for life in rehearsal.tape.lives]
+
+    if pattern(two) != pattern(three):
+        return None
+    lives = [
+        replace(small, bytes=small.bytes + (large.bytes - small.bytes) * (micro_batch - 2))
+        for small, large in zip(two.tape.lives, three.tape.lives, strict=True)
+    ]
+    return replace(two, tape=replace(two.tape, lives=lives))
+
+
 def _watch_calls(model: nn.Module, tape: Tape, numbers: dict[int, int], calls: list[Call]) -> list[Any]:
     hooks = []
     for module in model.modules():
@@ -182,6 +207,7 @@ class _MetaTracker(Tracker):
 
     def __init__(self, tape: Tape, device: str) -> None:
         super().__init__(tape, sites=False)
+        self._stride = MOMENTS
         self._on_cpu = device == "cpu"
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -92,7 +92,8 @@ class _Simulation:
     def __init__(self, rehearsal: Rehearsal, zero: Zero, stored: Stored, width: int, rank: int, on_gpu: bool) -> None:
         self.rehearsal, self.zero, self.stored = rehearsal, zero, stored
         self.width, self.rank, self.on_gpu = width, rank, on_gpu
-        self.lives = [replace(life) for life in rehearsal.tape.lives]
+        # Only gradients live on differently under ZeRO; everything else is the rehearsal's own.
+        self.lives = [life if life.parameter is None else replace(life) for life in rehearsal.tape.lives]
         self.host: dict[str, int] = {}
         self.nvme = 0.0
         self.numels = [parameter.numel for parameter in rehearsal.parameters]
@@ -243,8 +244,9 @@ class _Simulation:
                 elif number not in released:
                     self._accumulated(number, self.width * self.numels[number])
                 continue
-            if self.numels[number] >= zero.reduce_bucket:
+            if self.numels[number] >= zero.reduce_bucket and waiting:
                 self._flush(waiting, moment, released)
+                moment += 2
             waiting.append(number)
             full = sum(self.numels[n] for n in waiting) >= zero.reduce_bucket
             if full or zero.world_size == 1:
@@ -337,8 +339,9 @@ class _Simulation:
                 [self.width * numel for numel in self.numels],
                 self.numels,
                 zero.limits,
-                lambda size, what, born, died: self.hold(size, c.GATHERED, what, born, died),
+                self.hold,
                 copies=zero.world_size > 1,
+                gloo=not self.on_gpu,
             )
         waiting: list[int] = []
         for number, moment in self.rehearsal.arrivals:
@@ -365,9 +368,11 @@ class _Simulation:
         size = self.width * sum(self.numels[number] for number in waiting)
         if len(waiting) > 1 or self.numels[waiting[0]] % self.zero.world_size:
             self.hold(size, c.BUCKETS, "gradients that are reduced together", moment, moment + 1)
-        # gloo has no reduce-scatter: it sums a copy of everything.
-        temporary = size / self.zero.world_size if self.on_gpu else size
-        self.hold(temporary, c.BUCKETS, "result of the reduction", moment, moment + 1)
+        if self.on_gpu:
+            self.hold(size / self.zero.world_size, c.BUCKETS, "result of the reduction", moment, moment + 1)
+        else:
+            # gloo has no reduce-scatter: it sums a copy of everything.
+            self.hold(size, c.TRANSIENTS, "gradients that are reduced together, gloo's copy", moment, moment + 1)
         for number in waiting:
             if self.gradients[number].died == self.step:  # too large for the bucket
                 self.gradients[number].died = moment + 1

@@ -37,6 +37,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.tape = tape
         self._sites = sites
+        self._stride = 1
         self._known: dict[int, Life | None] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._scope: list[Scope] = []
@@ -80,7 +81,7 @@ class Tracker(TorchDispatchMode):
 
     def _tick(self) -> int:
         moment = self.tape.now
-        self.tape.now += 1
+        self.tape.now += self._stride
         if self.tape.nanoseconds is not None:
             self.tape.nanoseconds.append(time.time_ns())
         return moment

@@ -98,18 +98,26 @@ def blueprint(
     activation_checkpointing: bool | None = None,
     loss: str | None = None,
     attention: str | None = None,
+    layers: int | None = None,
 ) -> CausalLM:
     """The model that `build_model` builds on a machine with or without GPUs, on the meta device: it takes no memory.
 
-    `attention` is transformers' `attn_implementation` ("sdpa", "eager", ...; default: its own choice).
+    `attention` is transformers' `attn_implementation` ("sdpa", "eager", ...; default: its own choice), `layers` cuts
+    the model to its first ones.
 
     Raises UserError as `build_model` does.
     """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
     config, preset = load_config(name_or_folder)
+    if layers is not None:
+        config.num_hidden_layers = layers
     if attention is not None:
         config._attn_implementation = attention
-    hf = skeleton(config, dtype)
-    nn.Module.to(hf, "meta")  # its buffers, too
+    with torch.device("meta"), no_init_weights():
+        hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    hf.tie_weights()
     return _complete(hf, preset, dtype, activation_checkpointing, loss, on_gpu=on_gpu)
 
 

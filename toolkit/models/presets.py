@@ -99,7 +99,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def load_config(name_or_folder: str) -> tuple[PretrainedConfig, Preset | None]:
-    """The configuration of a preset, or of the causal language model whose ``config.json`` a folder holds.
+    """The configuration of a preset, or of the causal language model whose ``config.json`` (or its folder) is given.
 
     Returns a fresh configuration object and the preset, or None for a folder. Nothing is downloaded and no
     code from the folder is run. Raises UserError for an unknown name, a missing folder, an unreadable
@@ -111,10 +111,12 @@ def load_config(name_or_folder: str) -> tuple[PretrainedConfig, Preset | None]:
 
         return Qwen3Config(**preset.config), preset
     folder = Path(name_or_folder).expanduser()
+    if folder.name == "config.json" and folder.is_file():
+        folder = folder.parent
     if folder.is_dir():
         return _config_of_folder(folder), None
     if folder.exists():
-        raise UserError(f"model {name_or_folder!r} is a file: give the folder that holds its config.json.")
+        raise UserError(f"model {name_or_folder!r} is a file: give its config.json, or the folder that holds it.")
     if "/" in name_or_folder or "\\" in name_or_folder or name_or_folder.startswith((".", "~")):
         raise UserError(f"model folder {name_or_folder!r} does not exist.")
     raise UserError(

@@ -1,0 +1,146 @@
+"""`toolkit estimate` and `toolkit plan`: what they print, and how they end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from toolkit import cli
+from toolkit.config import load_config, validate
+from toolkit.errors import UserError
+from toolkit.memory.records import Prediction
+from toolkit.memory.sizes import parse_size
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["toolkit", *arguments])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_json_is_the_whole_prediction(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "qwen3-tiny", "--config", "soam_zero3", "--gpus", "2", "--nodes", "3", "--grad-accum", "2"]
+    assert run(monkeypatch, "estimate", *arguments, "--json") == 0
+    found = Prediction.model_validate_json(capsys.readouterr().out)
+    assert (found.setup.optimizer, found.setup.stage, found.setup.world_size) == ("SOAM", 3, 6)
+    assert (found.setup.micro_batch, found.setup.gradient_accumulation) == (4, 2)
+    assert found.context > 0 and any("assumed" in remark for remark in found.remarks)
+
+
+def test_the_table_adds_up_and_says_whether_it_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["estimate", "--model", "qwen3-134m", "--device", "cpu", "--seq-len", "128"]
+    assert run(monkeypatch, *arguments, "--gpu-memory", "80GB") == 0
+    printed = capsys.readouterr().out
+    for word in ("weights", "remainder", "gradients", "m_fast", "m_slow", "v ", "scales", "peak in the phase"):
+        assert word in printed
+    assert "fits:" in printed and "to spare" in printed
+    assert run(monkeypatch, *arguments, "--gpu-memory", "0.5GB") == 1
+    assert "does not fit:" in capsys.readouterr().out
+
+
+def test_eight_billion_parameters_on_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "qwen3-8b", "--micro-batch", "1", "--seq-len", "2048", "--gpu-memory", "80GB", "--json"]
+    assert run(monkeypatch, "estimate", "--config", "amcs_zero2", *arguments) == 0
+    lean = Prediction.model_validate_json(capsys.readouterr().out)
+    assert run(monkeypatch, "estimate", "--config", "adamw_zero2", *arguments) == 1
+    plain = Prediction.model_validate_json(capsys.readouterr().out)
+    assert lean.peak + lean.context < 80e9 < plain.peak
+    assert lean.setup.parameters == plain.setup.parameters == 8_190_735_360
+
+
+def test_what_if_lists_variants_and_changes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "estimate", "--gpus", "2", "--what-if") == 0
+    printed = capsys.readouterr().out
+    for words in ("kept, eager attention", "logits, chunked loss", "optimizer.params.state_format compact", "--micro-"):
+        assert words in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "qwen3-9b"], "Did you mean 'qwen3-8b'?"),
+        (["--config", "amcs_zero22"], "Did you mean 'amcs_zero2'?"),
+        (["--gpu-memory", "80XB"], "must be a size such as 80GB"),
+        (["--gpu-memory", "0GB"], "must be a size such as 80GB"),
+        (["--set", "optimizer.params.state_format=9bit"], "state_format '9bit' is unknown"),
+        (["--plugin", "missing.py"], "there is no such file"),
+        (["--attention", "flsh"], "flsh"),
+        (["--gpus", "0"], "greater than or equal to 1"),
+    ],
+)
+def test_what_is_typed_wrong_ends_with_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert run(monkeypatch, "estimate", *arguments) == 2
+    printed = capsys.readouterr()
+    assert words in " ".join(printed.err.split()) and "Traceback" not in printed.err
+
+
+def test_a_plan_writes_a_config_that_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    arguments = ["plan", "--model", "qwen3-tiny", "--gpus", "2", "--gpu-memory", "1.2GB", "--seq-len", "128"]
+    assert run(monkeypatch, *arguments, "--out", str(path)) == 0
+    printed = capsys.readouterr().out
+    assert "the fastest first" in printed and "does not fit" not in printed.split("fits in")[0]
+    written = load_config(path)
+    validate(written, origin="plan")
+    micro_batch = written["train_micro_batch_size_per_gpu"]
+    checkpointing = "--no-activation-checkpointing" if "--no-act" in printed else "--activation-checkpointing"
+    again = ["estimate", "--model", "qwen3-tiny", "--config", str(path), "--gpus", "2", "--seq-len", "128"]
+    assert run(monkeypatch, *again, checkpointing, "--gpu-memory", "1.2GB") == 0
+    doubled = ["--micro-batch", str(2 * micro_batch), "--gpu-memory", "1.2GB"]
+    assert run(monkeypatch, *again, checkpointing, *doubled) == (0 if micro_batch == 64 else 1)
+
+
+def test_a_plan_that_cannot_be_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    wanted = ["plan", "--model", "qwen3-tiny", "--gpu-memory", "1.01GB", "--optimizer", "adamw", "--out", str(path)]
+    assert run(monkeypatch, *wanted) == 1
+    printed = capsys.readouterr().out
+    assert "does not fit in 1.01 GB" in printed and "too much" in printed and "hold most" in printed
+    assert not path.exists()
+    assert run(monkeypatch, "plan", "--model", "qwen3-tiny", "--gpu-memory", "1GB", "--optimizer", "Adm") == 2
+    assert "must be AMCS, AdamW, SOAM. Did you mean 'AdamW'?" in capsys.readouterr().err
+
+
+def test_a_plan_overwrites_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["plan", "--model", "qwen3-tiny", "--gpu-memory", "8GB", "--seq-len", "64", "--json"]
+    assert run(monkeypatch, *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["optimizer"]["type"] == "AMCS"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "qwen3-tiny-plan.json").write_text("{}")
+    assert run(monkeypatch, *arguments[:-1]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "qwen3-tiny-plan.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GB", 80 * 10**9), ("80GiB", 80 * 2**30), ("1.5tb", 1_500_000_000_000), ("512", 512), ("2 g", 2 * 10**9)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text, where="test") == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e3", "80 bytes", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UserError, match="--gpu-memory"):
+        parse_size(text, where="--gpu-memory")

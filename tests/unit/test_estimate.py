@@ -1,0 +1,275 @@
+"""Predictions against sums done by hand, against measured figures, and against a real pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from toolkit import models
+from toolkit.errors import UserError
+from toolkit.memory import categories as c
+from toolkit.memory.estimate import Case, Estimator, alternatives, variants
+from toolkit.memory.rehearsal import rehearse, scaled
+from toolkit.memory.state import stored
+from toolkit.memory.tape import curve
+from toolkit.memory.trace import StepTrace, count_from_here
+from toolkit.models.build import blueprint
+from toolkit.optim import RULES, Rule, State, as_optimizer
+
+TINY, MIDDLE = "qwen3-tiny", "qwen3-134m"
+SCALE = 4 / 256
+BUCKET = 4_194_304
+
+
+def config(optimizer: str, stage: int, offload: dict[str, Any] | None = None, **params: Any) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    zero |= {"overlap_comm": False, "sub_group_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}
+    zero |= {"stage3_max_live_parameters": 4 * BUCKET, "stage3_max_reuse_distance": 4 * BUCKET}
+    zero |= {"stage3_param_persistence_threshold": 16_384} | (offload or {})
+    optimizer_params = {"lr": 1e-4} | params
+    if optimizer == "AdamW":
+        optimizer_params |= {"torch_adam": True, "fused": True}
+    return {
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": optimizer, "params": optimizer_params},
+        "zero_optimization": zero,
+    }
+
+
+def case(settings: dict[str, Any], world_size: int = 1, *, model: str = TINY, tokens: int = 8, **more: Any) -> Case:
+    defaults = {"device": "cpu", "activation_checkpointing": False, "loss": "plain"}
+    return Case(model, settings, world_size, 1, tokens, **(defaults | more))
+
+
+@pytest.fixture(scope="module")
+def estimator() -> Estimator:
+    return Estimator()
+
+
+def numels(model: str) -> tuple[int, int]:
+    """Parameters in matrices and in vectors."""
+    shapes = [p.shape for p in blueprint(model, dtype=torch.bfloat16, on_gpu=False).parameters()]
+    return sum(s.numel() for s in shapes if len(s) > 1), sum(s.numel() for s in shapes if len(s) == 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "state_format", "weights", "states", "each"),
+    [
+        ("AMCS", "8bit", "bf16+8", 3, 1 + 3 * (1 + SCALE)),
+        ("AMCS", "compact", "bf16+4", 3, 0.5 + 2.5 + 3 * SCALE),
+        ("AMCS", "minimal", "bf16+4", 3, 0.5 + 2 + 3 * SCALE),
+        ("SOAM", "8bit", "bf16+16", 2, 2 + 2 * (1 + SCALE)),
+        ("SOAM", "compact", "bf16+4", 2, 0.5 + 1.5 + 2 * SCALE),
+        ("AdamW", "", "", 2, 4 + 8),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_bytes_between_steps_at_stage_2(
+    estimator: Estimator, rule: str, state_format: str, weights: str, states: int, each: float, ranks: int
+) -> None:
+    params = {} if rule == "AdamW" else {"state_format": state_format, "weights": weights}
+    held = dict(estimator.predict(case(config(rule, 2, **params), ranks)).resident)
+    matrices, vectors = numels(TINY)
+    # 1-D parameters keep fp32 state and 16 bits of remainder.
+    of_vector = each if rule == "AdamW" else 2 + 4 * states
+    buffers = 2 * 4 * 32  # rotary frequencies
+    assert held.pop(c.WEIGHTS) == 2 * (matrices + vectors) + buffers
+    assert sum(held.values()) == pytest.approx((each * matrices + of_vector * vectors) / ranks, rel=2e-3)
+
+
+# Bytes per parameter of Qwen3-134M, measured by tests/benchmarks/memory.py: docs/benchmarks/README.md.
+MEASURED = [
+    ("AMCS", {"state_format": "8bit", "weights": "bf16+8"}, 2, 1, 8.06),
+    ("AMCS", {"state_format": "compact", "weights": "bf16+4"}, 2, 1, 7.06),
+    ("AMCS", {"state_format": "8bit", "weights": "fp32"}, 2, 1, 11.06),
+    ("AMCS", {"state_format": "compact", "weights": "bf16+4", "release_gradients": True}, 2, 1, 5.46),
+    ("SOAM", {"state_format": "8bit", "weights": "bf16+8"}, 2, 1, 7.04),
+    ("AdamW", {}, 2, 1, 22.00),
+    ("AMCS", {"state_format": "8bit", "weights": "bf16+8"}, 1, 2, 5.39),
+    ("AMCS", {"state_format": "minimal", "weights": "bf16+4"}, 2, 2, 4.64),
+    ("AMCS", {"state_format": "8bit", "weights": "bf16+8"}, 3, 2, 5.19),
+    ("SOAM", {"state_format": "compact", "weights": "bf16+4"}, 3, 2, 4.19),
+]
+
+
+@pytest.mark.parametrize(("rule", "params", "stage", "ranks", "measured"), MEASURED)
+def test_the_predicted_peak_is_the_measured_one(
+    estimator: Estimator, rule: str, params: dict[str, Any], stage: int, ranks: int, measured: float
+) -> None:
+    found = estimator.predict(case(config(rule, stage, **params), ranks, model=MIDDLE))
+    assert found.peak / found.setup.parameters == pytest.approx(measured, rel=0.01)
+
+
+def test_every_phase_adds_up_and_the_timeline_holds_the_peak(estimator: Estimator) -> None:
+    found = estimator.predict(case(config("AMCS", 2), 2, tokens=64))
+    assert {phase.name for phase in found.phases} == {c.FORWARD, c.BACKWARD, c.REDUCE, c.STEP}
+    for phase in found.phases:
+        assert sum(phase.held.values()) == phase.peak
+    at = [sum(values) for values in zip(*found.timeline.held.values(), strict=True)]
+    assert max(at) == found.peak == max(phase.peak or 0 for phase in found.phases)
+    assert found.timeline.spans[-1].stop == len(at)
+
+
+def test_a_pass_holds_what_the_allocator_counts() -> None:
+    """The rehearsal of a pass against the same pass, byte by byte, with and without checkpointing."""
+    count_from_here()
+    for checkpointing in (False, True):
+        settings: dict[str, Any] = {"activation_checkpointing": checkpointing, "loss": "plain"}
+        rehearsed = rehearse(TINY, dtype=torch.bfloat16, micro_batch=2, seq_len=48, device="cpu", **settings)
+        expected = curve(rehearsed.tape.lives, rehearsed.tape.now, rehearsed.tape.phases)
+        model = models.build_model(TINY, dtype=torch.bfloat16, seed=0, **settings).train()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        tokens = torch.zeros(2, 49, dtype=torch.int64)
+        model(tokens).backward()
+        trace = StepTrace(
+            model,
+            model.hf.get_output_embeddings(),
+            lambda model=model: ((c.WEIGHTS, name, p.data) for name, p in model.named_parameters()),
+            on_gpu=False,
+        )
+        with trace:
+            trace.phase(c.FORWARD)
+            loss = model(tokens)
+            trace.phase(c.BACKWARD)
+            loss.backward()
+        weights = sum(p.numel() * 2 for p in model.parameters())
+        for phase, rehearsed_phase in zip(trace.curve.by_phase(), expected.by_phase(), strict=True):
+            assert phase.peak is not None and rehearsed_phase.peak is not None
+            beside = phase.held.get(c.OTHER, 0) + weights  # what earlier tests have left behind
+            assert phase.peak - beside == pytest.approx(rehearsed_phase.peak, rel=0.002, abs=65_536)
+
+
+def test_checkpointing_keeps_the_input_of_a_block_only(estimator: Estimator) -> None:
+    plain = estimator.predict(case(config("AMCS", 2), tokens=128))
+    small = estimator.predict(case(config("AMCS", 2), tokens=128, activation_checkpointing=True))
+    assert small.per_block["kept"] == 128 * 256 * 2  # tokens x hidden size x bf16
+    assert plain.per_block["kept"] > 10 * small.per_block["kept"]
+    assert small.peak < plain.peak
+
+
+def test_sizes_are_linear_in_the_micro_batch() -> None:
+    two, three, five = (
+        rehearse(TINY, dtype=torch.bfloat16, micro_batch=size, seq_len=32, device="cuda") for size in (2, 3, 5)
+    )
+    guess = scaled(two, three, 5)
+    assert guess is not None
+    assert [life.bytes for life in guess.tape.lives] == [life.bytes for life in five.tape.lives]
+    other = rehearse(TINY, dtype=torch.bfloat16, micro_batch=3, seq_len=32, device="cuda", loss="chunked")
+    assert scaled(two, other, 5) is None
+
+
+def test_variants_of_attention_and_loss() -> None:
+    found = variants(case(config("AMCS", 2), tokens=64, device="cuda"))
+    heads, tokens = 4, 64
+    # Eager attention keeps at least the bf16 probabilities of every head.
+    assert found["kept, eager attention"] - found["kept, flash attention"] >= heads * tokens * tokens * 2
+    assert found["kept, with checkpointing"] == tokens * 256 * 2
+    assert found["logits, plain loss"] > tokens * 4096 * 4
+    assert found["logits, chunked loss"] < found["logits, plain loss"]
+
+
+def test_accumulation_keeps_gradients_between_micro_batches(estimator: Estimator) -> None:
+    for stage, ranks, share in ((2, 1, 1), (1, 1, 1), (2, 2, 2), (1, 2, 1)):
+        one = estimator.predict(case(config("AMCS", stage), ranks))
+        many = estimator.predict(case(config("AMCS", stage), ranks, accumulation=4))
+        forward = {phase.name: phase.held.get(c.GRADIENTS, 0) for phase in many.phases}[c.FORWARD]
+        assert forward == pytest.approx(2 * many.setup.parameters / share, rel=0.35 if share > 1 else 0.01)
+        assert one.phases[0].held.get(c.GRADIENTS, 0) == 0
+
+
+def test_offload_moves_state_to_the_host(estimator: Estimator) -> None:
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    there = estimator.predict(case(config("AMCS", 2, offload), device="cuda"))
+    here = estimator.predict(case(config("AMCS", 2), device="cuda"))
+    parameters = here.setup.parameters
+    assert "m_fast" in here.resident and not here.host
+    assert set(there.resident) == {c.WEIGHTS}
+    assert sum(there.host.values()) / parameters == pytest.approx(2 + 2 + 1 + 3.05, rel=0.01)
+    assert there.peak < here.peak
+    # On a CPU both are one memory.
+    merged = estimator.predict(case(config("AMCS", 2, offload)))
+    assert not merged.host and merged.peak / parameters > 10
+
+
+def test_nvme_holds_what_is_offloaded_there(estimator: Estimator) -> None:
+    offload = {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}
+    found = estimator.predict(case(config("AdamW", 3, offload), device="cuda"))
+    assert found.nvme / found.setup.parameters == pytest.approx(12 + 4, rel=0.01)
+
+
+def test_stage_3_gathers_no_more_than_the_model(estimator: Estimator) -> None:
+    alone = estimator.predict(case(config("AMCS", 3)))
+    shared = estimator.predict(case(config("AMCS", 3), 2))
+    assert all(c.GATHERED not in phase.held for phase in alone.phases)
+    most = max(phase.held.get(c.GATHERED, 0) for phase in shared.phases)
+    size = 2 * shared.setup.parameters
+    # One buffer, and each weight cut out of it.
+    assert size < most <= 2.01 * size
+    assert shared.resident[c.WEIGHTS] == pytest.approx(alone.resident[c.WEIGHTS] / 2, rel=0.01)
+
+
+def test_a_rule_of_the_users_is_counted_from_its_declaration(estimator: Estimator) -> None:
+    class OneState(Rule):
+        """Momentum."""
+
+        states: ClassVar[tuple[State, ...]] = (State("momentum"),)
+        lr: float = 1e-3
+
+    as_optimizer(OneState)
+    try:
+        found = estimator.predict(case(config("OneState", 2, state_format="8bit", weights="bf16+8")))
+        matrices, vectors = numels(TINY)
+        assert found.resident["momentum"] == pytest.approx(matrices + 4 * vectors, rel=1e-3)
+        assert found.resident[c.SCALES] == pytest.approx(SCALE * matrices, rel=1e-3)
+    finally:
+        del RULES["OneState"]
+
+
+def test_optimizers_of_torch_are_tried_on_a_small_tensor() -> None:
+    model = blueprint(TINY, dtype=torch.bfloat16, on_gpu=False)
+
+    def states(kind: str, **params: Any) -> dict[str, float]:
+        settings = {"optimizer": {"type": kind, "params": {"lr": 0.1} | params}}
+        [group] = stored(model, settings, dtype=torch.bfloat16, stage=2, on_host=False).groups
+        return dict(group.per_element)
+
+    assert states("SGD") == {}
+    assert states("SGD", momentum=0.9) == {"momentum_buffer": 4.0}
+    assert states("NAdam") == {"exp_avg": 4.0, "exp_avg_sq": 4.0}
+    assert states("Adam") == states("AdamW", torch_adam=True) == {"exp_avg": 4.0, "exp_avg_sq": 4.0}
+    assert states("Lion") == {"exp_avg": 4.0}
+    with pytest.raises(UserError, match="OneBitAdam"):
+        states("OneBitAdam")
+
+
+def test_what_would_change_is_what_those_settings_hold(estimator: Estimator) -> None:
+    start = case(config("AdamW", 2), 2, tokens=512)
+    found = estimator.predict(start, changes=True)
+    assert found.changes == sorted(found.changes, key=lambda change: -change.saves)
+    assert {"zero_optimization.stage 3", "optimizer.type AMCS (8bit)", "--activation-checkpointing"} <= {
+        change.change for change in found.changes
+    }
+    for words, changed in alternatives(start):
+        [said] = [change for change in found.changes if change.change == words]
+        assert said.peak == estimator.peak(changed) and said.saves == found.peak - said.peak
+    offered = {words for words, _ in alternatives(replace(start, config=config("AMCS", 2, release_gradients=True)))}
+    assert "zero_optimization.stage 3" not in offered  # which refuses release_gradients
+
+
+def test_a_70b_model_is_estimated_on_the_meta_device(tmp_path: Any) -> None:
+    """The shape of a 70B Llama; nothing of its size is allocated."""
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "vocab_size": 128_256}
+    LlamaConfig(**shape, num_attention_heads=64, num_key_value_heads=8).save_pretrained(tmp_path)
+    found = Estimator().predict(
+        Case(str(tmp_path / "config.json"), config("AMCS", 3), 64, 1, 2048, activation_checkpointing=True)
+    )
+    assert found.setup.parameters == 70_553_706_496
+    assert found.resident[c.WEIGHTS] == pytest.approx(2 * 70.55e9 / 64, rel=0.001)
+    assert 6e9 < found.peak < 30e9

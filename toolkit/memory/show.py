@@ -1,0 +1,115 @@
+"""Estimates and plans on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from toolkit.memory import categories as c
+from toolkit.memory.plan import Candidate
+from toolkit.memory.records import Prediction
+from toolkit.run.screen import size_text
+
+_SHOWN = 12
+"""Candidates of a plan that fit, and that do not, at most."""
+
+
+def show_prediction(
+    console: Console, found: Prediction, variants: Mapping[str, int], memory: int | None, total_ranks: str
+) -> None:
+    """The table of one rank, what holds the peak, and whether it fits."""
+    s = found.setup
+    console.print(
+        f"{s.model}: {s.parameters:,} parameters; {s.optimizer}, state {s.state_format}, weights {s.weights}, ZeRO "
+        f"{s.stage}{' + offload of ' + ' and '.join(s.offload) if s.offload else ''}; {total_ranks}",
+        highlight=False,
+    )
+    console.print(
+        f"micro-batch {s.micro_batch} x {s.seq_len} tokens, accumulation {s.gradient_accumulation}, activation "
+        f"checkpointing {'on' if s.activation_checkpointing else 'off'}, {s.attention} attention, {s.loss} loss",
+        highlight=False,
+    )
+    at_peak = next(phase.held for phase in found.phases if phase.name == found.peak_phase)
+    table = Table("per rank", box=None, title_justify="left")
+    table.add_column("at the peak", justify="right")
+    table.add_column("between steps", justify="right")
+    table.add_column("bytes a parameter", justify="right")
+    for category in c.ordered({*at_peak, *found.resident}):
+        held = at_peak.get(category, 0)
+        resident = found.resident.get(category, 0)
+        table.add_row(category, _size(held), _size(resident), f"{held / s.parameters:.2f}" if held else "-")
+    total = sum(found.resident.values())
+    table.add_row("all", size_text(found.peak), size_text(total), f"{found.peak / s.parameters:.2f}", style="bold")
+    if found.context:
+        table.add_row(c.CONTEXT, size_text(found.context), size_text(found.context), "assumed")
+    console.print(table)
+    peaks = ", ".join(f"{phase.name} {size_text(phase.peak or 0)}" for phase in found.phases)
+    console.print(f"peak in the phase: {found.peak_phase} ({peaks})", highlight=False)
+    for title, held_there in (("host memory of a rank", found.host), ("NVMe of a rank", {"state": found.nvme})):
+        if any(held_there.values()):
+            parts = ", ".join(f"{name} {size_text(size)}" for name, size in held_there.items())
+            console.print(f"{title}: {size_text(sum(held_there.values()))} ({parts})", highlight=False)
+    if variants:
+        console.print("one transformer block, and the loss:", highlight=False)
+        for name, size in variants.items():
+            console.print(f"  {name}: {size_text(size)}", highlight=False)
+    if found.changes:
+        console.print("what would change the peak:", highlight=False)
+        for change in found.changes:
+            console.print(f"  {change.change}: {size_text(change.peak)} ({_signed(-change.saves)})", highlight=False)
+    for remark in found.remarks:
+        console.print(f"note: {remark}", highlight=False)
+    if memory is not None:
+        console.print(verdict(found, memory), highlight=False, style="bold")
+
+
+def verdict(found: Prediction, memory: int) -> str:
+    """Whether it fits, and by how much."""
+    needs = found.peak + found.context
+    if needs <= memory:
+        return f"fits: {size_text(needs)} of {size_text(memory)}, {size_text(memory - needs)} to spare."
+    return f"does not fit: {size_text(needs)} needed, {size_text(memory)} there, {size_text(needs - memory)} too much."
+
+
+def show_plan(console: Console, found: Sequence[Candidate], memory: int) -> None:
+    """Candidates in order, and why the others do not fit."""
+    table = Table("config", "state, weights", "ckpt", box=None, pad_edge=False)
+    for title in ("batch", "device", "host", "time"):
+        table.add_column(title, justify="right")
+    for column in table.columns:
+        column.no_wrap = True
+    fitting = [one for one in found if one.fits]
+    for one in fitting[:_SHOWN]:
+        table.add_row(
+            *(one.config, one.state, "on" if one.checkpointing else "off", str(one.micro_batch)),
+            *(size_text(one.needs), size_text(one.host) if one.host else "-", f"{one.cost / found[0].cost:.2f}"),
+        )
+    if found[0].fits:
+        console.print(
+            f"fits in {size_text(memory)}, the fastest first (batch: sequences of a pass; time: assumed, relative):"
+        )
+        console.print(table)
+        if len(fitting) > _SHOWN:
+            console.print(f"and {len(fitting) - _SHOWN} more.")
+    failed = [one for one in found if not one.fits]
+    if failed:
+        console.print(f"does not fit in {size_text(memory)}, with one sequence:")
+        for one in failed[:_SHOWN]:
+            state = f"{one.state}, checkpointing {'on' if one.checkpointing else 'off'}"
+            console.print(
+                f"  {one.config} ({state}): {size_text(one.needs)}, {size_text(one.needs - memory)} too much; "
+                f"{one.holds_most} hold most",
+                highlight=False,
+            )
+        if len(failed) > _SHOWN:
+            console.print(f"  and {len(failed) - _SHOWN} more.")
+
+
+def _size(count: int) -> str:
+    return size_text(count) if count else "-"
+
+
+def _signed(count: int) -> str:
+    return ("+" if count > 0 else "-") + size_text(abs(count))
