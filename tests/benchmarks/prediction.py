@@ -1,7 +1,7 @@
 """Predicted against measured peaks: optimizers, ZeRO stages, ranks, state formats, models, lengths, checkpointing.
 
     python tests/benchmarks/prediction.py                   # the table of docs/benchmarks, about 25 minutes
-    python tests/benchmarks/prediction.py --only qwen3-tiny
+    python tests/benchmarks/prediction.py --only qwen3-tiny --keep measured.json    # measured once, predicted each time
 
 Each case is a real `deepspeed` run on CPU ranks (on GPUs where there are any), of which one whole step is traced; the
 prediction is what `toolkit estimate --device cpu` computes from the same JSON before anything runs. "model state" is
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from memory import configuration, launch
@@ -69,7 +71,9 @@ def cases() -> list[Run]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose model or optimizer contains this")
+    parser.add_argument("--keep", type=Path, help="file of measurements: what is in it is not measured again")
     options = parser.parse_args()
+    kept = json.loads(options.keep.read_text()) if options.keep and options.keep.exists() else {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     estimator = Estimator()
     header = ("model", "optimizer", "stage", "ranks", "tokens", "ckpt", "loss", "measured MB", "predicted MB", "error")
@@ -82,7 +86,13 @@ def main() -> None:
         config = configuration(run.optimizer, run.stage)
         config["train_micro_batch_size_per_gpu"] = run.micro_batch
         shape = {"micro_batch": run.micro_batch, "seq_len": run.seq_len}
-        ranks = launch(config, run.ranks, model=run.model, checkpointing=run.checkpointing, loss=run.loss, **shape)
+        key = str(run)
+        if key not in kept:
+            settings = {"checkpointing": run.checkpointing, "loss": run.loss} | shape
+            kept[key] = launch(config, run.ranks, model=run.model, steps=3, **settings)
+            if options.keep:
+                options.keep.write_text(json.dumps(kept, indent=1))
+        ranks = kept[key]
         largest = max(ranks, key=lambda found: found["peak"])
         predicted = estimator.predict(
             Case(

@@ -209,6 +209,9 @@ class _MetaTracker(Tracker):
         super().__init__(tape, sites=False)
         self._stride = MOMENTS
         self._on_cpu = device == "cpu"
+        self._results: dict[Any, list[tuple[Any, Any, torch.dtype]]] = {}
+        """Shape, strides and type of what an operation returned for such arguments: layers are alike, and on the meta
+        device most operations are slow Python."""
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         # Models look into masks to leave out those that hide nothing; training data are packed, so none does.
@@ -216,7 +219,18 @@ class _MetaTracker(Tracker):
             return True if args[0].dtype == torch.bool else 0
         if self._on_cpu and torch.Tag.pointwise in func.tags:
             self._cast(func, [x for x in args if isinstance(x, Tensor) and x.dim()])
-        return func(*args, **kwargs)
+        if not _makes_new(func):
+            return func(*args, **kwargs)
+        key = (func, _signature(args), _signature(tuple(sorted(kwargs.items()))))
+        known = self._results.get(key)
+        if known is not None:
+            made = [torch.empty_strided(*sizes, dtype=dtype, device="meta") for *sizes, dtype in known]
+            return made[0] if len(made) == 1 else tuple(made)
+        result = func(*args, **kwargs)
+        outputs = result if isinstance(result, tuple) else (result,)
+        if all(isinstance(output, Tensor) and output.is_meta for output in outputs):
+            self._results[key] = [(output.shape, output.stride(), output.dtype) for output in outputs]
+        return result
 
     def _cast(self, func: Any, operands: list[Tensor]) -> None:
         """On a CPU operands of mixed types are copied to the common one first (ATen/TensorIterator.cpp)."""
@@ -228,6 +242,22 @@ class _MetaTracker(Tracker):
             copies = [torch.empty_like(x, dtype=common) for x in operands if x.dtype != common]
             copies += [torch.empty_like(operands[0], dtype=common)] if in_place else []
             del copies
+
+
+@functools.cache
+def _makes_new(func: Any) -> bool:
+    """Whether all that `func` returns is new, and nothing that it is given is changed."""
+    schema = func._schema
+    return not schema.is_mutable and all(value.alias_info is None for value in schema.returns)
+
+
+def _signature(value: Any) -> Any:
+    """What an operation's result depends on, without the numbers in tensors."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(_signature(item) for item in value)
+    return (type(value), value)
 
 
 @contextmanager
