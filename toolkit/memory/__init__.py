@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["count_from_here", "watch"]
 
 if TYPE_CHECKING:
-    from toolkit.memory.ledger import watch
+    from toolkit.memory.start import watch
     from toolkit.memory.trace import count_from_here
 
 
 def __getattr__(name: str) -> Any:
     # A report is written without torch; what measures needs it.
     if name == "watch":
-        from toolkit.memory.ledger import watch
+        from toolkit.memory.start import watch
 
         return watch
     if name == "count_from_here":

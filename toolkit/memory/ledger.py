@@ -231,10 +231,16 @@ class Ledger:
 
     def _failed(self, error: BaseException) -> None:
         self._explainer.explain(error)
+        self._drop_trace(error)
+
+    def _drop_trace(self, error: BaseException) -> None:
+        """End a trace in the middle of its step: what it has is no record of one."""
         if self._trace is not None:
             trace, self._trace = self._trace, None
             with contextlib.suppress(Exception):
                 trace.__exit__(type(error), error, error.__traceback__)
+            if self._on_gpu:
+                torch.cuda.memory._record_memory_history(enabled=None)
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
@@ -251,10 +257,15 @@ class Ledger:
         self._cost += time.perf_counter() - began
 
     def _start_trace(self) -> None:
-        if self._on_gpu:
-            torch.cuda.memory._record_memory_history(stacks="python")
-        self._trace = StepTrace(self._engine.module, self._head, self._named, on_gpu=self._on_gpu)
-        self._trace.__enter__()
+        trace = StepTrace(self._engine.module, self._head, self._named, on_gpu=self._on_gpu)
+        try:
+            if self._on_gpu:
+                torch.cuda.memory._record_memory_history(stacks="python")
+            trace.__enter__()
+        except Exception as error:  # such as a profiler of the user's that runs already
+            logger.warning("memory: step %d cannot be traced: %s: %s", self._steps + 1, type(error).__name__, error)
+            return
+        self._trace = trace
 
     def _step_ends(self) -> None:
         began = time.perf_counter()
@@ -293,7 +304,7 @@ class Ledger:
             else:
                 snapshot.write(path, snapshot.of_tape(trace.tape.lives, trace.tape.nanoseconds or []))
         except Exception as error:  # measuring must not end a run
-            logger.warning("the traced step could not be written down: %s: %s", type(error).__name__, error)
+            logger.warning("memory: the traced step could not be written down: %s: %s", type(error).__name__, error)
 
     def _take_stock(self) -> None:
         here, self._host, blocks = held.by_category(self._named(), self._engine.device.type)
@@ -319,10 +330,7 @@ class Ledger:
         self._enter(None)
         self._closed = True
         atexit.unregister(self.close)
-        if self._trace is not None:
-            # In the middle of a step: not a whole one, so not a record of one.
-            trace, self._trace = self._trace, None
-            trace.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        self._drop_trace(KeyboardInterrupt())
         if self._level == "full" and self._timeline is None:
             logger.warning("memory: the run ended before step %d, which was to be traced", self._traced_step)
         if self._steps:  # else the record is the one that it began with
@@ -394,52 +402,3 @@ def _sequence_length(inputs: Iterable[Any]) -> int:
         elif isinstance(value, Tensor) and value.dim() >= 2 and not value.is_floating_point():
             return int(value.shape[-1])
     return 0
-
-
-def watch(
-    engine: Any,
-    run_dir: str | Path,
-    level: Level = "summary",
-    *,
-    model: str = "",
-    seq_len: int | None = None,
-    step: int = TRACED_STEP,
-    explainer: Explainer | None = None,
-) -> Ledger:
-    """Measure what `engine` holds, by phase and category, into `run_dir`/memory/rank<n>.json.
-
-    Args:
-        engine: that `deepspeed.initialize` or `toolkit.initialize` returned.
-        run_dir: made if missing. One run, one folder.
-        level: "off", "summary" or "full"; see docs/memory-profiling.md for the cost. On a CPU "full" counts from
-            `toolkit.memory.count_from_here()` on: call that before the model is built.
-        model: its name, for the record; by default that of its class.
-        seq_len: predictions of a sequence; by default read off the first batch.
-        step: which one "full" traces, from 1.
-        explainer: where memory that runs out is explained; by default one for `run_dir`.
-
-    Raises:
-        ValueError: an unknown level.
-        OSError: the folder cannot be made.
-    """
-    # DeepSpeed is loaded where there is an engine; `toolkit.memory` does without it.
-    from toolkit.zero.describe import describe
-    from toolkit.zero.inventory import inventory
-
-    if level not in ("off", "summary", "full"):
-        raise ValueError(f"level is {level!r}, but it must be off, summary or full.")
-    folder = Path(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if explainer is None:
-        here, _, _ = held.by_category(inventory(engine), engine.device.type)
-        explainer = Explainer(folder, int(engine.global_rank), engine.device, held_already=sum(here.values()))
-    return Ledger(
-        engine,
-        folder,
-        level,
-        named=lambda: inventory(engine),
-        describe=lambda length: describe(engine, model=model, seq_len=length),
-        explainer=explainer,
-        seq_len=seq_len,
-        step=step,
-    )

@@ -81,7 +81,11 @@ class StepTrace:
             # Or it prints two lines a trace on stderr; read when the profiler starts for the first time.
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-            self._profile.start()
+            try:
+                self._profile.start()
+            except Exception:  # another profiler is at work
+                self._tracker.detach()
+                raise
         self._tracker.__enter__()
         return self
 

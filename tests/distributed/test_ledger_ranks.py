@@ -1,0 +1,152 @@
+"""The ledger on real ranks: every byte of a step has a name, a plain loop is measured, and memory that runs out."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import deepspeed_command, environment
+
+from toolkit.memory import categories as c
+from toolkit.memory.records import FOLDER, PREDICTED, Measurement, OutOfMemory, Prediction, measured_name
+from toolkit.run.folder import METRICS, SUMMARY, read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("ledger_worker.py")
+PARAMETERS = 5_049_088
+ACCUMULATION = 2
+
+
+def start(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = deepspeed_command(2, script, *arguments)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, cwd=REPOSITORY)
+
+
+def options(folder: Path, **more: Any) -> list[str]:
+    given = {"run-dir": folder, "model": "qwen3-tiny", "eval-sequences": 2} | more
+    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def measured(folder: Path) -> list[Measurement]:
+    return [
+        Measurement.model_validate_json((folder / FOLDER / measured_name(rank)).read_text(encoding="utf-8"))
+        for rank in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    more = {"steps": 4, "seq_len": 64, "micro_batch": 2, "grad_accum": ACCUMULATION, "eval_every": 2}
+    run = start(REPOSITORY / "launch" / "train.py", *options(folder, memory_profile="full", **more))
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "USDT" not in run.stderr and "memory: at most" in run.stdout
+    return folder
+
+
+def test_every_byte_of_the_peak_has_a_name(full: Path) -> None:
+    for rank, record in enumerate(measured(full)):
+        assert (record.rank, record.level, record.step, record.steps) == (rank, "full", 3, 4)
+        assert record.source == "torch's CPU allocator"
+        assert record.peak is not None and record.timeline is not None
+        phases = {phase.name: phase for phase in record.phases}
+        assert {c.INIT, c.FORWARD, c.BACKWARD, c.REDUCE, c.STEP, c.EVAL} <= set(phases)
+        for phase in record.phases:
+            if phase.peak is not None:
+                assert sum(phase.held.values()) == phase.peak
+                assert phase.held.get(c.OTHER, 0) < 0.03 * phase.peak, phase
+            assert phase.resident_set is not None and phase.resident_set > 50_000_000
+        assert record.peak == max(phase.peak or 0 for phase in record.phases)
+        assert record.peak_phase is not None and phases[record.peak_phase].peak == record.peak
+        totals = [sum(values) for values in zip(*record.timeline.held.values(), strict=True)]
+        assert max(totals) == record.peak
+        [first, *_] = record.timeline.spans
+        assert first.name == c.FORWARD and record.timeline.spans[-1].stop == len(totals)
+
+
+def test_what_stays_between_steps_is_what_the_formats_say(full: Path) -> None:
+    for record in measured(full):
+        resident = record.resident
+        assert resident[c.WEIGHTS] == pytest.approx(2 * PARAMETERS, rel=0.002)
+        for name in ("m_fast", "m_slow", "v", c.REMAINDER):  # a byte each, over two ranks
+            assert resident[name] == pytest.approx(PARAMETERS / 2, rel=0.01), name
+        assert resident.get(c.GRADIENTS, 0) == resident.get(c.ACTIVATIONS, 0) == 0
+        forward = next(phase for phase in record.phases if phase.name == c.FORWARD)
+        # The second micro-batch's forward pass holds this rank's gradients of the first.
+        assert forward.held[c.GRADIENTS] == pytest.approx(PARAMETERS, rel=0.01)
+
+
+def test_the_largest_tensors_say_where_they_came_from(full: Path) -> None:
+    blocks = measured(full)[0].blocks
+    assert [block.bytes for block in blocks] == sorted((block.bytes for block in blocks), reverse=True)
+    assert any(block.what.startswith("hf.model.layers.0.") and "more" in block.what for block in blocks)
+    # The peak of so short a sequence is where this rank's bucket of gradients is reduced.
+    assert any("zero/gradients.py:" in block.where and block.category == c.BUCKETS for block in blocks)
+    assert any(block.where.startswith("backward: ") and block.category == c.GRADIENTS for block in blocks)
+    assert all(block.category and block.what and block.phase in c.PHASES for block in blocks)
+
+
+def test_snapshots_prediction_and_summary_are_there(full: Path) -> None:
+    for rank, record in enumerate(measured(full)):
+        taken = pickle.loads((full / FOLDER / f"rank{rank}-snapshot.pickle").read_bytes())
+        left = sum(segment["total_size"] for segment in taken["segments"])
+        named = sum(size for name, size in record.resident.items() if name != c.OTHER)
+        assert left == pytest.approx(named, rel=0.001)
+    predicted = Prediction.model_validate_json((full / FOLDER / PREDICTED).read_text())
+    setup = measured(full)[0].setup
+    assert setup == predicted.setup
+    summary = json.loads((full / SUMMARY).read_text())
+    assert summary["memory_files"] == str(full / FOLDER)
+    assert summary["peak_memory_bytes"] >= max(record.largest_resident_set or 0 for record in measured(full))
+    assert all(line["memory_bytes"] > 0 for line in read_metrics(full / METRICS))
+
+
+@pytest.mark.parametrize("level", ["summary", "off"])
+def test_three_lines_in_a_plain_loop(tmp_path: Path, level: str) -> None:
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"out": str(tmp_path / "run"), "steps": 3, "level": level}))
+    run = start(WORKER, "plain", str(settings))
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    if level == "off":
+        assert not (tmp_path / "run" / FOLDER).exists()
+        return
+    for record in measured(tmp_path / "run"):
+        assert (record.steps, record.level, record.peak, record.timeline) == (3, "summary", None, None)
+        assert [phase.name for phase in record.phases] == list(c.PHASES)
+        assert record.setup.optimizer == "AdamW" and record.setup.stage == 2 and record.setup.world_size == 2
+        parameters = 64 * 256 + 256 + 256 * 8 + 8
+        assert record.setup.parameters == parameters
+        assert record.resident[c.WEIGHTS] == pytest.approx(2 * parameters, rel=0.01)
+        for name in (c.MASTER, "exp_avg", "exp_avg_sq"):  # fp32, over two ranks
+            assert record.resident[name] == pytest.approx(4 * parameters / 2, rel=0.01), name
+        assert 0 < record.overhead_seconds < 5
+
+
+def test_a_rank_that_runs_out_of_memory_says_why(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = options(folder, steps=3, seq_len=1024, micro_batch=8, eval_every=0)
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"arguments": arguments, "rank": 1, "room": 1_500_000_000}))
+    run = start(WORKER, "train", str(settings))
+    assert run.returncode == 12, run.stdout[-3000:] + run.stderr[-3000:]
+    page = folder / FOLDER / "rank1-out-of-memory.md"
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and lines[0].startswith("error: rank 1 ran out of memory") and str(page) in lines[0]
+    assert "Traceback" not in run.stderr
+    record = OutOfMemory.model_validate_json((folder / FOLDER / "rank1-out-of-memory.json").read_text())
+    assert record.rank == 1 and record.setup is not None and record.setup.world_size == 2
+    assert record.phase in (c.FORWARD, c.BACKWARD) and record.step == 1
+    assert record.asked is not None and record.limit is not None and record.limit < 10_000_000_000
+    assert record.held[c.WEIGHTS] == pytest.approx(2 * PARAMETERS, rel=0.01)
+    assert record.held[c.ACTIVATIONS] > 50_000_000
+    assert len(record.changes) == 3 and all(change.saves > 10_000_000 for change in record.changes)
+    words = page.read_text()
+    assert all(change.change in words and f"{change.saves:,}" in words for change in record.changes)
+    assert "RLIMIT_AS" in words and f"{record.asked:,} bytes" in words
+    assert pickle.loads(page.with_suffix(".pickle").read_bytes())["segments"]
+    assert not (folder / FOLDER / "rank0-out-of-memory.json").exists()
+    assert (folder / "run.json").exists() and (folder / FOLDER / PREDICTED).exists()

@@ -1,0 +1,98 @@
+"""The ledger on a CUDA device: `pytest tests/gpu -m gpu`."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from toolkit.memory import categories as c
+from toolkit.memory.exhausted import Explainer, asked_bytes, json_name, out_of_memory
+from toolkit.memory.gauges import CachingAllocator, limits
+from toolkit.memory.records import FOLDER, Measurement, OutOfMemory, measured_name
+from toolkit.memory.trace import StepTrace
+
+pytestmark = pytest.mark.gpu
+REPOSITORY = Path(__file__).resolve().parents[2]
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def cuda() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+def test_the_allocators_peak_is_that_of_the_phase() -> None:
+    gauge = CachingAllocator(torch.device("cuda", 0))
+    gauge.begin()
+    before = gauge.now()
+    large = torch.empty(256 * MEGABYTE, dtype=torch.uint8, device="cuda")
+    del large
+    peak, reserved = gauge.read()
+    assert peak - before == 256 * MEGABYTE and reserved >= peak
+    gauge.begin()
+    assert gauge.read()[0] == before
+    state = gauge.state()
+    assert state.reserved >= state.allocated and 0 <= state.fragmentation <= 1
+    assert state.largest_free_block >= 256 * MEGABYTE
+
+
+def test_a_step_is_traced() -> None:
+    model = nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024)).cuda()
+    x = torch.randn(512, 1024, device="cuda")
+    # Libraries have taken their workspaces by then.
+    model(x).sum().backward()
+    model.zero_grad()
+    trace = StepTrace(model, None, lambda: [(c.WEIGHTS, n, p.data) for n, p in model.named_parameters()], on_gpu=True)
+    torch.cuda.reset_peak_memory_stats()
+    with trace:
+        trace.phase(c.FORWARD)
+        loss = model(x).sum()
+        trace.phase(c.BACKWARD)
+        loss.backward()
+    gradients = sum(p.numel() * 4 for p in model.parameters())
+    assert trace.curve.held[c.GRADIENTS][-1] == gradients
+    assert trace.curve.total.max() == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.02)
+    backward = [life for life in trace.tape.lives if life.category == c.GRADIENTS]
+    assert all(life.where.startswith("backward: ") for life in backward)
+
+
+def test_memory_that_runs_out_is_explained(tmp_path: Path) -> None:
+    device = torch.device("cuda", 0)
+    weight = torch.zeros(64 * MEGABYTE, dtype=torch.uint8, device=device)
+    explain = Explainer(tmp_path, 0, device)
+    explain.held, explain.phase = (lambda: [(c.WEIGHTS, "weight", weight)]), c.STEP
+    asked = 1 << 50
+    with pytest.raises(torch.OutOfMemoryError) as caught, explain:
+        torch.empty(asked, dtype=torch.uint8, device=device)
+    assert out_of_memory(caught.value) is caught.value
+    assert asked_bytes(str(caught.value)) == pytest.approx(asked, rel=0.01)
+    record = OutOfMemory.model_validate_json((tmp_path / FOLDER / json_name(0)).read_text())
+    assert record.held[c.WEIGHTS] == 64 * MEGABYTE and record.limit == limits(device)["GPU"]
+    taken = pickle.loads((tmp_path / FOLDER / "rank0-out-of-memory.pickle").read_bytes())
+    assert taken["segments"]
+
+
+def test_a_run_is_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "toolkit.train", "--model", "qwen3-134m", "--run-dir", str(folder)]
+    command += ["--steps", "4", "--eval-every", "0", "--memory-profile", "full"]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    record = Measurement.model_validate_json((folder / FOLDER / measured_name(0)).read_text())
+    assert record.source == "CUDA caching allocator" and record.allocator is not None
+    for phase in record.phases:
+        if phase.held:
+            assert sum(phase.held.values()) == phase.peak
+            assert phase.held.get(c.OTHER, 0) < 0.03 * (phase.peak or 0)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["peak_memory_bytes"] >= (record.peak or 0) > 0
+    taken = pickle.loads((folder / FOLDER / "rank0-snapshot.pickle").read_bytes())
+    assert any(taken["device_traces"])
