@@ -367,7 +367,8 @@ def test_screen_shows_progress_and_summary(terminal: bool) -> None:
         screen.step(record(241, loss=None, skipped=True))
     screen.summary(SUMMARY)
     shown = out.getvalue()
-    for expected in ("runs/[a]", "runs/x/memory", "4.2500", "not measured", "5,120", "743.60 MB", "3.05", "m_fast 5.00 MB, v 900 B"):
+    figures = ("4.2500", "not measured", "5,120", "743.60 MB", "3.05", "m_fast 5.00 MB, v 900 B")
+    for expected in ("runs/[a]", "runs/x/memory", *figures):
         assert expected in shown
     assert "validation loss not finite" in shown and "the gradient is not finite" in shown
     if not terminal:
