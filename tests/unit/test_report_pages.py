@@ -158,8 +158,10 @@ def test_layers_stack_to_the_total_and_the_peak_is_marked() -> None:
     layers = [element for element in drawing.iter("polygon")]
     assert len(layers) == sum(any(values) for values in timeline.held.values())
     totals = [sum(values) for values in zip(*timeline.held.values(), strict=True)]
-    # The outline of the uppermost layer is the total, upside down and on a scale of its own.
-    top = [float(point.split(",")[1]) for point in (layers[-1].get("points") or "").split()][: len(totals)]
+    # The outline of the uppermost layer is the total, upside down and on a scale of its own; a staircase, so that from
+    # the second one on every sample has two corners.
+    corners = [float(point.split(",")[1]) for point in (layers[-1].get("points") or "").split()]
+    top = [corners[0], *corners[2 : 2 * len(totals) - 1 : 2]]
     scale = (1000 - top[0]) / totals[0]
     assert top == pytest.approx([1000 - scale * total for total in totals], abs=0.3)
     assert f"peak {size(max(totals))}" in [element.text for element in drawing.iter("text")]

@@ -28,6 +28,9 @@ from toolkit.memory.report.words import headline, listed, percent
 from toolkit.run.folder import METRICS
 
 _Moment = Literal["at the peak", "between steps", "in host memory"]
+
+_MATTERS = 0.001
+"""Share of the whole below which the error of a category says nothing: a few bytes are always off."""
 # Final loss as `toolkit.train` has it: a single batch is too noisy to report.
 LAST_STEPS = 10
 
@@ -251,8 +254,10 @@ def _timeline(
     return None
 
 
-def _pair(name: str, predicted: int, measured: int) -> Pair:
-    return Pair(name=name, predicted=predicted, measured=measured, error=percent(predicted, measured))
+def _pair(name: str, predicted: int, measured: int, total: int) -> Pair:
+    matters = max(predicted, measured) >= _MATTERS * total
+    error = percent(predicted, measured) if matters else None
+    return Pair(name=name, predicted=predicted, measured=measured, error=error)
 
 
 def _comparisons(predicted: Prediction | None, largest: Measurement | None) -> list[Comparison]:
@@ -286,9 +291,9 @@ def _comparison(
     return Comparison(
         moment=moment,
         rank=record.rank,
-        categories=[_pair(name, before.get(name, 0), after.get(name, 0)) for name in names],
-        model_state=_pair("model state", state[0] or 0, state[1]) if state[1] is not None else None,
-        total=_pair("total", predicted, measured),
+        categories=[_pair(name, before.get(name, 0), after.get(name, 0), measured) for name in names],
+        model_state=_pair("model state", state[0] or 0, state[1], measured) if state[1] is not None else None,
+        total=_pair("total", predicted, measured, measured),
     )
 
 

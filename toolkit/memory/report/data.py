@@ -106,7 +106,7 @@ class Pair(Record):
     predicted: int
     measured: int
     error: float | None
-    """(predicted - measured) / measured in percent; None where nothing was measured."""
+    """(predicted - measured) / measured in percent; None where nothing was measured, or too little to matter."""
 
 
 class Comparison(Record):

@@ -61,7 +61,7 @@ def timeline(timeline: Timeline, palette: Mapping[str, str], title: str, predict
     shapes, labels = [], []
     for name, values in layers:
         above = [low + value for low, value in zip(below, values, strict=True)]
-        points = [*zip(xs, above, strict=True), *reversed(list(zip(xs, below, strict=True)))]
+        points = [*_steps(xs, above), *reversed(_steps(xs, below))]
         path = " ".join(f"{10 * x:.1f},{axis.unit_y(y):.1f}" for x, y in points)
         shapes.append(Markup('<polygon points="{}" style="fill:{}"/>').format(path, Markup(palette[name])))
         labels.append(_layer_label(name, xs, below, above, axis, xs[peak]))
@@ -76,6 +76,14 @@ def timeline(timeline: Timeline, palette: Mapping[str, str], title: str, predict
         parts.append(_ticks_across(*across.times, axis.height + 46, " ms"))
     about = f"Stacked areas over one training step; the peak is {size(totals[peak])}. Tables have the sizes."
     return _chart(parts, axis.height + (32 if across.times is None else 52), title, about)
+
+
+def _steps(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
+    """The corners of a staircase: memory that is allocated is held from then on, at once and whole."""
+    corners = [(xs[0], ys[0])]
+    for x, before, y in zip(xs[1:], ys[:-1], ys[1:], strict=True):
+        corners += [(x, before), (x, y)]
+    return corners
 
 
 @dataclass(frozen=True)
