@@ -10,12 +10,16 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.run import folder as run_folder
 from toolkit.run import ranks
+from toolkit.run.identity import check_same
 from toolkit.run.plan import Plan, make_plan
+from toolkit.run.resume import NONE, Start, find_start
+from toolkit.run.saving import Saver, restore_random_states
 from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings, parse
 
@@ -23,9 +27,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from toolkit.data import Batches
+
 # Steps whose mean is the final training loss: a single batch is too noisy to report.
 LAST_STEPS = 10
 INTERRUPTED = 130
+DIVERGED = 3
 
 
 def train(settings: RunSettings) -> dict[str, Any]:
@@ -45,13 +52,21 @@ def train(settings: RunSettings) -> dict[str, Any]:
     held = ranks.agreed(lambda: _claim(plan, device))
     stop = ranks.StopRequest()
     screen = Screen(settings.steps, shown=ranks.rank() == 0)
+    saver = None
     try:
+        start = find_start(settings, plan.folder)
+        if start.step >= settings.steps:
+            screen.say(f"nothing to do: {start.source and start.source.folder} is at step {start.step}.")
+            return {"interrupted": False, "diverged": False}
+        plan.remarks += start.remarks
         _announce(plan, screen, device)
         torch.manual_seed(settings.seed)
         engine = _engine(plan)
+        records = _resume(plan, engine, screen, held, start)
+        saver = _saver(plan, engine, screen, start)
         with stop:
             with screen:
-                records = _loop(plan, engine, screen, held, stop)
+                records = _loop(plan, engine, screen, held, stop, saver, start, records)
             summary = _summary(plan, engine, records)
             if held is not None:
                 held.write_summary(summary)
@@ -63,6 +78,8 @@ def train(settings: RunSettings) -> dict[str, Any]:
             raise KeyboardInterrupt from None
         raise
     finally:
+        if saver is not None:
+            saver.close()
         if held is not None:
             held.close()
     return summary
@@ -82,7 +99,9 @@ def _claim(plan: Plan, device: torch.device) -> run_folder.RunFolder | None:
         device=_device_name(device),
         ds_config=plan.config,
     )
-    return run_folder.RunFolder(plan.folder, facts, plan.config)
+    settings = plan.settings
+    keeps, resuming = settings.save_every > 0, settings.resume != NONE
+    return run_folder.RunFolder(plan.folder, facts, plan.config, checkpoints=keeps, resuming=resuming)
 
 
 def _announce(plan: Plan, screen: Screen, device: torch.device) -> None:
@@ -129,19 +148,72 @@ def _engine(plan: Plan) -> Any:
     return engine
 
 
+def _resume(
+    plan: Plan, engine: Any, screen: Screen, held: run_folder.RunFolder | None, start: Start
+) -> list[dict[str, Any]]:
+    """Take over what `start` names; returns the records of the steps made before."""
+    from toolkit.zero.checkpoint import load
+
+    source = start.source
+    if source is not None:
+        check_same(source.manifest.facts.get("identity"), plan.identity, source.folder)
+        for remark in load(engine, source, convert=plan.settings.convert_state):
+            screen.say(f"note: {remark}.")
+        extra = source.extra(ranks.rank()) or source.extra(0)
+        if extra is not None:
+            restore_random_states(extra["random"])
+        if "position" not in source.manifest.facts:
+            screen.say("note: the checkpoint says nothing of the data: they are read from the beginning.")
+        screen.say(f"resumed from {source.folder}, after step {start.step}")
+    return ranks.from_first(held.go_on(start.step) if held is not None else [])
+
+
+def _saver(plan: Plan, engine: Any, screen: Screen, start: Start) -> Saver | None:
+    from toolkit.zero.checkpoint import refusal
+
+    if plan.settings.save_every == 0:
+        return None
+    problem = refusal(engine)
+    if problem is not None:
+        screen.say(f"note: no checkpoints are saved: {problem}.")
+        return None
+    from toolkit.checkpoint.store import Store
+
+    settings = plan.settings
+    folder = plan.folder / run_folder.CHECKPOINTS
+    saver = Saver(engine, Store(folder, keep_last=settings.keep_last, keep_every=settings.keep_every))
+    saver.begin(start.source)
+    return saver
+
+
 def _loop(
-    plan: Plan, engine: Any, screen: Screen, held: run_folder.RunFolder | None, stop: ranks.StopRequest
+    plan: Plan,
+    engine: Any,
+    screen: Screen,
+    held: run_folder.RunFolder | None,
+    stop: ranks.StopRequest,
+    saver: Saver | None,
+    start: Start,
+    records: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Step to the end, or until a rank is asked to stop; returns the records of metrics.jsonl."""
     from toolkit import data
     from toolkit.zero import rule_optimizer
 
     settings, batch = plan.settings, plan.batch
-    batches = data.rank_batches(plan.data, rank=ranks.rank(), world_size=batch.world_size, micro_batch=batch.micro)
+    noted = start.source.manifest.facts.get("position") if start.source is not None else None
+    batches = data.rank_batches(
+        plan.data,
+        rank=ranks.rank(),
+        world_size=batch.world_size,
+        micro_batch=batch.micro,
+        start=data.Position(**noted) if noted else None,
+    )
     rule = rule_optimizer(engine)
     tokens = batch.total * settings.seq_len
-    records: list[dict[str, Any]] = []
-    for step in range(1, settings.steps + 1):
+    skipped = 0
+    waited: dict[str, float] = {}  # for the copy of the checkpoint that was begun after the step before
+    for step in range(start.step + 1, settings.steps + 1):
         started = time.perf_counter()
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
         mine = _step(engine, batches, batch.accumulation)
@@ -158,8 +230,12 @@ def _loop(
             "step_time_s": seconds,
             "memory_bytes": int(memory),
             "skipped": not engine.was_step_applied(),
+            **waited,
         }
+        waited = {}
+        skipped = skipped + 1 if record["skipped"] else 0
         last = step == settings.steps
+        diverged = skipped >= settings.max_skipped
         if plan.validation and not stopping and (last or step % settings.eval_every == 0):
             record["val_loss"] = _validate(engine, plan.validation, batch.micro)
         record = run_folder.strict(record)
@@ -168,10 +244,37 @@ def _loop(
             held.write_step(record)
         _monitor(engine, record)
         screen.step(record)
-        if stopping and not last:
-            screen.say(f"stopped after step {step} of {settings.steps}.")
+        # After the line of this step: a checkpoint must not be ahead of the metrics.
+        ending = last or stopping or diverged
+        if saver is not None:
+            due = not ending and step % settings.save_every == 0
+            _say(screen, saver.wait() if ending or due else saver.poll())
+            if due:
+                waited = {"save_wait_s": saver.start(step, _facts(plan, batches))}
+            elif ending:
+                saver.now(step, _facts(plan, batches))
+        if ending:
+            where = f"; a checkpoint is in {plan.folder / run_folder.CHECKPOINTS}" if saver is not None else ""
+            if diverged:
+                screen.say(
+                    f"stopped after step {step}: the gradient was not finite in {skipped} steps in a row, which is "
+                    f"--max-skipped; weights and state are those of step {step - skipped}{where}."
+                )
+            elif not last:
+                screen.say(f"stopped after step {step} of {settings.steps}{where}.")
             break
+    batches.close()
     return records
+
+
+def _facts(plan: Plan, batches: Batches) -> dict[str, Any]:
+    """What a checkpoint notes of the run."""
+    return {"position": asdict(batches.position), "identity": plan.identity, "global_batch": plan.batch.total}
+
+
+def _say(screen: Screen, message: str | None) -> None:
+    if message is not None:
+        screen.say(f"note: {message}")
 
 
 def _step(engine: Any, batches: Iterator[torch.Tensor], accumulation: int) -> float:
@@ -245,7 +348,8 @@ def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]]) -> dict[str
     tokens = plan.batch.total * plan.settings.seq_len
     return {
         "run_dir": str(plan.folder),
-        "interrupted": len(records) < plan.settings.steps,
+        "interrupted": records[-1]["step"] < plan.settings.steps,
+        "diverged": _skipped_at_the_end(records) >= plan.settings.max_skipped,
         "steps": len(records),
         "skipped_steps": sum(record["skipped"] for record in records),
         "tokens": tokens * len(records),
@@ -264,14 +368,20 @@ def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]]) -> dict[str
     }
 
 
+def _skipped_at_the_end(records: list[dict[str, Any]]) -> int:
+    return next((n for n, record in enumerate(reversed(records)) if not record["skipped"]), len(records))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 for the user's errors, 130 when interrupted."""
+    """The command line; returns the exit status: 0, 2 for the user's errors, 3 where gradients stayed not finite, 130
+    when stopped by a signal."""
     ranks.prepare()
     try:
         settings = parse(arguments)
         if settings is None:
             return 0
-        status = INTERRUPTED if train(settings)["interrupted"] else 0
+        summary = train(settings)
+        status = DIVERGED if summary["diverged"] else INTERRUPTED if summary["interrupted"] else 0
     except UserError as error:
         ranks.report(error)
         status = 2

@@ -106,7 +106,7 @@ def test_ranks_share_the_global_stream(
                 together += batch.tolist()
         assert together == expected
         for batches in ranks:
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
 
 
 @settings(deadline=None)
@@ -274,7 +274,7 @@ def test_the_thread_works_ahead_only_so_far_and_ends_with_the_iterator() -> None
     assert not data_threads(), "nothing runs before the first batch is wanted"
     next(batches)
     assert len(data_threads()) == 1
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert not data_threads()
     assert read < 20
 
