@@ -10,24 +10,20 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.run import folder as run_folder
 from toolkit.run import ranks
-from toolkit.run.identity import check_same
 from toolkit.run.plan import Plan, make_plan
-from toolkit.run.resume import NONE, Start, find_start
-from toolkit.run.saving import Saver, restore_random_states
+from toolkit.run.resume import NONE, Start, facts, find_start, make_saver, take_over
+from toolkit.run.saving import Saver
 from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings, parse
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from toolkit.data import Batches
 
 # Steps whose mean is the final training loss: a single batch is too noisy to report.
 LAST_STEPS = 10
@@ -54,7 +50,7 @@ def train(settings: RunSettings) -> dict[str, Any]:
     screen = Screen(settings.steps, shown=ranks.rank() == 0)
     saver = None
     try:
-        start = find_start(settings, plan.folder)
+        start = ranks.agreed(lambda: find_start(plan))
         if start.step >= settings.steps:
             screen.say(f"nothing to do: {start.source and start.source.folder} is at step {start.step}.")
             return {"interrupted": False, "diverged": False}
@@ -62,8 +58,9 @@ def train(settings: RunSettings) -> dict[str, Any]:
         _announce(plan, screen, device)
         torch.manual_seed(settings.seed)
         engine = _engine(plan)
-        records = _resume(plan, engine, screen, held, start)
-        saver = _saver(plan, engine, screen, start)
+        ranks.agreed(lambda: take_over(plan, engine, start, screen.say))
+        records = ranks.from_first(held.go_on(start.step) if held is not None else [])
+        saver = make_saver(plan, engine, start, screen.say)
         with stop:
             with screen:
                 records = _loop(plan, engine, screen, held, stop, saver, start, records)
@@ -72,6 +69,8 @@ def train(settings: RunSettings) -> dict[str, Any]:
                 held.write_summary(summary)
                 run_folder.plot_loss(records, plan.folder / run_folder.PLOT, title=plan.folder.name)
         screen.summary(summary)
+    except UserError:
+        raise
     except Exception:
         # Once the user has stopped the run, ranks fail merely because others are gone already.
         if stop.requested:
@@ -148,44 +147,6 @@ def _engine(plan: Plan) -> Any:
     return engine
 
 
-def _resume(
-    plan: Plan, engine: Any, screen: Screen, held: run_folder.RunFolder | None, start: Start
-) -> list[dict[str, Any]]:
-    """Take over what `start` names; returns the records of the steps made before."""
-    from toolkit.zero.checkpoint import load
-
-    source = start.source
-    if source is not None:
-        check_same(source.manifest.facts.get("identity"), plan.identity, source.folder)
-        for remark in load(engine, source, convert=plan.settings.convert_state):
-            screen.say(f"note: {remark}.")
-        extra = source.extra(ranks.rank()) or source.extra(0)
-        if extra is not None:
-            restore_random_states(extra["random"])
-        if "position" not in source.manifest.facts:
-            screen.say("note: the checkpoint says nothing of the data: they are read from the beginning.")
-        screen.say(f"resumed from {source.folder}, after step {start.step}")
-    return ranks.from_first(held.go_on(start.step) if held is not None else [])
-
-
-def _saver(plan: Plan, engine: Any, screen: Screen, start: Start) -> Saver | None:
-    from toolkit.zero.checkpoint import refusal
-
-    if plan.settings.save_every == 0:
-        return None
-    problem = refusal(engine)
-    if problem is not None:
-        screen.say(f"note: no checkpoints are saved: {problem}.")
-        return None
-    from toolkit.checkpoint.store import Store
-
-    settings = plan.settings
-    folder = plan.folder / run_folder.CHECKPOINTS
-    saver = Saver(engine, Store(folder, keep_last=settings.keep_last, keep_every=settings.keep_every))
-    saver.begin(start.source)
-    return saver
-
-
 def _loop(
     plan: Plan,
     engine: Any,
@@ -201,13 +162,8 @@ def _loop(
     from toolkit.zero import rule_optimizer
 
     settings, batch = plan.settings, plan.batch
-    noted = start.source.manifest.facts.get("position") if start.source is not None else None
     batches = data.rank_batches(
-        plan.data,
-        rank=ranks.rank(),
-        world_size=batch.world_size,
-        micro_batch=batch.micro,
-        start=data.Position(**noted) if noted else None,
+        plan.data, rank=ranks.rank(), world_size=batch.world_size, micro_batch=batch.micro, start=start.position
     )
     rule = rule_optimizer(engine)
     tokens = batch.total * settings.seq_len
@@ -250,9 +206,9 @@ def _loop(
             due = not ending and step % settings.save_every == 0
             _say(screen, saver.wait() if ending or due else saver.poll())
             if due:
-                waited = {"save_wait_s": saver.start(step, _facts(plan, batches))}
+                waited = {"save_wait_s": saver.start(step, facts(plan, batches.position))}
             elif ending:
-                saver.now(step, _facts(plan, batches))
+                saver.now(step, facts(plan, batches.position))
         if ending:
             where = f"; a checkpoint is in {plan.folder / run_folder.CHECKPOINTS}" if saver is not None else ""
             if diverged:
@@ -265,11 +221,6 @@ def _loop(
             break
     batches.close()
     return records
-
-
-def _facts(plan: Plan, batches: Batches) -> dict[str, Any]:
-    """What a checkpoint notes of the run."""
-    return {"position": asdict(batches.position), "identity": plan.identity, "global_batch": plan.batch.total}
 
 
 def _say(screen: Screen, message: str | None) -> None:

@@ -49,6 +49,42 @@ def on_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
+def squeeze(tensor: Tensor) -> Any:
+    """A tensor of codes without what they repeat: most blocks use few of the codes there are. Inverse: `unsqueezed`."""
+    import zstandard
+
+    raw = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+    packed = zstandard.ZstdCompressor(level=1).compress(raw.data)
+    if len(packed) >= raw.nbytes:
+        return tensor
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {_ZSTD: torch.frombuffer(bytearray(packed), dtype=torch.uint8), "dtype": dtype, "shape": list(tensor.shape)}
+
+
+def unsqueezed(value: Any) -> Any:
+    """What `squeeze` was given; all else as it is."""
+    if not isinstance(value, Mapping) or _ZSTD not in value:
+        return value
+    import zstandard
+
+    raw = zstandard.ZstdDecompressor().decompress(memoryview(value[_ZSTD].numpy()))
+    return torch.frombuffer(bytearray(raw), dtype=getattr(torch, value["dtype"])).view(value["shape"])
+
+
+_ZSTD = "zstd"
+_CODES = (torch.int8, torch.uint8)
+
+
+def _squeeze_states(content: Mapping[str, Any]) -> None:
+    """Squeeze the codes of a rank's optimizer file, in place. Weights stay as DeepSpeed's tools expect them."""
+    saved = content["optimizer_state_dict"]
+    base = saved.get("base_optimizer_state") or saved["optimizer_state_dict"]
+    for held in base["state"].values():
+        for key, value in held.items():
+            if isinstance(value, Tensor) and value.dtype in _CODES and value.numel():
+                held[key] = squeeze(value)
+
+
 class _Hashed:
     """A file that hashes what is written into it."""
 
@@ -80,9 +116,13 @@ class _Hashed:
 def save(content: Any, path: Path) -> dict[str, Any]:
     """torch.save, synced to the disk; returns the file's entry in the manifest: `bytes` and `sha256`.
 
+    Codes of optimizer state are squeezed, in `content` itself.
+
     Raises:
         OSError: it cannot be written.
     """
+    if isinstance(content, Mapping) and "optimizer_state_dict" in content:
+        _squeeze_states(content)
     file: Any = _Hashed(path)
     try:
         torch.save(content, file)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint import manifest as manifests
+from toolkit.checkpoint.files import unsqueezed
 from toolkit.checkpoint.manifest import Manifest
 from toolkit.checkpoint.sharding import Flat, Place, Sharding, part_of
 from toolkit.errors import UserError
@@ -22,6 +23,8 @@ from toolkit.state.codecs import BLOCK, unpack
 
 OPTIMIZER_FILES = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+HELD = 4
+"""Parts of flat tensors whose state is in memory at a time."""
 PER_RANK = "leanstate"
 """Key of what this package adds to each rank's optimizer file: the states of random number generators."""
 
@@ -42,6 +45,7 @@ class Source:
         self.folder = folder
         self._optimizer: dict[int, dict[str, Any]] = {}
         self._model: dict[int, dict[str, Any]] = {}
+        self._held: dict[tuple[int, int], Mapping[str, Any]] = {}
         # A folder without manifest is DeepSpeed's own, whose files hold objects of its classes.
         self._own = (folder / manifests.NAME).exists()
         self.manifest = manifests.read(folder) if self._own else self._stock()
@@ -75,12 +79,22 @@ class Source:
             self._optimizer[rank] = load_file(found[0], plain=self._own)
         return self._optimizer[rank]
 
-    def held(self, rank: int, index: int) -> dict[str, Any]:
-        """State of a rank's flat tensor `index` by key, `step` included; empty if none was allocated."""
+    def saved_state(self, rank: int, index: int) -> Mapping[str, Any]:
+        """State of a rank's flat tensor `index` by key, as saved, `step` included; empty if none was allocated."""
         saved = self.optimizer_states(rank)["optimizer_state_dict"]
         base = saved["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
-        held: dict[str, Any] = base["state"].get(index, {})
-        return held
+        found: Mapping[str, Any] = base["state"].get(index, {})
+        return found
+
+    def held(self, rank: int, index: int) -> Mapping[str, Any]:
+        """The same, ready to use: codes are squeezed in the files."""
+        if (rank, index) not in self._held:
+            # In memory once they are looked at; whoever reads needs a few flat tensors at a time.
+            while len(self._held) >= HELD:
+                self._held.pop(next(iter(self._held)))
+            state = self.saved_state(rank, index)
+            self._held[rank, index] = {key: unsqueezed(value) for key, value in state.items()}
+        return self._held[rank, index]
 
     def master(self, rank: int, index: int) -> Tensor:
         """A rank's flat tensor `index`: bf16 weights or fp32 master weights; it may lack padding at its end."""
@@ -97,11 +111,11 @@ class Source:
 
     def step_of(self, index: int) -> int:
         """Optimizer steps that flat tensor `index` has made."""
-        return int(self.held(0, index).get("step", 0))
+        return int(self.saved_state(0, index).get("step", 0))
 
     def trained(self) -> bool:
         """Whether there is optimizer state: it is allocated at the first step."""
-        return bool(self.held(0, 0))
+        return bool(self.saved_state(0, 0))
 
     def extra(self, rank: int) -> Mapping[str, Any] | None:
         """What this package added to a rank's file; None for a rank that was not there."""
@@ -156,7 +170,7 @@ class Source:
         index, _ = self.sharding.by_name[name]
         kept = self.sharding.layout(index)
         weights = self.elements(name, None, start, stop)
-        if kept.remainder is None or not self.held(0, index):
+        if kept.remainder is None or not self.saved_state(0, index):
             return weights.float()
         parts = zip(kept.keys(REMAINDER), kept.remainder.parts(), strict=True)
         low = [self.lanes(name, key, part.per_block, start, stop) for key, part in parts]
@@ -224,7 +238,7 @@ class Source:
         paddings = saved.get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
         flats = []
         for index, group in enumerate(shapes):
-            held = self.held(0, index)
+            held = self.saved_state(0, index)
             found = {key for key, value in held.items() if torch.is_tensor(value) and value.dim() > 0}
             if found != {"exp_avg", "exp_avg_sq"}:
                 raise UserError(

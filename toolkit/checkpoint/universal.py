@@ -6,6 +6,7 @@ the parameters stand two files that only this package reads: the manifest and `l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class Universal(Source):
         found: Tensor = self._read(self._home(index) / "fp32.pt")["param"]
         return found.reshape(-1)
 
-    def held(self, rank: int, index: int) -> dict[str, Any]:
+    def saved_state(self, rank: int, index: int) -> Mapping[str, Any]:
         home = self._home(index)
         if not (home / "step.pt").exists():
             return {}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.run import ranks
 from toolkit.run.folder import CHECKPOINTS
+from toolkit.run.identity import check_same
+from toolkit.run.saving import Saver, restore_random_states
 from toolkit.run.settings import RunSettings
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
+    from toolkit.data import Position
+    from toolkit.run.plan import Plan
 
 AUTO, NONE = "auto", "none"
 
@@ -25,6 +30,14 @@ class Start:
     source: Source | None = None
     remarks: list[str] = field(default_factory=list)
 
+    @property
+    def position(self) -> Position | None:
+        """Where the data go on; None is the beginning."""
+        from toolkit.data import Position
+
+        noted = self.source.manifest.facts.get("position") if self.source is not None else None
+        return Position(**noted) if noted else None
+
 
 def run_of(settings: RunSettings) -> Path | None:
     """The folder of the run that --resume names, or None where it names a checkpoint, or nothing."""
@@ -33,14 +46,22 @@ def run_of(settings: RunSettings) -> Path | None:
     return path if named else None
 
 
-def find_start(settings: RunSettings, folder: Path) -> Start:
-    """Choose the checkpoint that the run in `folder` begins with; every rank must call this.
+def find_start(plan: Plan) -> Start:
+    """Choose the checkpoint that a run begins with; every rank must call this.
 
     Checks files against their hashes, which the ranks divide among themselves.
 
     Raises:
-        UserError: the checkpoint that --resume names is damaged or does not exist; all checkpoints are damaged.
+        UserError: the checkpoint that --resume names is damaged or does not exist; all checkpoints are damaged; the
+            chosen one is of another model, tokenizer or data.
     """
+    start = _choose(plan.settings, plan.folder)
+    if start.source is not None:
+        check_same(start.source.manifest.facts.get("identity"), plan.identity, start.source.folder)
+    return start
+
+
+def _choose(settings: RunSettings, folder: Path) -> Start:
     from toolkit.checkpoint.source import Source
     from toolkit.checkpoint.store import Store
     from toolkit.checkpoint.universal import open_checkpoint
@@ -101,3 +122,47 @@ def _problem(path: Path) -> str | None:
     found: list[Any] = [None] * ranks.world_size()
     distributed.all_gather_object(found, mine)
     return next((problem for problem in found if problem is not None), None)
+
+
+def take_over(plan: Plan, engine: Any, start: Start, say: Callable[[str], None]) -> None:
+    """Give `engine` and this process the state that `start` names; every rank must call this.
+
+    Raises:
+        UserError: the checkpoint's state is kept otherwise, and --convert-state was not given.
+    """
+    from toolkit.zero.checkpoint import load
+
+    source = start.source
+    if source is None:
+        return
+    for remark in load(engine, source, convert=plan.settings.convert_state):
+        say(f"note: {remark}.")
+    extra = source.extra(ranks.rank()) or source.extra(0)
+    if extra is not None:
+        restore_random_states(extra["random"])
+    if start.position is None:
+        say("note: the checkpoint says nothing of the data: they are read from the beginning.")
+    say(f"resumed from {source.folder}, after step {start.step}")
+
+
+def make_saver(plan: Plan, engine: Any, start: Start, say: Callable[[str], None]) -> Saver | None:
+    """What saves the run's checkpoints, or None, said if it is not what was asked for."""
+    from toolkit.checkpoint.store import Store
+    from toolkit.zero.checkpoint import refusal
+
+    settings = plan.settings
+    if settings.save_every == 0:
+        return None
+    problem = refusal(engine)
+    if problem is not None:
+        say(f"note: no checkpoints are saved: {problem}.")
+        return None
+    store = Store(plan.folder / CHECKPOINTS, keep_last=settings.keep_last, keep_every=settings.keep_every)
+    saver = Saver(engine, store)
+    saver.begin(start.source)
+    return saver
+
+
+def facts(plan: Plan, position: Position) -> dict[str, Any]:
+    """What a checkpoint notes of the run."""
+    return {"position": asdict(position), "identity": plan.identity, "global_batch": plan.batch.total}

@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.errors import UserError
 from toolkit.run import ranks
 from toolkit.run.folder import versions
 
@@ -86,14 +85,14 @@ class Saver:
         """Save and wait until the checkpoint is in place.
 
         Raises:
-            UserError: it could not be written.
+            UserError: it could not be written; raised by every rank.
         """
         self.wait()
         if self.saved != step:
             self.start(step, facts)
             problem = self.wait()
             if problem is not None:
-                raise UserError(problem)
+                raise ranks.AgreedError(problem)
 
     def close(self) -> None:
         """End the thread."""
