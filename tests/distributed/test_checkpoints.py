@@ -17,6 +17,7 @@ from toolkit.run.folder import read_metrics
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 STEPS = 10
 COMPACT = ["--set", "optimizer.params.state_format=compact", "--set", "optimizer.params.weights=bf16+4"]
+FP32_WEIGHTS = ["--set", "optimizer.params.weights=fp32"]
 WAYS = {
     "amcs-1": ["--config", "amcs_zero1"],
     "amcs-2": ["--config", "amcs_zero2"],
@@ -25,6 +26,10 @@ WAYS = {
     "offload-3": ["--config", "amcs_zero3_offload"],
     "released": ["--config", "soam_zero2", "--set", "optimizer.params.release_gradients=true"],
     "compact": ["--config", "amcs_zero3", *COMPACT],
+    # A window of two steps, so that the loss scale changes before a stop and after it.
+    "fp16": ["--config", "amcs_zero2", "--set", "bf16.enabled=false", *FP32_WEIGHTS]
+    + ["--set", 'fp16={"enabled": true, "initial_scale_power": 6, "loss_scale_window": 2}'],
+    "fp32-3": ["--config", "amcs_zero3", "--set", "bf16.enabled=false", *FP32_WEIGHTS],
     "adamw-2": ["--config", "adamw_zero2"],
     "adamw-3": ["--config", "adamw_zero3"],
 }

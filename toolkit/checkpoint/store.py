@@ -58,6 +58,9 @@ class Store:
         """
         written, final = draft / name_of(manifest.step), self.path(manifest.step)
         manifests.write(written, manifest)
+        missing = manifests.damage(written, manifest, hashes=False)
+        if missing is not None:
+            raise OSError(f"{missing}; all machines must share the file system of checkpoints")
         if final.exists():  # one that a resume found damaged, and this run has reached again
             self._remove(final)
         os.rename(written, final)
@@ -66,7 +69,8 @@ class Store:
         for script in draft.glob("*.py"):  # DeepSpeed's zero_to_fp32.py
             os.replace(script, self.folder / script.name)
         self.discard(draft)
-        kept = self.steps()
+        # What is beyond this step is damaged, else the run would have gone on from it.
+        kept = [step for step in self.steps() if step <= manifest.step]
         for step in kept[self.keep_last :]:
             if not (self.keep_every and step % self.keep_every == 0):
                 self._remove(self.path(step))

@@ -107,7 +107,7 @@ class Saver:
         try:
             written = _write_files(files)
         except OSError as error:
-            problem = f"{error.filename or draft.parent}: {error.strerror or error}"
+            problem = _told(error)
         del files
         everyone: list[Any] = [None] * ranks.world_size()
         distributed.all_gather_object(everyone, (written, problem), group=self._group)
@@ -117,7 +117,7 @@ class Saver:
                 if problem is None:
                     self._commit(draft, manifest, {name: e for entries, _ in everyone for name, e in entries.items()})
             except OSError as error:
-                problem = f"{error.filename or draft.parent}: {error.strerror or error}"
+                problem = _told(error)
             if problem is not None:
                 self._store.discard(draft)
         box = [problem]
@@ -143,6 +143,10 @@ def _write_files(files: Mapping[Path, Any]) -> dict[str, dict[str, Any]]:
     for folder in {path.parent for path in files}:
         sync_folder(folder)
     return written
+
+
+def _told(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
 
 
 def random_states() -> dict[str, Any]:
