@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +59,15 @@ class Victim:
         self.before = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "ab") as log:
             command = deepspeed_command(2, TRAIN, *self.arguments, "--run-dir", str(self.folder))
-            return subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                command,
+                env=environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                # As launch/slurm.sh: DeepSpeed's launchers would die of it.
+                preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+            )
 
     def steps(self) -> int:
         metrics = self.folder / "metrics.jsonl"
@@ -71,6 +80,18 @@ class Victim:
 
     def newest(self) -> int:
         return max(Store(self.folder / "checkpoints").steps(), default=0)
+
+    def ask_to_stop(self, send: Callable[[subprocess.Popen[bytes]], None]) -> int:
+        """Start, send a signal after a few steps, and wait for the end of all; returns the exit status."""
+        resumed = self.newest()
+        process = self.start()
+        self._wait(process, lambda: self._began(resumed) and self.steps() >= resumed + 2)
+        everyone = psutil.Process(process.pid).children(recursive=True)
+        send(process)
+        status = process.wait(timeout=120)
+        _, alive = psutil.wait_procs(everyone, timeout=120)
+        assert not alive, alive
+        return status
 
     def kill_once(self) -> None:
         """Start, let it make some steps, kill something, and wait until nothing of it is left."""
@@ -120,7 +141,13 @@ class Victim:
             "deepspeed": [runner],
         }[target]
 
-    def _wait(self, process: subprocess.Popen[bytes], ready, patience: float = 180.0, pause: float = 0.01) -> None:  # type: ignore[no-untyped-def]
+    def _wait(
+        self,
+        process: subprocess.Popen[bytes],
+        ready: Callable[[], bool],
+        patience: float = 180.0,
+        pause: float = 0.01,
+    ) -> None:
         deadline = time.monotonic() + patience
         while not ready():
             assert process.poll() is None, self.log.read_text(errors="replace")[-3000:]

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -24,13 +25,9 @@ SAVE_EVERY = 3
 
 def kill_and_compare(root: Path, kills: int, steps: int) -> list[str]:
     """Kill a run so often, finish it, and compare it with an undisturbed one; returns what each kill did."""
-    world = World(root)
-    arguments = world.arguments("unused", AMCS, 2)
-    for flag, value in (("--steps", steps), ("--save-every", SAVE_EVERY)):
-        arguments[arguments.index(flag) + 1] = str(value)
-    at = arguments.index("--run-dir")
-    del arguments[at : at + 2]
-    victim = Victim(root / "killed", arguments, SAVE_EVERY, seed=int(os.environ.get("LEANSTATE_FAULT_SEED", "0")))
+    # Given twice, the last one counts.
+    arguments = World(root).arguments("x", AMCS, 2, "--steps", str(steps), "--save-every", str(SAVE_EVERY))
+    victim = Victim(root / "killed", arguments, SAVE_EVERY)
     said = []
     for number in range(kills):
         victim.kill_once()
@@ -65,6 +62,19 @@ def test_a_hundred_kills_leave_the_curve_as_it_was(tmp_path: Path) -> None:
     for target in TARGETS:
         assert sum(target in line for line in said) >= 10
     assert sum("while_saving=True" in line for line in said) >= 10
+
+
+def test_signals_stop_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
+    victim = Victim(tmp_path / "run", World(tmp_path).arguments("x", AMCS, 2, "--steps", "100000"), 4)
+    # SLURM's warning reaches every process of the job.
+    assert victim.ask_to_stop(lambda process: os.killpg(process.pid, signal.SIGUSR1)) == 130
+    first = victim.newest()
+    assert first == victim.steps() >= 2
+    # `deepspeed` dies of SIGTERM at once; the ranks notice.
+    assert victim.ask_to_stop(lambda process: process.send_signal(signal.SIGTERM)) == -signal.SIGTERM
+    victim.check()
+    assert victim.newest() == victim.steps() > first
+    assert victim.log.read_text().count("a checkpoint is in") == 2
 
 
 # ---- damage ----
