@@ -8,6 +8,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --output=slurm-%j.out
+#SBATCH --signal=USR1@120
 set -euo pipefail
 
 mkdir -p runs
@@ -17,7 +18,8 @@ scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$SLURM_GPUS_ON_N
 master_addr=$(head -n 1 "$hostfile" | cut -d ' ' -f 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node must differ
 
-# SLURM_NODEID is the node's own only inside the task, hence the inner shell.
+# SLURM_NODEID is the node's own only inside the task, hence the inner shell. Two minutes before the time limit every
+# process there gets SIGUSR1: ranks save and stop, and the launchers, which would die of it, must ignore it.
 srun --kill-on-bad-exit=1 bash -c \
-    'hostfile=$1 master_addr=$2; shift 2; exec launch/multinode.sh "$hostfile" "$SLURM_NODEID" "$master_addr" "$@"' \
+    'trap "" USR1; hostfile=$1 master_addr=$2; shift 2; exec launch/multinode.sh "$hostfile" "$SLURM_NODEID" "$master_addr" "$@"' \
     task "$hostfile" "$master_addr" "$@"

@@ -9,10 +9,13 @@ from typing import Annotated
 
 import typer
 
+from toolkit.checkpoint import commands as checkpoints
 from toolkit.errors import UserError, nearest
 from toolkit.memory.commands import estimate, plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app.add_typer(checkpoints.app, name="checkpoint", help="Inspect, verify and convert checkpoints.")
+app.command()(checkpoints.export)
 
 
 def _print_version(wanted: bool) -> None:

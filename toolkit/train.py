@@ -16,7 +16,10 @@ from toolkit.errors import UserError
 from toolkit.memory.records import FOLDER as MEMORY_FOLDER
 from toolkit.run import folder as run_folder
 from toolkit.run import ranks
+from toolkit.run.memory import OUT_OF_MEMORY, OutOfMemory, end_without_memory, held_now, make_explainer, watch
 from toolkit.run.plan import Plan, make_plan
+from toolkit.run.resume import NONE, Start, facts, find_start, make_saver, take_over
+from toolkit.run.saving import Saver
 from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings, parse
 
@@ -24,19 +27,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from toolkit.memory.exhausted import Explainer
     from toolkit.memory.ledger import Ledger
-    from toolkit.memory.records import Prediction
 
 # Steps whose mean is the final training loss: a single batch is too noisy to report.
 LAST_STEPS = 10
 INTERRUPTED = 130
-# The number of ENOMEM. Not 137, which is how a shell reports what the kernel has killed.
-OUT_OF_MEMORY = 12
-
-
-class OutOfMemory(Exception):
-    """This rank or another one ran out of memory; memory/rank<n>-out-of-memory.md says why."""
+DIVERGED = 3
 
 
 def train(settings: RunSettings) -> dict[str, Any]:
@@ -52,30 +48,40 @@ def train(settings: RunSettings) -> dict[str, Any]:
     device = ranks.start()
     import torch
 
-    from toolkit.memory.exhausted import Explainer  # noqa: F401 (when it is needed, there is no memory to import it)
+    import toolkit.memory.exhausted  # noqa: F401 (when it is needed, there is no memory to import it)
 
     plan = ranks.agreed(lambda: make_plan(settings))
     plan.folder = ranks.from_first(plan.folder)  # its default name holds the time
     held = ranks.agreed(lambda: _claim(plan, device))
     stop = ranks.StopRequest()
     screen = Screen(settings.steps, shown=ranks.rank() == 0)
-    explainer = None
+    explainer = saver = None
     try:
-        explainer = _explainer(plan, device)
+        start = ranks.agreed(lambda: find_start(plan))
+        if start.step >= settings.steps:
+            screen.say(f"nothing to do: {start.source and start.source.folder} is at step {start.step}.")
+            return {"interrupted": False, "diverged": False}
+        plan.remarks += start.remarks
+        explainer = make_explainer(plan, device)
         _announce(plan, screen, device)
         screen.say(explainer.words())
         torch.manual_seed(settings.seed)
         with explainer:
             engine = _engine(plan)
-            with stop, _watch(plan, engine, explainer) as ledger:
+            ranks.agreed(lambda: take_over(plan, engine, start, screen.say))
+            records = ranks.from_first(held.go_on(start.step) if held is not None else [])
+            saver = make_saver(plan, engine, start, screen.say)
+            with stop, watch(plan, engine, explainer) as ledger:
                 with screen:
-                    records = _loop(plan, engine, screen, held, stop, ledger)
+                    records = _loop(plan, engine, screen, held, stop, ledger, saver, start, records)
                 ledger.close()
                 summary = _summary(plan, engine, records, ledger.largest)
                 if held is not None:
                     held.write_summary(summary)
                     run_folder.plot_loss(records, plan.folder / run_folder.PLOT, title=plan.folder.name)
         screen.summary(summary)
+    except UserError:
+        raise
     except Exception:
         if explainer is not None and explainer.ended_by_memory():
             raise OutOfMemory from None
@@ -84,6 +90,8 @@ def train(settings: RunSettings) -> dict[str, Any]:
             raise KeyboardInterrupt from None
         raise
     finally:
+        if saver is not None:
+            saver.close()
         if held is not None:
             held.close()
     return summary
@@ -103,7 +111,9 @@ def _claim(plan: Plan, device: torch.device) -> run_folder.RunFolder | None:
         device=_device_name(device),
         ds_config=plan.config,
     )
-    return run_folder.RunFolder(plan.folder, facts, plan.config)
+    settings = plan.settings
+    keeps, resuming = settings.save_every > 0, settings.resume != NONE
+    return run_folder.RunFolder(plan.folder, facts, plan.config, checkpoints=keeps, resuming=resuming)
 
 
 def _announce(plan: Plan, screen: Screen, device: torch.device) -> None:
@@ -127,60 +137,6 @@ def _device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _explainer(plan: Plan, device: torch.device) -> Explainer:
-    """What explains memory that runs out, with the prediction that it needs before there is none left."""
-    from toolkit.memory.exhausted import Explainer
-
-    predicted = ranks.from_first(_predict(plan, device) if ranks.rank() == 0 else None)
-    explainer = Explainer(plan.folder, ranks.rank(), device, predicted=predicted)
-    # A limit may be on one rank only, and only rank 0 is heard.
-    warnings = ranks.everyones(explainer.warning())
-    plan.remarks += [f"rank {rank}: {warning}" for rank, warning in enumerate(warnings) if warning][:1]
-    return explainer
-
-
-def _predict(plan: Plan, device: torch.device) -> Prediction | None:
-    """What this run will hold and what would change it, also written to memory/predicted.json."""
-    from toolkit.memory.estimate import Case, Estimator
-    from toolkit.memory.records import PREDICTED, write
-
-    settings, batch = plan.settings, plan.batch
-    if settings.memory_profile == "off":
-        return None
-    case = Case(
-        model=settings.model,
-        config=plan.config,
-        world_size=batch.world_size,
-        micro_batch=batch.micro,
-        accumulation=batch.accumulation,
-        seq_len=settings.seq_len,
-        device=device.type,
-        activation_checkpointing=settings.activation_checkpointing,
-        loss=settings.loss,
-    )
-    try:
-        predicted = Estimator().predict(case, changes=True)
-    except Exception as error:  # of a model or optimizer that it does not know; the run may be fine
-        plan.remarks.append(f"the memory of this run could not be predicted: {error}")
-        return None
-    write(plan.folder, PREDICTED, predicted)
-    return predicted
-
-
-def _watch(plan: Plan, engine: Any, explainer: Explainer) -> Ledger:
-    from toolkit import memory
-
-    settings = plan.settings
-    return memory.watch(
-        engine,
-        plan.folder,
-        settings.memory_profile,
-        model=settings.model,
-        seq_len=settings.seq_len,
-        explainer=explainer,
-    )
 
 
 def _engine(plan: Plan) -> Any:
@@ -215,21 +171,27 @@ def _loop(
     held: run_folder.RunFolder | None,
     stop: ranks.StopRequest,
     ledger: Ledger,
+    saver: Saver | None,
+    start: Start,
+    records: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Step to the end, or until a rank is asked to stop; returns the records of metrics.jsonl."""
     from toolkit import data
     from toolkit.zero import rule_optimizer
 
     settings, batch = plan.settings, plan.batch
-    batches = data.rank_batches(plan.data, rank=ranks.rank(), world_size=batch.world_size, micro_batch=batch.micro)
+    batches = data.rank_batches(
+        plan.data, rank=ranks.rank(), world_size=batch.world_size, micro_batch=batch.micro, start=start.position
+    )
     rule = rule_optimizer(engine)
     tokens = batch.total * settings.seq_len
-    records: list[dict[str, Any]] = []
-    for step in range(1, settings.steps + 1):
+    skipped = 0
+    waited: dict[str, float] = {}  # for the copy of the checkpoint that was begun after the step before
+    for step in range(start.step + 1, settings.steps + 1):
         started = time.perf_counter()
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
         mine = _step(engine, batches, batch.accumulation)
-        [loss], [memory, stopping] = ranks.mean_max([mine], [_memory(ledger), stop.requested], engine.device)
+        [loss], [memory, stopping] = ranks.mean_max([mine], [held_now(ledger), stop.requested], engine.device)
         seconds = time.perf_counter() - started
         norm = engine.get_global_grad_norm()
         record: dict[str, Any] = {
@@ -242,8 +204,12 @@ def _loop(
             "step_time_s": seconds,
             "memory_bytes": int(memory),
             "skipped": not engine.was_step_applied(),
+            **waited,
         }
+        waited = {}
+        skipped = skipped + 1 if record["skipped"] else 0
         last = step == settings.steps
+        diverged = skipped >= settings.max_skipped
         if plan.validation and not stopping and (last or step % settings.eval_every == 0):
             record["val_loss"] = _validate(engine, plan.validation, batch.micro)
         record = run_folder.strict(record)
@@ -252,10 +218,32 @@ def _loop(
             held.write_step(record)
         _monitor(engine, record)
         screen.step(record)
-        if stopping and not last:
-            screen.say(f"stopped after step {step} of {settings.steps}.")
+        # After the line of this step: a checkpoint must not be ahead of the metrics.
+        ending = last or stopping or diverged
+        if saver is not None:
+            due = not ending and step % settings.save_every == 0
+            _say(screen, saver.wait() if ending or due else saver.poll())
+            if due:
+                waited = {"save_wait_s": saver.start(step, facts(plan, batches.position))}
+            elif ending:
+                saver.now(step, facts(plan, batches.position))
+        if ending:
+            where = f"; a checkpoint is in {plan.folder / run_folder.CHECKPOINTS}" if saver is not None else ""
+            if diverged:
+                screen.say(
+                    f"stopped after step {step}: the gradient was not finite in {skipped} steps in a row, which is "
+                    f"--max-skipped; weights and state are those of step {step - skipped}{where}."
+                )
+            elif not last:
+                screen.say(f"stopped after step {step} of {settings.steps}{where}.")
             break
+    batches.close()
     return records
+
+
+def _say(screen: Screen, message: str | None) -> None:
+    if message is not None:
+        screen.say(f"note: {message}")
 
 
 def _step(engine: Any, batches: Iterator[torch.Tensor], accumulation: int) -> float:
@@ -300,18 +288,6 @@ def _monitor(engine: Any, record: dict[str, Any]) -> None:
         engine.monitor.write_events(events)
 
 
-def _memory(ledger: Ledger) -> int:
-    """Bytes this rank holds: the accelerator's peak of allocations so far, or the resident set on a CPU."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        return ledger.largest
-    if torch.accelerator.is_available():
-        return torch.accelerator.max_memory_allocated()
-    return psutil.Process().memory_info().rss
-
-
 def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: int) -> dict[str, Any]:
     import torch
 
@@ -326,7 +302,8 @@ def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: int
     tokens = plan.batch.total * plan.settings.seq_len
     return {
         "run_dir": str(plan.folder),
-        "interrupted": len(records) < plan.settings.steps,
+        "interrupted": records[-1]["step"] < plan.settings.steps,
+        "diverged": _skipped_at_the_end(records) >= plan.settings.max_skipped,
         "steps": len(records),
         "skipped_steps": sum(record["skipped"] for record in records),
         "tokens": tokens * len(records),
@@ -346,24 +323,20 @@ def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: int
     }
 
 
-def _end_without_memory(error: Exception) -> None:
-    """End this rank with a line if `error` is that memory ran out before the run had a folder to explain it in."""
-    from toolkit.memory.exhausted import out_of_memory
-
-    if (cause := out_of_memory(error)) is not None:
-        words = f"error: rank {ranks.rank()} ran out of memory before the run began: {type(cause).__name__}: {cause}"
-        print(words.splitlines()[0], file=sys.stderr)
-        ranks.abandon(OUT_OF_MEMORY)
+def _skipped_at_the_end(records: list[dict[str, Any]]) -> int:
+    return next((n for n, record in enumerate(reversed(records)) if not record["skipped"]), len(records))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 for the user's errors, 12 without memory, 130 interrupted."""
+    """The command line; returns the exit status: 0, 2 for the user's errors, 3 where gradients stayed not finite, 12
+    without memory, 130 when stopped by a signal."""
     ranks.prepare()
     try:
         settings = parse(arguments)
         if settings is None:
             return 0
-        status = INTERRUPTED if train(settings)["interrupted"] else 0
+        summary = train(settings)
+        status = DIVERGED if summary["diverged"] else INTERRUPTED if summary["interrupted"] else 0
     except UserError as error:
         ranks.report(error)
         status = 2
@@ -372,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OutOfMemory:
         ranks.abandon(OUT_OF_MEMORY)
     except Exception as error:
-        _end_without_memory(error)
+        end_without_memory(error)
         raise
     ranks.finish()
     return status

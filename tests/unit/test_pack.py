@@ -106,7 +106,7 @@ def test_ranks_share_the_global_stream(
                 together += batch.tolist()
         assert together == expected
         for batches in ranks:
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
 
 
 @settings(deadline=None)
@@ -274,7 +274,7 @@ def test_the_thread_works_ahead_only_so_far_and_ends_with_the_iterator() -> None
     assert not data_threads(), "nothing runs before the first batch is wanted"
     next(batches)
     assert len(data_threads()) == 1
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert not data_threads()
     assert read < 20
 
@@ -305,3 +305,29 @@ def test_real_fineweb(shared_data: Path) -> None:
     held_out.require(1)
     with pytest.raises(UserError, match="smaller than one batch"):
         held_out.require(10_000)
+
+
+@pytest.mark.parametrize("worlds", [(1, 1, 1), (2, 2, 2), (1, 3, 2), (4, 1, 2)])
+def test_every_document_is_seen_once_through_stops_and_other_numbers_of_ranks(worlds: tuple[int, int, int]) -> None:
+    """Stopped twice, across the ends of epochs: the documents' ids come as in a stream that nobody stopped."""
+    documents = Documents("ids", lambda: (f"{n} " * (n % 7 + 1) for n in range(90)))
+    fresh = lambda: packed(documents, 8, shuffle_window=16, sequence_window=4)  # noqa: E731
+    total, steps = 12, (3, 9, 20)
+    whole = [next_rows for next_rows, _ in zip(fresh().sequences(), range(total * sum(steps)), strict=False)]
+    position, rows, epochs = None, [], set()
+    for world, count in zip(worlds, steps, strict=True):
+        share = total // world
+        ranks = [
+            rank_batches(fresh(), rank=rank, world_size=world, micro_batch=share, start=position)
+            for rank in range(world)
+        ]
+        for _ in range(count):
+            for batches in ranks:
+                rows += list(next(batches).numpy())
+            assert len({batches.position for batches in ranks}) == 1
+        position = ranks[0].position
+        epochs.add(position.epoch)
+        for batches in ranks:
+            batches.close()
+    assert np.array_equal(np.stack(rows), np.stack(whole))
+    assert len(epochs) > 1

@@ -49,7 +49,8 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         f"--text-column body --val-data held.txt --deepspeed_config soam_zero3 --set a.b=1 --set c=x "
         f"--plugin {tmp_path}/p.py --steps 7 --seq-len 33 --micro-batch 2 --grad-accum 3 --global-batch 12 "
         f"--lr 1e-3 --warmup 0.2 --seed 5 --eval-every 0 --eval-sequences 9 --run-dir {tmp_path}/run "
-        "--no-activation-checkpointing --loss plain --from-checkpoint --memory-profile full"
+        "--no-activation-checkpointing --loss plain --from-checkpoint --save-every 6 --keep-last 4 --keep-every 12 "
+        "--resume none --convert-state --max-skipped 3 --memory-profile full"
     )
     settings = parse(line.split())
     assert settings == RunSettings(
@@ -74,6 +75,12 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         eval_every=0,
         eval_sequences=9,
         run_dir=tmp_path / "run",
+        save_every=6,
+        keep_last=4,
+        keep_every=12,
+        resume="none",
+        convert_state=True,
+        max_skipped=3,
         activation_checkpointing=False,
         loss="plain",
         memory_profile="full",
@@ -488,11 +495,12 @@ def test_one_process_without_a_launcher_trains(small_text: Path, tmp_path: Path)
     assert "Run finished" in out and str(summary["steps"]) in out
     assert list((tmp_path / "monitor" / "csv").glob("*loss*.csv"))
 
-    before = (folder / "metrics.jsonl").read_bytes()
-    again = start(*arguments)
-    _, err = again.communicate(timeout=120)
-    assert (again.returncode, "already holds a run" in err) == (2, True), err
-    assert (folder / "metrics.jsonl").read_bytes() == before
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for more, status, said in (("none", 2, "already holds a run"), ("auto", 0, "nothing to do")):
+        again = start(*arguments, "--resume", more)
+        out, err = again.communicate(timeout=120)
+        assert (again.returncode, said in out + err) == (status, True), out + err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_an_interrupted_run_stops_with_a_summary(small_text: Path, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from toolkit.data.pack import PackedTokens, Position, rank_batches
+from toolkit.data.pack import Batches, PackedTokens, Position, rank_batches
 from toolkit.data.stream import Documents, open_documents
 from toolkit.data.tokenizers import TOKENIZERS, load_tokenizer
 
 __all__ = [
     "TOKENIZERS",
+    "Batches",
     "Documents",
     "PackedTokens",
     "Position",

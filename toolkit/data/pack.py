@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from itertools import count, islice
@@ -208,28 +208,51 @@ class PackedTokens:
         return [np.array([*document, self.tokenizer.eos_token_id], np.int64) for document in ids]
 
 
-def rank_batches(packed: PackedTokens, *, rank: int, world_size: int, micro_batch: int) -> Iterator[torch.Tensor]:
-    """This rank's micro-batches, without end: int64 tensors [micro_batch, seq_len + 1] on the CPU.
+class Batches:
+    """One rank's micro-batches, without end: int64 tensors [micro_batch, seq_len + 1] on the CPU.
 
-    Micro-step k of rank r takes the sequences (k * world_size + r) * micro_batch + j, j < micro_batch, of the
-    global stream: ranks see disjoint data, and a global batch holds the same sequences at every world size.
-    The price is that every rank tokenizes the whole stream: what one process tokenizes bounds the speed of all.
-
-    A background thread works a few batches ahead, so `packed.position` is ahead of what was handed out; an
-    error in it is raised here, at the batch it prevented. Close the iterator to end the thread.
+    `position` is where the stream goes on after the latest one. A background thread works a few batches ahead; an
+    error in it is raised here, at the batch it prevented. `close` ends the thread.
     """
 
-    def batches() -> Iterator[torch.Tensor]:
-        stream = packed.sequences()
+    def __init__(self, ahead: Generator[tuple[torch.Tensor, Position]], start: Position) -> None:
+        self._ahead = ahead
+        self.position = start
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        tokens, self.position = next(self._ahead)
+        return tokens
+
+    def close(self) -> None:
+        self._ahead.close()
+
+
+def rank_batches(
+    packed: PackedTokens, *, rank: int, world_size: int, micro_batch: int, start: Position | None = None
+) -> Batches:
+    """This rank's micro-batches from `start` on, the beginning of the stream if None.
+
+    Micro-step k of rank r takes the sequences (k * world_size + r) * micro_batch + j, j < micro_batch, of the
+    global stream: ranks see disjoint data, and a global batch holds the same sequences at every world size. So
+    does what follows a `position`, the same on every rank, whatever the number of ranks before and after it.
+    The price is that every rank tokenizes the whole stream: what one process tokenizes bounds the speed of all.
+    """
+    first = start or Position()
+
+    def batches() -> Iterator[tuple[torch.Tensor, Position]]:
+        stream = packed.sequences(first)
         while True:
             step = islice(stream, world_size * micro_batch)
             mine = [tokens for place, tokens in enumerate(step) if place // micro_batch == rank]
-            yield torch.from_numpy(np.stack(mine))
+            yield torch.from_numpy(np.stack(mine)), packed.position
 
-    return _ahead(batches(), BATCHES_AHEAD)
+    return Batches(_ahead(batches(), BATCHES_AHEAD), first)
 
 
-def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+def _ahead(items: Iterator[T], depth: int) -> Generator[T]:
     """The endless `items`, worked out `depth` ahead by a thread that lives as long as this iterator."""
     worker = ThreadPoolExecutor(1, thread_name_prefix="data")
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import io
 import json
 import sysconfig
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -31,21 +33,31 @@ KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text
 COMPRESSIONS = (".gz", ".zst")
 SUPPORTED = ".parquet, .jsonl, .json or .txt files (.jsonl, .json and .txt also as .gz or .zst)"
 DOCUMENT_CHARACTERS = 16 * 1024
+FINGERPRINTED = 256
+"""Documents that tell one corpus from another."""
 
 
 @dataclass(frozen=True)
 class Documents:
     """A corpus that can be read any number of times, always in the same order.
 
-    `name` is what the user called it, for messages; `read` starts one pass. Iterating skips documents
-    without text.
+    `name` is what the user called it, for messages; `read` starts one pass; `sizes` are those of its files, in
+    order, where it has any. Iterating skips documents without text.
     """
 
     name: str
     read: Callable[[], Iterator[str]]
+    sizes: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[str]:
         return (text for text in self.read() if text and not text.isspace())
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the first documents and of the files' sizes: the same corpus wherever it lies."""
+        digest = hashlib.sha256(repr(self.sizes).encode())
+        for text in islice(self, FINGERPRINTED):
+            digest.update(f"{len(text)}:{text}".encode(errors="surrogatepass"))
+        return digest.hexdigest()
 
 
 def open_documents(
@@ -77,7 +89,8 @@ def open_documents(
         elif kind == "json":
             for file in files:
                 next(_json(file, text_column), None)
-        documents = Documents(spec, lambda: _read_files(files, kind, text_column))
+        sizes = tuple(file.stat().st_size for file in files)
+        documents = Documents(spec, lambda: _read_files(files, kind, text_column), sizes)
     if next(iter(documents), None) is None:
         raise UserError(f"data {spec!r} is an empty corpus: it holds no text.")
     return documents

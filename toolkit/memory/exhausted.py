@@ -12,6 +12,7 @@ import itertools
 import mmap
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -103,6 +104,7 @@ class Explainer:
         held_already: int = 0,
     ) -> None:
         self.folder, self.rank, self.device = folder, rank, device
+        self._began = time.time()
         self.phase, self.step = c.INIT, 1
         self.setup: Setup | None = None
         self.held: Callable[[], Iterable[held.Named]] = tuple
@@ -158,9 +160,9 @@ class Explainer:
 
     def ended_by_memory(self) -> bool:
         """Whether this rank, or another one of this run, has run out of memory and said why."""
-        own = json_name(self.rank)
+        # A run that is gone on with may hold the pages of the time before.
         return self.written is not None or any(
-            path.name != own for path in (self.folder / FOLDER).glob("rank*-out-of-memory.json")
+            path.stat().st_mtime >= self._began for path in (self.folder / FOLDER).glob("rank*-out-of-memory.json")
         )
 
     def explain(self, error: BaseException) -> Path | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from toolkit.errors import UserError, nearest
 from toolkit.optim.rule import Rule, State
-from toolkit.state.codecs import BLOCK, FORMATS, MIXES, Codec, Part
+from toolkit.state.codecs import BLOCK, FORMATS, MIXES, Codec, Part, from_parts, to_parts
 from toolkit.state.weights import MASTER, WEIGHTS, Remainder
 
 REMAINDER = "remainder"
@@ -41,6 +41,30 @@ class Layout:
         blocks = -(-numel // BLOCK)
         return {key: torch.zeros(blocks, part.per_block, dtype=part.dtype, device=device) for key, part in self.parts()}
 
+    def keys(self, name: str) -> list[str]:
+        """The keys of the stored tensors of a state, or of the remainder."""
+        return [key for key, _ in self.parts() if key.split(".")[0] == name]
+
+    def decode(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every state as fp32 [blocks, BLOCK], from its stored tensors by key."""
+        states = {}
+        for state, codec in zip(self.states, self.codecs, strict=True):
+            states[state.name] = from_parts(codec, *(stored[key] for key in self.keys(state.name)))
+        for state, codec in zip(self.states, self.codecs, strict=True):
+            if codec.relative and state.near is not None:
+                states[state.name] = states[state.name] + states[state.near]
+        return states
+
+    def encode(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `decode`, as far as the codes go."""
+        stored: dict[str, Tensor] = {}
+        for state, codec in zip(self.states, self.codecs, strict=True):
+            values = states[state.name]
+            if codec.relative and state.near is not None:
+                values = values - states[state.near]
+            stored.update(zip(self.keys(state.name), to_parts(codec, values), strict=True))
+        return stored
+
     def bytes_per_element(self) -> dict[str, float]:
         """Stored bytes per element, scales included, by state and for the remainder."""
         held = {s.name: codec.bytes_per_element() for s, codec in zip(self.states, self.codecs, strict=True)}
@@ -52,15 +76,18 @@ def layout(rule: type[Rule], formats: Mapping[str, str], weights: str, dtype: to
 
     Raises UserError for bf16 tensors without remainder.
     """
-    codecs = tuple(_codec(state, formats[state.name]) for state in rule.states)
-    if dtype != torch.bfloat16:
-        return Layout(rule.states, codecs, None)
-    if weights == MASTER:
+    if dtype == torch.bfloat16 and weights == MASTER:
         raise UserError(
             f"weights is {MASTER!r}, but the parameters are bf16; use 'bf16+16', which holds the same 32 bits, or "
             "parameters in fp32"
         )
-    return Layout(rule.states, codecs, WEIGHTS[weights])
+    return layout_of(rule.states, formats, weights if dtype == torch.bfloat16 else MASTER)
+
+
+def layout_of(states: tuple[State, ...], formats: Mapping[str, str], weights: str) -> Layout:
+    """The layout of a tensor with these `states`; `weights` "fp32": without remainder."""
+    codecs = tuple(_codec(state, formats[state.name]) for state in states)
+    return Layout(states, codecs, WEIGHTS.get(weights))
 
 
 def _codec(state: State, name: str) -> type[Codec]:

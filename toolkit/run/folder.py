@@ -1,13 +1,17 @@
 """A run's folder: claimed once, then metrics.jsonl line by line, and a summary and a plot at the end.
 
 Files: run.json (settings, batch, versions), ds_config.json (the DeepSpeed JSON as used), metrics.jsonl (one
-line per optimizer step), summary.json, loss.png, and the folder memory (`toolkit.memory.records`).
+line per optimizer step), summary.json, loss.png, checkpoints/ (`toolkit.checkpoint.store`), memory/
+(`toolkit.memory.records`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +30,7 @@ RUN, CONFIG, METRICS, SUMMARY, PLOT = (
     "summary.json",
     "loss.png",
 )
+CHECKPOINTS = "checkpoints"
 LIBRARIES = ("leanstate", "torch", "deepspeed", "transformers", "datasets")
 
 
@@ -40,59 +45,106 @@ def default_folder(model: str, config: str) -> Path:
     return folder
 
 
-def check_free(folder: Path) -> None:
-    """Raise UserError if `folder` holds a run already, or cannot hold one."""
+def check_free(folder: Path, *, resuming: bool = False) -> None:
+    """Raise UserError if `folder` cannot hold a run, or holds one that is not to be gone on with.
+
+    `resuming`: a run that keeps checkpoints may be there.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"the run folder {folder} is a file; give --run-dir a folder.")
     held = next((name for name in (METRICS, RUN) if (folder / name).exists()), None)
-    if held is not None:
-        raise UserError(f"the run folder {folder} already holds a run ({held}); give another --run-dir.")
+    if held is None or (resuming and (folder / CHECKPOINTS).is_dir()):
+        return
+    why = "which keeps no checkpoints" if resuming else "and --resume is none"
+    raise UserError(f"the run folder {folder} already holds a run ({held}), {why}; give another --run-dir.")
 
 
 class RunFolder:
-    """Rank 0's hold on the folder of one run.
+    """Rank 0's hold on the folder of one run; while it lasts, no other process can take it.
 
     Args:
-        folder: created if missing; must hold no run.
-        run: what run.json says about the run.
+        folder: created if missing.
+        run: what run.json says about the run, if it is a new one.
         config: the DeepSpeed JSON as used.
+        checkpoints: whether the run keeps any. A folder that says so may be gone on with after a crash.
+        resuming: a run that is there is gone on with; else there must be none.
 
     Raises:
-        UserError: the folder already holds a run or cannot be written.
+        UserError: the folder holds a run, belongs to a running one or cannot be written.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        check_free(folder)
+    def __init__(
+        self,
+        folder: Path,
+        run: Mapping[str, Any],
+        config: Mapping[str, Any],
+        *,
+        checkpoints: bool = False,
+        resuming: bool = False,
+    ) -> None:
+        check_free(folder, resuming=resuming)
         self.folder = folder
+        self._config = config
+        self._lines = 0
+        self._new = not (folder / RUN).exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if checkpoints:
+                (folder / CHECKPOINTS).mkdir(exist_ok=True)
             # "x": of two runs that start at once in one folder, one fails here and overwrites nothing.
-            with open(folder / RUN, "x") as file:
-                file.write(_pretty(run))
-            self._metrics = open(folder / METRICS, "x")  # noqa: SIM115 (open for as long as the run lasts)
+            self._lock = open(folder / RUN, "x" if self._new else "r+")  # noqa: SIM115 (open as long as the run lasts)
+            # The lock ends with the process, however that ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._new:
+                self._lock.write(_pretty(run))
+                self._lock.flush()
+                (folder / CONFIG).write_text(_pretty(config))
+            self._metrics = open(folder / METRICS, "x" if self._new else "a")  # noqa: SIM115
         except FileExistsError:
             raise UserError(f"the run folder {folder} already holds a run; give another --run-dir.") from None
+        except BlockingIOError:
+            raise UserError(
+                f"the run folder {folder} is in use by another run that is still going on; wait for its end or give "
+                "another --run-dir."
+            ) from None
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be written: {error.strerror}.") from None
-        (folder / CONFIG).write_text(_pretty(config))
-        self._lines = 0
+
+    def go_on(self, step: int) -> list[dict[str, Any]]:
+        """Take the metrics up again after `step`; returns the records up to there, the others are dropped."""
+        path = self.folder / METRICS
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        (self.folder / CONFIG).write_text(_pretty(self._config))
+        self._metrics.close()
+        draft = path.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
+        os.replace(draft, path)
+        self._metrics = open(path, "a")  # noqa: SIM115
+        self._lines = len(kept)
+        return kept
 
     def write_step(self, record: Mapping[str, Any]) -> None:
         """Append one line of finite numbers (see `strict`), flushed: a killed run keeps the steps it made."""
-        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-        self._metrics.flush()
+        line = json.dumps(record, allow_nan=False) + "\n"
+        try:
+            self._metrics.write(line)
+            self._metrics.flush()
+        except OSError as error:
+            raise UserError(f"{self.folder / METRICS} cannot be written: {error.strerror}.") from None
         self._lines += 1
 
     def close(self) -> None:
         """Close the metrics; a run that never made a step, and not for want of memory, gives its folder back."""
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # of a full disk, which has been reported
+            self._metrics.close()
         memory = self.folder / MEMORY
-        if self._lines == 0 and not any(memory.glob("rank*-out-of-memory.json")):
+        if self._new and self._lines == 0 and not any(memory.glob("rank*-out-of-memory.json")):
             for path in (*(self.folder / name for name in (METRICS, RUN, CONFIG)), *memory.glob("*.json")):
                 path.unlink(missing_ok=True)
-            for folder in (memory, self.folder):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+            for place in (self.folder / CHECKPOINTS, memory, self.folder):
+                if place.is_dir() and not any(place.iterdir()):
+                    place.rmdir()
+        self._lock.close()
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         (self.folder / SUMMARY).write_text(_pretty(summary))
@@ -116,19 +168,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def describe(**facts: Any) -> dict[str, Any]:
-    """`facts` with the time and the versions of what computed the run."""
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that compute the run."""
+    found = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
-            versions[library] = metadata.version(library)
+            found[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
-            versions[library] = "not installed"
-    return {
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        **facts,
-        "versions": versions,
-    }
+            found[library] = "not installed"
+    return found
+
+
+def describe(**facts: Any) -> dict[str, Any]:
+    """`facts` with the time and the versions of what computed the run."""
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"started": started, **facts, "versions": versions()}
 
 
 def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:

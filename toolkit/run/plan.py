@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from toolkit.errors import UserError
 from toolkit.run import folder as run_folder
 from toolkit.run import ranks
+from toolkit.run.identity import identity
 from toolkit.run.merge import Batch, merge_flags
+from toolkit.run.resume import NONE, run_of
 from toolkit.run.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Plan:
     data: PackedTokens
     validation: list[torch.Tensor]
     parameters: int
+    identity: dict[str, dict[str, Any]]
 
 
 def make_plan(settings: RunSettings) -> Plan:
@@ -54,8 +57,8 @@ def make_plan(settings: RunSettings) -> Plan:
     config, batch, remarks = merge_flags(config, settings, ranks.world_size())
     configs.validate(config, origin=settings.config, world_size=ranks.world_size())
     dtype = _dtype(config)
-    folder = settings.run_dir or run_folder.default_folder(settings.model, settings.config)
-    run_folder.check_free(folder)
+    folder = settings.run_dir or run_of(settings) or run_folder.default_folder(settings.model, settings.config)
+    run_folder.check_free(folder, resuming=settings.resume != NONE)
 
     model_config, preset = models.load_config(settings.model)
     name = settings.tokenizer or (preset.tokenizer if preset is not None else settings.model)
@@ -92,6 +95,7 @@ def make_plan(settings: RunSettings) -> Plan:
         data=training,
         validation=validation,
         parameters=models.count_parameters(model_config),
+        identity=identity(settings, model_config, name, training),
     )
 
 

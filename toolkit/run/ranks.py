@@ -202,23 +202,30 @@ def report(error: UserError) -> None:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag, so that all ranks stop after the same step.
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a flag, so that all ranks stop after the same step.
 
-    A second signal acts as if there were no handler. Use as a context manager, in the main thread.
+    A second SIGINT acts as if there were no handler. So does `requested` once DeepSpeed's launcher is gone: nobody
+    would ever end its ranks. Use as a context manager, in the main thread.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._signalled = False
         self._previous: dict[int, object] = {}
+        self._launcher = _launcher()
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank has been asked to stop."""
+        return self._signalled or _launcher() != self._launcher
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # Ctrl-C reaches a rank twice: from the terminal, then as SIGTERM from the launcher.
-        self.requested = True
+        self._signalled = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -227,3 +234,16 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def _launcher() -> tuple[int, ...]:
+    """The processes that started this rank, if DeepSpeed's launcher did: one for each machine, and its parent."""
+    if "CROSS_RANK" not in os.environ:  # which it sets, and nobody else
+        return ()
+    import psutil
+
+    parent = os.getppid()
+    try:
+        return parent, psutil.Process(parent).ppid()
+    except psutil.NoSuchProcess:
+        return (parent,)

@@ -88,6 +88,26 @@ class RunSettings(BaseModel):
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the run's files go. (default: runs/<model>-<config>-<time>)")
     ] = None
+    save_every: Annotated[
+        int, Field(ge=0), typer.Option(help="Steps between checkpoints (always one at the end); 0 for none.")
+    ] = 100
+    keep_last: Annotated[int, Field(gt=0), typer.Option(help="Newest checkpoints to keep.")] = 2
+    keep_every: Annotated[
+        int, Field(ge=0), typer.Option(help="Keep checkpoints of multiples of so many steps, too; 0 for none.")
+    ] = 0
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|none|PATH",
+            help="Go on from the run folder's newest valid checkpoint, from none, or from a run or checkpoint.",
+        ),
+    ] = "auto"
+    convert_state: Annotated[
+        bool, typer.Option("--convert-state", help="Resume with another state format, weights or optimizer.")
+    ] = False
+    max_skipped: Annotated[
+        int, Field(gt=0), typer.Option(help="Steps skipped in a row (gradients not finite) that stop the run.")
+    ] = 20
     activation_checkpointing: Annotated[
         bool | None,
         typer.Option(

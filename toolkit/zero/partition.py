@@ -113,7 +113,8 @@ _METHODS_1_AND_2 = (
 _FIELDS_1_AND_2 = (
     "round_robin_bit16_groups round_robin_bit16_offsets parallel_partitioned_bit16_groups partition_size "
     "single_partition_of_fp32_groups param_buffer_of_bit16_for_cpu_offload_groups averaged_gradients "
-    "offload_gradient_dict params_in_partition grad_position ready_for_gradients _coalesce_grad_reduction"
+    "offload_gradient_dict params_in_partition grad_position ready_for_gradients _coalesce_grad_reduction "
+    "bit16_groups_flat real_dp_process_group allgather_bucket_size nccl_start_alignment_factor"
 )
 _METHODS_3 = (
     "_configure_master_weights _create_fp32_partitions initialize_optimizer_states _get_norm_groups _pre_step "
@@ -123,8 +124,12 @@ _METHODS_3 = (
 )
 _FIELDS_3 = (
     "fp16_groups fp32_partitioned_groups_flat fp16_partitioned_groups_flat sub_group_to_group_id grad_position "
-    "grad_partitions_flat_buffer __param_id_to_grad_partition _offload_boundary_param_ids sub_group_process_groups"
+    "grad_partitions_flat_buffer __param_id_to_grad_partition _offload_boundary_param_ids sub_group_process_groups "
+    "fp16_partitioned_groups unflatten"
 )
+# What `checkpoint.py` replaces or sets while it saves and loads.
+_METHODS_ENGINE = "save_checkpoint _save_checkpoint _save_zero_checkpoint _copy_recovery_script"
+_FIELDS_ENGINE = "checkpoint_engine global_steps global_samples skipped_steps micro_steps"
 
 
 def _missing(kind: type, methods: str, fields: str) -> list[str]:
@@ -159,6 +164,7 @@ def incompatibilities() -> list[str]:
         *(name for name, found in checks.items() if not found),
         *_missing(DeepSpeedZeroOptimizer, _METHODS_1_AND_2, _FIELDS_1_AND_2),
         *_missing(ds_stage3.DeepSpeedZeroOptimizer_Stage3, _METHODS_3, _FIELDS_3),
+        *_missing(ds_engine.DeepSpeedEngine, _METHODS_ENGINE, _FIELDS_ENGINE),
     ]
 
 

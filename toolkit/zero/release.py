@@ -30,7 +30,8 @@ from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import Piece, squared_norm
 from toolkit.zero.stage12 import LeanZeroOptimizer
 
-_NORM = "released_norm"
+RELEASED_NORM = "released_norm"
+"""Key in the first parameter group of the norm that the next step is clipped by; checkpoints keep it."""
 
 
 class ReleasingZeroOptimizer(LeanZeroOptimizer):
@@ -50,7 +51,7 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
     @property
     def _previous_norm(self) -> float | None:
         """Global norm of the latest step that was not skipped; kept in a parameter group, which checkpoints save."""
-        norm: float | None = self.optimizer.param_groups[0].get(_NORM)
+        norm: float | None = self.optimizer.param_groups[0].get(RELEASED_NORM)
         return norm
 
     def _start(self) -> None:
@@ -124,7 +125,7 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
                     self._step_group(i, self._factor(norm))
                 else:
                     self._rest(i)
-            self.optimizer.param_groups[0][_NORM] = norm
+            self.optimizer.param_groups[0][RELEASED_NORM] = norm
         self._discard()
         for i in range(len(self.bit16_groups)):
             self._show(i)

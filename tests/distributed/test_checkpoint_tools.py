@@ -1,0 +1,278 @@
+"""What leaves and enters a run by other doors: exports, other formats, DeepSpeed's checkpoints, refusals."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_checkpoints import COMPACT, WAYS, World, model, steps_of
+from torch import Tensor
+
+from toolkit.checkpoint.commands import find
+from toolkit.checkpoint.convert import convert
+from toolkit.checkpoint.export import export
+from toolkit.checkpoint.source import Source
+from toolkit.checkpoint.universal import open_checkpoint, write
+from toolkit.errors import UserError
+
+AMCS, ADAMW = WAYS["amcs-2"], WAYS["adamw-2"]
+FP32_STATE = ["--set", "optimizer.params.state_format=fp32"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("tools"))
+
+
+@pytest.fixture(scope="module")
+def runs(world: World) -> World:
+    """On two ranks: a run stopped after step 5 and the same uninterrupted; of an odd shape; DeepSpeed's own."""
+    val = ["--val-data", str(world.data), "--eval-every", "5", "--eval-sequences", "6"]
+    steps = [
+        {"run": world.arguments("main", AMCS, 2, *val), "stop_at": 5},
+        {"run": world.arguments("odd", AMCS, 2, model="odd"), "stop_at": 5},
+        {"run": world.arguments("fp32", AMCS, 2, *FP32_STATE), "stop_at": 5},
+        {"run": world.arguments("done", AMCS, 2, *val)},
+        {"stock": world.arguments("unused", ADAMW, 2), "to": str(world.root / "stock")},
+        {"stock": world.arguments("unused", WAYS["adamw-3"], 2), "to": str(world.root / "stock-3")},
+    ]
+    world.results = steps_of(world, "runs", 2, steps)  # type: ignore[attr-defined]
+    return world
+
+
+def source_of(world: World, run: str) -> Source:
+    return open_checkpoint(find(world.root / run))
+
+
+def states(source: Source) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for name, (_, place) in source.sharding.by_name.items():
+        found[name] = source.states(name, 0, place.numel) | {"weights": source.weights(name, 0, place.numel)}
+    return found
+
+
+# ---- export ----
+
+
+@pytest.mark.parametrize(("dtype", "shard_bytes"), [("bf16", 10**9), ("fp32", 600_000)])
+def test_an_export_has_the_loss_of_the_run(runs: World, tmp_path: Path, dtype: str, shard_bytes: int) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from toolkit.run.plan import make_plan
+    from toolkit.run.settings import parse
+
+    source = source_of(runs, "done")
+    files = export(source, tmp_path / "hf", dtype=dtype, shard_bytes=shard_bytes)
+    assert len(files) == (1 if dtype == "bf16" else 3)
+    # A matrix of the vocabulary is larger than a shard; all else keeps to the size.
+    assert all(file.stat().st_size < max(shard_bytes, 4096 * 64 * 4) + 20_000 for file in files)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").eval()
+    assert loaded.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    for name, value in loaded.named_parameters():
+        expected = source.weights(f"hf.{name}", 0, value.numel()).view(value.shape)
+        if dtype == "bf16":
+            expected = source.elements(f"hf.{name}", None, 0, value.numel()).view(value.shape)
+        assert torch.equal(value, expected), name
+    settings = parse(runs.arguments("new", AMCS, 1, "--val-data", str(runs.data), "--eval-every", "5"))
+    assert settings is not None
+    tokens = torch.stack(make_plan(settings).validation[:6])
+    with torch.no_grad():
+        loss = loaded(input_ids=tokens[:, :-1]).logits.float().flatten(0, 1)
+        mean = torch.nn.functional.cross_entropy(loss, tokens[:, 1:].flatten())
+    assert float(mean) == pytest.approx(runs.records("done")[-1]["val_loss"], rel=1e-4 if dtype == "bf16" else 2e-3)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "hf")) == 4096
+    with pytest.raises(UserError, match="holds a model already"):
+        export(source, tmp_path / "hf")
+
+
+# ---- formats ----
+
+
+def test_formats_change_on_request_only(runs: World) -> None:
+    changes = {
+        "compact": ("main", [*AMCS, *COMPACT]),
+        "8bit": ("fp32", AMCS),
+        "soam": ("main", ["--config", "soam_zero2"]),
+        "adamw": ("main", ADAMW),
+    }
+    steps = []
+    for name, (source, way) in changes.items():
+        place = str(runs.root / source / "checkpoints")
+        arguments = runs.arguments(f"to-{name}", way, 1, "--resume", str(find(Path(place))))
+        steps += [{"run": arguments}, {"carry": arguments, "source": place, "to": str(runs.root / "as" / name)}]
+        steps[-1]["convert"] = True
+        steps.append({"run": [*arguments, "--convert-state"]})
+    results = steps_of(runs, "formats", 1, steps)
+    for name, (refused, said, went_on) in zip(changes, zip(*[iter(results)] * 3, strict=True), strict=True):
+        assert "cannot be taken over as it is" in refused and "--convert-state" in refused
+        assert went_on["steps"] == 5, name
+        # What is said is what was done, in the run as in the engine alone.
+        assert said and all(sentence in " ".join(went_on["said"].split("\n")) for sentence in said)
+    said = {name: " ".join(results[3 * i + 1]) for i, name in enumerate(changes)}
+    assert "m_fast was kept as signed8 and is now residual4" in said["compact"]
+    assert "weights were bf16+8 and are bf16+4" in said["compact"]
+    assert "m_slow was kept as fp32 and is now signed8" in said["8bit"]
+    assert "the optimizer was AMCS and is SOAM: m from m_fast, v from v" in said["soam"]
+    assert "exp_avg from m_fast, exp_avg_sq from v" in said["adamw"]
+    main, fp32 = states(source_of(runs, "main")), states(source_of(runs, "fp32"))
+    for name, old in main.items():
+        compact, adam = states(source_of(runs, "as/compact"))[name], states(source_of(runs, "as/adamw"))[name]
+        assert torch.equal(adam["exp_avg"], old["m_fast"]) and torch.equal(adam["exp_avg_sq"], old["v"])
+        assert torch.equal(compact["m_slow"], old["m_slow"]) or "norm" in name
+        assert torch.allclose(compact["weights"], old["weights"], rtol=2**-12, atol=0)
+    eight = states(source_of(runs, "as/8bit"))
+    for name, old in fp32.items():
+        for key in ("m_fast", "m_slow"):  # a code is up to 1.6 % of the block's largest from the next
+            assert (eight[name][key] - old[key]).abs().max() <= 0.017 * old[key].abs().max(), (name, key)
+
+
+@pytest.mark.parametrize("folder", ["stock", "stock-3"])
+def test_deepspeeds_adam_seeds_both_momenta(runs: World, folder: str) -> None:
+    place = runs.root / folder / "global_step3"
+    arguments = runs.arguments(f"from-{folder}", AMCS, 1, "--resume", str(runs.root / folder))
+    carry = {"carry": arguments, "source": str(place), "to": str(runs.root / "as" / folder), "convert": True}
+    refused, said, went_on = steps_of(
+        runs, f"from-{folder}-ranks", 1, [{"run": arguments}, carry, {"run": [*arguments, "--convert-state"]}]
+    )
+    assert "the optimizer was Adam and is AMCS: m_fast from exp_avg, m_slow from exp_avg, v from exp_avg_sq" in refused
+    assert went_on["steps"] == 7 and "says nothing of the data" in went_on["said"]
+    assert any("m_slow from exp_avg" in sentence for sentence in said)
+    adam, made = states(Source(place)), states(source_of(runs, f"as/{folder}"))
+    assert adam.keys() == made.keys()
+    for name, old in adam.items():
+        assert torch.equal(made[name]["m_fast"], made[name]["m_slow"])
+        assert (made[name]["m_fast"] - old["exp_avg"]).abs().max() <= 0.017 * old["exp_avg"].abs().max()
+        assert torch.allclose(made[name]["weights"], old["weights"], rtol=2**-15, atol=1e-30)
+        root = old["exp_avg_sq"] ** 0.25
+        assert (made[name]["v"] ** 0.25 - root).abs().max() <= root.max() / 250
+
+
+def test_blocks_that_begin_elsewhere_are_said(runs: World) -> None:
+    """Matrices of 40 columns are no multiples of 256: stage 3 begins their blocks elsewhere than stage 2."""
+    steps = [
+        {"carry": runs.arguments("unused", WAYS["amcs-3"], 2, model="odd"), "source": str(runs.root / "odd")},
+        {"carry": runs.arguments("unused", AMCS, 2, model="odd"), "source": str(runs.root / "odd")},
+    ]
+    to = ("as/odd-3", "as/odd-2")
+    moved, same = steps_of(
+        runs, "odd-ranks", 2, [s | {"to": str(runs.root / t)} for s, t in zip(steps, to, strict=True)]
+    )
+    assert same == [] and len(moved) == 1 and "decoded and encoded again" in moved[0]
+    assert runs.digest("as/odd-2") == runs.digest("odd")
+    before, after = states(source_of(runs, "odd")), states(source_of(runs, "as/odd-3"))
+    for name, old in before.items():
+        assert torch.equal(after[name]["weights"], old["weights"])
+        for key in ("m_fast", "m_slow"):
+            assert (after[name][key] - old[key]).abs().max() <= 0.017 * old[key].abs().max(), (name, key)
+    # At stage 3 the grid is each parameter's own, at any number of ranks.
+    assert convert(source_of(runs, "as/odd-3"), runs.root / "as" / "odd-3-3", stage=3, world_size=3) == []
+    assert runs.digest("as/odd-3-3") == runs.digest("as/odd-3")
+
+
+def test_offline_and_live_resharding_agree(runs: World) -> None:
+    origin = runs.digest("main")
+    source = source_of(runs, "main")
+    for number, (stage, ranks) in enumerate([(1, 1), (3, 4), (2, 3), (2, 2)]):
+        assert convert(source, runs.root / f"offline-{number}", stage=stage, world_size=ranks) == []
+        source = source_of(runs, f"offline-{number}")
+        assert source.digest() == origin
+        assert (source.stage, source.sharding.world_size) == (stage, ranks)
+    assert source.sharding == source_of(runs, "main").sharding
+    with pytest.raises(UserError, match="exists already"):
+        convert(source, runs.root / "offline-0", stage=1, world_size=1)
+    # A run goes on from what was written offline, as from its own.
+    resume = ["--resume", str(runs.root / "offline-1")]
+    val = ["--val-data", str(runs.data), "--eval-every", "5", "--eval-sequences", "6"]
+    [result] = steps_of(runs, "offline-run", 2, [{"run": runs.arguments("went-on", AMCS, 2, *val, *resume)}])
+    assert result["steps"] == 5
+    assert [r["loss"] for r in runs.records("went-on")] == [r["loss"] for r in runs.records("done")[5:]]
+
+
+# ---- DeepSpeed's universal layout ----
+
+
+def test_universal_layout_there_and_back(runs: World) -> None:
+    source = source_of(runs, "main")
+    folder = runs.root / "universal" / "global_step5"
+    write(source, folder)
+    there = open_checkpoint(folder)
+    assert there.digest() == source.digest()
+    for path in folder.rglob("*.pt"):
+        torch.load(path, weights_only=True)
+    convert(there, runs.root / "back", stage=2, world_size=2)
+    before, after = states(source), states(source_of(runs, "back"))
+    for name, old in before.items():
+        for key in ("weights", "m_fast", "m_slow"):
+            assert torch.equal(after[name][key], old[key]), (name, key)
+        assert torch.allclose(after[name]["v"], old["v"], rtol=1e-6, atol=0)
+    # DeepSpeed's own loader gives it to its Adam.
+    loads = ["--set", 'checkpoint={"load_universal": true}']
+    arguments = runs.arguments("unused", ADAMW, 2, *loads)
+    step = {"universal": arguments, "source": str(folder.parent), "tag": folder.name}
+    [found] = steps_of(runs, "universal-ranks", 2, [step])
+    assert found
+    for name, held in found.items():
+        inside = slice(held["start"], held["start"] + held["fp32"].numel())
+        assert torch.equal(held["fp32"], before[name]["weights"][inside]), name
+        assert torch.equal(held["exp_avg"], before[name]["m_fast"][inside]), name
+        assert torch.equal(held["exp_avg_sq"], before[name]["v"][inside]), name
+
+
+# ---- refusals ----
+
+
+def test_another_model_tokenizer_or_data_is_refused_by_name(runs: World, tmp_path: Path) -> None:
+    model(tmp_path / "deeper", 64, num_hidden_layers=2)
+    other = tmp_path / "other.jsonl"
+    other.write_text(runs.data.read_text().replace("Document", "Paper"))
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(runs.data, moved)
+    resume = ["--resume", str(runs.root / "main" / "checkpoints" / "global_step5")]
+    changes: dict[str, tuple[list[str], str]] = {
+        "model": (["--model", str(tmp_path / "deeper")], f"and this run has model '{tmp_path / 'deeper'}'"),
+        "tokenizer": (["--tokenizer", "mistral-32k", "--model", "qwen3-134m"], "trained with model"),
+        "data": (["--data", str(other)], f"was trained with data '{runs.data}', and this run has data '{other}'"),
+        "seq-len": (["--seq-len", "16"], "was trained with --seq-len 32, and this run has 16"),
+        "seed": (["--seed", "1"], "was trained with --seed 0, and this run has 1"),
+        "absent": (["--resume", str(tmp_path / "absent")], "there is no such folder"),
+    }
+    fixed = {name: runs.arguments(f"refused-{name}", AMCS, 1, *resume, *more) for name, (more, _) in changes.items()}
+    went_on = runs.arguments("moved", AMCS, 1, *resume, "--data", str(moved))
+    results = steps_of(runs, "refusals", 1, [*({"run": line} for line in fixed.values()), {"run": went_on}])
+    for (name, (_, message)), result in zip(changes.items(), results, strict=False):
+        assert isinstance(result, str) and message in result and "\n" not in result, (name, result)
+        assert not (runs.root / f"refused-{name}").exists()
+    assert results[-1]["steps"] == 5  # the same text elsewhere
+
+
+# ---- gradients that are not finite ----
+
+
+def test_skipped_steps_do_not_move_alpha_and_too_many_stop_the_run(runs: World) -> None:
+    plain = runs.arguments("plain-alpha", AMCS, 1)
+    skips = runs.arguments("skips", AMCS, 1)
+    stops = runs.arguments("stops", AMCS, 1, "--max-skipped", "3")
+    results: list[Any] = steps_of(
+        runs,
+        "nonfinite",
+        1,
+        [
+            {"run": plain},
+            {"run": skips, "poison": [4, 5]},
+            {"run": stops, "poison": [5, 6, 7, 8]},
+            {"run": stops},
+        ],
+    )
+    records = runs.records("skips")
+    assert [r["step"] for r in records if r["skipped"]] == [4, 5] == [r["step"] for r in records if "nonfinite" in r]
+    assert results[1]["skipped_steps"] == 2 and not results[1]["diverged"]
+    alphas = [r["alpha"] for r in runs.records("plain-alpha")]
+    # A skipped step repeats the value of the step before; the next one has its successor.
+    assert [r["alpha"] for r in records] == alphas[:3] + [alphas[2]] * 2 + alphas[3:8]
+    assert results[2]["diverged"] and "not finite in 3 steps in a row" in results[2]["said"]
+    source = Source(runs.root / "stops" / "checkpoints" / "global_step7")
+    assert {source.step_of(index) for index in range(len(source.sharding.flats))} == {4}
+    assert not results[3]["diverged"] and [r["step"] for r in runs.records("stops")] == list(range(1, 11))

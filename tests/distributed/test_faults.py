@@ -1,0 +1,211 @@
+"""Kills and damage, on real ranks: what `docs/reliability.md` promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from faults import TARGETS, Victim
+from ranks import environment
+from test_checkpoints import WAYS, World, steps_of
+
+from toolkit.run.folder import RunFolder, read_metrics
+
+AMCS = WAYS["amcs-2"]
+SAVE_EVERY = 3
+
+
+def kill_and_compare(root: Path, kills: int, steps: int) -> list[str]:
+    """Kill a run so often, finish it, and compare it with an undisturbed one; returns what each kill did."""
+    # Given twice, the last one counts.
+    arguments = World(root).arguments("x", AMCS, 2, "--steps", str(steps), "--save-every", str(SAVE_EVERY))
+    victim = Victim(root / "killed", arguments, SAVE_EVERY)
+    said = []
+    for number in range(kills):
+        victim.kill_once()
+        kill = victim.kills[-1]
+        said.append(f"{number} {kill}, lost {kill.lost}")
+        print(said[-1], flush=True)
+        # The interval, and what was made of the next while the checkpoint at its beginning was being written.
+        assert kill.lost < 2 * SAVE_EVERY, said[-1]
+    victim.finish()
+    plain = Victim(root / "plain", arguments, SAVE_EVERY)
+    plain.finish()
+    keys = ("step", "loss", "lr", "grad_norm", "alpha", "skipped")
+    one, other = (
+        [tuple(record[key] for key in keys) for record in read_metrics(run.folder / "metrics.jsonl")]
+        for run in (victim, plain)
+    )
+    assert len(one) == steps and one == other
+    return [json.dumps(Counter(kill.lost for kill in victim.kills))] + said
+
+
+def test_a_few_kills_leave_the_curve_as_it_was(tmp_path: Path) -> None:
+    kill_and_compare(tmp_path, kills=4, steps=60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_hundred_kills_leave_the_curve_as_it_was(tmp_path: Path) -> None:
+    said = kill_and_compare(tmp_path, kills=100, steps=800)
+    report = os.environ.get("LEANSTATE_FAULT_REPORT")
+    if report:
+        Path(report).write_text("\n".join(said) + "\n")
+    for target in TARGETS:
+        assert sum(target in line for line in said) >= 10
+    assert sum("while_saving=True" in line for line in said) >= 10
+
+
+def test_signals_stop_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
+    victim = Victim(tmp_path / "run", World(tmp_path).arguments("x", AMCS, 2, "--steps", "100000"), 4)
+    # SLURM's warning reaches every process of the job.
+    assert victim.ask_to_stop(lambda process: os.killpg(process.pid, signal.SIGUSR1)) == 130
+    first = victim.newest()
+    assert first == victim.steps() >= 2
+    # `deepspeed` dies of SIGTERM at once; the ranks notice.
+    assert victim.ask_to_stop(lambda process: process.send_signal(signal.SIGTERM)) == -signal.SIGTERM
+    victim.check()
+    assert victim.newest() == victim.steps() > first
+    assert victim.log.read_text().count("a checkpoint is in") == 2
+
+
+# ---- damage ----
+
+NEWEST, OLDER = "global_step7", "global_step4"
+
+
+def truncate(run: Path) -> str:
+    file = next((run / "checkpoints" / NEWEST).glob("*rank_1*optim_states.pt"))
+    os.truncate(file, file.stat().st_size // 2)
+    return file.name
+
+
+def flip(run: Path, pattern: str = "*rank_0*optim_states.pt") -> str:
+    file = next((run / "checkpoints" / NEWEST).glob(pattern))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return file.name
+
+
+def remove(run: Path) -> str:
+    file = next((run / "checkpoints" / NEWEST).glob("*rank_1*optim_states.pt"))
+    file.unlink()
+    return file.name
+
+
+def flip_manifest(run: Path) -> str:
+    return flip(run, "manifest.json")
+
+
+def remove_manifest(run: Path) -> str:
+    (run / "checkpoints" / NEWEST / "manifest.json").unlink()
+    return "manifest.json"
+
+
+DAMAGES = {damage.__name__: damage for damage in (truncate, flip, remove, flip_manifest, remove_manifest)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A run of two ranks that was stopped after step 7, and the same run undisturbed."""
+    made = World(tmp_path_factory.mktemp("damage"))
+    runs = [{"run": made.arguments("base", AMCS, 2), "stop_at": 7}, {"run": made.arguments("plain", AMCS, 2)}]
+    steps_of(made, "base-ranks", 2, runs)
+    assert {path.name for path in (made.root / "base" / "checkpoints").glob("global*")} == {NEWEST, OLDER}
+    return made
+
+
+def losses(world: World, run: str) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in world.records(run)]
+
+
+def test_damage_is_named_and_the_older_checkpoint_taken(world: World) -> None:
+    names = {}
+    for name, damage in DAMAGES.items():
+        shutil.copytree(world.root / "base", world.root / name)
+        names[name] = damage(world.root / name)
+    # What a kill leaves behind: half a checkpoint under a hidden name, half a line, a `latest` that was not moved.
+    left = world.root / "left-behind"
+    shutil.copytree(world.root / "base", left)
+    shutil.copytree(left / "checkpoints" / NEWEST, left / "checkpoints" / f".saving-{NEWEST}-0" / NEWEST)
+    (left / "checkpoints" / "latest").write_text(OLDER)
+    with open(left / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    hopeless = world.root / "hopeless"
+    shutil.copytree(world.root / "base", hopeless)
+    for path in hopeless.rglob("*model_states.pt"):
+        path.unlink()
+    runs = [*DAMAGES, "left-behind", "hopeless"]
+    steps = [{"run": world.arguments(run, AMCS, 2)} for run in runs]
+    results = dict(zip(runs, steps_of(world, "damage-ranks", 2, steps), strict=True))
+    for name, file in names.items():
+        said = results[name]["said"]
+        assert file in said and f"taken is {OLDER}" in said, said
+        assert losses(world, name) == losses(world, "plain")
+        # The damaged one has been replaced on the way.
+        assert {p.name for p in (world.root / name / "checkpoints").glob("[!.]*")} >= {OLDER, "global_step8"}
+    assert (
+        "damaged" not in results["left-behind"]["said"] and f"{NEWEST}, after step 7" in results["left-behind"]["said"]
+    )
+    assert losses(world, "left-behind") == losses(world, "plain")
+    assert not list((left / "checkpoints").glob(".saving-*"))
+    assert "every checkpoint" in results["hopeless"] and "mp_rank_00_model_states.pt is missing" in results["hopeless"]
+
+
+def test_one_folder_belongs_to_one_run(world: World) -> None:
+    run = world.root / "taken"
+    shutil.copytree(world.root / "base", run)
+    before = (run / "metrics.jsonl").read_bytes()
+    held = RunFolder(run, {}, {}, checkpoints=True, resuming=True)
+    [refused] = steps_of(world, "second", 1, [{"run": world.arguments("taken", AMCS, 1)}])
+    assert f"{run} is in use by another run" in refused
+    held.close()
+    assert (run / "metrics.jsonl").read_bytes() == before
+    # An earlier checkpoint of a run goes on in another folder only.
+    earlier = ["--resume", str(run / "checkpoints" / OLDER)]
+    branch = world.arguments("branch", AMCS, 1, *earlier)
+    refused, went_on = steps_of(
+        world, "third", 1, [{"run": world.arguments("taken", AMCS, 1, *earlier)}, {"run": branch}]
+    )
+    assert "has a checkpoint of step 7" in refused
+    assert went_on["steps"] == 6 and (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_and_a_read_only_disk(world: World, tmp_path: Path) -> None:
+    """A real file system of 4 MB: a checkpoint fits, two do not."""
+    disk, out = tmp_path / "disk", tmp_path / "out"
+    disk.mkdir()
+    arguments = world.arguments("x", AMCS, 1, "--keep-last", "1", "--run-dir", str(disk / "run"))
+    train = shlex.join([sys.executable, "-m", "toolkit.train", *arguments])
+    script = f"""
+        mount -t tmpfs -o size=4m tmpfs {disk}
+        {train} > {tmp_path}/full.log 2>&1; echo $? > {tmp_path}/full
+        ls -A {disk}/run/checkpoints > {tmp_path}/left
+        mount -o remount,ro,size=60m {disk}
+        {train} > {tmp_path}/read-only.log 2>&1; echo $? > {tmp_path}/read-only
+        mount -o remount,rw {disk}
+        {train} > {tmp_path}/again.log 2>&1; echo $? > {tmp_path}/again
+        cp -r {disk}/run {out}
+    """
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs user namespaces to mount a small disk")
+    subprocess.run(["unshare", "-rm", "sh", "-c", script], env=environment(), check=True, timeout=500)
+    logs = {name: (tmp_path / f"{name}.log").read_text() for name in ("full", "read-only", "again")}
+    status = {name: int((tmp_path / name).read_text()) for name in logs}
+    assert status == {"full": 2, "read-only": 2, "again": 0}, logs
+    assert "No space left on device" in logs["full"] and "Traceback" not in logs["full"]
+    assert (tmp_path / "left").read_text().split() == ["global_step4", "latest", "zero_to_fp32.py"]
+    assert "cannot be written: Read-only file system" in logs["read-only"] and "Traceback" not in logs["read-only"]
+    assert "global_step4, after step 4" in logs["again"]
+    [alone] = steps_of(world, "alone", 1, [{"run": world.arguments("alone", AMCS, 1)}])
+    found = [(record["step"], record["loss"]) for record in read_metrics(out / "metrics.jsonl")]
+    assert found == losses(world, "alone")

@@ -1,0 +1,160 @@
+"""The folder of checkpoints, manifests, plain files, and where the parts of parameters lie."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.checkpoint import files, manifest
+from toolkit.checkpoint.manifest import Manifest
+from toolkit.checkpoint.sharding import Flat, Place, Sharding, reshard
+from toolkit.checkpoint.store import Store, name_of
+from toolkit.errors import UserError
+from toolkit.optim.rule import State
+
+EMPTY = Sharding(1, 1, None, (), ())
+
+
+def save(store: Store, step: int, content: str = "x") -> None:
+    draft = store.draft(step)
+    folder = draft / name_of(step)
+    folder.mkdir(parents=True)
+    entry = files.save({"content": content}, folder / "file.pt")
+    store.commit(draft, Manifest(step, EMPTY, {}, {"file.pt": entry}))
+
+
+def test_retention_keeps_the_newest_and_the_multiples(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep_last=2, keep_every=30)
+    for step in range(10, 101, 10):
+        save(store, step)
+        assert (tmp_path / "latest").read_text() == name_of(step)
+    assert store.steps() == [100, 90, 60, 30]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*map(name_of, store.steps()), "latest"])
+
+
+def test_a_damaged_newer_checkpoint_costs_no_good_one(tmp_path: Path) -> None:
+    """A run that went on from step 2, because 3 is damaged, must not count 3 among those that it keeps."""
+    store = Store(tmp_path, keep_last=1)
+    save(store, 3)
+    save(Store(tmp_path, keep_last=2), 2)
+    (store.path(3) / "file.pt").unlink()
+    save(store, 2)
+    assert manifest.damage(store.path(2), manifest.read(store.path(2))) is None
+    save(store, 3, "anew")
+    assert torch.load(store.path(3) / "file.pt") == {"content": "anew"}
+    assert store.steps() == [3]
+
+
+def test_a_commit_without_all_files_is_none(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    save(store, 1)
+    draft = store.draft(2)
+    (draft / name_of(2)).mkdir(parents=True)
+    with pytest.raises(OSError, match="file.pt is missing; all machines must share"):
+        store.commit(draft, Manifest(2, EMPTY, {}, {"file.pt": {"bytes": 1, "sha256": ""}}))
+    assert store.steps() == [1] and (tmp_path / "latest").read_text() == name_of(1)
+    store.tidy()
+    assert not draft.exists()
+
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
+def test_every_damage_is_seen(tmp_path: Path, at: float) -> None:
+    store = Store(tmp_path)
+    save(store, 1)
+    folder = store.path(1)
+    for name in ("file.pt", manifest.NAME):
+        good = (folder / name).read_bytes()
+        for bad in (good[: int(len(good) * at)], good[:-1] + bytes([good[-1] ^ 4]), b""):
+            (folder / name).write_bytes(bad)
+            try:
+                problem = manifest.damage(folder, manifest.read(folder))
+            except UserError as error:
+                problem = str(error)
+            assert problem is not None and name in problem
+        place = int(len(good) * at)
+        (folder / name).write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises((UserError, AssertionError)):
+            assert manifest.damage(folder, manifest.read(folder)) is None
+        (folder / name).write_bytes(good)
+    assert manifest.damage(folder, manifest.read(folder)) is None
+
+
+def test_a_newer_format_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "FORMAT", 2)
+    save(Store(tmp_path), 1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="of format 2 with blocks of 256, this version reads format 1"):
+        manifest.read(tmp_path / name_of(1))
+
+
+class Colour(enum.Enum):
+    RED = 3
+
+
+class Scaler:
+    def __init__(self) -> None:
+        self.scale, self.window = 2.0, (1, None)
+
+
+def test_files_need_no_class_of_anybodys(tmp_path: Path) -> None:
+    content = {
+        "stage": Colour.RED,
+        "scaler": Scaler(),
+        "shape": torch.Size([2, 3]),
+        "ordered": OrderedDict(a=[np.float64(1.5), {1, 2}]),
+        "tensor": torch.arange(10)[2:4],
+        Colour.RED: None,
+    }
+    files.save(files.plain(content, files.on_host), tmp_path / "file.pt")
+    loaded = torch.load(tmp_path / "file.pt", weights_only=True)
+    assert loaded["stage"] == 3 and loaded["scaler"] == {"scale": 2.0, "window": (1, None)}
+    assert loaded["shape"] == (2, 3) and loaded["ordered"] == OrderedDict(a=[1.5, (1, 2)]) and loaded[3] is None
+    assert loaded["tensor"].tolist() == [2, 3] and loaded["tensor"].untyped_storage().nbytes() == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_codes_are_squeezed_without_loss(dtype: torch.dtype) -> None:
+    few = (torch.randn(64, 256) * 8).to(torch.int8).view(dtype)
+    noise = torch.randint(0, 256, (64, 256), dtype=torch.uint8).view(dtype)
+    squeezed = files.squeeze(few)
+    assert squeezed["zstd"].numel() < few.numel() and torch.equal(files.unsqueezed(squeezed), few)
+    assert files.squeeze(noise) is noise and files.unsqueezed(noise) is noise
+
+
+shapes = st.lists(st.sampled_from([(3,), (700,), (16, 16), (5, 77), (256, 3)]), min_size=1, max_size=4)
+
+
+@given(groups=st.lists(shapes, min_size=1, max_size=3), stage=st.sampled_from([1, 2, 3]), ranks=st.integers(1, 5))
+def test_every_element_lies_in_one_place(groups: list[list[tuple[int, ...]]], stage: int, ranks: int) -> None:
+    """The pieces of all ranks make up each parameter once, and `ranges` finds them where `pieces` says."""
+    flats = tuple(
+        Flat(
+            g, "other", 0, "float32", "fp32", {}, tuple(Place(f"{g}.{i}", shape, 0) for i, shape in enumerate(members))
+        )
+        for g, members in enumerate(groups)
+    )
+    cut = reshard(Sharding(1, 1, None, (State("m"),), flats), stage=stage, world_size=ranks)
+    assert Sharding.from_json(json.loads(json.dumps(cut.to_json()))).flats == cut.flats
+    for index, flat in enumerate(cut.flats):
+        taken = [torch.zeros(flat.size, dtype=torch.int64) for _ in range(ranks)]
+        for place in flat.places:
+            found = []
+            for rank in range(ranks):
+                for piece in cut.pieces(index, rank):
+                    if piece.name == place.name:
+                        found += range(piece.start, piece.stop)
+                        taken[rank][piece.offset : piece.offset + piece.stop - piece.start] += 1
+            assert found == list(range(place.numel))
+            ranged = [last - first for _, first, last in cut.ranges(index, place, 0, place.numel)]
+            assert sum(ranged) == place.numel
+        assert max(int(part.max()) for part in taken) == 1
+        if any(len(place.shape) > 1 for place in flat.places):
+            assert flat.size % 256 == 0 or stage == 3

@@ -1,0 +1,113 @@
+"""A checkpoint written anew for another number of ranks or another stage, without an engine or a process group."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.checkpoint.files import on_host, plain, save
+from toolkit.checkpoint.manifest import Manifest
+from toolkit.checkpoint.sharding import Sharding, reshard
+from toolkit.checkpoint.source import OPTIMIZER_FILES, PER_RANK, Source, model_file
+from toolkit.checkpoint.store import Store, name_of
+from toolkit.checkpoint.transfer import WEIGHTS, Transfer
+from toolkit.errors import UserError
+
+
+def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> list[str]:
+    """Write `source` into `folder`/global_step<n> as `world_size` ranks at `stage` would have saved it.
+
+    One rank's tensors are in memory at a time.
+
+    Returns:
+        Names of parameters whose state had to be decoded and encoded on other blocks; mostly none.
+
+    Raises:
+        UserError: such a checkpoint is there already.
+    """
+    target = reshard(source.origin, stage=stage, world_size=world_size)
+    transfer = Transfer(source, target)
+    store = Store(folder)
+    step = source.manifest.step
+    if store.path(step).exists():
+        raise UserError(f"{store.path(step)} exists already; give another folder")
+    draft = store.draft(step)
+    written = draft / name_of(step)
+    written.mkdir(parents=True)
+    try:
+        entries = {}
+        prefix = "bf16_" if any(flat.dtype == "bfloat16" for flat in target.flats) else ""
+        for rank in range(world_size):
+            name = prefix + OPTIMIZER_FILES.format(rank=rank).removeprefix("*")
+            entries[name] = save(_optimizer_file(transfer, rank), written / name)
+            if rank == 0 or stage == 3:
+                name = model_file(stage, rank)
+                entries[name] = save(model_states(source, target), written / name)
+        store.commit(draft, Manifest(step, target, source.manifest.facts, entries))
+    finally:
+        store.discard(draft)
+    return transfer.regridded()
+
+
+def _optimizer_file(transfer: Transfer, rank: int) -> Any:
+    source, target = transfer.source, transfer.target
+    saved = source.optimizer_states(0)
+    old = saved["optimizer_state_dict"]
+    flats, state = [], {}
+    for index in range(len(target.flats)):
+        made = transfer.tensors(index, rank)
+        flats.append(made.pop(WEIGHTS))
+        if made:
+            if target.rule is None:  # optimizers of torch and DeepSpeed have flat state
+                made = {key: value.view(-1)[: flats[-1].numel()] for key, value in made.items()}
+            state[index] = {**made, "step": transfer.step_of(index)}
+    # At stage 3 a group may have had several flat tensors; here each has one.
+    groups = [group | {"params": [index]} for index, group in enumerate(source.param_groups())]
+    shared = {key: old.get(key) for key in ("loss_scaler", "dynamic_loss_scale", "overflow")}
+    optimizer = {"state": state, "param_groups": groups}
+    if target.stage == 3:
+        body = shared | {
+            "zero_stage": 3,
+            "partition_count": target.world_size,
+            "optimizer_state_dict": optimizer,
+            "fp32_flat_groups": flats,
+        }
+    else:
+        ends = [max(place.offset + place.numel for place in flat.places) for flat in target.flats]
+        paddings = [
+            flat.size * target.world_size - end if rank == target.world_size - 1 else 0
+            for flat, end in zip(target.flats, ends, strict=True)
+        ]
+        lean = [flat[: max(flat.numel() - extra, 0)] for flat, extra in zip(flats, paddings, strict=True)]
+        body = shared | {
+            "zero_stage": target.stage,
+            "partition_count": [target.world_size] * len(flats),
+            "base_optimizer_state": optimizer,
+            "single_partition_of_fp32_groups": lean,
+            "group_paddings": paddings,
+            "clip_grad": old.get("clip_grad", 0.0),
+            "ds_version": saved.get("ds_version"),
+        }
+    content = {"optimizer_state_dict": body, "ds_config": saved.get("ds_config"), "ds_version": saved.get("ds_version")}
+    extra = source.extra(rank) or source.extra(0)
+    return plain(content | ({PER_RANK: extra} if extra is not None else {}), on_host)
+
+
+def model_states(source: Source, target: Sharding) -> Any:
+    """What DeepSpeed keeps beside the optimizer, for checkpoints that are cut as `target`.
+
+    Raises:
+        UserError: stage 3, and a parameter that was not trained.
+    """
+    saved, frozen = source.model_states(), source.frozen()
+    if target.stage == 3 and frozen:
+        # Each rank's file would have its own part of it.
+        raise UserError(f"{min(frozen)!r} was not trained: such parameters cannot be cut for stage 3 offline")
+    weightless = dict.fromkeys([*target.by_name, *source.tied()], torch.empty(0))
+    shapes = [OrderedDict((p.name, torch.Size(p.shape)) for p in flat.places) for flat in target.flats]
+    module = source.buffers() | frozen | weightless
+    changed = {"module": module, "param_shapes": shapes, "dp_world_size": target.world_size}
+    return plain(dict(saved) | changed, on_host)

@@ -1,0 +1,135 @@
+"""Writing the files of a checkpoint: plain content only, hashed as it is written, and on the disk when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def plain(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
+    """`value` in types that torch.load(weights_only=True) reads, its tensors through `tensor`.
+
+    DeepSpeed saves objects of its own classes: enumerations become their values, others a dict of their fields.
+    """
+    if isinstance(value, Tensor):
+        return tensor(value.detach())
+    if isinstance(value, enum.Enum):
+        return plain(value.value, tensor)
+    if value is None or type(value) in (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device):
+        return value
+    if isinstance(value, Mapping):
+        made = {plain(key, tensor): plain(item, tensor) for key, item in value.items()}
+        return OrderedDict(made) if isinstance(value, OrderedDict) else made
+    if hasattr(value, "_asdict"):  # a named tuple
+        return plain(value._asdict(), tensor)
+    if isinstance(value, list | tuple | set | frozenset):
+        return (
+            [plain(item, tensor) for item in value]
+            if isinstance(value, list)
+            else tuple(plain(item, tensor) for item in value)
+        )
+    if hasattr(value, "item"):  # a number of numpy's
+        return value.item()
+    if hasattr(value, "__dict__") and not callable(value):
+        return plain(vars(value), tensor)
+    return str(value)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory that shares nothing: a view would be saved with the whole storage behind it."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+def squeeze(tensor: Tensor) -> Any:
+    """A tensor of codes without what they repeat: most blocks use few of the codes there are. Inverse: `unsqueezed`."""
+    import zstandard
+
+    raw = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+    packed = zstandard.ZstdCompressor(level=1).compress(raw.data)
+    if len(packed) >= raw.nbytes:
+        return tensor
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {_ZSTD: torch.frombuffer(bytearray(packed), dtype=torch.uint8), "dtype": dtype, "shape": list(tensor.shape)}
+
+
+def unsqueezed(value: Any) -> Any:
+    """What `squeeze` was given; all else as it is."""
+    if not isinstance(value, Mapping) or _ZSTD not in value:
+        return value
+    import zstandard
+
+    raw = zstandard.ZstdDecompressor().decompress(memoryview(value[_ZSTD].numpy()))
+    return torch.frombuffer(bytearray(raw), dtype=getattr(torch, value["dtype"])).view(value["shape"])
+
+
+_ZSTD = "zstd"
+_CODES = (torch.int8, torch.uint8)
+
+
+def _squeeze_states(content: Mapping[str, Any]) -> None:
+    """Squeeze the codes of a rank's optimizer file, in place. Weights stay as DeepSpeed's tools expect them."""
+    saved = content["optimizer_state_dict"]
+    base = saved.get("base_optimizer_state") or saved["optimizer_state_dict"]
+    for held in base["state"].values():
+        for key, value in held.items():
+            if isinstance(value, Tensor) and value.dtype in _CODES and value.numel():
+                held[key] = squeeze(value)
+
+
+class _Hashed:
+    """A file that hashes what is written into it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by `finish`)
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        written = self._file.write(data)
+        self._bytes += written
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def finish(self) -> dict[str, Any]:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):  # the disk is full: what the buffer holds cannot be written
+            self._file.close()
+
+
+def save(content: Any, path: Path) -> dict[str, Any]:
+    """torch.save, synced to the disk; returns the file's entry in the manifest: `bytes` and `sha256`.
+
+    Codes of optimizer state are squeezed, in `content` itself.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if isinstance(content, Mapping) and "optimizer_state_dict" in content:
+        _squeeze_states(content)
+    file: Any = _Hashed(path)
+    try:
+        torch.save(content, file)
+        return file.finish()
+    except RuntimeError as error:
+        # torch's writer reports an OSError of the file below it as its own failure.
+        cause = error.__context__ or error.__cause__
+        raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
+    finally:
+        file.abandon()

@@ -1,0 +1,272 @@
+"""The files of a checkpoint as one model: any element of any weight or state, whichever rank's file it lies in."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.checkpoint import manifest as manifests
+from toolkit.checkpoint.files import unsqueezed
+from toolkit.checkpoint.manifest import Manifest
+from toolkit.checkpoint.sharding import Flat, Place, Sharding, part_of
+from toolkit.errors import UserError
+from toolkit.optim.layout import REMAINDER
+from toolkit.optim.rule import State
+from toolkit.state.codecs import BLOCK, unpack
+
+OPTIMIZER_FILES = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+HELD = 4
+"""Parts of flat tensors whose state is in memory at a time."""
+PER_RANK = "leanstate"
+"""Key of what this package adds to each rank's optimizer file: the states of random number generators."""
+
+
+def model_file(stage: int, rank: int) -> str:
+    """The name of the file with a rank's module; at stages 1 and 2 all ranks share one."""
+    return MODEL_FILES[stage == 3].format(rank=rank)
+
+
+class Source:
+    """A checkpoint, opened for reading: files are mapped into memory, and read where they are looked at.
+
+    Raises:
+        UserError: `folder` holds no checkpoint of this package, or of DeepSpeed at ZeRO stage 1, 2 or 3.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._optimizer: dict[int, dict[str, Any]] = {}
+        self._model: dict[int, dict[str, Any]] = {}
+        self._held: dict[tuple[int, int], Mapping[str, Any]] = {}
+        # A folder without manifest is DeepSpeed's own, whose files hold objects of its classes.
+        self._own = (folder / manifests.NAME).exists()
+        self.manifest = manifests.read(folder) if self._own else self._stock()
+        self.sharding = self.manifest.sharding
+        self.stage = self.sharding.stage
+
+    @property
+    def origin(self) -> Sharding:
+        """The parameter groups and formats that the checkpoint was trained with."""
+        return self.sharding
+
+    # ---- files --------------------------------------------------------------------------------------------------
+
+    def model_states(self, rank: int = 0) -> dict[str, Any]:
+        """What DeepSpeed saved beside the optimizer: buffers, shapes, scheduler, counters."""
+        if rank not in self._model:
+            names = [name.format(rank=rank) for name in MODEL_FILES]
+            found = [self.folder / name for name in names if (self.folder / name).exists()]
+            if not found:
+                raise UserError(f"{self.folder} holds no {' or '.join(names)}")
+            self._model[rank] = load_file(found[0], plain=self._own)
+        return self._model[rank]
+
+    def optimizer_states(self, rank: int) -> dict[str, Any]:
+        """The content of a rank's optimizer file."""
+        if rank not in self._optimizer:
+            pattern = OPTIMIZER_FILES.format(rank=rank)
+            found = sorted(self.folder.glob(pattern))
+            if not found:
+                raise UserError(f"{self.folder} holds no {pattern}; is it a checkpoint of ZeRO stage 1, 2 or 3?")
+            self._optimizer[rank] = load_file(found[0], plain=self._own)
+        return self._optimizer[rank]
+
+    def saved_state(self, rank: int, index: int) -> Mapping[str, Any]:
+        """State of a rank's flat tensor `index` by key, as saved, `step` included; empty if none was allocated."""
+        saved = self.optimizer_states(rank)["optimizer_state_dict"]
+        base = saved["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
+        found: Mapping[str, Any] = base["state"].get(index, {})
+        return found
+
+    def held(self, rank: int, index: int) -> Mapping[str, Any]:
+        """The same, ready to use: codes are squeezed in the files."""
+        if (rank, index) not in self._held:
+            # In memory once they are looked at; whoever reads needs a few flat tensors at a time.
+            while len(self._held) >= HELD:
+                self._held.pop(next(iter(self._held)))
+            state = self.saved_state(rank, index)
+            self._held[rank, index] = {key: unsqueezed(value) for key, value in state.items()}
+        return self._held[rank, index]
+
+    def master(self, rank: int, index: int) -> Tensor:
+        """A rank's flat tensor `index`: bf16 weights or fp32 master weights; it may lack padding at its end."""
+        saved = self.optimizer_states(rank)["optimizer_state_dict"]
+        found: Tensor = saved["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"][index]
+        return found
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups: their hyper-parameters, and the numbers of their flat tensors."""
+        saved = self.optimizer_states(0)["optimizer_state_dict"]
+        base = saved["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
+        groups: list[dict[str, Any]] = base["param_groups"]
+        return groups
+
+    def step_of(self, index: int) -> int:
+        """Optimizer steps that flat tensor `index` has made."""
+        return int(self.saved_state(0, index).get("step", 0))
+
+    def trained(self) -> bool:
+        """Whether there is optimizer state: it is allocated at the first step."""
+        return bool(self.saved_state(0, 0))
+
+    def extra(self, rank: int) -> Mapping[str, Any] | None:
+        """What this package added to a rank's file; None for a rank that was not there."""
+        if rank >= self.sharding.world_size:
+            return None
+        found: Mapping[str, Any] | None = self.optimizer_states(rank).get(PER_RANK)
+        return found
+
+    # ---- elements -----------------------------------------------------------------------------------------------
+
+    def elements(self, name: str, key: str | None, start: int, stop: int) -> Tensor:
+        """Elements of a state that is kept as one number each, or (`key` None) of the flat tensor itself, 1-D."""
+        index, place = self.sharding.by_name[name]
+        found = []
+        for rank, first, last in self.sharding.ranges(index, place, start, stop):
+            tensor = self.master(rank, index) if key is None else self.held(rank, index)[key]
+            found.append(tensor.reshape(-1)[first:last])
+        return torch.cat(found) if len(found) != 1 else found[0]
+
+    def blocks(self, name: str, key: str, first: int, last: int) -> Tensor:
+        """Blocks `first` to `last` of a stored tensor, counted from where the parameter begins, a block's start."""
+        index, place = self.sharding.by_name[name]
+        assert self.sharding.grid_offset(place) % BLOCK == 0
+        return self._blocks(index, place, key, first * BLOCK, last * BLOCK)
+
+    def flat_blocks(self, index: int, key: str, first: int, last: int) -> Tensor:
+        """Blocks `first` to `last` of a stored tensor of the whole flat tensor (stages 1 and 2)."""
+        return self._blocks(index, Place("", (), 0), key, first * BLOCK, last * BLOCK)
+
+    def _blocks(self, index: int, place: Place, key: str, start: int, stop: int) -> Tensor:
+        ranges = self.sharding.ranges(index, place, start, stop)
+        return torch.cat([self.held(rank, index)[key][a // BLOCK : -(-b // BLOCK)] for rank, a, b in ranges])
+
+    def lanes(self, name: str, key: str, per_block: int, start: int, stop: int) -> Tensor:
+        """Elements of a remainder's stored tensor, 4-bit ones unpacked, 1-D."""
+        if per_block == BLOCK:
+            return self.elements(name, key, start, stop)
+        rows, inside = self._covering(name, key, start, stop)
+        return torch.cat(unpack(rows), dim=1).reshape(-1)[inside]
+
+    def _covering(self, name: str, key: str, start: int, stop: int) -> tuple[Tensor, slice]:
+        """The blocks that hold elements `start` to `stop` of a parameter, and where in them these are."""
+        index, place = self.sharding.by_name[name]
+        shift = self.sharding.grid_offset(place)
+        first = (start + shift) // BLOCK * BLOCK
+        grid = Place("", (), place.offset, place.part) if self.sharding.stage == 3 else Place("", (), 0)
+        rows = self._blocks(index, grid, key, first, -(-(stop + shift) // BLOCK) * BLOCK)
+        return rows, slice(start + shift - first, stop + shift - first)
+
+    def weights(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of a parameter as trained, fp32, 1-D: joined with its remainder where it has one."""
+        index, _ = self.sharding.by_name[name]
+        kept = self.sharding.layout(index)
+        weights = self.elements(name, None, start, stop)
+        if kept.remainder is None or not self.saved_state(0, index):
+            return weights.float()
+        parts = zip(kept.keys(REMAINDER), kept.remainder.parts(), strict=True)
+        low = [self.lanes(name, key, part.per_block, start, stop) for key, part in parts]
+        joined: Tensor = kept.remainder.join(weights, *low)
+        return joined
+
+    def states(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
+        """Elements of every state of a parameter, decoded to fp32, 1-D."""
+        index, _ = self.sharding.by_name[name]
+        kept = self.sharding.layout(index)
+        if not any(codec.scaled for codec in kept.codecs):
+            return {state.name: self.elements(name, state.name, start, stop) for state in kept.states}
+        keys = [key for state in kept.states for key in kept.keys(state.name)]
+        rows = {key: self._covering(name, key, start, stop) for key in keys}
+        inside = next(iter(rows.values()))[1]
+        decoded = kept.decode({key: tensor for key, (tensor, _) in rows.items()})
+        return {key: value.reshape(-1)[inside] for key, value in decoded.items()}
+
+    def digest(self) -> str:
+        """SHA-256 of every weight and state as decoded, by parameter: the same however the checkpoint is cut."""
+        found = hashlib.sha256()
+        for name, (index, place) in sorted(self.sharding.by_name.items()):
+            found.update(f"{name}{place.shape}{self.step_of(index)}".encode())
+            states = self.states(name, 0, place.numel) if self.trained() else {}
+            for values in (self.weights(name, 0, place.numel), *states.values()):
+                found.update(values.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    # ---- the rest of the module -----------------------------------------------------------------------------------
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers by name."""
+        saved = self.model_states()
+        return {name: saved["module"][name] for name in saved["buffer_names"]}
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Parameters that were not trained, whole."""
+        saved = self.model_states()
+        if self.stage < 3:
+            trained = self.sharding.by_name.keys() | saved["shared_params"].keys() | set(saved["buffer_names"])
+            return {name: value for name, value in saved["module"].items() if name not in trained}
+        found = {}
+        for name, shape in (saved["frozen_param_shapes"] or {}).items():
+            parts = [self.model_states(r)["frozen_param_fragments"][name] for r in range(self.sharding.world_size)]
+            found[name] = torch.cat([part.reshape(-1) for part in parts])[: math.prod(shape)].view(tuple(shape))
+        return found
+
+    def tied(self) -> dict[str, str]:
+        """Names that share a parameter with another name."""
+        found: dict[str, str] = self.model_states()["shared_params"]
+        return found
+
+    # ---- DeepSpeed's own checkpoints --------------------------------------------------------------------------------
+
+    def _stock(self) -> Manifest:
+        """What a manifest would say of a checkpoint that DeepSpeed wrote for an optimizer with flat fp32 state."""
+        model = self.model_states()
+        shapes = model.get("param_shapes")
+        if not shapes:
+            raise UserError(f"{self.folder} was not saved at ZeRO stage 1, 2 or 3")
+        saved = self.optimizer_states(0)["optimizer_state_dict"]
+        self.stage = stage = int(saved["zero_stage"])
+        count = saved["partition_count"]
+        world_size = max(count) if isinstance(count, list) else int(count)
+        paddings = saved.get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
+        flats = []
+        for index, group in enumerate(shapes):
+            held = self.saved_state(0, index)
+            found = {key for key, value in held.items() if torch.is_tensor(value) and value.dim() > 0}
+            if found != {"exp_avg", "exp_avg_sq"}:
+                raise UserError(
+                    f"{self.folder} has no {manifests.NAME}, and its optimizer state is {', '.join(sorted(held))}; "
+                    "without one, only Adam's exp_avg and exp_avg_sq can be read"
+                )
+            size = held["exp_avg"].numel()
+            parts = [-(-math.prod(shape) // world_size) for shape in group.values()]
+            if stage == 3 and sum(parts) != size:  # saved where this package lays out stage 3
+                parts = [part_of(tuple(shape), world_size) for shape in group.values()]
+            at, places = 0, []
+            for (name, shape), part, padding in zip(group.items(), parts, paddings[index], strict=True):
+                places.append(Place(name, tuple(shape), at, part if stage == 3 else 0))
+                at += part if stage == 3 else math.prod(shape) + padding
+            formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
+            dtype = str(self.master(0, index).dtype).removeprefix("torch.")
+            flats.append(Flat(index, "other", size, dtype, "fp32", formats, tuple(places)))
+        states = (State("exp_avg"), State("exp_avg_sq", signed=False))
+        return Manifest(int(model["global_steps"]), Sharding(stage, world_size, None, states, tuple(flats)))
+
+
+def load_file(path: Path, *, plain: bool = True) -> Any:
+    """What torch saved in `path`, tensors mapped into memory; not `plain`: with objects of any class.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=plain)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None

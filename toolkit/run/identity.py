@@ -1,0 +1,69 @@
+"""What a run trains, on what: the parts that a checkpoint must share with the run that goes on from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.errors import UserError
+from toolkit.run.settings import RunSettings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from toolkit.data import PackedTokens
+
+# Entries of a configuration that say how it was made, not what it is.
+_INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+
+
+def identity(
+    settings: RunSettings, config: PretrainedConfig, tokenizer: str, training: PackedTokens
+) -> dict[str, dict[str, Any]]:
+    """Names and hashes of model, tokenizer and data, and what else fixes the order of the data."""
+    shape = {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL}
+    backend = getattr(training.tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(training.tokenizer.get_vocab(), sort_keys=True)
+    documents: Any = training.documents
+    return {
+        "model": {"name": settings.model, "sha256": _digest(json.dumps(shape, sort_keys=True, default=str))},
+        "tokenizer": {"name": tokenizer, "sha256": _digest(vocabulary)},
+        "data": {
+            "name": settings.data,
+            "sha256": documents.fingerprint(),
+            "part": training.part,
+            "seq_len": training.seq_len,
+            "seed": training.seed,
+            "windows": [training.shuffle_window, training.sequence_window],
+        },
+    }
+
+
+def check_same(saved: Mapping[str, Any] | None, here: Mapping[str, Any], where: Path) -> None:
+    """Raise UserError unless the checkpoint in `where`, which says `saved` of itself, is of this run's kind."""
+    if saved is None:  # DeepSpeed's own checkpoints say nothing
+        return
+    for part in ("model", "tokenizer", "data"):
+        old, new = saved[part], here[part]
+        if old["sha256"] != new["sha256"]:
+            same = old["name"] == new["name"]
+            now = "which has changed since" if same else f"and this run has {part} {new['name']!r}"
+            raise UserError(f"the checkpoint {where} was trained with {part} {old['name']!r}, {now}.")
+    for key, flag in (("seq_len", "--seq-len"), ("seed", "--seed"), ("windows", "shuffling in windows of")):
+        if saved["data"][key] != here["data"][key]:
+            raise UserError(
+                f"the checkpoint {where} was trained with {flag} {saved['data'][key]}, and this run has "
+                f"{here['data'][key]}: the data would be others."
+            )
+    if saved["data"]["part"] != here["data"]["part"]:
+        raise UserError(
+            f"the checkpoint {where} was trained on the part {saved['data']['part']!r} of its data, and this run on "
+            f"{here['data']['part']!r}: give --val-data and --eval-every as then."
+        )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

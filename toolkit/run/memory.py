@@ -1,0 +1,100 @@
+"""Memory of a training run: predicted before it, watched during it, explained where it runs out."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from toolkit.run import ranks
+from toolkit.run.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolkit.memory.exhausted import Explainer
+    from toolkit.memory.ledger import Ledger
+    from toolkit.memory.records import Prediction
+
+# The number of ENOMEM. Not 137, which is how a shell reports what the kernel has killed.
+OUT_OF_MEMORY = 12
+
+
+class OutOfMemory(Exception):
+    """This rank or another one ran out of memory; memory/rank<n>-out-of-memory.md says why."""
+
+
+def make_explainer(plan: Plan, device: torch.device) -> Explainer:
+    """What explains memory that runs out, with the prediction that it needs before there is none left."""
+    from toolkit.memory.exhausted import Explainer
+
+    predicted = ranks.from_first(_predict(plan, device) if ranks.rank() == 0 else None)
+    explainer = Explainer(plan.folder, ranks.rank(), device, predicted=predicted)
+    # A limit may be on one rank only, and only rank 0 is heard.
+    warnings = ranks.everyones(explainer.warning())
+    plan.remarks += [f"rank {rank}: {warning}" for rank, warning in enumerate(warnings) if warning][:1]
+    return explainer
+
+
+def _predict(plan: Plan, device: torch.device) -> Prediction | None:
+    """What this run will hold and what would change it, also written to memory/predicted.json."""
+    from toolkit.memory.estimate import Case, Estimator
+    from toolkit.memory.records import PREDICTED, write
+
+    settings, batch = plan.settings, plan.batch
+    if settings.memory_profile == "off":
+        return None
+    case = Case(
+        model=settings.model,
+        config=plan.config,
+        world_size=batch.world_size,
+        micro_batch=batch.micro,
+        accumulation=batch.accumulation,
+        seq_len=settings.seq_len,
+        device=device.type,
+        activation_checkpointing=settings.activation_checkpointing,
+        loss=settings.loss,
+    )
+    try:
+        predicted = Estimator().predict(case, changes=True)
+    except Exception as error:  # of a model or optimizer that it does not know; the run may be fine
+        plan.remarks.append(f"the memory of this run could not be predicted: {error}")
+        return None
+    write(plan.folder, PREDICTED, predicted)
+    return predicted
+
+
+def watch(plan: Plan, engine: Any, explainer: Explainer) -> Ledger:
+    """The run's ledger, which measures as much as --memory-profile says."""
+    from toolkit import memory
+
+    settings = plan.settings
+    return memory.watch(
+        engine,
+        plan.folder,
+        settings.memory_profile,
+        model=settings.model,
+        seq_len=settings.seq_len,
+        explainer=explainer,
+    )
+
+
+def held_now(ledger: Ledger) -> int:
+    """Bytes this rank holds: the accelerator's peak of allocations so far, or the resident set on a CPU."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return ledger.largest
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def end_without_memory(error: Exception) -> None:
+    """End this rank with a line if `error` is that memory ran out before the run had a folder to explain it in."""
+    from toolkit.memory.exhausted import out_of_memory
+
+    if (cause := out_of_memory(error)) is not None:
+        words = f"error: rank {ranks.rank()} ran out of memory before the run began: {type(cause).__name__}: {cause}"
+        print(words.splitlines()[0], file=sys.stderr)
+        ranks.abandon(OUT_OF_MEMORY)

@@ -1,0 +1,168 @@
+"""Where a run begins: at its own newest valid checkpoint, at another one, or at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.errors import UserError
+from toolkit.run import ranks
+from toolkit.run.folder import CHECKPOINTS
+from toolkit.run.identity import check_same
+from toolkit.run.saving import Saver, restore_random_states
+from toolkit.run.settings import RunSettings
+
+if TYPE_CHECKING:
+    from toolkit.checkpoint.source import Source
+    from toolkit.data import Position
+    from toolkit.run.plan import Plan
+
+AUTO, NONE = "auto", "none"
+
+
+@dataclass
+class Start:
+    """A run begins after `step`; `source` is the checkpoint, None at step 0. `remarks` are for the user."""
+
+    step: int = 0
+    source: Source | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def position(self) -> Position | None:
+        """Where the data go on; None is the beginning."""
+        from toolkit.data import Position
+
+        noted = self.source.manifest.facts.get("position") if self.source is not None else None
+        return Position(**noted) if noted else None
+
+
+def run_of(settings: RunSettings) -> Path | None:
+    """The folder of the run that --resume names, or None where it names a checkpoint, or nothing."""
+    path = Path(settings.resume)
+    named = settings.resume not in (AUTO, NONE) and (path / CHECKPOINTS).is_dir()
+    return path if named else None
+
+
+def find_start(plan: Plan) -> Start:
+    """Choose the checkpoint that a run begins with; every rank must call this.
+
+    Checks files against their hashes, which the ranks divide among themselves.
+
+    Raises:
+        UserError: the checkpoint that --resume names is damaged or does not exist; all checkpoints are damaged; the
+            chosen one is of another model, tokenizer or data.
+    """
+    start = _choose(plan.settings, plan.folder)
+    if start.source is not None:
+        check_same(start.source.manifest.facts.get("identity"), plan.identity, start.source.folder)
+    return start
+
+
+def _choose(settings: RunSettings, folder: Path) -> Start:
+    from toolkit.checkpoint.source import Source
+    from toolkit.checkpoint.store import Store
+    from toolkit.checkpoint.universal import open_checkpoint
+
+    if settings.resume == NONE:
+        return Start()
+    named = run_of(settings) or (folder if settings.resume == AUTO else None)
+    if named is not None:
+        store = Store(named / CHECKPOINTS)
+        damaged: list[str] = []
+        for step in ranks.from_first(store.steps()):
+            problem = _problem(store.path(step))
+            if problem is None:
+                remark = [f"{'; '.join(damaged)}; taken is {store.path(step).name}."] if damaged else []
+                return _begin(Source(store.path(step)), folder, remark)
+            damaged.append(problem)
+        if damaged:
+            raise UserError(f"every checkpoint in {store.folder} is damaged: {'; '.join(damaged)}.")
+        if settings.resume != AUTO:
+            raise UserError(f"--resume {settings.resume}: the run there has no checkpoint yet.")
+        return Start()
+    path = Path(settings.resume)
+    latest = path / "latest"
+    if latest.is_file():
+        path = path / latest.read_text().strip()
+    if not path.is_dir():
+        raise UserError(f"--resume {settings.resume}: there is no such folder; give a run, a checkpoint, auto or none.")
+    problem = _problem(path) if (path / "manifest.json").exists() else None
+    if problem is not None:
+        raise UserError(f"--resume {settings.resume}: {problem}.")
+    return _begin(ranks.agreed(lambda: open_checkpoint(path)), folder, [])
+
+
+def _begin(source: Source, folder: Path, remarks: list[str]) -> Start:
+    from toolkit.checkpoint.store import Store
+
+    step = source.manifest.step
+    own = Store(folder / CHECKPOINTS)
+    newest = max(own.steps(), default=0)
+    if source.folder.resolve().parent == own.folder.resolve() and newest > step and not remarks:
+        raise UserError(
+            f"--resume names step {step}, but the run in {folder} has a checkpoint of step {newest}; to go on from an "
+            "earlier one, give a new --run-dir"
+        )
+    return Start(step, source, remarks)
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with the checkpoint in `path`, the first that any rank finds."""
+    from torch import distributed
+
+    from toolkit.checkpoint import manifest as manifests
+
+    try:
+        mine = manifests.damage(path, manifests.read(path), share=(ranks.rank(), ranks.world_size()))
+    except UserError as error:
+        mine = str(error)
+    found: list[Any] = [None] * ranks.world_size()
+    distributed.all_gather_object(found, mine)
+    return next((problem for problem in found if problem is not None), None)
+
+
+def take_over(plan: Plan, engine: Any, start: Start, say: Callable[[str], None]) -> None:
+    """Give `engine` and this process the state that `start` names; every rank must call this.
+
+    Raises:
+        UserError: the checkpoint's state is kept otherwise, and --convert-state was not given.
+    """
+    from toolkit.zero.checkpoint import load
+
+    source = start.source
+    if source is None:
+        return
+    for remark in load(engine, source, convert=plan.settings.convert_state):
+        say(f"note: {remark}.")
+    extra = source.extra(ranks.rank()) or source.extra(0)
+    if extra is not None:
+        restore_random_states(extra["random"])
+    if start.position is None:
+        say("note: the checkpoint says nothing of the data: they are read from the beginning.")
+    say(f"resumed from {source.folder}, after step {start.step}")
+
+
+def make_saver(plan: Plan, engine: Any, start: Start, say: Callable[[str], None]) -> Saver | None:
+    """What saves the run's checkpoints, or None, said if it is not what was asked for."""
+    from toolkit.checkpoint.store import Store
+    from toolkit.zero.checkpoint import refusal
+
+    settings = plan.settings
+    if settings.save_every == 0:
+        return None
+    problem = refusal(engine)
+    if problem is not None:
+        say(f"note: no checkpoints are saved: {problem}.")
+        return None
+    store = Store(plan.folder / CHECKPOINTS, keep_last=settings.keep_last, keep_every=settings.keep_every)
+    saver = Saver(engine, store)
+    saver.begin(start.source)
+    return saver
+
+
+def facts(plan: Plan, position: Position) -> dict[str, Any]:
+    """What a checkpoint notes of the run."""
+    return {"position": asdict(position), "identity": plan.identity, "global_batch": plan.batch.total}

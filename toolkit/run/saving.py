@@ -1,0 +1,179 @@
+"""When a run saves, what it notes beside the state, and the thread that writes while training goes on."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.run import ranks
+from toolkit.run.folder import versions
+
+if TYPE_CHECKING:
+    from toolkit.checkpoint.source import Source
+    from toolkit.checkpoint.store import Store
+
+
+class Saver:
+    """Saves checkpoints of `engine` in `store`; every rank has one and calls it at the same steps.
+
+    Training waits while what a checkpoint holds is copied to host memory. A thread then writes it; one checkpoint is
+    written at a time. The ranks' threads agree over a process group of their own that all have written, and only
+    then rank 0 puts the checkpoint in place.
+    """
+
+    def __init__(self, engine: Any, store: Store) -> None:
+        from torch import distributed
+
+        from toolkit.zero.checkpoint import sharding
+
+        self._engine = engine
+        self._store = store
+        self._sharding = sharding(engine)
+        self._group = distributed.new_group(backend="gloo")
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[str | None] | None = None
+        self._step = 0
+        self.saved = 0
+        """Step of the newest checkpoint that this object knows to be in place."""
+        if ranks.rank() == 0:
+            store.tidy()
+
+    def begin(self, source: Source | None) -> None:
+        """Note the checkpoint that the run went on from, if it is its own."""
+        if source is not None and source.folder.resolve().parent == self._store.folder.resolve():
+            self.saved = source.manifest.step
+
+    def start(self, step: int, facts: Mapping[str, Any]) -> float:
+        """Begin to save; returns the seconds that training was kept waiting, the last checkpoint's end left out.
+
+        `facts` go into the manifest: JSON, the same on every rank.
+        """
+        from toolkit.checkpoint.manifest import Manifest
+        from toolkit.zero.checkpoint import capture
+
+        assert self._running is None, "poll or wait first"
+        began = time.perf_counter()
+        draft = ranks.from_first(self._store.draft(step))
+        files = capture(self._engine, draft, step, {"random": random_states()})
+        about = {"saved": datetime.now().astimezone().isoformat(timespec="seconds"), **facts, "versions": versions()}
+        self._step = step
+        self._running = self._worker.submit(self._write, draft, files, Manifest(step, self._sharding, about))
+        return time.perf_counter() - began
+
+    def poll(self) -> str | None:
+        """What there is to say of a checkpoint that has come to its end, once."""
+        return self.wait() if self._running is not None and self._running.done() else None
+
+    def wait(self) -> str | None:
+        """As `poll`, after waiting for that end."""
+        if self._running is None:
+            return None
+        problem, self._running = self._running.result(), None
+        if problem is None:
+            self.saved = self._step
+            return None
+        newest = f"the newest is that of step {self.saved}" if self.saved else "there is none yet"
+        return f"the checkpoint of step {self._step} was not saved ({problem}); {newest}."
+
+    def now(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Save and wait until the checkpoint is in place.
+
+        Raises:
+            UserError: it could not be written; raised by every rank.
+        """
+        self.wait()
+        if self.saved != step:
+            self.start(step, facts)
+            problem = self.wait()
+            if problem is not None:
+                raise ranks.AgreedError(problem)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._worker.shutdown(cancel_futures=True)
+
+    def _write(self, draft: Path, files: dict[Path, Any], manifest: Any) -> str | None:
+        """In the thread: this rank's files, then, on rank 0, the commit. Returns what went wrong on any rank."""
+        from torch import distributed
+
+        written: dict[str, dict[str, Any]] = {}
+        problem = None
+        try:
+            written = _write_files(files)
+        except OSError as error:
+            problem = _told(error)
+        del files
+        everyone: list[Any] = [None] * ranks.world_size()
+        distributed.all_gather_object(everyone, (written, problem), group=self._group)
+        problem = next((found for _, found in everyone if found is not None), None)
+        if ranks.rank() == 0:
+            try:
+                if problem is None:
+                    self._commit(draft, manifest, {name: e for entries, _ in everyone for name, e in entries.items()})
+            except OSError as error:
+                problem = _told(error)
+            if problem is not None:
+                self._store.discard(draft)
+        box = [problem]
+        distributed.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def _commit(self, draft: Path, manifest: Any, entries: dict[str, dict[str, Any]]) -> None:
+        from toolkit.zero.checkpoint import RECOVERY_SCRIPT
+
+        shutil.copy(RECOVERY_SCRIPT, draft / RECOVERY_SCRIPT.name)
+        manifest.files = entries
+        self._store.commit(draft, manifest)
+
+
+def _write_files(files: Mapping[Path, Any]) -> dict[str, dict[str, Any]]:
+    from toolkit.checkpoint.files import save
+    from toolkit.checkpoint.manifest import sync_folder
+
+    written = {}
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written[path.name] = save(content, path)
+    for folder in {path.parent for path in files}:
+        sync_folder(folder)
+    return written
+
+
+def _told(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of the random number generators of Python, numpy and torch in this process."""
+    import numpy
+    import torch
+
+    legacy: Any = numpy.random.get_state()
+    name, keys, *rest = legacy
+    states = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Put them back."""
+    import numpy
+    import torch
+
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

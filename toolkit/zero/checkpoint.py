@@ -1,0 +1,267 @@
+"""DeepSpeed engines to files and back: what an engine holds, how it is cut, and taking it over from any checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from toolkit.checkpoint.files import on_host, plain
+from toolkit.checkpoint.sharding import Flat, Place, Sharding
+from toolkit.checkpoint.source import PER_RANK, Source
+from toolkit.checkpoint.store import name_of
+from toolkit.checkpoint.transfer import WEIGHTS, Transfer
+from toolkit.errors import UserError
+from toolkit.optim import RuleOptimizer
+from toolkit.optim.rule import State
+from toolkit.zero.engine import rule_optimizer
+from toolkit.zero.release import RELEASED_NORM
+
+# The class; DeepSpeed's name for it is a function once `engine.register` has been called.
+from toolkit.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+
+def refusal(engine: Any) -> str | None:
+    """Why an engine has no checkpoints here, in half a sentence, or None."""
+    if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3):
+        return "checkpoints need ZeRO stage 1, 2 or 3 (with one rank, stage 1 is stage 0)"
+    if engine.has_moe_layers or engine.mp_world_size > 1:
+        return "checkpoints of expert, tensor and pipeline parallelism are not supported"
+    return None
+
+
+def _flats(engine: Any) -> list[Tensor]:
+    """The tensors that the optimizer updates on this rank."""
+    zero = engine.optimizer
+    stage_3 = isinstance(zero, DeepSpeedZeroOptimizer_Stage3)
+    flats: list[Tensor] = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
+    return flats
+
+
+def sharding(engine: Any) -> Sharding:
+    """How `engine` cuts its parameters, and what it keeps of each.
+
+    Raises:
+        UserError: it is none that can be saved.
+    """
+    problem = refusal(engine)
+    if problem is not None:
+        raise UserError(problem)
+    zero, optimizer = engine.optimizer, rule_optimizer(engine)
+    stage = int(engine.zero_optimization_stage())
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    states = optimizer.running.states if optimizer else (State("exp_avg"), State("exp_avg_sq", signed=False))
+    groups = engine.basic_optimizer.param_groups
+    flats = []
+    for index, flat in enumerate(_flats(engine)):
+        number = zero.sub_group_to_group_id[index] if stage == 3 else index
+        places, at = [], 0
+        if stage == 3:
+            for param in zero.fp16_groups[index]:
+                places.append(Place(names[id(param)], tuple(param.ds_shape), at, param.partition_numel()))
+                at += param.partition_numel()
+        else:
+            members = zip(zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True)
+            places = [Place(names[id(param)], tuple(param.shape), int(offset)) for param, offset in members]
+        group = groups[number]
+        flats.append(
+            Flat(
+                number,
+                group.get("component", "other"),
+                flat.numel(),
+                str(flat.dtype).removeprefix("torch."),
+                group["weights"] if optimizer else "fp32",
+                dict(group["state_format"]) if optimizer else dict.fromkeys((s.name for s in states), "fp32"),
+                tuple(places),
+            )
+        )
+    rule = type(optimizer).__name__ if optimizer else None
+    return Sharding(stage, dist.get_world_size(), rule, tuple(states), tuple(flats))
+
+
+RECOVERY_SCRIPT = Path(deepspeed.__file__).with_name("utils") / "zero_to_fp32.py"
+"""DeepSpeed's, which it puts beside its checkpoints."""
+
+# ---- saving -------------------------------------------------------------------------------------------------------
+
+
+class _Capture(CheckpointEngine):
+    """Stands in for DeepSpeed's writer and keeps what it is given, copied to host memory."""
+
+    def __init__(self, per_rank: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.files: dict[Path, Any] = {}
+        self._per_rank = per_rank
+
+    def create(self, info: Any) -> None:
+        """Nothing to prepare."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing is written yet: one rank that fails here would leave the others waiting for it."""
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        raise NotImplementedError
+
+    def save(self, state_dict: Any, path: str) -> None:
+        content = dict(state_dict)
+        if "module" in content:
+            content["module"] = _without_trained(content)
+        else:
+            content[PER_RANK] = self._per_rank
+        self.files[Path(path)] = plain(content, on_host)
+
+
+def _without_trained(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The module's state without the weights that the ranks' optimizer files hold: they would be saved twice.
+
+    An empty tensor stands for each, as DeepSpeed does it at stage 3; its zero_to_fp32.py looks for weights there only.
+    """
+    trained = {name for group in content["param_shapes"] for name in group} | content["shared_params"].keys()
+    return {
+        name: torch.empty(0, dtype=value.dtype) if name in trained else value
+        for name, value in content["module"].items()
+    }
+
+
+def capture(engine: Any, draft: Path, step: int, per_rank: Mapping[str, Any]) -> dict[Path, Any]:
+    """What this rank writes of a checkpoint, by path below `draft`, in host memory; every rank must call this.
+
+    Args:
+        per_rank: plain values that go into this rank's file beside its state.
+    """
+    writer, engine.checkpoint_engine = engine.checkpoint_engine, _Capture(per_rank)
+    engine._copy_recovery_script = lambda folder: None  # which would write at once; `RECOVERY_SCRIPT` is it
+    try:
+        engine.save_checkpoint(str(draft), tag=name_of(step), save_latest=False)
+        files: dict[Path, Any] = engine.checkpoint_engine.files
+    finally:
+        engine.checkpoint_engine = writer
+        del engine._copy_recovery_script
+    return files
+
+
+# ---- loading ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
+    """Take weights, optimizer state, scheduler and counters over from `source`; every rank must call this.
+
+    The number of ranks, the stage and offload may differ from those of the checkpoint.
+
+    Args:
+        convert: whether formats and the optimizer may differ as well.
+
+    Returns:
+        What was done to the state, a sentence each; nothing where it is the very same.
+
+    Raises:
+        UserError: another model; another format or optimizer without `convert`.
+    """
+    target = sharding(engine)
+    transfer = Transfer(source, target)
+    problem = transfer.mismatch()
+    if problem is not None:
+        raise UserError(f"{source.folder} is a checkpoint of another model: {problem}")
+    converted = transfer.conversions()
+    if converted and not convert:
+        raise UserError(
+            f"{source.folder} cannot be taken over as it is: {converted[0]}; --convert-state decodes its state and "
+            "encodes it anew"
+        )
+    moved = transfer.regridded()
+    if moved:
+        converted.append(
+            f"stages 1 and 2 and stage 3 begin blocks at other elements of {len(moved)} parameters whose size is no "
+            f"multiple of 256 or that follow such a one, {moved[0]} for one: their state was decoded and encoded again"
+        )
+    for index, flat in enumerate(_flats(engine)):
+        _put(engine, flat, transfer.tensors(index, dist.get_rank()), transfer.step_of(index))
+    _show(engine)
+    _restore_rest(engine, source)
+    return converted
+
+
+def _put(engine: Any, flat: Tensor, made: dict[str, Tensor], step: int) -> None:
+    flat.data.copy_(made.pop(WEIGHTS))
+    optimizer = engine.basic_optimizer
+    if not made:
+        return
+    if isinstance(optimizer, RuleOptimizer):
+        held: dict[str, Any] = optimizer.state[flat]
+        held.clear()
+        held.update({key: tensor.to(flat.device) for key, tensor in made.items()}, step=step)
+        return
+    held = optimizer.state[flat]
+    for key, tensor in made.items():
+        value = tensor.view(-1)[: flat.numel()].to(flat.device)
+        if key in held:
+            held[key].copy_(value)
+        else:
+            held[key] = value
+    # torch's own counts in a tensor, DeepSpeed's in a number.
+    held["step"] = torch.tensor(float(step)) if isinstance(optimizer, torch.optim.Adam) else step
+    for group in optimizer.param_groups:
+        if "step" in group:  # DeepSpeed's fused Adam counts there
+            group["step"] = step
+
+
+def _show(engine: Any) -> None:
+    """Give the model the weights that the optimizer now has."""
+    zero = engine.optimizer
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            own = zero.fp16_partitioned_groups_flat[i]
+            if flat.numel():
+                own.data.copy_(flat.data)
+            parts = zero.unflatten(own, zero.fp16_partitioned_groups[i])
+            for param, part in zip(zero.fp16_partitioned_groups[i], parts, strict=True):
+                param.data = part.data
+        return
+    for i, flat in enumerate(zero.single_partition_of_fp32_groups):
+        rank = dist.get_rank(group=zero.real_dp_process_group[i])
+        zero.parallel_partitioned_bit16_groups[i][rank].data.copy_(flat.data)
+    all_gather_dp_groups(
+        groups_flat=zero.bit16_groups_flat,
+        partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+        dp_process_group=zero.real_dp_process_group,
+        start_alignment_factor=zero.nccl_start_alignment_factor,
+        allgather_bucket_size=zero.allgather_bucket_size,
+    )
+    for i in range(len(zero.bit16_groups)):
+        zero._update_model_bit16_weights(i)
+
+
+def _restore_rest(engine: Any, source: Source) -> None:
+    """Buffers, loss scale, scheduler and counters."""
+    saved = source.model_states()
+    buffers = dict(engine.module.named_buffers())
+    for name, value in source.buffers().items():
+        buffers[name].copy_(value)
+    optimizer_states = source.optimizer_states(0)["optimizer_state_dict"]
+    scaler = optimizer_states.get("loss_scaler")
+    if isinstance(scaler, Mapping) and engine.fp16_enabled():
+        vars(engine.optimizer.loss_scaler).update(scaler)
+    for group, old in zip(engine.basic_optimizer.param_groups, source.param_groups(), strict=False):
+        group.update({key: old[key] for key in (RELEASED_NORM,) if key in old})
+    scheduler = engine.lr_scheduler
+    if scheduler is not None and saved.get("lr_scheduler") is not None:
+        scheduler.load_state_dict(saved["lr_scheduler"])
+        if getattr(scheduler, "last_batch_iteration", -1) >= 0:
+            # DeepSpeed's schedulers take the count over and leave the rates as they are until their next step.
+            scheduler.step(scheduler.last_batch_iteration)
+    engine.global_steps = saved["global_steps"]
+    engine.global_samples = saved.get("global_samples", engine.global_steps * engine.train_batch_size())
+    engine.skipped_steps = saved["skipped_steps"]
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
