@@ -96,7 +96,7 @@ def gather(
             return
         flight.left.discard(number)
         if len(flight.numbers) > 1 and not flight.left:
-            flight.buffer.died = moment if flight.arrived else moment + 1
+            flight.buffer.died = moment if flight.arrived else moment + 2
         if flight.arrived:
             return
         flight.arrived = True
@@ -106,7 +106,8 @@ def gather(
         if len(flight.numbers) == 1:
             available[number] = flight.buffer
         else:
-            available.update({other: gathered(other, moment) for other in flight.numbers})
+            # After the transfer, whose own buffer is gone by then.
+            available.update({other: gathered(other, moment + 1) for other in flight.numbers})
 
     for step, use in enumerate(uses):
         missing = [number for number in use.parameters if number not in available and number not in flights]
