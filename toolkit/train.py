@@ -112,7 +112,8 @@ def _claim(plan: Plan, device: torch.device) -> run_folder.RunFolder | None:
         ds_config=plan.config,
     )
     settings = plan.settings
-    keeps, resuming = settings.save_every > 0, settings.resume != NONE
+    sharded = plan.config.get("zero_optimization", {}).get("stage", 0) > 0
+    keeps, resuming = settings.save_every > 0 and sharded, settings.resume != NONE
     return run_folder.RunFolder(plan.folder, facts, plan.config, checkpoints=keeps, resuming=resuming)
 
 

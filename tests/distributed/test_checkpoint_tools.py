@@ -10,12 +10,14 @@ import pytest
 import torch
 from test_checkpoints import COMPACT, WAYS, World, model, steps_of
 from torch import Tensor
+from typer.testing import CliRunner
 
 from toolkit.checkpoint.commands import find
 from toolkit.checkpoint.convert import convert
 from toolkit.checkpoint.export import export
 from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.universal import open_checkpoint, write
+from toolkit.cli import app
 from toolkit.errors import UserError
 
 AMCS, ADAMW = WAYS["amcs-2"], WAYS["adamw-2"]
@@ -219,6 +221,32 @@ def test_universal_layout_there_and_back(runs: World) -> None:
         assert torch.equal(held["fp32"], before[name]["weights"][inside]), name
         assert torch.equal(held["exp_avg"], before[name]["m_fast"][inside]), name
         assert torch.equal(held["exp_avg_sq"], before[name]["v"][inside]), name
+
+
+# ---- the command line ----
+
+
+def test_commands(runs: World, tmp_path: Path) -> None:
+    def call(*words: object) -> Any:
+        return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+
+    run = runs.root / "main"
+    shown = call("checkpoint", "inspect", run, "--digest").output
+    for expected in ("2 at ZeRO stage 2", "AMCS: m_fast, m_slow, v", "m_fast=8bit", runs.digest("main")):
+        assert expected in shown
+    assert "global_step4: intact" in call("checkpoint", "verify", run).output
+    assert call("checkpoint", "convert", run, "--to", tmp_path / "one", "--stage", "1").exit_code == 0
+    assert runs.digest("main") == open_checkpoint(find(tmp_path / "one")).digest()
+    assert call("checkpoint", "convert", run, "--to", tmp_path / "u" / "x", "--universal").exit_code == 0
+    assert runs.digest("main") == open_checkpoint(find(tmp_path / "u" / "x")).digest()
+    assert "step 5 in bf16, 1 file(s)" in call("export", run, "--to", tmp_path / "hf").output
+    assert "--dtype is 'fp8'" in str(call("export", run, "--to", tmp_path / "x", "--dtype", "fp8").exception)
+    file = next((tmp_path / "one" / "global_step5").glob("*optim*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    verified = call("checkpoint", "verify", tmp_path / "one")
+    assert f"{file} has" in verified.output and "1 of 1 checkpoints are damaged" in str(verified.exception)
+    with pytest.raises(UserError, match="there is no such folder"):
+        find(tmp_path / "absent")
 
 
 # ---- refusals ----

@@ -117,6 +117,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(world: World, two: dict[str, lis
             assert a.get(key) == b.get(key), (a["step"], key)
     assert plain[-1]["loss"] < plain[0]["loss"]
     assert world.digest(f"{name}/plain") == world.digest(f"{name}/cut")
+    # Noted of the step after the one that a checkpoint was begun at.
+    assert [record["step"] for record in plain if "save_wait_s" in record] == [5, 9]
     # Of a stop, of the interval, of the end.
     assert {path.name for path in (world.root / name / "cut" / "checkpoints").glob("global*")} == {
         f"global_step{step}" for step in (3, 4, 7, 8, 10)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from toolkit.errors import UserError
-from toolkit.run import ranks
+from toolkit.run import ranks, resume
 from toolkit.run.folder import RunFolder, check_free, default_folder, plot_loss, read_metrics, strict
 from toolkit.run.merge import ACCUMULATION, GLOBAL, MICRO, Batch, merge_flags, resolve_batch
 from toolkit.run.plan import import_plugin
@@ -303,6 +303,40 @@ def test_a_folder_with_a_run_is_refused_and_kept(tmp_path: Path, held: str) -> N
     assert [path.name for path in tmp_path.iterdir()] == [held]
 
 
+def test_a_run_that_keeps_checkpoints_is_gone_on_with(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {"seed": 1}, {"old": 1}, checkpoints=True)
+    for step in range(1, 6):
+        folder.write_step({"step": step})
+    with pytest.raises(UserError, match="is in use by another run"):
+        RunFolder(tmp_path / "run", {}, {}, resuming=True)
+    folder.close()
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    again = RunFolder(tmp_path / "run", {"seed": 2}, {"new": 1}, resuming=True)
+    assert again.go_on(3) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    again.write_step({"step": 4})
+    again.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == {"seed": 1}
+    assert json.loads((tmp_path / "run" / "ds_config.json").read_text()) == {"new": 1}
+
+
+def test_a_run_without_checkpoints_is_never_gone_on_with(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, {}, {})
+    folder.write_step({"step": 1})
+    folder.close()
+    with pytest.raises(UserError, match="which keeps no checkpoints"):
+        RunFolder(tmp_path, {}, {}, resuming=True)
+    # Somebody has removed the checkpoints of a longer run than one interval.
+    (tmp_path / "checkpoints").mkdir()
+    check_free(tmp_path, resuming=True)
+    assert resume._from_the_start(RunSettings(save_every=1), tmp_path).step == 0
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2}\n')
+    with pytest.raises(UserError, match="has made 2 steps and has no checkpoint"):
+        resume._from_the_start(RunSettings(save_every=1), tmp_path)
+
+
 def test_folders_that_cannot_hold_a_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
@@ -408,6 +442,23 @@ def test_first_signal_asks_and_second_interrupts() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_other_signals_ask_as_well(number: int) -> None:
+    with ranks.StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.requested
+
+
+def test_a_rank_without_launcher_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROSS_RANK", "0")
+    stop = ranks.StopRequest()
+    assert not stop.requested
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # as for a process whose parent has gone
+    assert stop.requested
+    monkeypatch.delenv("CROSS_RANK")
+    assert not ranks.StopRequest().requested  # started by hand: parents may come and go
 
 
 def test_rank_zero_prints_an_error_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def verify(path: Where) -> None:
 def convert(
     path: Where,
     to: Annotated[Path, typer.Option(help="The folder to write: checkpoints go into it as global_step<n>.")],
-    ranks: Annotated[int, typer.Option(min=1, help="Number of ranks to write for.")] = 1,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Number of ranks. (default: as it was)")] = None,
     stage: Annotated[int | None, typer.Option(min=1, max=3, help="ZeRO stage. (default: as it was)")] = None,
     universal: Annotated[bool, typer.Option("--universal", help="Write DeepSpeed's universal layout.")] = False,
 ) -> None:
@@ -119,7 +119,7 @@ def convert(
         layout.write(source, to)
         typer.echo(f"{to}: DeepSpeed's universal layout, {len(source.sharding.by_name)} parameters")
         return
-    stage = stage or source.origin.stage
+    stage, ranks = stage or source.origin.stage, ranks or source.origin.world_size
     moved = rewrite(source, to, stage=stage, world_size=ranks)
     typer.echo(f"{find(to)}: {ranks} rank(s) at ZeRO stage {stage}")
     if moved:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.run import ranks
-from toolkit.run.folder import CHECKPOINTS
+from toolkit.run.folder import CHECKPOINTS, METRICS, read_metrics
 from toolkit.run.identity import check_same
 from toolkit.run.saving import Saver, restore_random_states
 from toolkit.run.settings import RunSettings
@@ -82,7 +82,7 @@ def _choose(settings: RunSettings, folder: Path) -> Start:
             raise UserError(f"every checkpoint in {store.folder} is damaged: {'; '.join(damaged)}.")
         if settings.resume != AUTO:
             raise UserError(f"--resume {settings.resume}: the run there has no checkpoint yet.")
-        return Start()
+        return _from_the_start(settings, folder)
     path = Path(settings.resume)
     latest = path / "latest"
     if latest.is_file():
@@ -93,6 +93,17 @@ def _choose(settings: RunSettings, folder: Path) -> Start:
     if problem is not None:
         raise UserError(f"--resume {settings.resume}: {problem}.")
     return _begin(ranks.agreed(lambda: open_checkpoint(path)), folder, [])
+
+
+def _from_the_start(settings: RunSettings, folder: Path) -> Start:
+    """Step 0, unless steps are in `folder` whose checkpoints somebody must have removed."""
+    metrics = folder / METRICS
+    made = len(read_metrics(metrics)) if metrics.exists() else 0
+    if made >= 2 * max(settings.save_every, 1):
+        raise UserError(
+            f"the run in {folder} has made {made} steps and has no checkpoint; give another --run-dir to begin anew."
+        )
+    return Start()
 
 
 def _begin(source: Source, folder: Path, remarks: list[str]) -> Start:
