@@ -37,6 +37,7 @@ class Run:
     seq_len: int
     checkpointing: bool
     loss: str = "plain"
+    accumulation: int = 1
 
 
 def cases() -> list[Run]:
@@ -50,6 +51,8 @@ def cases() -> list[Run]:
     ):
         for optimizer in ("AMCS compact, bf16+4", "SOAM compact, bf16+4", "AMCS minimal, bf16+4"):
             found.append(Run("qwen3-tiny", optimizer, stage, ranks, 2, seq_len, checkpointing))
+    for optimizer, stage, ranks in (("AMCS 8bit, bf16+8", 2, 2), ("AMCS 8bit, bf16+8", 1, 2), ("AdamW", 2, 2)):
+        found.append(Run("qwen3-tiny", optimizer, stage, ranks, 2, 64, False, accumulation=2))
     for optimizer, stage, ranks, seq_len, checkpointing, loss in (
         ("AMCS 8bit, bf16+8", 2, 1, 256, False, "plain"),
         ("AMCS 8bit, bf16+8", 2, 1, 64, True, "plain"),
@@ -85,6 +88,7 @@ def main() -> None:
             continue
         config = configuration(run.optimizer, run.stage)
         config["train_micro_batch_size_per_gpu"] = run.micro_batch
+        config["gradient_accumulation_steps"] = run.accumulation
         shape = {"micro_batch": run.micro_batch, "seq_len": run.seq_len}
         key = str(run)
         if key not in kept:
@@ -103,6 +107,7 @@ def main() -> None:
                 device=device,
                 activation_checkpointing=run.checkpointing,
                 loss=run.loss,
+                accumulation=run.accumulation,
             )
         )
         held = next(phase.held for phase in predicted.phases if phase.name == largest["phase"])
@@ -111,7 +116,13 @@ def main() -> None:
         error, state_error = predicted.peak / largest["peak"] - 1, said / state - 1
         errors.append((abs(error), abs(state_error)))
         cells = (
-            *(run.model, run.optimizer, run.stage, run.ranks, f"{run.micro_batch} x {run.seq_len}"),
+            *(
+                run.model,
+                run.optimizer,
+                run.stage,
+                run.ranks,
+                f"{run.accumulation} x {run.micro_batch} x {run.seq_len}",
+            ),
             *("yes" if run.checkpointing else "no", run.loss),
             *(f"{largest['peak'] / 1e6:.1f}", f"{predicted.peak / 1e6:.1f}", f"{100 * error:+.1f} %"),
             *(f"{100 * state_error:+.1f} %", largest["phase"]),

@@ -76,6 +76,7 @@ def test_what_if_lists_variants_and_changes(
         (["--set", "optimizer.params.state_format=9bit"], "state_format '9bit' is unknown"),
         (["--plugin", "missing.py"], "there is no such file"),
         (["--attention", "flsh"], "flsh"),
+        (["--seq-len", "5000"], "has 4096 positions"),
         (["--gpus", "0"], "greater than or equal to 1"),
     ],
 )
@@ -134,13 +135,13 @@ def test_a_plan_overwrites_nothing(
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("80GB", 80 * 10**9), ("80GiB", 80 * 2**30), ("1.5tb", 1_500_000_000_000), ("512", 512), ("2 g", 2 * 10**9)],
+    [("80GB", 80 * 10**9), ("80GiB", 80 * 2**30), ("1.5tb", 1_500_000_000_000), ("512", 512), ("2 gb", 2 * 10**9)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, where="test") == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e3", "80 bytes", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e3", "80 bytes", "nan", "2 g"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UserError, match="--gpu-memory"):
         parse_size(text, where="--gpu-memory")

@@ -68,6 +68,7 @@ def estimate(
     from rich.console import Console
 
     from toolkit import config as configs
+    from toolkit import models
     from toolkit.memory.estimate import Case, Estimator, variants
     from toolkit.memory.show import show_prediction
     from toolkit.memory.sizes import parse_size
@@ -79,6 +80,7 @@ def estimate(
         import_plugin(plugin)
     settings = configs.apply_overrides(configs.load_config(config), overrides or [])
     configs.validate(settings, origin=config)
+    models.check_length(models.load_config(model)[0], model, seq_len)
     world_size = gpus * nodes
     batch = resolve_batch({MICRO: micro_batch, ACCUMULATION: grad_accum, GLOBAL: None}, settings, world_size)
     case = Case(
@@ -123,6 +125,7 @@ def plan(
     _settle_accelerator()
     from rich.console import Console
 
+    from toolkit import models
     from toolkit.config import shipped_configs
     from toolkit.memory.plan import plan as find
     from toolkit.memory.show import show_plan
@@ -133,6 +136,7 @@ def plan(
     if chosen is None:
         raise UserError(f"--optimizer is {optimizer!r}, but must be {', '.join(known)}.{nearest(optimizer, known)}")
     memory = parse_size(gpu_memory, where="--gpu-memory")
+    models.check_length(models.load_config(model)[0], model, seq_len)
     found = find(
         model,
         gpu_memory=memory,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from toolkit.errors import UserError
 from toolkit.memory.records import Change, Prediction, Setup
 from toolkit.memory.rehearsal import Rehearsal, rehearse, scaled
 from toolkit.memory.sharding import Step, Zero, simulate
@@ -19,6 +20,13 @@ from toolkit.run.screen import size_text
 ASSUMED_CONTEXT = 1_000_000_000
 """Bytes of a GPU that the CUDA context, its libraries and NCCL are taken to hold outside torch's allocator. An
 assumption, not a measurement: it differs by driver and GPU."""
+
+
+_SIMULATED = 4
+"""Ranks of a large run whose shares are looked at, evenly spread, the first and the last among them."""
+
+_MATTERS = 0.005
+"""Share of the peak below which a change is not worth a line."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +53,45 @@ class Case:
     activation_checkpointing: bool | None = None
     loss: str | None = None
     attention: str | None = None
+    automatic: tuple[str, ...] = field(default=(), init=False)
+    """Keys that are "auto" in the JSON, and counted with DeepSpeed's default."""
+
+    def __post_init__(self) -> None:
+        zero = self.config.get("zero_optimization", {})
+        if isinstance(zero, bool):  # DeepSpeed's old spelling of stages 0 and 1
+            zero = {"stage": int(zero)}
+        auto = sorted(_auto(self.config))
+        if "zero_optimization.stage" in auto:
+            raise UserError('zero_optimization.stage is "auto", which fixes no memory; give a stage.')
+        settled = _without_auto({**self.config, "zero_optimization": zero})
+        object.__setattr__(self, "config", settled)
+        object.__setattr__(self, "automatic", tuple(auto))
 
     @property
     def dtype(self) -> torch.dtype:
         return computed_in(self.config)
 
 
+def _auto(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _auto(value, f"{path}{key}.")
+        elif value == "auto":
+            yield path + key
+
+
+def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if value != "auto"
+    }
+
+
 def computed_in(config: Mapping[str, Any]) -> torch.dtype:
     """What a DeepSpeed JSON has the model compute in."""
     for key, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
-        if config.get(key, {}).get("enabled", False):
+        if config.get(key, {}).get("enabled", False) is True:
             return dtype
     return torch.float32
 
@@ -98,7 +135,7 @@ class Estimator:
         on_gpu = case.device == "cuda"
         steps = [
             simulate(rehearsal, zero, kept, dtype=case.dtype, rank=rank, on_gpu=on_gpu)
-            for rank in {0, case.world_size - 1}
+            for rank in _ranks(case.world_size, zero.stage)
         ]
         return rehearsal, kept, max(steps, key=lambda step: int(step.curve.total.max()))
 
@@ -126,7 +163,9 @@ class Estimator:
 
     def _describe(self, case: Case, rehearsal: Rehearsal, kept: Stored, step: Step) -> Prediction:
         at = step.curve.peak_at
-        remarks = list(kept.remarks)
+        remarks = [*kept.remarks, *_unknown(case.config)]
+        if counted := [key for key in case.automatic if key.startswith(("zero_optimization.", "bf16.", "fp16."))]:
+            remarks.append(f'{", ".join(counted)}: "auto" is counted as DeepSpeed\'s default.')
         if case.device == "cuda":
             remarks.append(
                 f"{size_text(ASSUMED_CONTEXT)} are assumed for the CUDA context and its libraries; what the caching "
@@ -151,7 +190,42 @@ class Estimator:
         for words, changed in alternatives(case):
             other = self.peak(changed)
             found.append(Change(change=words, peak=other, saves=peak - other))
+        found = [change for change in found if abs(change.saves) >= _MATTERS * peak]
         return sorted(found, key=lambda change: -change.saves)
+
+
+# What changes memory in ways that are not modelled.
+_NOT_MODELLED = (
+    ("zero_optimization.contiguous_gradients", False),
+    ("zero_optimization.zero_hpz_partition_size", None),
+    ("zero_optimization.zero_quantized_weights", True),
+    ("zero_optimization.zero_quantized_gradients", True),
+    ("zero_optimization.offload_optimizer.ratio", None),
+    ("zero_optimization.round_robin_gradients", True),
+    ("bf16.bf16_master_weights_and_grads", True),
+    ("bf16.bf16_optimizer_states", True),
+    ("data_types.grad_accum_dtype", None),
+    ("tensor_parallel", None),
+    ("sequence_parallel_size", None),
+    ("pipeline", None),
+)
+
+
+def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
+    """A remark for each setting that this prediction passes over; None stands for any value."""
+    for path, value in _NOT_MODELLED:
+        at: Any = config
+        for key in path.split("."):
+            at = at.get(key) if isinstance(at, Mapping) else None
+        if at is not None and (value is None or at is value):
+            yield f"{path} is not modelled: the prediction is that without it."
+
+
+def _ranks(world_size: int, stage: int) -> list[int]:
+    """Ranks that are simulated: parts of a group differ at stages 1 and 2, and are alike otherwise."""
+    if stage not in (1, 2):
+        return [0]
+    return sorted({round(i * (world_size - 1) / (_SIMULATED - 1)) for i in range(_SIMULATED)})
 
 
 def setup_of(case: Case, rehearsal: Rehearsal) -> Setup:
@@ -167,7 +241,7 @@ def setup_of(case: Case, rehearsal: Rehearsal) -> Setup:
         model=case.model,
         parameters=sum(parameter.numel for parameter in rehearsal.parameters),
         optimizer=ours or str(section.get("type")),
-        stage=int(zero if isinstance(zero, bool) else zero.get("stage", 0)),
+        stage=int(zero.get("stage", 0)),
         state_format=formats if isinstance(formats, str) else ", ".join(f"{k} {v}" for k, v in formats.items()),
         weights=str(params.get("weights", default_weights)) if ours else "fp32",
         offload=[part for part in ("optimizer", "param") if _offloads(zero, part)],

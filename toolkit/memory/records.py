@@ -121,7 +121,8 @@ class Prediction(Record):
     """Between steps, by category."""
     host: dict[str, int] = {}
     """In host memory, by category, where something is offloaded."""
-    nvme: int = 0
+    nvme: dict[str, int] = {}
+    """On NVMe, by category."""
     context: int = 0
     """Outside torch's allocator, on top of `peak` (CUDA context); 0 on a CPU."""
     per_block: dict[str, int] = {}

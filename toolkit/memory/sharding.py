@@ -40,12 +40,10 @@ class Zero:
 
     @classmethod
     def read(cls, config: Mapping[str, Any], *, world_size: int, accumulation: int) -> Zero:
-        """From a DeepSpeed JSON that has been validated."""
+        """From a DeepSpeed JSON that has been validated, without "auto"."""
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-        section = config.get("zero_optimization", {})
-        section = {"stage": int(section)} if isinstance(section, bool) else section
-        zero = DeepSpeedZeroConfig(**{key: value for key, value in section.items() if value != "auto"})
+        zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
 
         def place(part: Any) -> str:
             return "none" if part is None else str(getattr(part.device, "value", part.device))
@@ -75,7 +73,7 @@ class Step:
     curve: Curve
     resident: dict[str, int]
     host: dict[str, int]
-    nvme: int
+    nvme: dict[str, int]
 
 
 def simulate(rehearsal: Rehearsal, zero: Zero, stored: Stored, *, dtype: torch.dtype, rank: int, on_gpu: bool) -> Step:
@@ -95,7 +93,7 @@ class _Simulation:
         # Only gradients live on differently under ZeRO; everything else is the rehearsal's own.
         self.lives = [life if life.parameter is None else replace(life) for life in rehearsal.tape.lives]
         self.host: dict[str, int] = {}
-        self.nvme = 0.0
+        self.nvme: dict[str, int] = {}
         self.numels = [parameter.numel for parameter in rehearsal.parameters]
         self.total = sum(self.numels[number] for group in stored.groups for number in group.numbers)
         # The gradient that autograd made, by parameter.
@@ -131,7 +129,7 @@ class _Simulation:
     def store(self, size: float, category: str, what: str, place: str) -> None:
         """Hold for good, on the device, the host or NVMe."""
         if place == "nvme":
-            self.nvme += size
+            self.nvme[category] = self.nvme.get(category, 0) + round(size)
         elif place == "cpu" and self.on_gpu:
             self.host[category] = self.host.get(category, 0) + round(size)
         else:
@@ -185,7 +183,7 @@ class _Simulation:
         for life in kept:
             assert life.category is not None
             resident[life.category] = resident.get(life.category, 0) + life.bytes
-        return Step(found, {name: resident[name] for name in c.ordered(resident)}, self.host, round(self.nvme))
+        return Step(found, {name: resident[name] for name in c.ordered(resident)}, self.host, self.nvme)
 
     def _model_state(self) -> None:
         zero, held_by = self.zero, {}
@@ -293,12 +291,13 @@ class _Simulation:
                 self._accumulated(number, self.width * self.numels[number])
                 continue
             numel = self.numels[number]
+            # It is copied into the bucket, after what is there has made room.
+            self.gradients[number].died = moment + 2
             if sum(self.numels[n] for n in waiting) + numel > zero.reduce_bucket:
                 if any(self.own[n] for n in waiting):
                     kept = min(kept, moment + 1)
                 self._reduce_bucket(waiting, moment)
             if numel > zero.reduce_bucket:
-                self.gradients[number].died = moment + 1
                 kept = min(kept, moment) if self.own[number] else kept
             else:
                 waiting.append(number)
@@ -311,8 +310,10 @@ class _Simulation:
             self.store(self.width * largest, c.BUCKETS, "staging buffer", "cpu")
             self.store(self.width * share, c.BUCKETS, "weights on their way back", "cpu")
             return
-        held_from = -1 if zero.accumulation > 1 and zero.stage == 2 else kept
-        self.hold(self.width * share, c.GRADIENTS, "this rank's gradients", held_from, self.end)
+        self.hold(self.width * share, c.GRADIENTS, "this rank's gradients", kept, self.end)
+        if zero.accumulation > 1 and zero.stage == 2:
+            # A micro-batch's gradients have a buffer of their own, and are added to the earlier ones' at its end.
+            self.hold(self.width * share, c.GRADIENTS, "gradients of earlier micro-batches", -1, self.step)
         self.hold(self.width * share, c.GRADIENTS, "gradients, flattened", self.step, self.step + 1)
         self.hold(4 * share, c.GRADIENTS, "fp32 gradients", self.step, self.end)
         self.end = self.step + 2

@@ -12,6 +12,9 @@ from toolkit.memory.plan import Candidate
 from toolkit.memory.records import Prediction
 from toolkit.run.screen import size_text
 
+_ATTENTION = {"sdpa": "flash"}
+"""transformers' names in the words of `--attention`."""
+
 _SHOWN = 12
 """Candidates of a plan that fit, and that do not, at most."""
 
@@ -21,15 +24,18 @@ def show_prediction(
 ) -> None:
     """The table of one rank, what holds the peak, and whether it fits."""
     s = found.setup
+    attention = _ATTENTION.get(s.attention, s.attention)
     console.print(
         f"{s.model}: {s.parameters:,} parameters; {s.optimizer}, state {s.state_format}, weights {s.weights}, ZeRO "
         f"{s.stage}{' + offload of ' + ' and '.join(s.offload) if s.offload else ''}; {total_ranks}",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(
         f"micro-batch {s.micro_batch} x {s.seq_len} tokens, accumulation {s.gradient_accumulation}, activation "
-        f"checkpointing {'on' if s.activation_checkpointing else 'off'}, {s.attention} attention, {s.loss} loss",
+        f"checkpointing {'on' if s.activation_checkpointing else 'off'}, {attention} attention, {s.loss} loss",
         highlight=False,
+        soft_wrap=True,
     )
     at_peak = next(phase.held for phase in found.phases if phase.name == found.peak_phase)
     table = Table("per rank", box=None, title_justify="left")
@@ -41,28 +47,33 @@ def show_prediction(
         resident = found.resident.get(category, 0)
         table.add_row(category, _size(held), _size(resident), f"{held / s.parameters:.2f}" if held else "-")
     total = sum(found.resident.values())
-    table.add_row("all", size_text(found.peak), size_text(total), f"{found.peak / s.parameters:.2f}", style="bold")
     if found.context:
         table.add_row(c.CONTEXT, size_text(found.context), size_text(found.context), "assumed")
+    sums = [size_text(amount + found.context) for amount in (found.peak, total)]
+    table.add_row("all", *sums, f"{(found.peak + found.context) / s.parameters:.2f}", style="bold")
     console.print(table)
     peaks = ", ".join(f"{phase.name} {size_text(phase.peak or 0)}" for phase in found.phases)
-    console.print(f"peak in the phase: {found.peak_phase} ({peaks})", highlight=False)
-    for title, held_there in (("host memory of a rank", found.host), ("NVMe of a rank", {"state": found.nvme})):
+    console.print(f"peak in the phase: {found.peak_phase} ({peaks})", highlight=False, soft_wrap=True)
+    for title, held_there in (("host memory of a rank", found.host), ("NVMe of a rank", found.nvme)):
         if any(held_there.values()):
             parts = ", ".join(f"{name} {size_text(size)}" for name, size in held_there.items())
-            console.print(f"{title}: {size_text(sum(held_there.values()))} ({parts})", highlight=False)
+            console.print(f"{title}: {size_text(sum(held_there.values()))} ({parts})", highlight=False, soft_wrap=True)
     if variants:
-        console.print("one transformer block, and the loss:", highlight=False)
+        console.print("one transformer block, and the loss:" if len(variants) > 2 else "one transformer block:")
         for name, size in variants.items():
-            console.print(f"  {name}: {size_text(size)}", highlight=False)
+            console.print(f"  {name}: {size_text(size)}", highlight=False, soft_wrap=True)
     if found.changes:
-        console.print("what would change the peak:", highlight=False)
+        console.print("what would change the peak:", highlight=False, soft_wrap=True)
         for change in found.changes:
-            console.print(f"  {change.change}: {size_text(change.peak)} ({_signed(-change.saves)})", highlight=False)
+            console.print(
+                f"  {change.change}: {size_text(change.peak)} ({_signed(-change.saves)})",
+                highlight=False,
+                soft_wrap=True,
+            )
     for remark in found.remarks:
-        console.print(f"note: {remark}", highlight=False)
+        console.print(f"note: {remark}", highlight=False, soft_wrap=True)
     if memory is not None:
-        console.print(verdict(found, memory), highlight=False, style="bold")
+        console.print(verdict(found, memory), highlight=False, soft_wrap=True, style="bold")
 
 
 def verdict(found: Prediction, memory: int) -> str:
@@ -102,6 +113,7 @@ def show_plan(console: Console, found: Sequence[Candidate], memory: int) -> None
                 f"  {one.config} ({state}): {size_text(one.needs)}, {size_text(one.needs - memory)} too much; "
                 f"{one.holds_most} hold most",
                 highlight=False,
+                soft_wrap=True,
             )
         if len(failed) > _SHOWN:
             console.print(f"  and {len(failed) - _SHOWN} more.")

@@ -9,7 +9,6 @@ from toolkit.errors import UserError
 _UNITS = {"b": 1, "": 1}
 _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
 _UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
-_UNITS |= {prefix: 1000**power for power, prefix in enumerate("kmgt", start=1)}
 
 
 def parse_size(text: str, *, where: str) -> int:

@@ -16,7 +16,7 @@ from toolkit.optim.layout import REMAINDER, Layout
 from toolkit.state.codecs import BLOCK
 
 _PROBE = 256
-"""Elements of the tensor that an optimizer of torch is tried on."""
+"""Elements of the flat tensor that an optimizer of torch is tried on."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def stored(model: nn.Module, config: Mapping[str, Any], *, dtype: torch.dtype, s
     """
     section = config.get("optimizer") or {}
     kind, params = section.get("type"), dict(section.get("params", {}))
-    params = {key: value for key, value in params.items() if value != "auto"}
+    if kind is None:
+        raise UserError("the DeepSpeed JSON has no optimizer.type; it must name the optimizer to train with.")
     rule = find_rule(kind)
     numbers = {id(p): number for number, p in enumerate(model.parameters())}
     narrow = dtype != torch.float32
@@ -121,10 +122,14 @@ def _probe(kind: str, params: Mapping[str, Any], on_host: bool) -> tuple[dict[st
             f"the memory of optimizer.type {kind!r} is not known: known are this package's rules, DeepSpeed's "
             f"{', '.join(_DEEPSPEED)} and the classes of torch.optim."
         )
-    weight = nn.Parameter(torch.zeros(_PROBE // 16, 16))
-    optimizer = made([weight], **options)
+    # ZeRO steps on flat tensors; what an optimizer keeps may depend on that.
+    weight = nn.Parameter(torch.zeros(_PROBE))
     weight.grad = torch.zeros_like(weight)
-    optimizer.step()
+    try:
+        optimizer = made([weight], **options)
+        optimizer.step()
+    except Exception as error:
+        raise UserError(f"the memory of optimizer.type {kind!r} is not known: it cannot be tried: {error}") from None
     held = optimizer.state[weight]
     states = {
         key: value.numel() * value.element_size() / _PROBE

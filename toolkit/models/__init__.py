@@ -1,6 +1,6 @@
 """Models: named shapes, configurations, parameter counts, and construction."""
 
 from toolkit.models.build import CausalLM, build_model
-from toolkit.models.presets import PRESETS, Preset, count_parameters, load_config
+from toolkit.models.presets import PRESETS, Preset, check_length, count_parameters, load_config
 
-__all__ = ["PRESETS", "CausalLM", "Preset", "build_model", "count_parameters", "load_config"]
+__all__ = ["PRESETS", "CausalLM", "Preset", "build_model", "check_length", "count_parameters", "load_config"]

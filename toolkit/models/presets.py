@@ -125,6 +125,13 @@ def load_config(name_or_folder: str) -> tuple[PretrainedConfig, Preset | None]:
     )
 
 
+def check_length(config: PretrainedConfig, name: str, seq_len: int) -> None:
+    """Raise UserError if model `name` of `config` has no positions for `seq_len` predictions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise UserError(f"--seq-len is {seq_len}, but model {name!r} has {positions} positions.")
+
+
 def _config_of_folder(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
@@ -171,5 +178,6 @@ def count_parameters(config: PretrainedConfig) -> int:
 
 
 def first_line(error: Exception) -> str:
-    """What `error` says, cut to one line; its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What `error` says, cut to one line, or to two where the first only announces the second; else its type."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from toolkit.errors import UserError
 from toolkit.run import ranks
 from toolkit.run.plan import Plan
 
@@ -57,7 +58,8 @@ def _predict(plan: Plan, device: torch.device) -> Prediction | None:
     try:
         predicted = Estimator().predict(case, changes=True)
     except Exception as error:  # of a model or optimizer that it does not know; the run may be fine
-        plan.remarks.append(f"the memory of this run could not be predicted: {error}")
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        plan.remarks.append(f"the memory of this run could not be predicted: {reason}")
         return None
     write(plan.folder, PREDICTED, predicted)
     return predicted

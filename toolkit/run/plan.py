@@ -68,9 +68,7 @@ def make_plan(settings: RunSettings) -> Plan:
             f"tokenizer {name!r} has {len(tokenizer)} entries, more than the vocabulary of model "
             f"{settings.model!r} ({model_config.vocab_size}); choose another --tokenizer or --model."
         )
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is not None and settings.seq_len > positions:
-        raise UserError(f"--seq-len is {settings.seq_len}, but model {settings.model!r} has {positions} positions.")
+    models.check_length(model_config, settings.model, settings.seq_len)
 
     def packed(source: str, part: Literal["all", "train", "validation"]) -> PackedTokens:
         subset = settings.data_subset if source == settings.data else None

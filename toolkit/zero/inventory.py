@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from toolkit.memory import categories as c
@@ -54,8 +55,9 @@ def _weights(engine: Any) -> Iterator[Named]:
         "fp32_groups_flat",
     ):
         for tensor in _tensors(getattr(wrapper, attribute, None)):
-            # Where they are the weights themselves, those were first.
-            yield c.MASTER, attribute, tensor
+            # Where they are the weights themselves, those were first; with offload, their host copy.
+            wide = tensor.dtype == torch.float32
+            yield (c.MASTER if wide else c.WEIGHTS), attribute if wide else "weights to step on", tensor
 
 
 def _states(engine: Any) -> Iterator[Named]:

@@ -68,7 +68,7 @@ def build_run(folder: Folder, name: str) -> RunReport:
         predicted_peak=predicted.peak if predicted else None,
         context=predicted.context if predicted else 0,
         host=predicted.host if predicted else {},
-        nvme=predicted.nvme if predicted else 0,
+        nvme=sum(predicted.nvme.values()) if predicted else 0,
         per_block=predicted.per_block if predicted else {},
         remarks=predicted.remarks if predicted else [],
         measuring=_measuring(largest, training),
