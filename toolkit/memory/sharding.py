@@ -222,9 +222,9 @@ class _Simulation:
         if self.stored.ours:
             self.staging()
 
-    def _accumulated(self, number: int, size: float) -> None:
+    def _accumulated(self, number: int, size: float) -> Life:
         """What earlier micro-batches have summed up is there from the start; this one's is added to it."""
-        self.hold(size, c.GRADIENTS, f"gradient of {self.rehearsal.parameters[number].name}", -1, self.end)
+        return self.hold(size, c.GRADIENTS, f"gradient of {self.rehearsal.parameters[number].name}", -1, self.end)
 
     # ---- stages 1 and 2 -------------------------------------------------------------------------------------------
 
@@ -235,7 +235,8 @@ class _Simulation:
         waiting: list[int] = []
         for number, moment in self.rehearsal.arrivals:
             if zero.stage == 1 and zero.accumulation > 1:
-                self._accumulated(number, self.width * self.numels[number])
+                # Autograd adds this micro-batch's gradient to what is there.
+                self.gradients[number] = self._accumulated(number, self.width * self.numels[number])
             if zero.world_size == 1 and zero.optimizer_on == "none":
                 if number not in released and (zero.stage == 1 or zero.accumulation == 1):
                     self.gradients[number].died = self.end
@@ -261,20 +262,25 @@ class _Simulation:
         """Reduce what is waiting: parts of one owner that lie apart are joined, what is not this rank's is freed."""
         if not waiting:
             return
-        joined = sum(self.numels[number] for number in waiting) if len(waiting) > 1 else 0
-        if self.zero.world_size > 1:
-            self.hold(self.width * joined, c.BUCKETS, "gradients that are reduced together", moment, moment + 1)
+        joined = len(waiting) > 1 and self.zero.world_size > 1
+        if joined:
+            others = sum(self.numels[number] - self.own[number] for number in waiting)
+            self.hold(self.width * others, c.BUCKETS, "gradients that are reduced together", moment, moment + 1)
         for number in waiting:
             self.gradients[number].died = moment + 1
             name = f"gradient of {self.rehearsal.parameters[number].name}"
             size = self.width * self.own[number]
-            if number in released or self.zero.optimizer_on != "none" or self.zero.world_size == 1:
+            goes = number in released or self.zero.optimizer_on != "none"
+            if self.zero.world_size == 1 or (goes and not joined):
                 continue
-            if self.zero.accumulation > 1 and self.zero.stage == 2:
+            # A copy: what was joined, or cut out of a gradient of which other ranks have parts.
+            adds = not goes and self.zero.accumulation > 1 and self.zero.stage == 2
+            if adds:
                 self._accumulated(number, size)
-                self.hold(size, c.GRADIENTS, name, moment, moment + 1)
+            if goes or adds:
+                self.hold(size, c.BUCKETS, name, moment, moment + 1)
             else:
-                self.hold(size, c.GRADIENTS, name, moment + (joined > 0), self.end)
+                self.hold(size, c.GRADIENTS, name, moment, self.end)
         waiting.clear()
 
     def _stock(self) -> None:
