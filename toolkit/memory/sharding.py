@@ -218,7 +218,7 @@ class _Simulation:
         size = self.width * min(self.total, _UNSHARDED_REDUCTION)
         self.hold(size, c.BUCKETS, "gradients, flattened", self.reduced, self.step)
         if self.width < 4:
-            self.hold(4 * self.total, c.GRADIENTS, "fp32 gradients", self.step, self.end)
+            self.hold(4 * self.total, c.TRANSIENTS, "fp32 gradients", self.step, self.end)
         if self.stored.ours:
             self.staging()
 
@@ -320,8 +320,8 @@ class _Simulation:
         if zero.accumulation > 1 and zero.stage == 2:
             # A micro-batch's gradients have a buffer of their own, and are added to the earlier ones' at its end.
             self.hold(self.width * share, c.GRADIENTS, "gradients of earlier micro-batches", -1, self.step)
-        self.hold(self.width * share, c.GRADIENTS, "gradients, flattened", self.step, self.step + 1)
-        self.hold(4 * share, c.GRADIENTS, "fp32 gradients", self.step, self.end)
+        self.hold(self.width * share, c.TRANSIENTS, "gradients, flattened", self.step, self.step + 1)
+        self.hold(4 * share, c.TRANSIENTS, "fp32 gradients", self.step, self.end)
         self.end = self.step + 2
         self.hold(self.stored.step_per_element * share, c.TRANSIENTS, "the step's own", self.step + 1, self.end)
 
@@ -365,8 +365,8 @@ class _Simulation:
             self.store(4 * share, c.GRADIENTS, "fp32 gradients to step on", zero.optimizer_on)
             return
         largest = self._largest_sub_group()
-        self.hold(self.width * largest, c.GRADIENTS, "gradients of a sub-group, flattened", self.step, self.end)
-        self.hold(4 * largest, c.GRADIENTS, "fp32 gradients of a sub-group", self.step, self.end)
+        self.hold(self.width * largest, c.TRANSIENTS, "gradients of a sub-group, flattened", self.step, self.end)
+        self.hold(4 * largest, c.TRANSIENTS, "fp32 gradients of a sub-group", self.step, self.end)
         self.hold(self.stored.step_per_element * largest, c.TRANSIENTS, "the step's own", self.step, self.end)
 
     def _scatter(self, waiting: list[int], moment: int) -> None:
