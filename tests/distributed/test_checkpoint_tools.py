@@ -131,7 +131,7 @@ def test_formats_change_on_request_only(runs: World) -> None:
             assert (eight[name][key] - old[key]).abs().max() <= 0.017 * old[key].abs().max(), (name, key)
 
 
-@pytest.mark.parametrize("folder", ["stock", "stock-3"])
+@pytest.mark.parametrize("folder", ["stock", pytest.param("stock-3", marks=pytest.mark.slow)])
 def test_deepspeeds_adam_seeds_both_momenta(runs: World, folder: str) -> None:
     place = runs.root / folder / "global_step3"
     arguments = runs.arguments(f"from-{folder}", AMCS, 1, "--resume", str(runs.root / folder))

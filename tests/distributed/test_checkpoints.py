@@ -33,6 +33,9 @@ WAYS = {
     "adamw-2": ["--config", "adamw_zero2"],
     "adamw-3": ["--config", "adamw_zero3"],
 }
+# Ways of every test run; the others take `make test-slow`.
+USUAL = ("amcs-1", "amcs-2", "amcs-3", "offload-2", "adamw-2")
+SLOW = tuple(name for name in WAYS if name not in USUAL)
 EXACT = ("loss", "lr", "grad_norm", "alpha", "skipped", "step")
 
 
@@ -93,21 +96,39 @@ def steps_of(world: World, name: str, ranks: int, steps: list[dict[str, Any]]) -
     return launch(world.root / name, ranks, WORKER, {"steps": steps})[0]
 
 
+def uninterrupted_and_resumed(world: World, names: tuple[str, ...]) -> dict[str, list[Any]]:
+    """On two ranks: each way uninterrupted, and stopped after steps 3 and 7 and resumed each time."""
+    steps = []
+    for name in names:
+        steps.append({"run": world.arguments(f"{name}/plain", WAYS[name], 2)})
+        cut = world.arguments(f"{name}/cut", WAYS[name], 2)
+        steps += [{"run": cut, "stop_at": 3}, {"run": cut, "stop_at": 7}, {"run": cut}]
+    results = steps_of(world, f"two-{names[0]}", 2, steps)
+    return {name: results[4 * i : 4 * i + 4] for i, name in enumerate(names)}
+
+
 @pytest.fixture(scope="module")
 def two(world: World) -> dict[str, list[Any]]:
-    """On two ranks: every way uninterrupted, and stopped after steps 3 and 7 and resumed each time."""
-    steps = []
-    for name, way in WAYS.items():
-        steps.append({"run": world.arguments(f"{name}/plain", way, 2)})
-        cut = world.arguments(f"{name}/cut", way, 2)
-        steps += [{"run": cut, "stop_at": 3}, {"run": cut, "stop_at": 7}, {"run": cut}]
-    results = steps_of(world, "two", 2, steps)
-    return {name: results[4 * i : 4 * i + 4] for i, name in enumerate(WAYS)}
+    return uninterrupted_and_resumed(world, USUAL)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.fixture(scope="module")
+def slow_ways(world: World) -> dict[str, list[Any]]:
+    return uninterrupted_and_resumed(world, SLOW)
+
+
+@pytest.mark.parametrize("name", USUAL)
 def test_a_resumed_run_is_the_uninterrupted_one(world: World, two: dict[str, list[Any]], name: str) -> None:
-    whole, first, second, last = two[name]
+    check_resumed(world, name, *two[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_so_it_is_with_the_other_ways(world: World, slow_ways: dict[str, list[Any]], name: str) -> None:
+    check_resumed(world, name, *slow_ways[name])
+
+
+def check_resumed(world: World, name: str, whole: Any, first: Any, second: Any, last: Any) -> None:
     assert (first["interrupted"], second["interrupted"], last["interrupted"]) == (True, True, False)
     assert (first["steps"], second["steps"]) == (3, 7)
     plain, cut = world.records(f"{name}/plain"), world.records(f"{name}/cut")
@@ -141,24 +162,20 @@ def test_files_are_plain_and_deepspeeds_own_script_reads_them(
         assert torch.equal(found[key].flatten(), source.elements(key, None, 0, place.numel).float()), key
 
 
-@pytest.fixture(scope="module")
-def others(world: World, two: dict[str, list[Any]]) -> dict[int, list[Any]]:
+MOVES = (("amcs-2", "amcs-2"), ("amcs-3", "amcs-1"), ("amcs-1", "offload-3"), ("offload-2", "amcs-3"))
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow), 4])
+def test_other_ranks_stages_and_offload_go_on_alike(world: World, two: dict[str, list[Any]], ranks: int) -> None:
     """Checkpoints of two ranks go on at 1, 3 and 4, at other stages, with and without offload."""
-    found = {}
-    for ranks in (1, 3, 4):
-        steps = []
-        for name, way in (("amcs-2", "amcs-2"), ("amcs-3", "amcs-1"), ("amcs-1", "offload-3"), ("offload-2", "amcs-3")):
-            source = world.root / name / "cut" / "checkpoints" / "global_step4"
-            run = f"{name}/to-{way}-{ranks}"
-            steps.append({"run": world.arguments(run, WAYS[way], ranks, "--resume", str(source))})
-        found[ranks] = steps_of(world, f"others-{ranks}", ranks, steps)
-    return found
-
-
-@pytest.mark.parametrize("ranks", [1, 3, 4])
-def test_other_ranks_stages_and_offload_go_on_alike(world: World, others: dict[int, list[Any]], ranks: int) -> None:
-    assert all(isinstance(result, dict) for result in others[ranks]), others[ranks]
-    for name, way in (("amcs-2", "amcs-2"), ("amcs-3", "amcs-1"), ("amcs-1", "offload-3"), ("offload-2", "amcs-3")):
+    steps = []
+    for name, way in MOVES:
+        source = world.root / name / "cut" / "checkpoints" / "global_step4"
+        run = f"{name}/to-{way}-{ranks}"
+        steps.append({"run": world.arguments(run, WAYS[way], ranks, "--resume", str(source))})
+    results = steps_of(world, f"others-{ranks}", ranks, steps)
+    assert all(isinstance(result, dict) for result in results), results
+    for name, way in MOVES:
         plain, moved = world.records(f"{name}/plain")[4:], world.records(f"{name}/to-{way}-{ranks}")
         assert [r["step"] for r in moved] == [r["step"] for r in plain]
         assert [r["lr"] for r in moved] == [r["lr"] for r in plain]

@@ -49,7 +49,7 @@ def kill_and_compare(root: Path, kills: int, steps: int) -> list[str]:
 
 
 def test_a_few_kills_leave_the_curve_as_it_was(tmp_path: Path) -> None:
-    kill_and_compare(tmp_path, kills=4, steps=60)
+    kill_and_compare(tmp_path, kills=2, steps=30)
 
 
 @pytest.mark.slow
@@ -180,6 +180,7 @@ def test_one_folder_belongs_to_one_run(world: World) -> None:
     assert went_on["steps"] == 6 and (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_full_and_a_read_only_disk(world: World, tmp_path: Path) -> None:
     """A real file system of 4 MB: a checkpoint fits, two do not."""
     disk, out = tmp_path / "disk", tmp_path / "out"
