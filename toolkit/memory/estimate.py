@@ -12,9 +12,10 @@ import torch
 from toolkit.errors import UserError
 from toolkit.memory.records import Change, Prediction, Setup
 from toolkit.memory.rehearsal import Rehearsal, rehearse, scaled
-from toolkit.memory.sharding import Step, Zero, simulate
+from toolkit.memory.sharding import Step, simulate
 from toolkit.memory.state import Stored, stored
 from toolkit.memory.tape import curve
+from toolkit.memory.zero import Zero
 from toolkit.run.screen import size_text
 
 ASSUMED_CONTEXT = 1_000_000_000

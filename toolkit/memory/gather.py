@@ -15,19 +15,10 @@ from dataclasses import dataclass, field
 from toolkit.memory import categories as c
 from toolkit.memory.rehearsal import Call, Rehearsal
 from toolkit.memory.tape import Life
+from toolkit.memory.zero import Limits
 
 Hold = Callable[[float, str, str, int, int | None], Life]
 """Adds a life: bytes, category, what, from, until."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of zero_optimization, in elements."""
-
-    prefetch: int
-    live: int
-    reuse: int
-    persistent: int
 
 
 @dataclass

@@ -6,64 +6,21 @@ fp16/unfused_optimizer.py) for all other optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from toolkit.memory import categories as c
-from toolkit.memory.gather import Limits, gather
+from toolkit.memory.gather import gather
 from toolkit.memory.rehearsal import Rehearsal
 from toolkit.memory.state import Group, Stored
 from toolkit.memory.tape import Curve, Life, curve
+from toolkit.memory.zero import Zero
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import NORM_CHUNK
 
 _UNSHARDED_REDUCTION = 500_000_000
 """Elements that DeepSpeed's engine flattens at a time without ZeRO (engine.py, MEMORY_OPT_ALLREDUCE_SIZE)."""
-
-
-@dataclass(frozen=True)
-class Zero:
-    """What decides how much ZeRO holds; sizes in elements, as in zero_optimization."""
-
-    stage: int
-    world_size: int
-    accumulation: int
-    reduce_bucket: int
-    overlap: bool
-    sub_group: int
-    limits: Limits
-    optimizer_on: str = "none"
-    weights_on: str = "none"
-
-    @classmethod
-    def read(cls, config: Mapping[str, Any], *, world_size: int, accumulation: int) -> Zero:
-        """From a DeepSpeed JSON that has been validated, without "auto"."""
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-        zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
-
-        def place(part: Any) -> str:
-            return "none" if part is None else str(getattr(part.device, "value", part.device))
-
-        return cls(
-            stage=int(zero.stage),
-            world_size=world_size,
-            accumulation=accumulation,
-            reduce_bucket=int(zero.reduce_bucket_size),
-            overlap=bool(zero.overlap_comm if zero.overlap_comm is not None else zero.stage == 3),
-            sub_group=int(zero.sub_group_size),
-            limits=Limits(
-                prefetch=int(zero.prefetch_bucket_size),
-                live=int(zero.max_live_parameters),
-                reuse=int(zero.max_reuse_distance),
-                persistent=int(zero.param_persistence_threshold),
-            ),
-            optimizer_on=place(zero.offload_optimizer),
-            weights_on=place(zero.offload_param),
-        )
 
 
 @dataclass
@@ -205,10 +162,10 @@ class _Simulation:
         for name, buffer in self.rehearsal.model.named_buffers():
             self.hold(buffer.numel() * buffer.element_size(), c.WEIGHTS, name, -1, None)
 
-    def staging(self) -> None:
-        """Pieces of gradients that are joined, and of which the norm is taken."""
+    def staging(self, numel: int, moment: int) -> None:
+        """Pieces of so many elements of gradients, of which the norm is taken, and that are joined."""
         if not self.on_gpu:
-            self.hold(4 * min(NORM_CHUNK, self.total), c.TRANSIENTS, "pieces of gradients", self.step, self.step + 1)
+            self.hold(4 * min(NORM_CHUNK, numel), c.TRANSIENTS, "pieces of gradients", moment, moment + 1)
 
     def _unsharded(self) -> None:
         for number, _ in self.rehearsal.arrivals:
@@ -220,7 +177,7 @@ class _Simulation:
         if self.width < 4:
             self.hold(4 * self.total, c.TRANSIENTS, "fp32 gradients", self.step, self.end)
         if self.stored.ours:
-            self.staging()
+            self.staging(self.total, self.step)
 
     def _accumulated(self, number: int, size: float) -> Life:
         """What earlier micro-batches have summed up is there from the start; this one's is added to it."""
@@ -242,6 +199,9 @@ class _Simulation:
                     self.gradients[number].died = self.end
                 elif number not in released:
                     self._accumulated(number, self.width * self.numels[number])
+                else:
+                    self.gradients[number].died = moment + 1
+                    self.staging(self.numels[number], moment)
                 continue
             if self.numels[number] >= zero.reduce_bucket and waiting:
                 self._flush(waiting, moment, released)
@@ -256,7 +216,7 @@ class _Simulation:
         if zero.optimizer_on != "none":
             share = sum(self.group_share(group) for group in self.stored.groups)
             self.store(self.width * share, c.GRADIENTS, "gradients to step on", "cpu")
-        self.staging()
+        self.staging(self.total, self.step)
 
     def _flush(self, waiting: list[int], moment: int, released: set[int]) -> None:
         """Reduce what is waiting: parts of one owner that lie apart are joined, what is not this rank's is freed."""
@@ -277,6 +237,8 @@ class _Simulation:
             adds = not goes and self.zero.accumulation > 1 and self.zero.stage == 2
             if adds:
                 self._accumulated(number, size)
+            if number in released:
+                self.staging(self.numels[number], moment)
             if goes or adds:
                 self.hold(size, c.BUCKETS, name, moment, moment + 1)
             else:
@@ -359,7 +321,7 @@ class _Simulation:
             self.gradients[number].died = moment + 1 if numel <= zero.reduce_bucket else self.step
         self._scatter(waiting, self.last)
         if self.stored.ours:
-            self.staging()
+            self.staging(self.total, self.step)
             return
         if offloaded:
             self.store(4 * share, c.GRADIENTS, "fp32 gradients to step on", zero.optimizer_on)
