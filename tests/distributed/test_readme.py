@@ -53,20 +53,38 @@ def test_make_train(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
 
 
-def test_the_training_command(tmp_path: Path) -> None:
-    """As README has it, but for the size of the model and with local text in the place of the hub's."""
-    (command,) = (c for c in COMMANDS if c.startswith("deepspeed") and "fineweb" in c)
-    texts = [f"Document {i}. " + "The cat sat on the mat. " * 40 for i in range(300)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "local.parquet")
-    words = shlex.split(command.replace("--data fineweb", f"--data {tmp_path / 'local.parquet'}"))
-    port = ["--master_port", str(free_port())]
-    small = ["--model", "qwen3-tiny", "--steps", "2", "--seq-len", "32", "--run-dir", str(tmp_path / "run")]
+TRAINING = [command.split("#")[0] for command in COMMANDS if command.startswith("deepspeed") and "fineweb" in command]
+
+
+def train(command: str, folder: Path, *small: str) -> list[dict[str, object]]:
+    """Run it as README has it, but for the size of the model and with local text in the place of the hub's."""
+    if not (folder / "local.parquet").exists():
+        texts = [f"Document {i}. " + "The cat sat on the mat. " * 40 for i in range(300)]
+        pq.write_table(pa.table({"text": texts}), folder / "local.parquet")
+    words = shlex.split(command.replace("--data fineweb", f"--data {folder / 'local.parquet'}"))
+    fixed = ["--model", "qwen3-tiny", "--seq-len", "32", "--run-dir", str(folder / "run")]
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    run([sys.executable, launcher, *port, *words[1:], *small])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    run([sys.executable, launcher, "--master_port", str(free_port()), *words[1:], *fixed, *small])
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_training_command(tmp_path: Path) -> None:
+    lines = train(TRAINING[0], tmp_path, "--steps", "2")
     assert [line["step"] for line in lines] == [1, 2]
     wanted = {"loss", "lr", "grad_norm", "alpha", "tokens_per_s", "memory_bytes"}
     assert all(wanted <= line.keys() for line in lines)
+
+
+def test_a_run_goes_on_with_fewer_ranks_and_is_exported(tmp_path: Path) -> None:
+    first, second = TRAINING[1:]
+    batch = ["--global-batch", "8", "--tokenizer", "python-4k"]
+    train(first.replace("--num_gpus 8", "--num_gpus 2"), tmp_path, "--steps", "2", *batch)
+    lines = train(second.replace("--num_gpus 2", "--num_gpus 1"), tmp_path, "--steps", "3", *batch)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    (export,) = (command.split("#")[0] for command in COMMANDS if command.startswith("toolkit export"))
+    words = shlex.split(export.replace("runs/first", str(tmp_path / "run")).replace("exported", str(tmp_path / "out")))
+    run([str(Path(sys.executable).with_name("toolkit")), *words[1:]])
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 # Threads of a process group that outlive the interpreter abort it now and then.
