@@ -165,7 +165,7 @@ def test_files_are_plain_and_deepspeeds_own_script_reads_them(
 MOVES = (("amcs-2", "amcs-2"), ("amcs-3", "amcs-1"), ("amcs-1", "offload-3"), ("offload-2", "amcs-3"))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("ranks", [1, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
 def test_other_ranks_stages_and_offload_go_on_alike(world: World, two: dict[str, list[Any]], ranks: int) -> None:
     """Checkpoints of two ranks go on at 1, 3 and 4, at other stages, with and without offload."""
     steps = []
