@@ -18,7 +18,6 @@ MODEL = "qwen3-tiny"
     ("name", "stage", "ranks", "seq_len", "checkpointing"),
     [
         ("AMCS compact, bf16+4, released", 2, 1, 8, False),
-        ("AMCS 8bit, bf16+8", 2, 2, 96, False),
         ("AMCS 8bit, bf16+8", 3, 2, 96, True),
         ("AdamW", 2, 1, 64, True),
     ],

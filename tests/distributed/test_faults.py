@@ -161,6 +161,7 @@ def test_damage_is_named_and_the_older_checkpoint_taken(world: World) -> None:
     assert "every checkpoint" in results["hopeless"] and "mp_rank_00_model_states.pt is missing" in results["hopeless"]
 
 
+@pytest.mark.slow
 def test_one_folder_belongs_to_one_run(world: World) -> None:
     run = world.root / "taken"
     shutil.copytree(world.root / "base", run)

@@ -131,8 +131,12 @@ def test_bad_folders(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="not a usable model configuration") as caught:
             load_config(str(tmp_path))
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="not a usable model configuration"):
+        load_config(str(file))  # stands for its folder
+    other = tmp_path / "model.safetensors"
+    other.touch()
     with pytest.raises(UserError, match="is a file"):
-        load_config(str(file))
+        load_config(str(other))
 
 
 @pytest.mark.parametrize("config", [transformers.BertConfig(), transformers.T5Config(), transformers.ViTConfig()])
