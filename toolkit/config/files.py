@@ -142,6 +142,15 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
+def without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `config` without the keys whose value is "auto", at any depth."""
+    return {
+        key: without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if value != "auto"
+    }
+
+
 def apply_overrides(config: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """A deep copy of `config` with values set by "dotted.key=value"; later assignments win.
 

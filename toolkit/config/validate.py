@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from toolkit.config.files import without_auto
 from toolkit.config.optimizers import check_combination, check_optimizer, check_scheduler
 from toolkit.config.schema import DeepSpeedJson, deepspeed_models
 from toolkit.errors import UserError
@@ -39,7 +40,7 @@ def validate(config: Mapping[str, Any], *, origin: str, world_size: int | None =
     try:
         with _quiet_deepspeed():
             complete = world_size is not None and not _has_auto(config)
-            _validate(_without_auto(config), world_size, complete=complete)
+            _validate(without_auto(config), world_size, complete=complete)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
 
@@ -211,14 +212,6 @@ def _check_by_deepspeed(config: Mapping[str, Any]) -> None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_auto(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if not (isinstance(value, str) and value == "auto")
-    }
 
 
 def _has_auto(config: Mapping[str, Any]) -> bool:

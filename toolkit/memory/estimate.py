@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from toolkit.config.files import without_auto
 from toolkit.errors import UserError
 from toolkit.memory.records import Change, Prediction, Setup
 from toolkit.memory.rehearsal import Rehearsal, rehearse, scaled
@@ -16,6 +17,7 @@ from toolkit.memory.sharding import Step, simulate
 from toolkit.memory.state import Stored, stored
 from toolkit.memory.tape import curve
 from toolkit.memory.zero import Zero
+from toolkit.optim import find_rule
 from toolkit.run.screen import size_text
 
 ASSUMED_CONTEXT = 1_000_000_000
@@ -64,7 +66,7 @@ class Case:
         auto = sorted(_auto(self.config))
         if "zero_optimization.stage" in auto:
             raise UserError('zero_optimization.stage is "auto", which fixes no memory; give a stage.')
-        settled = _without_auto({**self.config, "zero_optimization": zero})
+        settled = without_auto({**self.config, "zero_optimization": zero})
         object.__setattr__(self, "config", settled)
         object.__setattr__(self, "automatic", tuple(auto))
 
@@ -79,14 +81,6 @@ def _auto(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield from _auto(value, f"{path}{key}.")
         elif value == "auto":
             yield path + key
-
-
-def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_auto(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if value != "auto"
-    }
 
 
 def computed_in(config: Mapping[str, Any]) -> torch.dtype:
@@ -234,7 +228,7 @@ def setup_of(case: Case, rehearsal: Rehearsal) -> Setup:
     section = case.config.get("optimizer", {})
     params = section.get("params", {})
     zero = case.config.get("zero_optimization", {})
-    ours = find_name(section.get("type"))
+    ours = _rule_name(case.config)
     narrow = case.dtype == torch.bfloat16
     default_weights = "bf16+8" if ours and narrow else "fp32"
     formats = params.get("state_format", "8bit" if ours else "fp32")
@@ -257,23 +251,21 @@ def setup_of(case: Case, rehearsal: Rehearsal) -> Setup:
     )
 
 
-def find_name(kind: str | None) -> str | None:
-    """The name under which a rule of this package is registered, or None."""
-    from toolkit.optim import find_rule
-
-    rule = find_rule(kind)
+def _rule_name(config: Mapping[str, Any]) -> str | None:
+    """The name of the rule of this package that `config` selects, or None."""
+    rule = find_rule(config.get("optimizer", {}).get("type"))
     return rule.__name__ if rule else None
 
 
-def _offloads(zero: Any, part: str) -> bool:
-    place = zero.get(f"offload_{part}") if isinstance(zero, Mapping) else None
+def _offloads(zero: Mapping[str, Any], part: str) -> bool:
+    place = zero.get(f"offload_{part}")
     return isinstance(place, Mapping) and str(place.get("device", "none")) != "none"
 
 
 def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
     """Settings that change one thing of `case`, in a user's words; only what the rest of it allows."""
     config = case.config
-    ours = find_name(config.get("optimizer", {}).get("type")) is not None
+    ours = _rule_name(config) is not None
     params = config.get("optimizer", {}).get("params", {})
     stage = int(config.get("zero_optimization", {}).get("stage", 0))
     lean = ours and case.dtype == torch.bfloat16 and stage > 0 and params.get("weights") != "fp32"

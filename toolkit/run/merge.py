@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.config.files import without_auto
 from toolkit.errors import UserError
 from toolkit.run.settings import RunSettings
 
@@ -134,7 +135,7 @@ def merge_flags(
         raise UserError("--warmup needs a 'scheduler' section in the DeepSpeed JSON, and this one has none.")
     else:
         remarks = []
-    return _without_auto(merged), batch, remarks
+    return without_auto(merged), batch, remarks
 
 
 def _current_names(config: dict[str, Any]) -> dict[str, Any]:
@@ -180,9 +181,3 @@ def _merge_scheduler(scheduler: dict[str, Any], settings: RunSettings) -> list[s
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _without_auto(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
-    return value

@@ -10,7 +10,6 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from toolkit.zero.release import RELEASED_NORM
 
 # The class; DeepSpeed's name for it is a function once `engine.register` has been called.
 from toolkit.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from toolkit.zero.stage12 import gather_weights
 
 
 def refusal(engine: Any) -> str | None:
@@ -232,15 +232,7 @@ def _show(engine: Any) -> None:
     for i, flat in enumerate(zero.single_partition_of_fp32_groups):
         rank = dist.get_rank(group=zero.real_dp_process_group[i])
         zero.parallel_partitioned_bit16_groups[i][rank].data.copy_(flat.data)
-    all_gather_dp_groups(
-        groups_flat=zero.bit16_groups_flat,
-        partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
-        dp_process_group=zero.real_dp_process_group,
-        start_alignment_factor=zero.nccl_start_alignment_factor,
-        allgather_bucket_size=zero.allgather_bucket_size,
-    )
-    for i in range(len(zero.bit16_groups)):
-        zero._update_model_bit16_weights(i)
+    gather_weights(zero)
 
 
 def _restore_rest(engine: Any, source: Source) -> None:

@@ -28,7 +28,7 @@ from toolkit.optim import RuleOptimizer
 from toolkit.optim.sweep import Sweep
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import Piece, squared_norm
-from toolkit.zero.stage12 import LeanZeroOptimizer
+from toolkit.zero.stage12 import LeanZeroOptimizer, gather_weights
 
 RELEASED_NORM = "released_norm"
 """Key in the first parameter group of the norm that the next step is clipped by; checkpoints keep it."""
@@ -129,7 +129,7 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
         self._discard()
         for i in range(len(self.bit16_groups)):
             self._show(i)
-        self._gather()
+        gather_weights(self)
         self._start()
 
     def _rest(self, i: int) -> None:

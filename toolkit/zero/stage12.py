@@ -28,6 +28,19 @@ from toolkit.zero.gradients import Piece, Reducer, Slice, clip_scale, slices, sq
 logger = logging.getLogger("toolkit")
 
 
+def gather_weights(zero: DeepSpeedZeroOptimizer) -> None:
+    """Give the model all ranks' parts of its weights; `zero` is DeepSpeed's optimizer of stages 1 and 2, or ours."""
+    all_gather_dp_groups(
+        groups_flat=zero.bit16_groups_flat,
+        partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+        dp_process_group=zero.real_dp_process_group,
+        start_alignment_factor=zero.nccl_start_alignment_factor,
+        allgather_bucket_size=zero.allgather_bucket_size,
+    )
+    for i in range(len(zero.bit16_groups)):
+        zero._update_model_bit16_weights(i)
+
+
 class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
     """DeepSpeed's stage 1/2 optimizer around a `RuleOptimizer`.
 
@@ -243,7 +256,7 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
         scale = clip_scale(known, clip, scale_before).to(self.single_partition_of_fp32_groups[0].device)
         for i in range(len(self.bit16_groups)):
             self._step_group(i, scale)
-        self._gather()
+        gather_weights(self)
 
     def _must_be_finite(self) -> bool:
         return self.dtype != torch.bfloat16 or self.check_grad_overflow
@@ -291,17 +304,6 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
             source = self.param_buffer_of_bit16_for_cpu_offload_groups[i].copy_(source)
         if source.data_ptr() != own.data_ptr():
             own.copy_(source, non_blocking=True)
-
-    def _gather(self) -> None:
-        all_gather_dp_groups(
-            groups_flat=self.bit16_groups_flat,
-            partitioned_param_groups=self.parallel_partitioned_bit16_groups,
-            dp_process_group=self.real_dp_process_group,
-            start_alignment_factor=self.nccl_start_alignment_factor,
-            allgather_bucket_size=self.allgather_bucket_size,
-        )
-        for i in range(len(self.bit16_groups)):
-            self._update_model_bit16_weights(i)
 
     def _restore_from_bit16_weights(self) -> None:
         """Weights were put into the model from outside: what was below their last bit is no longer theirs."""
