@@ -99,6 +99,8 @@ def train(settings: RunSettings) -> dict[str, Any]:
 
 def _claim(plan: Plan, device: torch.device) -> run_folder.RunFolder | None:
     """Rank 0 takes the run folder; the other ranks have none."""
+    from toolkit import models
+
     if ranks.rank() != 0:
         return None
     facts = run_folder.describe(
@@ -109,6 +111,7 @@ def _claim(plan: Plan, device: torch.device) -> run_folder.RunFolder | None:
         global_batch=plan.batch.total,
         parameters=plan.parameters,
         device=_device_name(device),
+        bf16_products="fp32" if device.type == "cpu" and models.cpu_matmul.computes_in_fp32() else "native",
         ds_config=plan.config,
     )
     settings = plan.settings

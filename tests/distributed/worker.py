@@ -7,6 +7,7 @@ only argument. It runs several cases one after the other, since starting the pro
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import toolkit
+from toolkit.models import cpu_matmul
 from toolkit.state.codecs import BLOCK
 from toolkit.zero import full_precision_state_dict, optimizer_state_bytes, rule_optimizer
 
@@ -74,7 +76,13 @@ def held_state(engine: Any) -> dict[str, torch.Tensor]:
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
     """Train by one case's settings; returns what this rank saw and holds."""
+    cpu_matmul.uninstall()
+    os.environ[cpu_matmul.VARIABLE] = case["products"]
+    cpu_matmul.install()
     model = small_model()
+    if case["recompute"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
     if case["unused"]:
         model.unused = torch.nn.Linear(40, 40)
     engine, *_ = toolkit.initialize(model=model, config=case["config"], total_steps=case["steps"])

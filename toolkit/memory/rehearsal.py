@@ -18,6 +18,7 @@ from toolkit.memory import categories as c
 from toolkit.memory.kernels import ChunkedLoss, attention_of
 from toolkit.memory.tape import Tape
 from toolkit.memory.tracker import Tracker
+from toolkit.models import cpu_matmul
 from toolkit.models.build import CausalLM, blueprint
 from toolkit.models.loss import LossHead
 
@@ -63,6 +64,8 @@ class Rehearsal:
     loss: str
     checkpointing: bool
     attention: str
+    widens: bool
+    """Matrix products are computed in fp32, from tiles of bf16 operands (`toolkit.models.cpu_matmul`)."""
 
 
 def rehearse(
@@ -140,6 +143,7 @@ def rehearse(
         loss="chunked" if isinstance(head, LossHead) else "plain",
         checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in built.modules()),
         attention=str(built.hf.config._attn_implementation),
+        widens=tracker.widens,
     )
 
 
@@ -147,8 +151,10 @@ def scaled(two: Rehearsal, three: Rehearsal, micro_batch: int) -> Rehearsal | No
     """The rehearsal of `micro_batch` sequences, from those of two and three; None if they differ in more than size.
 
     Every tensor's size is linear in the number of sequences, as long as the same operations run. (With one sequence
-    some copies are left out.)
+    some copies are left out.) Not so the tiles of `cpu_matmul`.
     """
+    if two.widens:
+        return None
 
     def pattern(rehearsal: Rehearsal) -> list[tuple[int, int | None, str]]:
         return [(life.born, life.died, life.what) for life in rehearsal.tape.lives]
@@ -206,9 +212,19 @@ class _MetaTracker(Tracker):
         super().__init__(tape, sites=False)
         self._stride = MOMENTS
         self._on_cpu = device == "cpu"
+        self.widens = self._on_cpu and cpu_matmul.computes_in_fp32()
         self._results: dict[Any, list[tuple[Any, Any, torch.dtype]]] = {}
         """Shape, strides and type of what an operation returned for such arguments: layers are alike, and on the meta
         device most operations are slow Python."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        # A CPU without bf16 products holds fp32 copies of operands beside the result.
+        if self.widens and (sizes := cpu_matmul.workspace(func, args)):
+            with self:
+                copies = [torch.empty(size, dtype=torch.float32, device="meta") for size in sizes]
+                del copies
+        return result
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         # Models look into masks to leave out those that hide nothing; training data are packed, so none does.

@@ -1,6 +1,16 @@
 """Models: named shapes, configurations, parameter counts, and construction."""
 
+from toolkit.models import cpu_matmul
 from toolkit.models.build import CausalLM, build_model
 from toolkit.models.presets import PRESETS, Preset, check_length, count_parameters, load_config
 
-__all__ = ["PRESETS", "CausalLM", "Preset", "build_model", "check_length", "count_parameters", "load_config"]
+__all__ = [
+    "PRESETS",
+    "CausalLM",
+    "Preset",
+    "build_model",
+    "check_length",
+    "count_parameters",
+    "cpu_matmul",
+    "load_config",
+]

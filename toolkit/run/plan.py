@@ -57,6 +57,8 @@ def make_plan(settings: RunSettings) -> Plan:
     config, batch, remarks = merge_flags(config, settings, ranks.world_size())
     configs.validate(config, origin=settings.config, world_size=ranks.world_size())
     dtype = _dtype(config)
+    if dtype == torch.bfloat16 and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():
+        remarks.append("matrix products are computed in fp32 from bf16 operands, since this CPU is slow at bf16 ones.")
     folder = settings.run_dir or run_of(settings) or run_folder.default_folder(settings.model, settings.config)
     run_folder.check_free(folder, resuming=settings.resume != NONE)
 

@@ -13,10 +13,12 @@ from typing import Any
 import deepspeed
 import deepspeed.runtime.engine as ds_engine
 import deepspeed.runtime.zero.stage3 as ds_stage3
+import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
+from toolkit.models import cpu_matmul
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
 from toolkit.zero import partition
 from toolkit.zero.release import ReleasingZeroOptimizer
@@ -66,6 +68,8 @@ def initialize(
 def register() -> None:
     """Make a plain `deepspeed.initialize`, and what builds on it, accept this package's optimizers by type.
 
+    On a CPU that is slow at bf16 matrix products they are computed in fp32 from now on (`toolkit.models.cpu_matmul`).
+
     Raises RuntimeError if the installed DeepSpeed does not have the internals that this relies on.
     """
     global _registered
@@ -99,6 +103,8 @@ def register() -> None:
     engine._configure_optimizer = configure_optimizer
     engine._is_supported_optimizer = lambda self, name: bool(find_rule(name)) or supports(self, name)
     ds_engine.is_zero_supported_optimizer = lambda opt: isinstance(opt, RuleOptimizer) or zero_supports(opt)
+    if not torch.accelerator.is_available():
+        cpu_matmul.install()
     _registered = True
 
 
