@@ -65,6 +65,10 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         if world_size == 1:
             made[f"accumulation-{stage}"] = case(conf("SOAM", stage, gradient_accumulation_steps=2))
         made[f"saved-{stage}"] = case(conf("SOAM", stage), save_at=2)
+        if world_size == 2:
+            made[f"chunked-{stage}"] = case(conf("AMCS", stage, None), loss="chunked")
+    if world_size == 2:
+        made["plain"] = case(conf("AMCS", 2, None), loss="plain")
     return made
 
 
@@ -111,6 +115,13 @@ def test_stages_agree(runs: dict[int, Results], world_size: int) -> None:
     assert first[-1] != first[0]
     for stage in (2, 3):
         assert runs[world_size][f"split-{stage}"][0]["losses"] == pytest.approx(first, rel=2e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_chunked_loss_trains_a_tied_head(runs: dict[int, Results], stage: int) -> None:
+    losses = runs[2]["plain"][0]["losses"]
+    assert losses[-1] != losses[0]
+    assert runs[2][f"chunked-{stage}"][0]["losses"] == pytest.approx(losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)

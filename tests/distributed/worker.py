@@ -21,7 +21,8 @@ from deepspeed.accelerator import get_accelerator
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import toolkit
-from toolkit.models import cpu_matmul
+from toolkit.models import CausalLM, cpu_matmul
+from toolkit.models.loss import LossHead
 from toolkit.state.codecs import BLOCK
 from toolkit.zero import full_precision_state_dict, optimizer_state_bytes, rule_optimizer
 
@@ -41,6 +42,17 @@ def small_model(seed: int = 0) -> Qwen3ForCausalLM:
         use_cache=False,
     )
     return Qwen3ForCausalLM(config)
+
+
+def loss_model(loss: str) -> CausalLM:
+    """The model that computes its own loss, with tied embeddings and activation checkpointing."""
+    model = small_model()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if loss == "chunked":
+        LossHead.adopt(model.lm_head)
+    return CausalLM(model)
 
 
 def held_state(engine: Any) -> dict[str, torch.Tensor]:
@@ -79,7 +91,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     cpu_matmul.uninstall()
     os.environ[cpu_matmul.VARIABLE] = case["products"]
     cpu_matmul.install()
-    model = small_model()
+    model: Any = loss_model(case["loss"]) if case["loss"] else small_model()
     if case["recompute"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -110,7 +122,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         total = 0.0
         micro_batches = tokens.chunk(engine.gradient_accumulation_steps())
         for micro in micro_batches:
-            loss = engine(input_ids=micro, labels=micro).loss
+            loss = engine(micro) if case["loss"] else engine(input_ids=micro, labels=micro).loss
             engine.backward(loss * (float("nan") if step == case["poison_at"] else 1.0))
             engine.step()
             total += loss.item() / len(micro_batches)

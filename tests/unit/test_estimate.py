@@ -12,7 +12,7 @@ from toolkit import models
 from toolkit.errors import UserError
 from toolkit.memory import categories as c
 from toolkit.memory.estimate import Case, Estimator, alternatives, variants
-from toolkit.memory.rehearsal import rehearse, scaled
+from toolkit.memory.rehearsal import Rehearsal, rehearse, scaled
 from toolkit.memory.state import stored
 from toolkit.memory.tape import curve
 from toolkit.memory.trace import StepTrace
@@ -52,7 +52,7 @@ def estimator() -> Estimator:
 
 def numels(model: str) -> tuple[int, int]:
     """Parameters in matrices and in vectors."""
-    shapes = [p.shape for p in blueprint(model, dtype=torch.bfloat16, on_gpu=False).parameters()]
+    shapes = [p.shape for p in blueprint(model, dtype=torch.bfloat16).parameters()]
     return sum(s.numel() for s in shapes if len(s) > 1), sum(s.numel() for s in shapes if len(s) == 1)
 
 
@@ -116,8 +116,8 @@ def test_every_phase_adds_up_and_the_timeline_holds_the_peak(estimator: Estimato
 
 def test_a_pass_holds_what_the_allocator_counts() -> None:
     """The rehearsal of a pass against the same pass, byte by byte, with and without checkpointing."""
-    for checkpointing in (False, True):
-        settings: dict[str, Any] = {"activation_checkpointing": checkpointing, "loss": "plain"}
+    for checkpointing, loss_name in ((False, "plain"), (True, "plain"), (True, "chunked")):
+        settings: dict[str, Any] = {"activation_checkpointing": checkpointing, "loss": loss_name}
         rehearsed = rehearse(TINY, dtype=torch.bfloat16, micro_batch=2, seq_len=48, device="cpu", **settings)
         expected = curve(rehearsed.tape.lives, rehearsed.tape.now, rehearsed.tape.phases)
         model = models.build_model(TINY, dtype=torch.bfloat16, seed=0, **settings).train()
@@ -151,19 +151,19 @@ def test_checkpointing_keeps_the_input_of_a_block_only(estimator: Estimator) -> 
 
 
 def test_sizes_are_linear_in_the_micro_batch() -> None:
-    two, three, five = (
-        rehearse(TINY, dtype=torch.bfloat16, micro_batch=size, seq_len=32, device="cuda") for size in (2, 3, 5)
-    )
-    guess = scaled(two, three, 5)
-    assert guess is not None
-    assert [life.bytes for life in guess.tape.lives] == [life.bytes for life in five.tape.lives]
-    other = rehearse(TINY, dtype=torch.bfloat16, micro_batch=3, seq_len=32, device="cuda", loss="chunked")
-    assert scaled(two, other, 5) is None
+    def of(size: int, loss: str) -> Rehearsal:
+        return rehearse(TINY, dtype=torch.bfloat16, micro_batch=size, seq_len=32, device="cuda", loss=loss)
+
+    for loss in ("plain", "chunked"):
+        guess = scaled(of(2, loss), of(3, loss), 50)
+        assert guess is not None
+        assert [life.bytes for life in guess.tape.lives] == [life.bytes for life in of(50, loss).tape.lives]
+    assert scaled(of(2, "plain"), of(3, "chunked"), 5) is None
 
 
 def test_variants_of_attention_and_loss() -> None:
-    found = variants(case(config("AMCS", 2), tokens=64, device="cuda"))
-    heads, tokens = 4, 64
+    heads, tokens = 4, 512
+    found = variants(case(config("AMCS", 2), tokens=tokens, device="cuda"))
     # Eager attention keeps at least the bf16 probabilities of every head.
     assert found["kept, eager attention"] - found["kept, flash attention"] >= heads * tokens * tokens * 2
     assert found["kept, with checkpointing"] == tokens * 256 * 2
@@ -230,7 +230,7 @@ def test_a_rule_of_the_users_is_counted_from_its_declaration(estimator: Estimato
 
 
 def test_optimizers_of_torch_are_tried_on_a_small_tensor() -> None:
-    model = blueprint(TINY, dtype=torch.bfloat16, on_gpu=False)
+    model = blueprint(TINY, dtype=torch.bfloat16)
 
     def states(kind: str, **params: Any) -> dict[str, float]:
         settings = {"optimizer": {"type": kind, "params": {"lr": 0.1} | params}}

@@ -1,4 +1,4 @@
-"""Attention and the chunked loss on the meta device: the kernels that a device would choose, and what they hold."""
+"""Attention on the meta device: the kernel that a device would choose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
@@ -73,86 +73,3 @@ def _flash_is_chosen(
     choose: Any = torch._fused_sdp_choice
     choice = choose(*few, small, 0.0, is_causal, enable_gqa=enable_gqa)
     return bool(choice == SDPBackend.FLASH_ATTENTION.value)
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """The memory of a chunked loss: hidden [tokens, hidden_size], weight [vocab, hidden_size] -> [tokens]."""
-
-    @staticmethod
-    def of(kernel: Any, device: str) -> Any:
-        """Stands for `kernel`, one of `toolkit.models.loss`, on `device`."""
-        eager_gradients = kernel.__name__ == "_liger_kernel"
-
-        def rehearsed(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
-            losses: Tensor = ChunkedLoss.apply(hidden, weight, targets, bias, device, eager_gradients)
-            return losses.float().mean()
-
-        return rehearsed
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, device: str, early: bool
-    ) -> Tensor:
-        ctx.save_for_backward(hidden.detach(), weight.detach(), targets, bias.detach() if bias is not None else None)
-        ctx.device, ctx.early = device, _on_gpu(hidden, weight, True) if early else None
-        if not early:
-            _chunks(device, hidden, weight, targets, bias, None)
-        return hidden.new_empty(hidden.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, bias = ctx.saved_tensors
-        found = ctx.early or _chunks(ctx.device, hidden, weight, targets, bias, gradient)
-        return found[0], found[1], None, None if bias is None else torch.empty_like(bias), None, None
-
-
-def _chunks(
-    device: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, gradient: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """What torch's linear_cross_entropy allocates; with `gradient`, also the gradients of hidden and weight."""
-    if device == "cuda":
-        return _on_gpu(hidden, weight, gradient is not None)
-    from torch.nn.modules import linear_cross_entropy as torch_loss
-
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=256)._adjust(
-        num_batches=hidden.shape[0],
-        in_features=hidden.shape[1],
-        num_classes=weight.shape[0],
-        dtype=hidden.dtype,
-        device=torch.device("cpu"),
-    )
-    # torch's own Python, run on the meta device.
-    found = torch_loss._linear_cross_entropy_batch_chunked_accumulator(
-        hidden,
-        weight,
-        targets,
-        bias,
-        None,
-        "none",
-        -100,
-        0.0,
-        options.batch_chunk_size,
-        options.acc_policy,
-        options.acc_dtype,
-        gradient is not None,
-        gradient is not None,
-        gradient is not None and bias is not None,
-        loss_grad_output=gradient,
-    )
-    return found[1], found[2]
-
-
-def _on_gpu(hidden: Tensor, weight: Tensor, gradients: bool) -> tuple[Tensor | None, Tensor | None]:
-    """torch/nn/modules/linear_cross_entropy.py, policy "compact" on CUDA: fp32 logits of a chunk of tokens."""
-    tokens, features = hidden.shape
-    vocabulary = weight.shape[0]
-    wide = -(-vocabulary // features)
-    chunk = max(1, min((1 << (-(-tokens // wide) - 1).bit_length()) // 2, tokens))
-    logits = hidden.new_empty(chunk, vocabulary, dtype=torch.float32)
-    if not gradients:
-        return None, None
-    of_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
-    narrow = logits.to(hidden.dtype)
-    inputs = hidden.new_empty(chunk, features, dtype=torch.float32)
-    del logits, narrow, inputs
-    return of_hidden, of_weight

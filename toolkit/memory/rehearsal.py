@@ -1,7 +1,7 @@
 """A training step on the meta device: every tensor has a size, none takes memory, and no number is computed.
 
-The model's own code runs, forward and backward, so any architecture is covered. What kernels hold inside, and what
-depends on the device, is modelled here: attention and the chunked loss.
+The model's own code runs, forward and backward, and that of the loss, so any architecture is covered. What depends on
+the device is chosen as it would be there: the kernel of attention, how the chunked loss multiplies.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.memory import categories as c
-from toolkit.memory.kernels import ChunkedLoss, attention_of
+from toolkit.memory.kernels import attention_of
 from toolkit.memory.tape import Tape
 from toolkit.memory.tracker import Tracker
 from toolkit.models import cpu_matmul
@@ -97,7 +97,6 @@ def rehearse(
     built = blueprint(
         model,
         dtype=dtype,
-        on_gpu=device == "cuda",
         activation_checkpointing=activation_checkpointing,
         loss=loss,
         attention=attention,
@@ -116,7 +115,7 @@ def rehearse(
 
     head = built.hf.get_output_embeddings()
     if isinstance(head, LossHead):
-        head.kernel = ChunkedLoss.of(head.kernel, device)
+        head.stands_for = device
     calls: list[Call] = []
     numbers = {id(p): number for number, p in enumerate(built.parameters())}
     hooks = _watch_calls(built, tape, numbers, calls)

@@ -15,7 +15,7 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from toolkit.errors import UserError, nearest
-from toolkit.models.loss import CHUNKABLE, LOSSES, LossHead, chunked_kernel, plain_loss
+from toolkit.models.loss import CHUNKABLE, LOSSES, LossHead, plain_loss
 from toolkit.models.presets import Preset, first_line, load_config
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def build_model(
 
     `vocab_size` replaces the configuration's (random weights only). `activation_checkpointing` and `loss`
     ("chunked": full logits are never built; "plain") default to the preset's choice, and for a folder to False
-    and "chunked". Where "chunked" cannot be had, a warning says so and "plain" is used.
+    and "chunked". An architecture that "chunked" is not known to be right for gets a warning and "plain".
 
     Raises UserError for what `load_config` rejects, an unknown loss, weights that are missing or do not fit, and
     activation checkpointing of an architecture that has none.
@@ -87,20 +87,19 @@ def build_model(
         config.vocab_size = vocab_size or config.vocab_size
         hf = skeleton(config, dtype)
         _initialise(hf, seed, zero3_config)
-    return _complete(hf, preset, dtype, activation_checkpointing, loss, on_gpu=torch.cuda.is_available())
+    return _complete(hf, preset, activation_checkpointing, loss)
 
 
 def blueprint(
     name_or_folder: str,
     *,
     dtype: torch.dtype,
-    on_gpu: bool,
     activation_checkpointing: bool | None = None,
     loss: str | None = None,
     attention: str | None = None,
     layers: int | None = None,
 ) -> CausalLM:
-    """The model that `build_model` builds on a machine with or without GPUs, on the meta device: it takes no memory.
+    """The model that `build_model` builds, on the meta device: it takes no memory.
 
     `attention` is transformers' `attn_implementation` ("sdpa", "eager", ...; default: its own choice), `layers` cuts
     the model to its first ones.
@@ -118,21 +117,15 @@ def blueprint(
     with torch.device("meta"), no_init_weights():
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
     hf.tie_weights()
-    return _complete(hf, preset, dtype, activation_checkpointing, loss, on_gpu=on_gpu)
+    return _complete(hf, preset, activation_checkpointing, loss)
 
 
 def _complete(
-    hf: PreTrainedModel,
-    preset: Preset | None,
-    dtype: torch.dtype,
-    activation_checkpointing: bool | None,
-    loss: str | None,
-    *,
-    on_gpu: bool,
+    hf: PreTrainedModel, preset: Preset | None, activation_checkpointing: bool | None, loss: str | None
 ) -> CausalLM:
     """Give `hf` its loss and its checkpointing; None is the preset's choice."""
     if (loss or (preset.loss if preset else "chunked")) == "chunked":
-        _use_chunked_loss(hf, dtype, on_gpu)
+        _use_chunked_loss(hf)
     if activation_checkpointing is None:
         activation_checkpointing = preset is not None and preset.activation_checkpointing
     if activation_checkpointing:
@@ -251,17 +244,11 @@ def _load(folder: Path, dtype: torch.dtype, zero3_config: dict[str, Any] | None)
     return hf
 
 
-def _use_chunked_loss(hf: PreTrainedModel, dtype: torch.dtype, on_gpu: bool) -> None:
-    """Make the head of `hf` a LossHead where that gives the model's own loss; say what was chosen."""
+def _use_chunked_loss(hf: PreTrainedModel) -> None:
+    """Make the head of `hf` a LossHead where that gives the model's own loss; say so where it does not."""
     head = hf.get_output_embeddings()
     if hf.config.model_type in CHUNKABLE and type(head) is nn.Linear:
-        kernel, words = chunked_kernel(dtype, on_gpu=on_gpu)
-    else:
-        kernel, words = None, f"{hf.config.model_type!r} is not known to use its head's output as it is"
-    if kernel is not None:
-        LossHead.adopt(head, kernel)
-    if os.environ.get("RANK", "0") == "0":
-        if kernel is None:
-            logger.warning("loss: plain, with full logits: %s", words)
-        else:
-            logger.info("loss: chunked: %s", words)
+        LossHead.adopt(head)
+    elif os.environ.get("RANK", "0") == "0":
+        kind = hf.config.model_type
+        logger.warning("loss: plain, with full logits: %r is not known to use its head's output as it is", kind)
