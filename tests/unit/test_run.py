@@ -432,35 +432,6 @@ def test_size_text() -> None:
 # Ranks, plugins, signals
 
 
-def test_first_signal_asks_and_second_interrupts() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with ranks.StopRequest() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_other_signals_ask_as_well(number: int) -> None:
-    with ranks.StopRequest() as stop:
-        os.kill(os.getpid(), number)
-        assert stop.requested
-
-
-def test_a_rank_without_launcher_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CROSS_RANK", "0")
-    stop = ranks.StopRequest()
-    assert not stop.requested
-    monkeypatch.setattr(os, "getppid", lambda: 1)  # as for a process whose parent has gone
-    assert stop.requested
-    monkeypatch.delenv("CROSS_RANK")
-    assert not ranks.StopRequest().requested  # started by hand: parents may come and go
-
-
 def test_rank_zero_prints_an_error_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.0)
     for rank in ("1", "0", "2"):

@@ -1,4 +1,4 @@
-"""Ranks: starting them, agreeing on errors, averaging, and stopping together."""
+"""Ranks: starting them, agreeing on errors, averaging."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import contextlib
 import io
 import logging
 import os
-import signal
 import socket
 import sys
 import sysconfig
 import time
 import warnings
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from toolkit.errors import UserError
 
@@ -123,13 +121,6 @@ def finish() -> None:
         distributed.destroy_process_group()
 
 
-def abandon(status: int) -> NoReturn:
-    """End this process at once: with too little memory, leaving the process group may hang or fail."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 def _joined() -> bool:
     return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
 
@@ -199,51 +190,3 @@ def report(error: UserError) -> None:
     time.sleep(GRACE_SECONDS)
     if _joined() and not isinstance(error, AgreedError):
         print(f"error (rank {rank()}): {error}", file=sys.stderr, flush=True)
-
-
-class StopRequest:
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a flag, so that all ranks stop after the same step.
-
-    A second SIGINT acts as if there were no handler. So does `requested` once DeepSpeed's launcher is gone: nobody
-    would ever end its ranks. Use as a context manager, in the main thread.
-    """
-
-    def __init__(self) -> None:
-        self._signalled = False
-        self._previous: dict[int, object] = {}
-        self._launcher = _launcher()
-
-    @property
-    def requested(self) -> bool:
-        """Whether this rank has been asked to stop."""
-        return self._signalled or _launcher() != self._launcher
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        # Ctrl-C reaches a rank twice: from the terminal, then as SIGTERM from the launcher.
-        self._signalled = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-
-def _launcher() -> tuple[int, ...]:
-    """The processes that started this rank, if DeepSpeed's launcher did: one for each machine, and its parent."""
-    if "CROSS_RANK" not in os.environ:  # which it sets, and nobody else
-        return ()
-    import psutil
-
-    parent = os.getppid()
-    try:
-        return parent, psutil.Process(parent).ppid()
-    except psutil.NoSuchProcess:
-        return (parent,)
