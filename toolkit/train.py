@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.memory.records import FOLDER as MEMORY_FOLDER
+from toolkit.run import deterministic, ranks
 from toolkit.run import folder as run_folder
-from toolkit.run import ranks
 from toolkit.run.memory import end_without_memory, held_now, make_explainer, watch
 from toolkit.run.plan import Plan, make_plan
 from toolkit.run.resume import NONE, Start, facts, find_start, make_saver, take_over
@@ -46,6 +46,8 @@ def train(settings: RunSettings) -> dict[str, Any]:
         OutOfMemory: raised by ranks whose memory ran out, and by those that this stopped.
         LeftBehind: another rank has ended.
     """
+    if settings.deterministic:
+        deterministic.enforce()
     device = ranks.start()
     with Watch() as watching:
         return _train(settings, device, StopRequest(watching))
@@ -87,9 +89,11 @@ def _train(settings: RunSettings, device: torch.device, stop: StopRequest) -> di
         screen.summary(summary)
     except UserError:
         raise
-    except Exception:
+    except Exception as error:
         if explainer is not None and explainer.ended_by_memory():
             raise OutOfMemory from None
+        if settings.deterministic and (told := deterministic.explained(error)) is not None:
+            raise told from None
         # Once the user has stopped the run, ranks fail merely because others are gone already.
         if stop.requested:
             raise KeyboardInterrupt from None
