@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from toolkit.errors import UserError
+from toolkit.run import leftovers
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,10 @@ T = TypeVar("T")
 
 # How long the other ranks wait for rank 0 to print: the launcher ends all ranks as soon as one has ended.
 GRACE_SECONDS = 5.0
+
+
+# Where torch reads the settings of its caching allocator; from 2.9 on it warns about the older names.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 class AgreedError(UserError):
@@ -42,12 +47,15 @@ def prepare() -> None:
 
     The cores are shared among this machine's ranks: otherwise each rank starts a thread for every core, and
     they wait for each other. DeepSpeed's just-in-time builds take ninja from the PATH: this environment's own,
-    also where it is not activated, because two versions of ninja rebuild each other's work at every start.
+    also where it is not activated, because two versions of ninja rebuild each other's work at every start. A GPU's
+    memory is reserved in segments that can grow, which leaves no gaps of the wrong size between tensors.
     """
     scripts = sysconfig.get_path("scripts")
     path = os.environ.get("PATH", os.defpath)
     if path.split(os.pathsep)[0] != scripts:
         os.environ["PATH"] = os.pathsep.join([scripts, path])
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // _local_size())))
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -103,12 +111,18 @@ def start() -> torch.device:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
 
+    if local_rank == 0:
+        leftovers.release_locks()
+
     import deepspeed
 
     _quiet()
     # On CPUs every rank prints that an extension was built.
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False)
+    if not devices:
+        torch.distributed.barrier()
+        leftovers.unlink_buffers()
     accelerator = torch.accelerator.current_accelerator() if devices else None
     return torch.device(accelerator.type, local_rank) if accelerator is not None else torch.device("cpu")
 
