@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.memory.records import FOLDER as MEMORY_FOLDER
+from toolkit.run import deterministic, ranks
 from toolkit.run import folder as run_folder
-from toolkit.run import ranks
-from toolkit.run.memory import OUT_OF_MEMORY, OutOfMemory, end_without_memory, held_now, make_explainer, watch
+from toolkit.run.memory import end_without_memory, held_now, make_explainer, watch
 from toolkit.run.plan import Plan, make_plan
 from toolkit.run.resume import NONE, Start, facts, find_start, make_saver, take_over
 from toolkit.run.saving import Saver
 from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings, parse
+from toolkit.run.stopping import INTERRUPTED, OUT_OF_MEMORY, LeftBehind, OutOfMemory, StopRequest, Watch, abandon
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 # Steps whose mean is the final training loss: a single batch is too noisy to report.
 LAST_STEPS = 10
-INTERRUPTED = 130
 DIVERGED = 3
 
 
@@ -44,8 +44,16 @@ def train(settings: RunSettings) -> dict[str, Any]:
     Raises:
         UserError: the settings, the JSON, the data or the model are not fit for a run. Raised by every rank.
         OutOfMemory: raised by ranks whose memory ran out, and by those that this stopped.
+        LeftBehind: another rank has ended.
     """
+    if settings.deterministic:
+        deterministic.enforce()
     device = ranks.start()
+    with Watch() as watching:
+        return _train(settings, device, StopRequest(watching))
+
+
+def _train(settings: RunSettings, device: torch.device, stop: StopRequest) -> dict[str, Any]:
     import torch
 
     import toolkit.memory.exhausted  # noqa: F401 (when it is needed, there is no memory to import it)
@@ -53,7 +61,6 @@ def train(settings: RunSettings) -> dict[str, Any]:
     plan = ranks.agreed(lambda: make_plan(settings))
     plan.folder = ranks.from_first(plan.folder)  # its default name holds the time
     held = ranks.agreed(lambda: _claim(plan, device))
-    stop = ranks.StopRequest()
     screen = Screen(settings.steps, shown=ranks.rank() == 0)
     explainer = saver = None
     try:
@@ -82,9 +89,11 @@ def train(settings: RunSettings) -> dict[str, Any]:
         screen.summary(summary)
     except UserError:
         raise
-    except Exception:
+    except Exception as error:
         if explainer is not None and explainer.ended_by_memory():
             raise OutOfMemory from None
+        if settings.deterministic and (told := deterministic.explained(error)) is not None:
+            raise told from None
         # Once the user has stopped the run, ranks fail merely because others are gone already.
         if stop.requested:
             raise KeyboardInterrupt from None
@@ -173,7 +182,7 @@ def _loop(
     engine: Any,
     screen: Screen,
     held: run_folder.RunFolder | None,
-    stop: ranks.StopRequest,
+    stop: StopRequest,
     ledger: Ledger,
     saver: Saver | None,
     start: Start,
@@ -196,6 +205,7 @@ def _loop(
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
         mine = _step(engine, batches, batch.accumulation)
         [loss], [memory, stopping] = ranks.mean_max([mine], [held_now(ledger), stop.requested], engine.device)
+        stop.border(last=bool(stopping))
         seconds = time.perf_counter() - started
         norm = engine.get_global_grad_norm()
         record: dict[str, Any] = {
@@ -345,12 +355,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ranks.report(error)
         status = 2
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        abandon(INTERRUPTED)
     except OutOfMemory:
-        ranks.abandon(OUT_OF_MEMORY)
+        abandon(OUT_OF_MEMORY)
+    except LeftBehind as error:
+        print(f"note: {error}", file=sys.stderr)
+        abandon(error.status)
     except Exception as error:
         end_without_memory(error)
-        raise
+        if ranks.world_size() == 1:
+            raise
+        sys.excepthook(*sys.exc_info())
+        abandon(1)  # others may be in a collective, and this process would wait for them
     ranks.finish()
     return status
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,20 +97,55 @@ def steps_of(world: World, name: str, ranks: int, steps: list[dict[str, Any]]) -
     return launch(world.root / name, ranks, WORKER, {"steps": steps})[0]
 
 
-def uninterrupted_and_resumed(world: World, names: tuple[str, ...]) -> dict[str, list[Any]]:
-    """On two ranks: each way uninterrupted, and stopped after steps 3 and 7 and resumed each time."""
+def uninterrupted_and_resumed(
+    world: World, names: tuple[str, ...], more: Sequence[dict[str, Any]] = ()
+) -> dict[str, list[Any]]:
+    """On two ranks: each way uninterrupted, and stopped after steps 3 and 7 and resumed each time; then `more`."""
     steps = []
     for name in names:
         steps.append({"run": world.arguments(f"{name}/plain", WAYS[name], 2)})
         cut = world.arguments(f"{name}/cut", WAYS[name], 2)
         steps += [{"run": cut, "stop_at": 3}, {"run": cut, "stop_at": 7}, {"run": cut}]
-    results = steps_of(world, f"two-{names[0]}", 2, steps)
-    return {name: results[4 * i : 4 * i + 4] for i, name in enumerate(names)}
+    results = steps_of(world, f"two-{names[0]}", 2, [*steps, *more])
+    return {name: results[4 * i : 4 * i + 4] for i, name in enumerate(names)} | {"more": results[4 * len(names) :]}
+
+
+SPY = """
+import json, os, torch, torch._inductor.config
+from toolkit.run import ranks
+
+def note(module, args, output):
+    held = {name: os.environ.get(name) for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO")}
+    held["algorithms"] = torch.are_deterministic_algorithms_enabled()
+    held["warn only"] = torch.is_deterministic_algorithms_warn_only_enabled()
+    held["fill"] = torch.utils.deterministic.fill_uninitialized_memory
+    held["compiler"] = torch._inductor.config.deterministic
+    with open(f"FILE-{ranks.rank()}", "w") as file:
+        json.dump(held, file)
+    handle.remove()
+
+handle = torch.nn.modules.module.register_module_forward_hook(note)
+"""
+REFUSED = """
+import torch
+
+torch.nn.modules.module.register_module_forward_hook(
+    lambda *_: torch.zeros(2).put_(torch.tensor([1]), torch.ones(1)) and None
+)
+"""
 
 
 @pytest.fixture(scope="module")
 def two(world: World) -> dict[str, list[Any]]:
-    return uninterrupted_and_resumed(world, USUAL)
+    # The last runs of their processes, which stay deterministic.
+    (world.root / "spy.py").write_text(SPY.replace("FILE", str(world.root / "spied")))
+    (world.root / "refused.py").write_text(REFUSED)
+    more = [
+        {"run": world.arguments(f"with-{name}", WAYS["amcs-2"], 2, "--deterministic", "--plugin", str(plugin))}
+        for name in ("spy", "refused")
+        for plugin in [world.root / f"{name}.py"]
+    ]
+    return uninterrupted_and_resumed(world, USUAL, more)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +180,29 @@ def check_resumed(world: World, name: str, whole: Any, first: Any, second: Any, 
     assert {path.name for path in (world.root / name / "cut" / "checkpoints").glob("global*")} == {
         f"global_step{step}" for step in (3, 4, 7, 8, 10)
     }
+
+
+def test_a_deterministic_run_has_the_same_numbers_on_a_cpu(world: World, two: dict[str, list[Any]]) -> None:
+    plain, found = world.records("amcs-2/plain"), world.records("with-spy")
+    for key in EXACT:
+        assert [record.get(key) for record in plain] == [record.get(key) for record in found], key
+    assert world.digest("amcs-2/plain") == world.digest("with-spy")
+    for rank in range(2):
+        assert json.loads((world.root / f"spied-{rank}").read_text()) == {
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "NCCL_ALGO": "^NVLS,NVLSTree",
+            "algorithms": True,
+            "warn only": False,
+            "fill": False,
+            "compiler": True,
+        }
+    noted = {name: json.loads((world.root / name / "run.json").read_text()) for name in ("amcs-2/plain", "with-spy")}
+    assert [run["settings"]["deterministic"] for run in noted.values()] == [False, True]
+
+
+def test_an_operation_without_a_deterministic_form_is_named(two: dict[str, list[Any]]) -> None:
+    refused = two["more"][1]
+    assert refused.startswith("--deterministic: put_ has no deterministic implementation in torch "), refused
 
 
 @pytest.mark.parametrize("name", ["amcs-2", "amcs-3"])

@@ -9,9 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 from faults import TARGETS, Victim
 from ranks import environment
@@ -75,6 +77,63 @@ def test_signals_stop_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
     victim.check()
     assert victim.newest() == victim.steps() > first
     assert victim.log.read_text().count("a checkpoint is in") == 2
+
+
+ENDS = """
+import ctypes, os, signal
+import toolkit.train
+from toolkit.run import ranks
+
+step = toolkit.train._step
+
+def out_of_memory():
+    bytearray(1 << 60)
+
+def fail():
+    raise ZeroDivisionError
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def waiting(engine, *rest):
+    if engine.global_steps == 2:
+        if ranks.rank() == 1:
+            {what}()
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):  # the second never returns: as a wait for a GPU, no signal ends it
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    return step(engine, *rest)
+
+toolkit.train._step = waiting
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "said"),
+    [
+        ("out_of_memory", 12, "error: rank 1 ran out of memory"),
+        pytest.param("fail", 1, "ZeroDivisionError", marks=pytest.mark.slow),
+        pytest.param("kill", -signal.SIGKILL % 256, "has ended with status 1", marks=pytest.mark.slow),
+    ],
+)
+def test_one_rank_that_ends_ends_all_within_15_seconds(tmp_path: Path, what: str, status: int, said: str) -> None:
+    """Though the other one waits in C, where nothing of Python runs."""
+    plugin = tmp_path / "ends.py"
+    plugin.write_text(ENDS.format(what=what))
+    arguments = World(tmp_path).arguments("x", AMCS, 2, "--steps", "100", "--plugin", str(plugin))
+    victim = Victim(tmp_path / "run", arguments, SAVE_EVERY)
+    process = victim.start()
+    victim._wait(process, lambda: victim.steps() == 2)
+    began = time.monotonic()
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    assert process.wait(timeout=60) == status, victim.log.read_text()
+    _, alive = psutil.wait_procs(everyone, timeout=max(0.0, began + 15 - time.monotonic()))
+    assert not alive and time.monotonic() < began + 15
+    log = victim.log.read_text()
+    assert said in log and log.count("Traceback") == (what == "fail"), log
+    page = victim.folder / "memory" / "rank1-out-of-memory.md"
+    assert page.exists() == (what == "out_of_memory")
+    assert f"note: rank 0 ends as well: rank 1 has ended with status {status if status < 128 else 1}." in log
 
 
 # ---- damage ----

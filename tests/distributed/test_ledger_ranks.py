@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import deepspeed_command, environment
+from ranks import deepspeed_command, environment, remove_buffers
 
 from toolkit.memory import categories as c
 from toolkit.memory.records import FOLDER, PREDICTED, Measurement, OutOfMemory, Prediction, measured_name
@@ -23,7 +23,9 @@ ACCUMULATION = 2
 
 def start(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = deepspeed_command(2, script, *arguments)
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, cwd=REPOSITORY)
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, cwd=REPOSITORY)
+    remove_buffers(command)
+    return run
 
 
 def options(folder: Path, **more: Any) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from toolkit.checkpoint.files import Staging
 from toolkit.models.loss import linear_cross_entropy
 from toolkit.optim import AMCS, SOAM
 from toolkit.state.codecs import unpack
@@ -20,6 +21,18 @@ pytestmark = pytest.mark.gpu
 def cuda() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+def test_the_copy_for_a_checkpoint_goes_through_bounded_pinned_memory() -> None:
+    staging = Staging(1 << 20)
+    tensors = [torch.randn(size, device="cuda") for size in (0, 1, 1000, (1 << 18) + 3, 5 << 18)]
+    tensors.append(torch.randn(300, 70, device="cuda").t())
+    made = [staging.copy(tensor) for tensor in tensors]
+    expected = [tensor.cpu() for tensor in tensors]
+    staging.finish()
+    for tensor in tensors:
+        tensor.zero_()
+    assert all(torch.equal(a, b) and not a.is_pinned() for a, b in zip(made, expected, strict=True))
 
 
 # In bf16 a value that falls to the other side of a threshold moves by a whole code, of 4 bits by much.

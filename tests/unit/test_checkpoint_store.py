@@ -120,6 +120,23 @@ def test_files_need_no_class_of_anybodys(tmp_path: Path) -> None:
     assert loaded["tensor"].tolist() == [2, 3] and loaded["tensor"].untyped_storage().nbytes() == 16
 
 
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=3), max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.int64]),
+    piece=st.sampled_from([8, 24, 64, 4096]),
+)
+def test_staged_copies_are_copies(shapes: list[list[int]], dtype: torch.dtype, piece: int) -> None:
+    staging = files.Staging(piece, pin=False)
+    tensors = [torch.randint(0, 2, shape).to(dtype) for shape in shapes]
+    tensors += [tensor.transpose(0, 1) for tensor in tensors if tensor.dim() > 1]
+    made = [staging.copy(tensor) for tensor in tensors]
+    staging.finish()
+    for tensor, copy in zip(tensors, made, strict=True):
+        assert copy.dtype == dtype and torch.equal(copy, tensor)
+        assert copy.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        assert not tensor.numel() or copy.data_ptr() != tensor.data_ptr()
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 def test_codes_are_squeezed_without_loss(dtype: torch.dtype) -> None:
     few = (torch.randn(64, 256) * 8).to(torch.int8).view(dtype)

@@ -50,7 +50,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         f"--plugin {tmp_path}/p.py --steps 7 --seq-len 33 --micro-batch 2 --grad-accum 3 --global-batch 12 "
         f"--lr 1e-3 --warmup 0.2 --seed 5 --eval-every 0 --eval-sequences 9 --run-dir {tmp_path}/run "
         "--no-activation-checkpointing --loss plain --from-checkpoint --save-every 6 --keep-last 4 --keep-every 12 "
-        "--resume none --convert-state --max-skipped 3 --memory-profile full"
+        "--resume none --convert-state --max-skipped 3 --memory-profile full --deterministic"
     )
     settings = parse(line.split())
     assert settings == RunSettings(
@@ -84,6 +84,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         activation_checkpointing=False,
         loss="plain",
         memory_profile="full",
+        deterministic=True,
     )
     defaults = parse([])
     assert defaults == RunSettings()
@@ -432,41 +433,26 @@ def test_size_text() -> None:
 # Ranks, plugins, signals
 
 
-def test_first_signal_asks_and_second_interrupts() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with ranks.StopRequest() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_other_signals_ask_as_well(number: int) -> None:
-    with ranks.StopRequest() as stop:
-        os.kill(os.getpid(), number)
-        assert stop.requested
-
-
-def test_a_rank_without_launcher_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CROSS_RANK", "0")
-    stop = ranks.StopRequest()
-    assert not stop.requested
-    monkeypatch.setattr(os, "getppid", lambda: 1)  # as for a process whose parent has gone
-    assert stop.requested
-    monkeypatch.delenv("CROSS_RANK")
-    assert not ranks.StopRequest().requested  # started by hand: parents may come and go
-
-
 def test_rank_zero_prints_an_error_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.0)
     for rank in ("1", "0", "2"):
         monkeypatch.setenv("RANK", rank)
         ranks.report(ranks.AgreedError("the sentence."))
     assert capsys.readouterr().err == "error: the sentence.\n"
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_segments_can_grow_unless_the_user_says_otherwise(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {} if name is None else {name: "max_split_size_mb:512"}
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"], **given})
+    ranks.prepare()
+    found = {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")}
+    assert found == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_the_allocator_is_set_before_torch_is_there() -> None:
+    script = "import sys, toolkit.train; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=REPOSITORY)
 
 
 def test_plugins_are_imported_or_named(tmp_path: Path) -> None:

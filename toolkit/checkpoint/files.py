@@ -49,6 +49,60 @@ def on_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
+STAGED_BYTES = 64 << 20
+
+
+class Staging:
+    """Copies from a GPU to host memory like `on_host`, by way of two buffers of pinned memory.
+
+    While the GPU fills one buffer at the speed of its bus, this thread empties the other. The driver copies into
+    pageable memory at a fraction of that speed; to pin the whole copy takes long and keeps the memory from all else.
+
+    Args:
+        piece: bytes of a buffer. torch keeps both for the next time.
+        pin: whether the buffers are pinned, without which there is nothing to gain.
+    """
+
+    def __init__(self, piece: int = STAGED_BYTES, *, pin: bool = True) -> None:
+        self._buffers = [torch.empty(piece, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
+        # The oldest first: what is on its way into a buffer, where it goes from there, and what says that it is there.
+        self._pending: list[tuple[Tensor, Tensor, torch.cuda.Event | None]] = []
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor`, complete after `finish`; `tensor` must not be written to on another stream until then."""
+        if not tensor.is_contiguous():
+            return on_host(tensor)
+        made = torch.empty(tensor.shape, dtype=tensor.dtype)
+        source, target = tensor.view(-1).view(torch.uint8), made.view(-1).view(torch.uint8)
+        for from_there, to in zip(source.split(self._size), target.split(self._size), strict=True):
+            if len(self._pending) == len(self._buffers):
+                self._land()
+            buffer = self._buffers[0][: to.numel()]
+            self._buffers.reverse()
+            buffer.copy_(from_there, non_blocking=True)
+            event = None
+            if tensor.is_cuda:
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(tensor.device))
+            self._pending.append((buffer, to, event))
+        return made
+
+    @property
+    def _size(self) -> int:
+        return self._buffers[0].numel()
+
+    def _land(self) -> None:
+        buffer, to, event = self._pending.pop(0)
+        if event is not None:
+            event.synchronize()
+        to.copy_(buffer)
+
+    def finish(self) -> None:
+        """Wait until all copies are complete."""
+        while self._pending:
+            self._land()
+
+
 def squeeze(tensor: Tensor) -> Any:
     """A tensor of codes without what they repeat: most blocks use few of the codes there are. Inverse: `unsqueezed`."""
     import zstandard

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.errors import UserError
 from toolkit.run import ranks
 from toolkit.run.plan import Plan
+from toolkit.run.stopping import OUT_OF_MEMORY, abandon
 
 if TYPE_CHECKING:
     import torch
@@ -15,13 +16,6 @@ if TYPE_CHECKING:
     from toolkit.memory.exhausted import Explainer
     from toolkit.memory.ledger import Ledger
     from toolkit.memory.records import Prediction
-
-# The number of ENOMEM. Not 137, which is how a shell reports what the kernel has killed.
-OUT_OF_MEMORY = 12
-
-
-class OutOfMemory(Exception):
-    """This rank or another one ran out of memory; memory/rank<n>-out-of-memory.md says why."""
 
 
 def make_explainer(plan: Plan, device: torch.device) -> Explainer:
@@ -99,4 +93,4 @@ def end_without_memory(error: Exception) -> None:
     if (cause := out_of_memory(error)) is not None:
         words = f"error: rank {ranks.rank()} ran out of memory before the run began: {type(cause).__name__}: {cause}"
         print(words.splitlines()[0], file=sys.stderr)
-        ranks.abandon(OUT_OF_MEMORY)
+        abandon(OUT_OF_MEMORY)

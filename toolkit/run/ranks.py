@@ -1,4 +1,4 @@
-"""Ranks: starting them, agreeing on errors, averaging, and stopping together."""
+"""Ranks: starting them, agreeing on errors, averaging."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import contextlib
 import io
 import logging
 import os
-import signal
 import socket
 import sys
 import sysconfig
 import time
 import warnings
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from toolkit.errors import UserError
+from toolkit.run import leftovers
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +24,10 @@ T = TypeVar("T")
 
 # How long the other ranks wait for rank 0 to print: the launcher ends all ranks as soon as one has ended.
 GRACE_SECONDS = 5.0
+
+
+# Where torch reads the settings of its caching allocator; from 2.9 on it warns about the older names.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 class AgreedError(UserError):
@@ -44,12 +47,15 @@ def prepare() -> None:
 
     The cores are shared among this machine's ranks: otherwise each rank starts a thread for every core, and
     they wait for each other. DeepSpeed's just-in-time builds take ninja from the PATH: this environment's own,
-    also where it is not activated, because two versions of ninja rebuild each other's work at every start.
+    also where it is not activated, because two versions of ninja rebuild each other's work at every start. A GPU's
+    memory is reserved in segments that can grow, which leaves no gaps of the wrong size between tensors.
     """
     scripts = sysconfig.get_path("scripts")
     path = os.environ.get("PATH", os.defpath)
     if path.split(os.pathsep)[0] != scripts:
         os.environ["PATH"] = os.pathsep.join([scripts, path])
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // _local_size())))
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -105,12 +111,18 @@ def start() -> torch.device:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
 
+    if local_rank == 0:
+        leftovers.release_locks()
+
     import deepspeed
 
     _quiet()
     # On CPUs every rank prints that an extension was built.
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(verbose=False)
+    if not devices:
+        torch.distributed.barrier()
+        leftovers.unlink_buffers()
     accelerator = torch.accelerator.current_accelerator() if devices else None
     return torch.device(accelerator.type, local_rank) if accelerator is not None else torch.device("cpu")
 
@@ -121,13 +133,6 @@ def finish() -> None:
         from torch import distributed
 
         distributed.destroy_process_group()
-
-
-def abandon(status: int) -> NoReturn:
-    """End this process at once: with too little memory, leaving the process group may hang or fail."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _joined() -> bool:
@@ -199,51 +204,3 @@ def report(error: UserError) -> None:
     time.sleep(GRACE_SECONDS)
     if _joined() and not isinstance(error, AgreedError):
         print(f"error (rank {rank()}): {error}", file=sys.stderr, flush=True)
-
-
-class StopRequest:
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a flag, so that all ranks stop after the same step.
-
-    A second SIGINT acts as if there were no handler. So does `requested` once DeepSpeed's launcher is gone: nobody
-    would ever end its ranks. Use as a context manager, in the main thread.
-    """
-
-    def __init__(self) -> None:
-        self._signalled = False
-        self._previous: dict[int, object] = {}
-        self._launcher = _launcher()
-
-    @property
-    def requested(self) -> bool:
-        """Whether this rank has been asked to stop."""
-        return self._signalled or _launcher() != self._launcher
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        # Ctrl-C reaches a rank twice: from the terminal, then as SIGTERM from the launcher.
-        self._signalled = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-
-def _launcher() -> tuple[int, ...]:
-    """The processes that started this rank, if DeepSpeed's launcher did: one for each machine, and its parent."""
-    if "CROSS_RANK" not in os.environ:  # which it sets, and nobody else
-        return ()
-    import psutil
-
-    parent = os.getppid()
-    try:
-        return parent, psutil.Process(parent).ppid()
-    except psutil.NoSuchProcess:
-        return (parent,)

@@ -119,6 +119,9 @@ class RunSettings(BaseModel):
         Literal["chunked", "plain"] | None,
         typer.Option(help="chunked never builds the full logits. (default: the preset's)"),
     ] = None
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits from the same run on a GPU, too; slower there.")
+    ] = False
     memory_profile: Annotated[
         Literal["off", "summary", "full"],
         typer.Option(help="What is measured of memory; full traces every allocation of step 3."),

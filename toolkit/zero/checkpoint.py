@@ -13,7 +13,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from toolkit.checkpoint.files import on_host, plain
+from toolkit.checkpoint.files import Staging, on_host, plain
 from toolkit.checkpoint.sharding import Flat, Place, Sharding
 from toolkit.checkpoint.source import PER_RANK, Source
 from toolkit.checkpoint.store import name_of
@@ -100,6 +100,7 @@ class _Capture(CheckpointEngine):
         super().__init__()
         self.files: dict[Path, Any] = {}
         self._per_rank = per_rank
+        self._staging: Staging | None = None
 
     def create(self, info: Any) -> None:
         """Nothing to prepare."""
@@ -119,7 +120,18 @@ class _Capture(CheckpointEngine):
             content["module"] = _without_trained(content)
         else:
             content[PER_RANK] = self._per_rank
-        self.files[Path(path)] = plain(content, on_host)
+        self.files[Path(path)] = plain(content, self._on_host)
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda:
+            return on_host(tensor)
+        self._staging = self._staging or Staging()
+        return self._staging.copy(tensor)
+
+    def finish(self) -> None:
+        """Wait until `files` is complete: before the next step changes what it is copied from."""
+        if self._staging is not None:
+            self._staging.finish()
 
 
 def _without_trained(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,6 +156,7 @@ def capture(engine: Any, draft: Path, step: int, per_rank: Mapping[str, Any]) ->
     engine._copy_recovery_script = lambda folder: None  # which would write at once; `RECOVERY_SCRIPT` is it
     try:
         engine.save_checkpoint(str(draft), tag=name_of(step), save_latest=False)
+        engine.checkpoint_engine.finish()
         files: dict[Path, Any] = engine.checkpoint_engine.files
     finally:
         engine.checkpoint_engine = writer

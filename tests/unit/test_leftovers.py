@@ -1,0 +1,98 @@
+"""What killed processes leave: torch's lock of a build, DeepSpeed's shared buffers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch.utils.file_baton import FileBaton
+
+from toolkit.run import leftovers
+
+OWNER = """
+import sys, time
+from torch.utils.file_baton import FileBaton
+assert FileBaton(sys.argv[1]).try_acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    return tmp_path / "cpu_adam" / "lock"
+
+
+@pytest.fixture
+def owner(lock: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen([sys.executable, "-c", OWNER, str(lock)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_build_does_not_wait_for_a_killed_owner(lock: Path, owner: subprocess.Popen[str]) -> None:
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert not FileBaton(str(lock)).try_acquire()
+    leftovers.release_locks()
+    waiting = threading.Thread(target=FileBaton(str(lock)).wait, daemon=True)
+    waiting.start()
+    waiting.join(timeout=20)
+    assert not waiting.is_alive()
+
+
+def test_a_lock_stays_while_its_owner_or_a_compiler_lives(lock: Path, owner: subprocess.Popen[str]) -> None:
+    assert leftovers._held(lock)
+    releasing = threading.Thread(target=leftovers._release, args=([lock], 0.05))
+    releasing.start()
+    releasing.join(timeout=1.0)
+    assert lock.exists() and releasing.is_alive()
+    compiler = subprocess.Popen(["sleep", "600"], cwd=lock.parent)
+    owner.kill()
+    owner.wait()
+    releasing.join(timeout=1.0)
+    assert lock.exists() and releasing.is_alive()
+    compiler.kill()
+    compiler.wait()
+    releasing.join(timeout=20)
+    assert not lock.exists()
+
+
+def test_locks_that_another_machine_may_hold_stay(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    lock.touch()
+    for kind, local in (("nfs4", False), ("fuse.sshfs", False), ("ext4", True)):
+        part = type("Part", (), {"mountpoint": str(lock.parent.parent.resolve()), "fstype": kind})
+        monkeypatch.setattr(psutil, "disk_partitions", lambda all, part=part: [part])
+        assert leftovers._local(lock) == local
+
+
+def test_ranks_leave_no_shared_buffers() -> None:
+    """DeepSpeed's reduction over them still works when their names are gone."""
+    script = """
+import os, torch
+from toolkit.run import ranks
+ranks.prepare()
+ranks.start()
+from deepspeed import comm
+x = torch.full((1000,), 3.0)
+comm.inference_all_reduce(x)
+assert (x == 3.0).all()
+print(os.environ["MASTER_PORT"])
+os.kill(os.getpid(), 9)
+"""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not list(leftovers.SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{run.stdout.split()[-1]}_*"))

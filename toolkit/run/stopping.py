@@ -1,0 +1,318 @@
+"""Stopping: a rank that is asked to, ranks left behind by one that has ended, and a main thread that no longer can.
+
+Python runs a signal handler between two instructions of the main thread, so never while that waits in C for a GPU or
+for the other ranks. When one rank runs out of memory, the others wait in a collective until DeepSpeed's launcher kills
+them, half a minute each, one after the other. So a second thread listens in every rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+from toolkit.errors import UserError
+from toolkit.run import ranks
+
+INTERRUPTED = 130
+# The number of ENOMEM. Not 137, which is how a shell reports what the kernel has killed.
+OUT_OF_MEMORY = 12
+
+BEHIND_SECONDS = 5.0
+"""How long a rank has to end by itself when another one has ended, or when the user insists."""
+PATIENCE_SECONDS = 15.0
+"""How long a rank that is asked to stop has to end its step; three times its longest step, where that is more."""
+FIRST_STEP_SECONDS = 600.0
+"""The same before its first step has ended, which compiles."""
+CONNECT_SECONDS = 30.0
+_TICK_SECONDS = 1.0
+
+
+class OutOfMemory(Exception):
+    """This rank or another one ran out of memory; memory/rank<n>-out-of-memory.md says why."""
+
+
+class LeftBehind(Exception):
+    """Another rank has ended before this one, which cannot go on without it; `status` is that rank's exit status."""
+
+    def __init__(self, rank: int, status: int) -> None:
+        super().__init__(f"rank {ranks.rank()} ends as well: rank {rank} has ended with status {status}.")
+        self.status = status
+
+
+class Watch:
+    """A thread that ends this process where its main thread no longer can; a context manager, in the main thread.
+
+    Rank 0 holds a connection to every other rank. A process that ends, however it does, closes its connection; what
+    rank 0 then hears it tells the others. Whoever is left has `BEHIND_SECONDS` to end by itself.
+    """
+
+    def __init__(self) -> None:
+        self.orphaned = False
+        """Whether DeepSpeed's launcher is gone: nobody would ever end its ranks."""
+        self.wakeup, self._signalled = socket.socketpair()
+        self._launcher = _launcher()
+        self._peers: dict[socket.socket, int] = {}
+        self._left: LeftBehind | None = None
+        self._left_at = 0.0
+        self._known = threading.Event()
+        self._asked_at: float | None = None
+        self._interrupts = 0
+        self._since: float | None = None  # the last step border, while steps are made
+        self._longest: float | None = None
+        self._closed = False
+
+    def __enter__(self) -> Watch:
+        global _watch
+        _watch = self
+        for end in (self.wakeup, self._signalled):
+            end.setblocking(False)
+        if ranks.world_size() > 1:
+            self._connect()
+        threading.Thread(target=self._listen, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if value is None or isinstance(value, ranks.AgreedError):
+            self._close(0)
+        elif isinstance(value, UserError):
+            self._close(2)
+        elif ranks.world_size() == 1:
+            self._close(1)
+        # The thread stays until `abandon`. Collectives fail when a rank is gone, maybe before that is known here.
+        elif not isinstance(value, OutOfMemory) and self._known.wait(1.0):
+            assert self._left is not None
+            raise self._left from value
+
+    def border(self, *, last: bool = False) -> None:
+        """A step begins, and the one before it has ended; `last`: no more steps, and no bound on what follows."""
+        now = time.monotonic()
+        if self._since is not None:
+            self._longest = max(self._longest or 0.0, now - self._since)
+        self._since = None if last else now
+
+    def tell(self, status: int) -> None:
+        """Let the other ranks know that this one ends with `status`; 0: they need not follow."""
+        message = f"{ranks.rank()} {status}\n".encode()
+        for peer in list(self._peers):
+            with contextlib.suppress(OSError):
+                peer.sendall(message)
+
+    # ---- connections ----
+
+    def _connect(self) -> None:
+        """Connect all ranks to rank 0; where that fails, none is watched, which rank 0 says."""
+        key = os.urandom(16).hex()
+        server = None
+        if ranks.rank() == 0:
+            dual = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+            server = socket.create_server(("", 0), family=family, backlog=ranks.world_size(), dualstack_ipv6=dual)
+        port, key = ranks.from_first((server.getsockname()[1] if server else 0, key))
+        problem: str | None = None
+        try:
+            if server is not None:
+                self._accept(server, key)
+            else:
+                address = (os.environ["MASTER_ADDR"], port)
+                peer = socket.create_connection(address, timeout=CONNECT_SECONDS)
+                peer.sendall(f"{key} {ranks.rank()}\n".encode())
+                self._peers[peer] = 0
+        except OSError as error:
+            problem = f"rank {ranks.rank()}: {error}"
+        problems = [found for found in ranks.everyones(problem) if found is not None]
+        if problems:
+            for peer in self._peers:
+                peer.close()
+            self._peers.clear()
+            if ranks.rank() == 0:
+                print(
+                    f"note: ranks cannot watch each other ({problems[0]}): if one ends, others may wait for it.",
+                    file=sys.stderr,
+                )
+        for peer in self._peers:
+            peer.settimeout(1.0)
+            _keep_alive(peer)
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _accept(self, server: socket.socket, key: str) -> None:
+        deadline = time.monotonic() + CONNECT_SECONDS
+        with server:
+            while len(self._peers) < ranks.world_size() - 1:
+                server.settimeout(max(0.01, deadline - time.monotonic()))
+                peer, _ = server.accept()
+                peer.settimeout(max(0.01, deadline - time.monotonic()))
+                with peer.makefile("r", encoding="ascii", errors="replace") as lines:
+                    said, _, rank = lines.readline(64).partition(" ")
+                if said == key:
+                    self._peers[peer] = int(rank)
+                else:  # whoever looks for open ports
+                    peer.close()
+
+    def _forget(self) -> None:
+        """In a forked child: a copy of a connection would keep it open after its owner's end."""
+        for peer in self._peers:
+            peer.close()
+        self._peers.clear()
+
+    def _close(self, status: int) -> None:
+        self.tell(status)
+        self._closed = True
+
+    # ---- the thread ----
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._signalled, selectors.EVENT_READ)
+            for peer in self._peers:
+                selector.register(peer, selectors.EVENT_READ)
+            while not self._closed:
+                for key, _ in selector.select(_TICK_SECONDS):
+                    if key.fileobj is self._signalled:
+                        self._hear_signals()
+                    elif isinstance(key.fileobj, socket.socket):
+                        selector.unregister(key.fileobj)
+                        self._hear(key.fileobj)
+                self._look()
+        for end in (self.wakeup, self._signalled, *self._peers):
+            end.close()
+
+    def _hear_signals(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in self._signalled.recv(64):
+                self._interrupts += number == signal.SIGINT
+                if self._asked_at is None or self._interrupts == 2:
+                    self._asked_at = time.monotonic()
+
+    def _hear(self, peer: socket.socket) -> None:
+        """A peer's last words, or its end without any."""
+        rank, status = self._peers.pop(peer), 1
+        with contextlib.suppress(OSError, ValueError):
+            rank, status = (int(word) for word in peer.recv(64).split())
+        peer.close()
+        if status == 0 or self._left is not None:
+            return
+        self._left, self._left_at = LeftBehind(rank, status), time.monotonic()
+        self._known.set()
+        if ranks.rank() == 0:
+            for other in list(self._peers):
+                with contextlib.suppress(OSError):
+                    other.sendall(f"{rank} {status}\n".encode())
+
+    def _look(self) -> None:
+        """End this process if it should have ended."""
+        now = time.monotonic()
+        if not self.orphaned and _launcher() != self._launcher:
+            self.orphaned = True
+            self._asked_at = self._asked_at or now
+        if self._left is not None and now > self._left_at + BEHIND_SECONDS:
+            self._leave(str(self._left), self._left.status)
+        since, asked = self._since, self._asked_at
+        if since is not None and asked is not None:
+            patience = FIRST_STEP_SECONDS if self._longest is None else max(PATIENCE_SECONDS, 3 * self._longest)
+            if self._interrupts > 1:
+                patience = BEHIND_SECONDS
+            if now > max(since, asked) + patience:
+                waited = f"{now - max(since, asked):.0f} s after it was asked to stop"
+                self._leave(f"rank {ranks.rank()} ends without a checkpoint, {waited}, in {_place()}.", INTERRUPTED)
+
+    def _leave(self, words: str, status: int) -> NoReturn:
+        # Not by way of sys.stderr, whose lock the main thread may hold.
+        with contextlib.suppress(OSError):
+            os.write(2, f"note: {words}\n".encode())
+        self.tell(status)
+        os._exit(status)
+
+
+_watch: Watch | None = None
+
+
+def abandon(status: int) -> NoReturn:
+    """End this process at once, and tell the other ranks: to leave the process group may hang or fail by now."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _watch is not None:
+        _watch.tell(status)
+    os._exit(status)
+
+
+def _keep_alive(peer: socket.socket) -> None:
+    """Notice a machine that is gone within two minutes, and keep firewalls from forgetting an idle connection."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+        if hasattr(socket, name):  # Linux
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _place() -> str:
+    """Where the main thread is."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+
+
+class StopRequest:
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a flag, so that all ranks stop after the same step.
+
+    A second SIGINT acts as if there were no handler. `requested` holds, too, once DeepSpeed's launcher is gone. The
+    watch ends a rank that is asked to stop and reaches no border of a step. Use as a context manager, in the main
+    thread, while steps are made.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._signalled = False
+        self._previous: dict[int, object] = {}
+        self._wakeup = -1
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank has been asked to stop."""
+        return self._signalled or self._watch.orphaned
+
+    def __enter__(self) -> StopRequest:
+        # Written to by the signal itself, whatever the main thread is doing.
+        self._wakeup = signal.set_wakeup_fd(self._watch.wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._handle)
+        self._watch.border()
+        return self
+
+    def border(self, *, last: bool = False) -> None:
+        """All ranks have ended a step together; `last`: it was the last one."""
+        self._watch.border(last=last)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Ctrl-C reaches a rank twice: from the terminal, then as SIGTERM from the launcher.
+        self._signalled = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watch.border(last=True)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._wakeup)
+
+
+def _launcher() -> tuple[int, ...]:
+    """The processes that started this rank, if DeepSpeed's launcher did: one for each machine, and its parent."""
+    if "CROSS_RANK" not in os.environ:  # which it sets, and nobody else
+        return ()
+    import psutil
+
+    parent = os.getppid()
+    try:
+        return parent, psutil.Process(parent).ppid()
+    except psutil.NoSuchProcess:
+        return (parent,)
