@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.memory.records import FOLDER as MEMORY_FOLDER
+from toolkit.run import compiling, ranks
 from toolkit.run import folder as run_folder
-from toolkit.run import ranks
 from toolkit.run.memory import OUT_OF_MEMORY, OutOfMemory, end_without_memory, held_now, make_explainer, watch
 from toolkit.run.plan import Plan, make_plan
 from toolkit.run.resume import NONE, Start, facts, find_start, make_saver, take_over
@@ -45,16 +45,27 @@ def train(settings: RunSettings) -> dict[str, Any]:
         UserError: the settings, the JSON, the data or the model are not fit for a run. Raised by every rank.
         OutOfMemory: raised by ranks whose memory ran out, and by those that this stopped.
     """
+    screen = Screen(settings.steps, shown=ranks.rank() == 0)
+    screen.say(f"starting {ranks.world_size()} rank(s)")
+    background = compiling.begin(settings)
+    try:
+        return _train(settings, screen, background)
+    finally:
+        if background is not None:
+            background.close()
+
+
+def _train(settings: RunSettings, screen: Screen, background: compiling.Background | None) -> dict[str, Any]:
     device = ranks.start()
     import torch
 
     import toolkit.memory.exhausted  # noqa: F401 (when it is needed, there is no memory to import it)
 
+    screen.say(f"reading {settings.data}")
     plan = ranks.agreed(lambda: make_plan(settings))
     plan.folder = ranks.from_first(plan.folder)  # its default name holds the time
     held = ranks.agreed(lambda: _claim(plan, device))
     stop = ranks.StopRequest()
-    screen = Screen(settings.steps, shown=ranks.rank() == 0)
     explainer = saver = None
     try:
         start = ranks.agreed(lambda: find_start(plan))
@@ -66,14 +77,16 @@ def train(settings: RunSettings) -> dict[str, Any]:
         _announce(plan, screen, device)
         screen.say(explainer.words())
         torch.manual_seed(settings.seed)
+        screen.say(compiling.building(plan.config))
         with explainer:
             engine = _engine(plan)
             ranks.agreed(lambda: take_over(plan, engine, start, screen.say))
             records = ranks.from_first(held.go_on(start.step) if held is not None else [])
             saver = make_saver(plan, engine, start, screen.say)
+            compile_s = compiling.step_compiled(engine, background, screen.say)
             with stop, watch(plan, engine, explainer) as ledger:
                 with screen:
-                    records = _loop(plan, engine, screen, held, stop, ledger, saver, start, records)
+                    records = _loop(plan, engine, screen, held, stop, ledger, saver, start, records, compile_s)
                 ledger.close()
                 summary = _summary(plan, engine, records, ledger.largest)
                 if held is not None:
@@ -175,6 +188,7 @@ def _loop(
     saver: Saver | None,
     start: Start,
     records: list[dict[str, Any]],
+    compile_s: float | None,
 ) -> list[dict[str, Any]]:
     """Step to the end, or until a rank is asked to stop; returns the records of metrics.jsonl."""
     from toolkit import data
@@ -187,7 +201,8 @@ def _loop(
     rule = rule_optimizer(engine)
     tokens = batch.total * settings.seq_len
     skipped = 0
-    waited: dict[str, float] = {}  # for the copy of the checkpoint that was begun after the step before
+    # What was waited for before this step: the compiler, or the copy of a checkpoint begun after the step before.
+    waited: dict[str, float] = {} if compile_s is None else {"compile_s": compile_s}
     for step in range(start.step + 1, settings.steps + 1):
         started = time.perf_counter()
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
@@ -309,10 +324,11 @@ def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: int
         "skipped_steps": sum(record["skipped"] for record in records),
         "tokens": tokens * len(records),
         "seconds": sum(seconds),
+        "compile_s": sum(record.get("compile_s", 0.0) for record in records),
         "loss": None if None in final else statistics.fmean(final),
         "loss_steps": len(final),
         "val_loss": validated[-1] if validated else None,
-        # The median: the first steps compile, and a machine that others use has slow moments.
+        # The median: a machine that others use has slow moments.
         "tokens_per_s": tokens / statistics.median(seconds),
         "peak_memory_bytes": int(peak),
         "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
