@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from toolkit.optim import AMCS, SOAM
+from toolkit.optim import AMCS, SOAM, step
 from toolkit.optim.warm import kinds, warm
 from toolkit.run import compiling
 from toolkit.run.settings import RunSettings
@@ -32,6 +33,18 @@ def test_matrices_and_vectors_are_compiled_and_nothing_is_changed() -> None:
 
 def test_an_eager_optimizer_has_nothing_to_compile() -> None:
     assert kinds(AMCS([nn.Parameter(torch.ones(4, 4))], alpha=0.5, compile=False), torch.float32) == []
+
+
+@pytest.mark.parametrize(("local_rank", "seconds", "said"), [("0", 0.5, True), ("0", 0.0, False), ("1", 0.5, False)])
+def test_a_first_call_that_takes_long_says_why(
+    local_rank: str, seconds: float, said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(step, "PATIENCE_SECONDS", 0.1)
+    with step._patience("a_step"):
+        time.sleep(seconds)
+    time.sleep(0.3)
+    assert ("compiling the optimizer step a_step" in caplog.text) is said
 
 
 def order(**settings: Any) -> dict[str, Any] | None:
