@@ -24,6 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 train: $(VENV)/.installed
+	@echo "loading PyTorch and DeepSpeed's launcher"
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then \
 		deepspeed --quiet launch/train.py $(ARGS); \
 	else \

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.memory.records import FOLDER as MEMORY_FOLDER
-from toolkit.run import deterministic, ranks
+from toolkit.run import compiling, deterministic, ranks
 from toolkit.run import folder as run_folder
 from toolkit.run.memory import end_without_memory, held_now, make_explainer, watch
 from toolkit.run.plan import Plan, make_plan
@@ -46,22 +46,35 @@ def train(settings: RunSettings) -> dict[str, Any]:
         OutOfMemory: raised by ranks whose memory ran out, and by those that this stopped.
         LeftBehind: another rank has ended.
     """
+    screen = Screen(settings.steps, shown=ranks.rank() == 0)
+    screen.say(f"starting {ranks.world_size()} rank(s)")
     if settings.deterministic:
         deterministic.enforce()
-    device = ranks.start()
-    with Watch() as watching:
-        return _train(settings, device, StopRequest(watching))
+    background = compiling.begin(settings)
+    try:
+        device = ranks.start()
+        with Watch() as watching:
+            return _train(settings, device, StopRequest(watching), screen, background)
+    finally:
+        if background is not None:
+            background.close()
 
 
-def _train(settings: RunSettings, device: torch.device, stop: StopRequest) -> dict[str, Any]:
+def _train(
+    settings: RunSettings,
+    device: torch.device,
+    stop: StopRequest,
+    screen: Screen,
+    background: compiling.Background | None,
+) -> dict[str, Any]:
     import torch
 
     import toolkit.memory.exhausted  # noqa: F401 (when it is needed, there is no memory to import it)
 
+    screen.say(f"reading {settings.data}")
     plan = ranks.agreed(lambda: make_plan(settings))
     plan.folder = ranks.from_first(plan.folder)  # its default name holds the time
     held = ranks.agreed(lambda: _claim(plan, device))
-    screen = Screen(settings.steps, shown=ranks.rank() == 0)
     explainer = saver = None
     try:
         start = ranks.agreed(lambda: find_start(plan))
@@ -73,14 +86,16 @@ def _train(settings: RunSettings, device: torch.device, stop: StopRequest) -> di
         _announce(plan, screen, device)
         screen.say(explainer.words())
         torch.manual_seed(settings.seed)
+        screen.say(compiling.building(plan.config))
         with explainer:
             engine = _engine(plan)
             ranks.agreed(lambda: take_over(plan, engine, start, screen.say))
             records = ranks.from_first(held.go_on(start.step) if held is not None else [])
             saver = make_saver(plan, engine, start, screen.say)
+            compile_s = compiling.step_compiled(engine, background, screen.say)
             with stop, watch(plan, engine, explainer) as ledger:
                 with screen:
-                    records = _loop(plan, engine, screen, held, stop, ledger, saver, start, records)
+                    records = _loop(plan, engine, screen, held, stop, ledger, saver, start, records, compile_s)
                 ledger.close()
                 summary = _summary(plan, engine, records, ledger.largest)
                 if held is not None:
@@ -187,6 +202,7 @@ def _loop(
     saver: Saver | None,
     start: Start,
     records: list[dict[str, Any]],
+    compile_s: float | None,
 ) -> list[dict[str, Any]]:
     """Step to the end, or until a rank is asked to stop; returns the records of metrics.jsonl."""
     from toolkit import data
@@ -199,7 +215,8 @@ def _loop(
     rule = rule_optimizer(engine)
     tokens = batch.total * settings.seq_len
     skipped = 0
-    waited: dict[str, float] = {}  # for the copy of the checkpoint that was begun after the step before
+    # What was waited for before this step: the compiler, or the copy of a checkpoint begun after the step before.
+    waited: dict[str, float] = {} if compile_s is None else {"compile_s": compile_s}
     for step in range(start.step + 1, settings.steps + 1):
         started = time.perf_counter()
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
@@ -322,10 +339,11 @@ def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: int
         "skipped_steps": sum(record["skipped"] for record in records),
         "tokens": tokens * len(records),
         "seconds": sum(seconds),
+        "compile_s": sum(record.get("compile_s", 0.0) for record in records),
         "loss": None if None in final else statistics.fmean(final),
         "loss_steps": len(final),
         "val_loss": validated[-1] if validated else None,
-        # The median: the first steps compile, and a machine that others use has slow moments.
+        # The median: a machine that others use has slow moments.
         "tokens_per_s": tokens / statistics.median(seconds),
         "peak_memory_bytes": int(peak),
         "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",

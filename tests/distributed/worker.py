@@ -18,13 +18,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch._dynamo.utils import counters
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import toolkit
 from toolkit.models import CausalLM, cpu_matmul
 from toolkit.models.loss import LossHead
 from toolkit.state.codecs import BLOCK
-from toolkit.zero import full_precision_state_dict, optimizer_state_bytes, rule_optimizer
+from toolkit.zero import compile_step, full_precision_state_dict, optimizer_state_bytes, rule_optimizer
 
 
 def small_model(seed: int = 0) -> Qwen3ForCausalLM:
@@ -102,6 +103,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     share = case["global_batch"] // world_size
     losses, rates = [], []
     optimizer = rule_optimizer(engine)
+    compile_step(engine)
+    compiled = counters["stats"]["unique_graphs"]
     for step in range(case["steps"]):
         if step and step == case["save_at"]:
             with tempfile.TemporaryDirectory() as mine:
@@ -138,6 +141,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "rates": rates,
         "skipped": engine.skipped_steps,
         "grad_norm": engine.get_global_grad_norm(),
+        "compiled_late": counters["stats"]["unique_graphs"] - compiled,
         "loss_scale": engine.loss_scale() if case["config"].get("fp16") else None,
     }
     if optimizer is not None:

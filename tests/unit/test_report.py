@@ -113,6 +113,7 @@ def test_training_is_summed_up_as_the_loop_does(tmp_path: Path) -> None:
     assert training.loss == pytest.approx(statistics.fmean(line["loss"] for line in lines[-10:]))
     assert training.val_loss == lines[-1]["val_loss"]
     assert training.tokens == 8 * 256 * len(lines)
+    assert training.compile_s == 41.0
     assert training.tokens_per_s == pytest.approx(8 * 256 / statistics.median(line["step_time_s"] for line in lines))
 
 

@@ -382,6 +382,7 @@ SUMMARY: dict[str, Any] = {
     "steps": 30,
     "tokens": 61_440,
     "seconds": 12.0,
+    "compile_s": 24.0,
     "loss": 4.25,
     "loss_steps": 10,
     "val_loss": None,
@@ -409,13 +410,33 @@ def test_screen_shows_progress_and_summary(terminal: bool) -> None:
         screen.step(record(241, loss=None, skipped=True))
     screen.summary(SUMMARY)
     shown = out.getvalue()
-    figures = ("4.2500", "not measured", "5,120", "743.60 MB", "3.05", "m_fast 5.00 MB, v 900 B")
+    figures = (
+        "in 12 s, after 24 s of compiling",
+        "4.2500",
+        "not measured",
+        "5,120",
+        "743.60 MB",
+        "3.05",
+        "m_fast 5.00 MB, v 900 B",
+    )
     for expected in ("runs/[a]", "runs/x/memory", *figures):
         assert expected in shown
     assert "validation loss not finite" in shown and "the gradient is not finite" in shown
     if not terminal:
         assert sum(line.startswith("step") for line in shown.splitlines()) < 32
         assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("seconds", [0.5, 45.0])
+def test_time_left_is_that_of_the_later_steps(seconds: float) -> None:
+    now = 0.0
+    console = Console(file=io.StringIO(), force_terminal=True, get_time=lambda: now)
+    with Screen(100, shown=True, console=console) as screen:
+        for step in range(1, 11):
+            now += 60.0 if step == 1 else seconds
+            screen.step(record(step))
+        assert screen._bar is not None
+        assert screen._bar.tasks[0].time_remaining == math.ceil(90 * seconds)
 
 
 def test_the_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -323,7 +323,7 @@ def _attention_backward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    results = tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
+    of_query, of_key, of_value = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
     for some, queries, keys in _shares(query, key):
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             gradient[some, queries].float(),
@@ -337,9 +337,8 @@ def _attention_backward(
             attn_mask=_mask(attn_mask, some, queries),
             scale=scale,
         )
-        for result, part, heads in zip(results, found, (queries, keys, keys), strict=True):
-            result[some, heads] = part
-    return results
+        of_query[some, queries], of_key[some, keys], of_value[some, keys] = found
+    return of_query, of_key, of_value
 
 
 _KERNELS: dict[str, Call] = {

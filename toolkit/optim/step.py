@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -28,6 +31,9 @@ logger = logging.getLogger("toolkit")
 
 EAGER_ROWS = 4096
 """Blocks per slice of the eager step: bounds its fp32 temporaries to a few MB each."""
+
+PATIENCE_SECONDS = 10.0
+"""After so long the first call says that it compiles; what is in the compiler's cache takes less."""
 
 # Inductor stores an intermediate that took many operations or reads, here a full-size fp32 copy of the update
 # and one more pass over memory. Computing it again costs less: the step must stay one loop over each block.
@@ -77,10 +83,12 @@ class StepFunction:
             inputs = self._inputs(theta, g, parts)
             for tensor in _flat(inputs):
                 torch._dynamo.mark_dynamic(tensor, 0)
+            patience = nullcontext() if self._compiled is not None else _patience(self.name)
             if self._compiled is None:
                 self._compiled = torch.compile(self.eager, fullgraph=True, options=_NEVER_STORE)
             try:
-                return self._compiled(*inputs, scalars, scale, self._phase(theta, rounding))
+                with patience:
+                    return self._compiled(*inputs, scalars, scale, self._phase(theta, rounding))
             except _compiler_errors() as error:
                 # Compilation fails before anything ran, so the eager step starts from untouched tensors.
                 lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -178,6 +186,20 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout, title:
 def _write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+@contextmanager
+def _patience(name: str) -> Iterator[None]:
+    """Say, once for each machine, what takes so long when the first call does."""
+    words = "compiling the optimizer step %s, which takes about a minute on two cores; later runs take it from a cache"
+    timer = threading.Timer(PATIENCE_SECONDS, logger.warning, (words, name))
+    timer.daemon = True
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:

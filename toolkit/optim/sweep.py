@@ -43,10 +43,11 @@ class Sweep:
         self._waiting: list[Tensor] = []
         self._size = 0
         self._start = 0
+        self._dtype = theta.dtype
 
     def add(self, gradient: Tensor, scale: Tensor) -> None:
         """Take the gradient of the elements that follow those given so far, flat; it may be freed afterwards."""
-        rest = gradient
+        rest, self._dtype = gradient, gradient.dtype
         if self._size and gradient.numel() > STAGED:
             # A long piece is used where it lies, from the next block on.
             head = -self._size % BLOCK
@@ -67,7 +68,8 @@ class Sweep:
         """Update what is left; the gradient of what was never given is zero."""
         left = self._theta.numel() - self._start - self._size
         while left > 0:
-            zeros = self._theta.new_zeros(min(left, STAGED))
+            # Of the type that the others had: another would be another function to compile.
+            zeros = self._theta.new_zeros(min(left, STAGED), dtype=self._dtype)
             self._stage(zeros)
             self._flush(scale, keep=True)
             left -= zeros.numel()

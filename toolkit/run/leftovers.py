@@ -1,4 +1,4 @@
-"""What DeepSpeed and torch leave behind when their processes end: buffers in shared memory, locks of builds."""
+"""What a killed build of an extension leaves behind: torch's lock, for which later starts would wait forever."""
 
 from __future__ import annotations
 
@@ -8,19 +8,8 @@ import threading
 import time
 from pathlib import Path
 
-SHARED_MEMORY = Path("/dev/shm")
 # Where another machine may hold a lock, which cannot be seen from here.
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "gluster", "9p", "afs", "fuse")
-
-
-def unlink_buffers() -> None:
-    """Take the name off this rank's shared buffer, 69 MB that DeepSpeed makes for CPU ranks and never removes.
-
-    The memory is freed with the last process that maps it. Call it when every rank of this machine has mapped it.
-    """
-    env = os.environ
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{env['MASTER_ADDR']}_{env['MASTER_PORT']}_{env['RANK']}"
-    (SHARED_MEMORY / name).unlink(missing_ok=True)
 
 
 def release_locks() -> None:

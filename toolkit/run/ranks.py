@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 import socket
@@ -117,12 +115,10 @@ def start() -> torch.device:
     import deepspeed
 
     _quiet()
-    # On CPUs every rank prints that an extension was built.
-    with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(verbose=False)
-    if not devices:
-        torch.distributed.barrier()
-        leftovers.unlink_buffers()
+    # On CPUs: an extension that inference alone calls, and whose build takes a minute at a machine's first run.
+    # (The attribute `torch` of deepspeed.comm is PyTorch.)
+    vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
+    deepspeed.init_distributed(verbose=False)
     accelerator = torch.accelerator.current_accelerator() if devices else None
     return torch.device(accelerator.type, local_rank) if accelerator is not None else torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -32,8 +33,10 @@ class Screen:
                 TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(),
                 console=self.console,
+                # From the mean of all steps but the first, which is slower than the others, and however long one takes.
+                speed_estimate_period=math.inf,
             )
-            self._task = self._bar.add_task("train", total=steps, figures="compiling")
+            self._task = self._bar.add_task("train", total=steps, figures="")
 
     def __enter__(self) -> Screen:
         if self._bar is not None:
@@ -73,9 +76,10 @@ class Screen:
         validation = summary["val_loss"]
         peak = size_text(summary["peak_memory_bytes"])
         by_name = summary["state_bytes_by_name"].items()
+        compiling = f", after {summary['compile_s']:.0f} s of compiling" if summary["compile_s"] else ""
         rows = {
             "files": summary["run_dir"],
-            "steps": f"{summary['steps']} ({summary['tokens']:,} tokens in {summary['seconds']:.0f} s)",
+            "steps": f"{summary['steps']} ({summary['tokens']:,} tokens in {summary['seconds']:.0f} s{compiling})",
             "training loss": f"{_figure(summary['loss'])} (mean of the last {summary['loss_steps']} steps)",
             "validation loss": "not measured" if validation is None else _figure(validation),
             "speed": f"{summary['tokens_per_s']:,.0f} tokens/s",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from toolkit.errors import UserError
 from toolkit.models import cpu_matmul
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
+from toolkit.optim.warm import kinds, warm
 from toolkit.zero import partition
 from toolkit.zero.release import ReleasingZeroOptimizer
 from toolkit.zero.stage3 import LeanZeroOptimizer3
@@ -182,6 +183,24 @@ def rule_optimizer(engine: Any) -> RuleOptimizer | None:
     """The optimizer of this package that `engine` runs inside DeepSpeed's wrapper, or None."""
     basic = getattr(engine, "basic_optimizer", None)
     return basic if isinstance(basic, RuleOptimizer) else None
+
+
+def compile_step(engine: Any) -> None:
+    """Compile the optimizer step of `engine` now, or load it from the compiler's cache; else the first step does.
+
+    Nothing for optimizers that are not this package's, and for `compile: false`.
+    """
+    optimizer, zero = rule_optimizer(engine), engine.optimizer
+    if optimizer is None:
+        return
+    masters = getattr(zero, "fp32_partitioned_groups_flat", None)  # at stage 3 groups hold nothing between steps
+    held = masters or [param for group in optimizer.param_groups for param in group["params"]]
+    # Without ZeRO gradients come in the type of the weights that DeepSpeed hands over.
+    for weights, gradient, device in {
+        (x.dtype, getattr(zero, "gradient_accumulation_dtype", x.dtype), x.device) for x in held
+    }:
+        for group in kinds(optimizer, weights):
+            warm(optimizer, group, weights, gradient, device)
 
 
 def optimizer_state_bytes(engine: Any) -> dict[str, int]:

@@ -281,15 +281,14 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
         return begun.sweep(first_block=rank * int(self.partition_size[i]) // BLOCK)
 
     def _step_group(self, i: int, scale: Tensor) -> None:
-        master = self.single_partition_of_fp32_groups[i]
         held, self._held[i], self.averaged_gradients[i] = self._held[i], {}, None
         sweep = self._sweep(i)
         if sweep is not None:
             at = 0
             for offset in sorted(held):
-                if offset > at:  # alignment of single parameters
-                    sweep.add(master.new_zeros(offset - at), scale)
                 gradient = held.pop(offset)
+                if offset > at:  # alignment of single parameters
+                    sweep.add(gradient.new_zeros(offset - at), scale)
                 at = offset + gradient.numel()
                 sweep.add(gradient, scale)
                 del gradient

@@ -170,6 +170,7 @@ def _training(folder: Folder, facts: Facts) -> Training | None:
         complete=folder.summary is not None and not folder.summary.interrupted,
         tokens=tokens * len(steps) if tokens else None,
         seconds=sum(times),
+        compile_s=sum(line.compile_s for line in steps),
         loss=statistics.fmean(finite) if len(finite) == len(final) else None,
         loss_steps=len(final),
         val_loss=validated[-1].val_loss if validated else None,

@@ -65,6 +65,8 @@ class Training(Record):
     tokens: int | None
     seconds: float
     """Of the steps, validation aside."""
+    compile_s: float
+    """Spent on compiling the optimizer step before the first step of this run and of each that resumed it."""
     loss: float | None
     """Mean of the last `loss_steps`; None where one of them is not finite."""
     loss_steps: int

@@ -73,6 +73,7 @@ class StepLine(_Written):
     loss: float | None
     tokens_per_s: float | None = None
     step_time_s: float | None = None
+    compile_s: float = 0.0
     memory_bytes: _Count | None = None
     skipped: bool = False
     val_loss: float | None = None

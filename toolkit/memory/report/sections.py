@@ -256,9 +256,10 @@ def _loss(run: RunReport) -> list[Item]:
         return []
     planned = f" of {run.facts.steps:,}" if run.facts.steps else ""
     tokens = f", {training.tokens:,} tokens" if training.tokens else ""
+    compiling = f" after {duration(training.compile_s)} of compiling" if training.compile_s else ""
     state = "" if training.complete else " The run did not finish."
     sentence = (
-        f"{training.steps:,}{planned} steps{tokens} in {duration(training.seconds)}; training loss "
+        f"{training.steps:,}{planned} steps{tokens} in {duration(training.seconds)}{compiling}; training loss "
         f"{number(training.loss, 4)} (mean of the last {training.loss_steps}), validation loss "
         f"{number(training.val_loss, 4)}.{state}"
     )

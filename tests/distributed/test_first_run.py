@@ -1,0 +1,140 @@
+"""The optimizer step is compiled before the first step, once for all ranks, and the process that does it never outlives
+the run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ranks import case, deepspeed_command, environment, run_ranks
+
+from toolkit.run.folder import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LION = Path(__file__).with_name("lion.py")
+
+# What each process compiled, written when it ends; in the background process nothing of this file runs on.
+COUNTING = f"""
+import atexit, json, os, runpy
+
+runpy.run_path({str(LION)!r})
+
+
+@atexit.register
+def write():
+    from torch._dynamo.utils import counters
+
+    found = {{"graphs": counters["stats"]["unique_graphs"], **counters["inductor"]}}
+    open(f"{{__file__}}.{{os.getpid()}}", "w").write(json.dumps(found))
+"""
+
+# In the background process: as if the C++ compiler never came to an end.
+SLEEPING = """
+import subprocess, sys
+
+if sys.argv[0].endswith("compiling.py"):
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(600)", __file__])
+"""
+
+
+def lion(stage: int, computed: str = "bf16", **params: Any) -> dict[str, Any]:
+    precision = {computed: {"enabled": True}} if computed != "fp32" else {}
+    return precision | {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "Lion", "params": {"lr": 1e-3, "state_format": "fp32"} | params},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000},
+        "gradient_clipping": 1.0,
+        "steps_per_print": 1_000_000,
+    }
+
+
+def test_no_step_compiles_what_was_compiled_before_it(tmp_path: Path) -> None:
+    offload = {"reduce_bucket_size": 20_000, "offload_optimizer": {"device": "cpu"}}
+    configs = {f"stage-{stage}": lion(stage) for stage in (0, 1, 2, 3)}
+    configs["stage-0"]["optimizer"]["params"]["weights"] = "fp32"
+    configs["master-2"] = lion(2, weights="fp32")
+    configs["fp16-2"] = lion(2, "fp16", weights="fp32") | {"fp16": {"enabled": True, "initial_scale_power": 6}}
+    configs["fp32-3"] = lion(3, "fp32", weights="fp32")
+    configs["released-2"] = lion(2, release_gradients=True)
+    for stage in (2, 3):
+        configs[f"offload-{stage}"] = lion(stage) | {"zero_optimization": offload | {"stage": stage}}
+    runs = run_ranks(tmp_path, 2, {name: case(one, steps=3) for name, one in configs.items()}, plugins=[LION])
+    assert {name: [rank["compiled_late"] for rank in ranks] for name, ranks in runs.items()} == {
+        name: [0, 0] for name in configs
+    }
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> list[str]:
+    """Options of a small run with a rule that compiles quickly."""
+    text = tmp_path / "documents.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": f"{n}: " + " ".join(map(str, range(n, n + 60)))}) + "\n" for n in range(300))
+    )
+    (tmp_path / "lion.json").write_text(json.dumps(lion(2, "fp32", weights="fp32")))
+    line = f"--data {text} --config {tmp_path / 'lion.json'} --seq-len 32 --steps 3 --eval-every 0 --save-every 0"
+    return [*line.split(), "--run-dir", str(tmp_path / "run"), "--plugin", str(tmp_path / "plugin.py")]
+
+
+def cached_in(folder: Path) -> dict[str, str]:
+    return environment() | {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+        "TORCH_EXTENSIONS_DIR": str(folder / "built"),
+    }
+
+
+def test_ranks_load_what_one_process_compiled(settings: list[str], tmp_path: Path) -> None:
+    (tmp_path / "plugin.py").write_text(COUNTING)
+    command = deepspeed_command(2, REPOSITORY / "launch" / "train.py", *settings)
+    run = subprocess.run(command, env=cached_in(tmp_path), capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("plugin.py.*")]
+    ranks = [one for one in found if one["graphs"]]
+    assert len(ranks) == 2 and all(one == {"graphs": 1, "fxgraph_cache_hit": 1} for one in ranks), found
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record.get("compile_s", 0.0) > 0.0 for record in records] == [True, False, False]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["compile_s"] == records[0]["compile_s"] and "of compiling" in run.stdout
+    assert list((tmp_path / "cache").glob("leanstate-*")), "a later run starts no process"
+    assert not (tmp_path / "built").exists(), "DeepSpeed has built no extension"
+
+
+def processes(plugin: Path, word: str = "") -> list[list[str]]:
+    """The command lines that name this plugin, and `word`."""
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if str(plugin) in " ".join(line) and word in " ".join(line)]
+
+
+@pytest.mark.parametrize("end", ["error", signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_compiles_on_when_the_run_has_ended(settings: list[str], tmp_path: Path, end: Any) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(f"import runpy\nrunpy.run_path({str(LION)!r})\n{SLEEPING}")
+    more = ["--seq-len", "1000000"] if end == "error" else []
+    command = [sys.executable, "-m", "toolkit.train", *settings, *more]
+    run = subprocess.Popen(
+        command, cwd=REPOSITORY, env=cached_in(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not processes(plugin, "time.sleep"):
+        assert time.monotonic() < deadline and run.poll() is None
+        time.sleep(0.05)
+    if end == "error":
+        _, err = run.communicate(timeout=120)
+        assert run.returncode == 2 and err.startswith("error: ")
+    else:
+        while "compiling" not in (line := run.stdout.readline()):  # type: ignore[union-attr]
+            assert line
+        run.send_signal(end)
+        run.communicate(timeout=60)
+        assert run.returncode == (130 if end == signal.SIGINT else -end)
+    deadline = time.monotonic() + 20
+    while (left := processes(plugin)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []

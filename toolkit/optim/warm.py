@@ -1,0 +1,50 @@
+"""The compiled step before it is needed: a step of a small tensor of zeros that nobody keeps.
+
+The first call of a step function compiles it, for half a minute, or loads what an earlier process left in the
+compiler's cache on disk, in a second or two. Done here, no training step has that in its time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from toolkit.optim.optimizer import RuleOptimizer
+from toolkit.state.codecs import BLOCK
+
+BLOCKS = 1024
+"""Blocks of the tensor of zeros. What the compiler decides by size (whether to use threads, how many blocks a program
+on a GPU takes) it decides at the first call: the tensor is large enough for what large ones want."""
+
+
+def kinds(optimizer: RuleOptimizer, weights: torch.dtype) -> list[dict[str, Any]]:
+    """A parameter group for each function that steps tensors of dtype `weights` through the compiler."""
+    compiled = (group for group in optimizer.param_groups if group["compile"])
+    return list({optimizer.layout(group, weights): group for group in compiled}.values())
+
+
+@torch.no_grad()
+def warm(
+    optimizer: RuleOptimizer,
+    group: dict[str, Any],
+    weights: torch.dtype,
+    gradient: torch.dtype,
+    device: torch.device | str,
+) -> str | None:
+    """Compile, or load, the function that steps tensors of `group`, for these dtypes of weights and gradients.
+
+    Parameters, state and step counts stay as they are; 4 MB or less are held meanwhile.
+
+    Returns:
+        Why the step runs eagerly, or None where it is compiled.
+    """
+    tensor = torch.zeros(BLOCKS * BLOCK, dtype=weights, device=device)
+    begun = optimizer.begin(group, tensor)
+    del optimizer.state[tensor]
+    assert begun is not None, "state is not only allocated here"
+    scale = torch.ones((), device=device)
+    sweep = begun.sweep(first_block=0)
+    sweep.add(torch.zeros_like(tensor, dtype=gradient), scale)
+    sweep.finish(scale)
+    return begun.function.fallback_reason

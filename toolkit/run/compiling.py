@@ -1,0 +1,216 @@
+"""The optimizer step, compiled in the background while model and data load, once for all ranks of a machine.
+
+Local rank 0 starts a process that compiles into the compiler's cache on disk; before the first step all ranks wait for
+it and load what is there. Whatever goes wrong with it, each rank compiles for itself. It is a process and not a
+thread because `deepspeed.zero.Init` changes torch's functions for the whole process while the model is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit.run import ranks
+from toolkit.run.merge import merge_flags
+from toolkit.run.settings import RunSettings
+
+LIMIT_SECONDS = 900.0
+"""How long ranks wait for the background process before each compiles for itself."""
+
+# From <sys/prctl.h>.
+PR_SET_PDEATHSIG = 1
+
+# Of the JSON's types those that the step is used with; any other is compiled in the first step.
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+WORDS = "compiling the optimizer step (once for each machine and version; about a minute on two cores)"
+
+
+class Background:
+    """The process that compiles; `close` ends it if it still runs."""
+
+    def __init__(self, order: Mapping[str, Any]) -> None:
+        # What this process imports, that one does too; `-P`: and nothing that happens to lie in the working folder.
+        path = os.pathsep.join(place or os.getcwd() for place in sys.path)
+        command = [sys.executable, "-P", "-m", "toolkit.run.compiling", json.dumps(order), str(os.getpid())]
+        self._process = subprocess.Popen(
+            command,
+            env=os.environ | {"PYTHONPATH": path, "TORCHINDUCTOR_COMPILE_THREADS": "1"},  # no workers of their own
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a group of its own: the C++ compiler belongs to it
+        )
+
+    def wait(self, say: Callable[[str], None]) -> None:
+        """Until it has ended, or for LIMIT_SECONDS; says what the wait is for."""
+        deadline = time.monotonic() + LIMIT_SECONDS
+        if self._process.poll() is None:
+            say(WORDS)
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.close()
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def begin(settings: RunSettings) -> Background | None:
+    """Start compiling what this run's optimizer needs; None on other ranks and where that is of no use."""
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        return None
+    try:
+        order = _order(settings)
+        return Background(order) if order is not None and not _mark(order).exists() else None
+    except Exception:  # of a JSON that nothing has checked yet; what is wrong is said where it is checked
+        return None
+
+
+def building(config: Mapping[str, Any]) -> str:
+    """The line on what happens while the engine is built."""
+    optimizer, offload = config["optimizer"], config.get("zero_optimization", {}).get("offload_optimizer")
+    on_host = isinstance(offload, Mapping) and offload.get("device") == "cpu"
+    if on_host and str(optimizer.get("type")).lower() in ("adam", "adamw"):
+        return "building the model, and DeepSpeed's CPU Adam, a C++ extension, if this machine has none yet"
+    return "building the model"
+
+
+def step_compiled(engine: Any, background: Background | None, say: Callable[[str], None]) -> float | None:
+    """Have the optimizer step of `engine` compiled; every rank must call this.
+
+    Returns:
+        The seconds that this took, of the slowest rank; None where there is nothing to compile.
+    """
+    from toolkit.zero import compile_step, rule_optimizer
+
+    optimizer = rule_optimizer(engine)
+    if optimizer is None or not optimizer.defaults["compile"]:
+        return None
+    began = time.perf_counter()
+    if background is not None:
+        background.wait(say)
+    ranks.everyones(None)  # they wait for rank 0 of their machine
+    compile_step(engine)
+    _, [seconds] = ranks.mean_max([], [time.perf_counter() - began], engine.device)
+    return seconds
+
+
+def _order(settings: RunSettings) -> dict[str, Any] | None:
+    """What to compile, in JSON's types, or None for optimizers that are not compiled."""
+    import torch
+
+    from toolkit.config import apply_overrides, load_config
+    from toolkit.optim import find_rule
+    from toolkit.state.weights import MASTER
+
+    config, _, _ = merge_flags(
+        apply_overrides(load_config(settings.config), settings.overrides), settings, ranks.world_size()
+    )
+    optimizer, zero = config["optimizer"], config.get("zero_optimization", {})
+    params = optimizer.get("params", {})
+    # Rules of plugins are known once those have been imported, which is not done yet.
+    known = find_rule(optimizer.get("type")) is not None or settings.plugins
+    if not known or not params.get("compile", True):
+        return None
+    computed = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
+    if zero.get("stage", 0) == 0:  # DeepSpeed hands over fp32 master weights and their gradients
+        weights = gradient = "fp32"
+    else:
+        weights = "bf16" if computed == "bf16" and params.get("weights") != MASTER else "fp32"
+        gradient = config.get("data_types", {}).get("grad_accum_dtype") or computed
+    on_host = zero.get("offload_optimizer", {}).get("device") == "cpu" or not torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator()
+    return {
+        "plugins": [str(path) for path in settings.plugins],
+        "optimizer": optimizer["type"],
+        "params": params,
+        "total_steps": settings.steps,
+        "dtypes": [_DTYPES.get(weights), _DTYPES.get(gradient)],
+        "device": "cpu" if on_host or accelerator is None else accelerator.type,
+    }
+
+
+def _mark(order: Mapping[str, Any]) -> Path:
+    """A file in the compiler's cache that is there once `order` has been carried out.
+
+    Its name holds what the compiled code depends on. Numbers among the hyper-parameters are no part of that: they
+    are arguments of the step.
+    """
+    import torch
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    package = Path(__file__).parent.parent
+    sources = sorted([*package.glob("optim/*.py"), *package.glob("state/*.py"), *map(Path, order["plugins"])])
+    params = {key: value for key, value in order["params"].items() if type(value) not in (int, float)}
+    facts = [
+        {**order, "params": params, "total_steps": None},
+        [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
+        [sys.version, torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+        torch.cuda.get_device_name() if order["device"] == "cuda" else "",
+    ]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return Path(cache_dir()) / f"leanstate-{digest[:20]}"
+
+
+def _carry_out(order: Mapping[str, Any]) -> None:
+    """Compile what `order` says; in the background process."""
+    import torch
+    import torch._inductor.compile_fx  # once, before the processes part
+    from torch import nn
+
+    from toolkit.optim import COMPONENTS, find_rule
+    from toolkit.optim.warm import kinds, warm
+    from toolkit.run.plan import import_plugin
+
+    for plugin in order["plugins"]:
+        import_plugin(Path(plugin))
+    rule = find_rule(order["optimizer"])
+    if rule is None:
+        return
+    params = dict(order["params"])
+    if "total_steps" in rule.rule.model_fields:
+        params.setdefault("total_steps", order["total_steps"])
+    weights, gradient = (getattr(torch, name) for name in order["dtypes"])
+    # Every component may have a format of its own, and tensors of one dimension have.
+    groups = [
+        {
+            "params": [nn.Parameter(torch.zeros(shape, dtype=weights)) for shape in ((1, 1), (1,))],
+            "component": component,
+        }
+        for component in COMPONENTS
+    ]
+    optimizer = rule(groups, **params)
+    working = []
+    for group in kinds(optimizer, weights):  # a core for each
+        if (worker := os.fork()) == 0:
+            os._exit(warm(optimizer, group, weights, gradient, order["device"]) is not None)
+        working.append(worker)
+    if not any([os.waitpid(worker, 0)[1] for worker in working]):
+        _mark(order).touch()
+
+
+def _end_with(parent: int) -> None:
+    """Let this process, its C++ compiler included, end when `parent` does, however that ends."""
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    with contextlib.suppress(OSError, AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _end_with(int(sys.argv[2]))
+    _carry_out(json.loads(sys.argv[1]))
