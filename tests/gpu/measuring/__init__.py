@@ -1,0 +1,1 @@
+"""What `tests/gpu/measure.py` measures, part by part; nothing here imports torch before a part runs."""

@@ -1,0 +1,88 @@
+"""What the machine is: bandwidth, matrix products, and what lies outside torch's allocator."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from measuring.record import Recorder
+
+
+def measure(recorder: Recorder) -> None:
+    cuda = recorder.device == "cuda"
+    if cuda:
+        before = outside()
+        torch.zeros(1, device="cuda")
+        after = outside()
+        recorder.note(f"{before / 1e9:.2f} GB of the GPU were in use before this process had a context.")
+    # 4 GB: far more than any cache.
+    recorder.set(copy_tb_s=copy_bandwidth(2**13 if recorder.rehearse else 2**32, recorder.device) / 1e12)
+    n = 64 if recorder.rehearse else 8192
+    a, b = (torch.randn(n, n, device=recorder.device).bfloat16() for _ in range(2))
+    c = torch.empty_like(a)
+    seconds = timed(lambda: torch.mm(a, b, out=c), recorder.device)
+    recorder.set(matmul_tflop_s=2 * n**3 / seconds / 1e12)
+    if not cuda:
+        return
+    held = torch.cuda.memory_allocated() - a.nbytes - b.nbytes - c.nbytes
+    torch._C._cuda_clearCublasWorkspaces()
+    now = torch.cuda.memory_allocated() - a.nbytes - b.nbytes - c.nbytes
+    recorder.set(workspace_mb=(held - now) / 1e6, context_gb=(max(after, outside()) - before) / 1e9)
+    with_nccl(recorder)
+
+
+def copy_bandwidth(size: int, device: str) -> float:
+    """Bytes a second, read and written, of copies of `size` bytes."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / timed(lambda: target.copy_(source), device)
+
+
+def outside() -> int:
+    """Bytes of the GPU in use that this process's allocator does not have, other processes' among them."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def with_nccl(recorder: Recorder) -> None:
+    """What NCCL takes at its first collective: on one rank, so without the buffers of its peers."""
+    from torch import distributed
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}
+    before = outside()
+    distributed.init_process_group("nccl", rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    distributed.all_reduce(torch.ones(1 << 20, device="cuda"))
+    torch.cuda.synchronize()
+    recorder.set(nccl_gb=(outside() - before) / 1e9)
+    distributed.destroy_process_group()
+
+
+def timed(call: Callable[[], object], device: str, *, calls: int = 10, rounds: int = 5) -> float:
+    """Seconds of one call: the median of `rounds`, in each of which `calls` follow one another without waiting."""
+    for _ in range(3):
+        call()
+    taken = []
+    for _ in range(rounds):
+        taken.append(stretch(call, device, calls) / calls)
+    return statistics.median(taken)
+
+
+def stretch(call: Callable[[], object], device: str, calls: int) -> float:
+    """Seconds that `calls` calls take on the device, one after another."""
+    if device != "cuda":
+        import time
+
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return time.perf_counter() - start
+    begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        call()
+    finish.record()
+    finish.synchronize()
+    return begin.elapsed_time(finish) / 1e3

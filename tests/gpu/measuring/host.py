@@ -1,0 +1,81 @@
+"""What a step costs the host, and how often it waits for the GPU."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
+
+import torch
+
+from measuring.models import engine_of, filled, random_tokens
+from measuring.record import Recorder
+
+WARM, COUNTED = 3, 5
+LENGTH = 64
+SIGN = "synchronizing CUDA operation"
+
+
+def measure(recorder: Recorder) -> None:
+    for key, name in (("134m", "qwen3-134m"), ("1_7b", "qwen3-1.7b")):
+        shapes(recorder, key, "qwen3-tiny" if recorder.rehearse else name)
+
+
+def shapes(recorder: Recorder, key: str, name: str) -> None:
+    """Steps of the model called `name`; figures go by `key`."""
+    model = filled(name, recorder.device)
+    engine, _ = engine_of(model, recorder)
+    host, whole, waits = [], [], []
+    places: Counter[str] = Counter()
+    for number in range(WARM + COUNTED):
+        loss = engine(random_tokens(name, 1, LENGTH, engine.device))
+        engine.backward(loss)
+        wait(recorder)
+        with waiting_operations(recorder) as found:
+            start = time.perf_counter()
+            engine.step()
+            returned = time.perf_counter()
+        wait(recorder)
+        done = time.perf_counter()
+        if number >= WARM:
+            host.append(1e3 * (returned - start))
+            whole.append(1e3 * (done - start))
+            waits.append(len(found))
+            places.update(found)
+    recorder.set(**{f"host_ms_{key}": statistics.median(host), f"whole_ms_{key}": statistics.median(whole)})
+    if recorder.device == "cuda":
+        recorder.set(**{f"syncs_{key}": max(waits)})
+        for place, count in places.most_common(5):
+            recorder.note(f"{name}: waits {count / COUNTED:g} times a step at {place}.")
+    del model, engine, loss
+    gc.collect()
+    if recorder.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def wait(recorder: Recorder) -> None:
+    if recorder.device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def waiting_operations(recorder: Recorder) -> Iterator[list[str]]:
+    """The lines of code that waited for the GPU meanwhile, as far as torch notices: not in torch.distributed."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if recorder.device == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            if recorder.device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    for warning in caught:
+        if SIGN in str(warning.message):
+            found.append(f"{'/'.join(PurePath(warning.filename).parts[-3:])}:{warning.lineno}")
