@@ -57,6 +57,7 @@ def test_a_step_is_traced() -> None:
         loss = model(x).sum()
         trace.phase(c.BACKWARD)
         loss.backward()
+    assert trace.curve.held[c.WORKSPACES][0] >= 2 * MEGABYTE  # of the forward and of the backward pass's thread
     gradients = sum(p.numel() * 4 for p in model.parameters())
     assert trace.curve.held[c.GRADIENTS][-1] == gradients
     assert trace.curve.total.max() == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.02)
@@ -91,6 +92,7 @@ def test_a_run_is_measured(tmp_path: Path) -> None:
     for phase in record.phases:
         if phase.held:
             assert sum(phase.held.values()) == phase.peak
+            assert phase.held[c.WORKSPACES] >= MEGABYTE
             assert phase.held.get(c.OTHER, 0) < 0.03 * (phase.peak or 0)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["peak_memory_bytes"] >= (record.peak or 0) > 0

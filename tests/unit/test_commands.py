@@ -92,7 +92,7 @@ def test_a_plan_writes_a_config_that_fits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "plan.json"
-    arguments = ["plan", "--model", "qwen3-tiny", "--gpus", "2", "--gpu-memory", "1.2GB", "--seq-len", "128"]
+    arguments = ["plan", "--model", "qwen3-tiny", "--gpus", "2", "--gpu-memory", "1.6GB", "--seq-len", "128"]
     assert run(monkeypatch, *arguments, "--out", str(path)) == 0
     printed = capsys.readouterr().out
     assert "the fastest first" in printed and "does not fit" not in printed.split("fits in")[0]
@@ -101,8 +101,8 @@ def test_a_plan_writes_a_config_that_fits(
     micro_batch = written["train_micro_batch_size_per_gpu"]
     checkpointing = "--no-activation-checkpointing" if "--no-act" in printed else "--activation-checkpointing"
     again = ["estimate", "--model", "qwen3-tiny", "--config", str(path), "--gpus", "2", "--seq-len", "128"]
-    assert run(monkeypatch, *again, checkpointing, "--gpu-memory", "1.2GB") == 0
-    doubled = ["--micro-batch", str(2 * micro_batch), "--gpu-memory", "1.2GB"]
+    assert run(monkeypatch, *again, checkpointing, "--gpu-memory", "1.6GB") == 0
+    doubled = ["--micro-batch", str(2 * micro_batch), "--gpu-memory", "1.6GB"]
     assert run(monkeypatch, *again, checkpointing, *doubled) == (0 if micro_batch == 64 else 1)
 
 

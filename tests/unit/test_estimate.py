@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from toolkit import models
+from toolkit.config import load_config
 from toolkit.errors import UserError
 from toolkit.memory import categories as c
-from toolkit.memory.estimate import Case, Estimator, alternatives, variants
+from toolkit.memory.estimate import Case, Estimator, alternatives, assumed_context, variants
 from toolkit.memory.rehearsal import Rehearsal, rehearse, scaled
 from toolkit.memory.state import stored
 from toolkit.memory.tape import curve
@@ -259,6 +260,14 @@ def test_auto_and_what_is_not_modelled_are_said(estimator: Estimator) -> None:
     assert any("round_robin_gradients is not modelled" in remark for remark in remarks)
     with pytest.raises(UserError, match="stage"):
         case(settings | {"zero_optimization": {"stage": "auto"}})
+
+
+def test_more_is_assumed_outside_the_allocator_where_ranks_talk(estimator: Estimator) -> None:
+    sizes = [assumed_context(ranks) for ranks in (1, 2, 4, 8, 16, 512)]
+    assert sizes == [1_000_000_000, 1_400_000_000, 1_800_000_000, 2_600_000_000, 2_600_000_000, 2_600_000_000]
+    case = Case("qwen3-tiny", load_config("amcs_zero2"), 8, 1, 64, device="cuda")
+    found = estimator.predict(case)
+    assert found.context == assumed_context(8) and any("2.60 GB are assumed" in remark for remark in found.remarks)
 
 
 def test_the_old_spelling_of_zero(estimator: Estimator) -> None:

@@ -205,3 +205,20 @@ def test_a_phase_in_which_nothing_happens_holds_what_was_there(one_thread: None)
         del kept
     peaks = {phase.name: phase.peak for phase in trace.curve.by_phase()}
     assert peaks[c.REDUCE] == peaks[c.FORWARD] == 4000 + 256
+
+
+def test_cublas_workspaces_are_not_other(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, whose allocator is played here: it has 100,000 bytes, of which cuBLAS gives 40,000 back."""
+    allocated = [100_000]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[0])
+    clear = "_cuda_clearCublasWorkspaces"
+    monkeypatch.setattr(torch._C, clear, lambda: allocated.__setitem__(0, 60_000), raising=False)
+    model = nn.Linear(16, 16, bias=False)
+    trace = StepTrace(model, None, lambda: [(c.WEIGHTS, "weight", model.weight.data)], on_gpu=True)
+    with trace:
+        trace.phase(c.FORWARD)
+        kept = model(torch.randn(4, 16))
+    before = {name: int(values[0]) for name, values in trace.curve.held.items()}
+    assert (before[c.WEIGHTS], before[c.WORKSPACES], before[c.OTHER]) == (1024, 40_000, 60_000 - 1024)
+    assert kept.shape == (4, 16)

@@ -14,6 +14,7 @@ GATHERED = "gathered"
 ACTIVATIONS = "activations"
 LOGITS = "logits"
 TRANSIENTS = "transients"
+WORKSPACES = "workspaces"
 CONTEXT = "context"
 OTHER = "other"
 
@@ -28,6 +29,7 @@ MEANING = {
     ACTIVATIONS: "what the forward pass keeps for the backward pass",
     LOGITS: "from the head's output to the loss, and their gradients",
     TRANSIENTS: "what an operation needs for a moment",
+    WORKSPACES: "what cuBLAS keeps of torch's allocator for itself",
     CONTEXT: "the CUDA context and libraries, outside torch's allocator",
     OTHER: "allocated, but reachable through nothing that has a name here",
 }

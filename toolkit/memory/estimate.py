@@ -20,9 +20,20 @@ from toolkit.memory.zero import Zero
 from toolkit.optim import find_rule
 from toolkit.run.screen import size_text
 
-ASSUMED_CONTEXT = 1_000_000_000
-"""Bytes of a GPU that the CUDA context, its libraries and NCCL are taken to hold outside torch's allocator. An
-assumption, not a measurement: it differs by driver and GPU."""
+_CONTEXT = 1_000_000_000
+_COMMUNICATOR = 200_000_000
+_PEERS = 8
+
+
+def assumed_context(world_size: int) -> int:
+    """Bytes of a GPU that nothing here predicts: CUDA context, cuBLAS's workspaces and other libraries, and NCCL.
+
+    An assumption, not a measurement, which differs by driver, GPU and network: 1 GB, and with several ranks 0.2 GB for
+    each of up to 8, after which NCCL's buffers hardly grow. Its users report 1.6 GB of buffers for one communicator
+    (https://github.com/NVIDIA/nccl/issues/864) and, on 8 H100, 1.06 GB in all before the first all-to-all and 4.34 GB
+    after it (https://github.com/NVIDIA/nccl/issues/1685).
+    """
+    return _CONTEXT + (_COMMUNICATOR * min(world_size, _PEERS) if world_size > 1 else 0)
 
 
 _SIMULATED = 4
@@ -163,8 +174,8 @@ class Estimator:
             remarks.append(f'{", ".join(counted)}: "auto" is counted as DeepSpeed\'s default.')
         if case.device == "cuda":
             remarks.append(
-                f"{size_text(ASSUMED_CONTEXT)} are assumed for the CUDA context and its libraries; what the caching "
-                "allocator reserves beyond what is allocated is not predicted."
+                f"{size_text(assumed_context(case.world_size))} are assumed for the CUDA context, its libraries and "
+                "NCCL; what the caching allocator reserves beyond what is allocated is not predicted."
             )
         return Prediction(
             setup=setup_of(case, rehearsal),
@@ -175,7 +186,7 @@ class Estimator:
             resident=step.resident,
             host=step.host,
             nvme=step.nvme,
-            context=ASSUMED_CONTEXT if case.device == "cuda" else 0,
+            context=assumed_context(case.world_size) if case.device == "cuda" else 0,
             per_block=rehearsal.per_block,
             remarks=remarks,
         )

@@ -99,6 +99,16 @@ class CachingAllocator:
     def now(self) -> int:
         return torch.cuda.memory_allocated(self._device)
 
+    def workspaces(self) -> int:
+        """Bytes of cuBLAS's workspaces, one for each thread that multiplies matrices (32 MiB on Hopper, else 8.1).
+
+        Allocations without a tensor, of which torch keeps no count: they are given back here, and taken again by the
+        next product.
+        """
+        before = self.now()
+        torch._C._cuda_clearCublasWorkspaces()
+        return before - self.now()
+
     def state(self) -> Allocator:
         """What is allocated, reserved and free now; walks all segments."""
         allocated, reserved = torch.cuda.memory_allocated(self._device), torch.cuda.memory_reserved(self._device)

@@ -311,9 +311,10 @@ class Ledger:
         if self._timeline is not None:
             return  # the trace has them, and more
         self._resident, self._blocks = here, blocks
-        if self._on_gpu:
+        if isinstance(self._gauge, gauges.CachingAllocator):
+            workspaces = self._gauge.workspaces()
             rest = self._gauge.now() - sum(here.values())
-            self._resident = here | {c.OTHER: max(0, rest)}
+            self._resident = here | {c.WORKSPACES: workspaces, c.OTHER: max(0, rest)}
 
     # ---- the record -----------------------------------------------------------------------------------------------
 

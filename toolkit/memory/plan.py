@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from toolkit.config import load_config, shipped_configs
-from toolkit.memory.estimate import ASSUMED_CONTEXT, Case, Estimator, with_section
+from toolkit.memory.estimate import Case, Estimator, assumed_context, with_section
 
 LARGEST_MICRO_BATCH = 64
 
@@ -105,7 +105,7 @@ def _cases(
 
 def _fit(estimator: Estimator, case: Case, memory: int, name: str, state: str) -> Candidate:
     """The largest micro-batch, a power of 2, with which `case` fits."""
-    context = ASSUMED_CONTEXT if case.device == "cuda" else 0
+    context = assumed_context(case.world_size) if case.device == "cuda" else 0
     micro_batch, best = 1, case
     while micro_batch <= LARGEST_MICRO_BATCH:
         tried = replace(case, micro_batch=micro_batch)

@@ -22,6 +22,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from toolkit.memory import categories as c
+from toolkit.memory.gauges import CachingAllocator
 from toolkit.memory.tape import Curve, Life, Tape, curve
 from toolkit.memory.tracker import Tracker
 
@@ -76,7 +77,8 @@ class StepTrace:
             self._tracker.adopt(tensor, category, name)
         self._tracker.attach(self._model, self._head, lambda number, parameter: None)
         if self._on_gpu:
-            self._before = torch.cuda.memory_allocated()
+            allocator = CachingAllocator(torch.device("cuda", torch.cuda.current_device()))
+            self._workspaces, self._before = allocator.workspaces(), allocator.now()
         else:
             # Or it prints two lines a trace on stderr; read when the profiler starts for the first time.
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -114,14 +116,17 @@ class StepTrace:
     def _finish(self) -> None:
         self.tape.classify()
         if self._on_gpu:
-            self._add_other(self._before)
+            self._add_other()
             return
         events = list(_allocations(self._profile.profiler.kineto_results.experimental_event_tree()))
         self._join(sorted(events, key=lambda event: event.start_time_ns))
 
-    def _add_other(self, before: int) -> None:
+    def _add_other(self) -> None:
         named = sum(life.bytes for life in self.tape.lives if life.born < 0)
-        self.tape.lives.append(Life(max(0, before - named), -1, None, c.INIT, c.OTHER, "before the trace"))
+        other = max(0, self._before - named)
+        self.tape.lives.append(Life(other, -1, None, c.INIT, c.OTHER, "before the trace"))
+        # Taken again by the first products of the step, within an operation: no tracker sees it.
+        self.tape.lives.append(Life(self._workspaces, -1, None, c.INIT, c.WORKSPACES, "workspaces of cuBLAS"))
         self.curve = curve(self.tape.lives, self.tape.now, self.tape.phases)
 
     def _join(self, events: list[Any]) -> None:
