@@ -72,6 +72,8 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def run_part(name: str, out: Path, folder: Path, rehearse: bool) -> int:
     """In the part's own process: measure, and leave figures or an error in `out`."""
+    if rehearse:
+        os.environ["OMP_NUM_THREADS"] = "1"  # toy sizes: on a busy machine threads wait for one another
     recorder = Recorder(name, out, folder, rehearse)
     recorder.save()
     try:

@@ -15,6 +15,7 @@ import measure
 import pytest
 import wheels
 from measuring import numbers, resume, runs, steps
+from measuring.models import filled, random_tokens
 from measuring.parts import BY_NAME, CASES, PARTS, WEIGHTS, Check
 from measuring.record import Recorder, verdict
 from measuring.render import MISSING, page
@@ -39,12 +40,15 @@ def ended(report: dict[str, Any], *parts: str) -> None:
 
 def test_quick_parts_come_to_their_end(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    ended(rehearse(out, "ground", "suite"), "ground", "suite")
-    # What is measured anew leaves the rest as it was.
-    again = rehearse(out, "ground")
-    ended(again, "ground", "suite")
-    assert again["rehearsal"] and "A rehearsal at toy size" in page(again)
-    assert "skipped" in out.with_suffix(".log").read_text() or out.with_suffix(".log").exists()
+    before = {"status": "passed", "seconds": 1.0, "figures": {"of_copy": 50.0}, "tables": {}, "notes": []}
+    out.write_text(json.dumps({"parts": {"steps": before, "ground": before}}))
+    report = rehearse(out, "ground", "suite")
+    ended(report, "ground", "suite")
+    assert report["parts"]["ground"]["figures"]["copy_tb_s"] > 0
+    assert report["parts"]["suite"]["figures"]["skipped"] > 10  # for want of a GPU
+    assert report["parts"]["steps"] == before  # what is not measured anew stays
+    assert report["machine"]["torch"] and "A rehearsal at toy size" in page(report)
+    assert "needs a CUDA device" in out.with_suffix(".log").read_text()
 
 
 @pytest.mark.slow
@@ -173,6 +177,23 @@ def test_every_case_makes_an_optimizer() -> None:
                 made.step()
                 assert run.weights().numel() == 1024
                 assert numbers.equal_codes(run, run) == 100
+
+
+def test_models_are_filled_as_they_are_built() -> None:
+    import torch
+
+    from toolkit.models import build_model
+
+    made, built = filled("qwen3-tiny", "cpu"), build_model("qwen3-tiny", dtype=torch.bfloat16, seed=0)
+    for mine, theirs in (
+        (made.named_parameters(), built.named_parameters()),
+        (made.named_buffers(), built.named_buffers()),
+    ):
+        shapes = [{name: (t.shape, t.dtype, t.device) for name, t in tensors} for tensors in (mine, theirs)]
+        assert shapes[0] == shapes[1]
+    assert all(torch.equal(a, b) for a, b in zip(made.buffers(), built.buffers(), strict=True))
+    loss = made(random_tokens("qwen3-tiny", 2, 16, "cpu"))
+    assert float(loss) == pytest.approx(8.3, abs=0.5)  # ln 4096
 
 
 def test_operations_are_those_of_the_matrix_products() -> None:

@@ -37,7 +37,7 @@ PACKAGES = (
     "datasets",
     "dill",
     "multiprocess",
-    "mistral_common",
+    "mistral_common",  # for the tokenizer file in it; no module of it is imported
     "zstandard",
     "bitsandbytes",
     "flashoptim==0.1.4",  # compared with, and not used otherwise

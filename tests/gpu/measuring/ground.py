@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import subprocess
 from collections.abc import Callable
 
 import torch
@@ -14,10 +15,8 @@ from measuring.record import Recorder
 def measure(recorder: Recorder) -> None:
     cuda = recorder.device == "cuda"
     if cuda:
-        before = outside()
-        torch.zeros(1, device="cuda")
-        after = outside()
-        recorder.note(f"{before / 1e9:.2f} GB of the GPU were in use before this process had a context.")
+        before = used_by_others()  # before this process has a context
+        recorder.note(f"{before / 1e9:.2f} GB of the GPU were in use before.")
     # 4 GB: far more than any cache.
     recorder.set(copy_tb_s=copy_bandwidth(2**13 if recorder.rehearse else 2**32, recorder.device) / 1e12)
     n = 64 if recorder.rehearse else 8192
@@ -30,7 +29,7 @@ def measure(recorder: Recorder) -> None:
     held = torch.cuda.memory_allocated() - a.nbytes - b.nbytes - c.nbytes
     torch._C._cuda_clearCublasWorkspaces()
     now = torch.cuda.memory_allocated() - a.nbytes - b.nbytes - c.nbytes
-    recorder.set(workspace_mb=(held - now) / 1e6, context_gb=(max(after, outside()) - before) / 1e9)
+    recorder.set(workspace_mb=(held - now) / 1e6, context_gb=(outside() - before) / 1e9)
     with_nccl(recorder)
 
 
@@ -39,6 +38,16 @@ def copy_bandwidth(size: int, device: str) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / timed(lambda: target.copy_(source), device)
+
+
+def used_by_others() -> int:
+    """Bytes of the GPU in use, as nvidia-smi says, which needs no context; 0 where there is none."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+    return int(said.split()[0]) << 20
 
 
 def outside() -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
+import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -50,8 +54,8 @@ def shapes(recorder: Recorder, key: str, name: str) -> None:
     recorder.set(**{f"host_ms_{key}": statistics.median(host), f"whole_ms_{key}": statistics.median(whole)})
     if recorder.device == "cuda":
         recorder.set(**{f"syncs_{key}": max(waits)})
-        for place, count in places.most_common(5):
-            recorder.note(f"{name}: waits {count / COUNTED:g} times a step at {place}.")
+        for where, count in places.most_common(5):
+            recorder.note(f"{name}: waits {count / COUNTED:g} times a step at {where}.")
     del model, engine, loss
     gc.collect()
     if recorder.device == "cuda":
@@ -65,9 +69,15 @@ def wait(recorder: Recorder) -> None:
 
 @contextmanager
 def waiting_operations(recorder: Recorder) -> Iterator[list[str]]:
-    """The lines of code that waited for the GPU meanwhile, as far as torch notices: not in torch.distributed."""
+    """The lines of code that waited for the GPU meanwhile: operations that torch warns of, and calls of `synchronize`.
+
+    torch warns of none in torch.distributed.
+    """
     found: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
+    with contextlib.ExitStack() as stack:
+        for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event, torch.accelerator):
+            stack.enter_context(mock.patch.object(owner, "synchronize", noted(owner.synchronize, found)))
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
         if recorder.device == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
@@ -78,4 +88,19 @@ def waiting_operations(recorder: Recorder) -> Iterator[list[str]]:
                 torch.cuda.set_sync_debug_mode("default")
     for warning in caught:
         if SIGN in str(warning.message):
-            found.append(f"{'/'.join(PurePath(warning.filename).parts[-3:])}:{warning.lineno}")
+            found.append(place(warning.filename, warning.lineno))
+
+
+def noted(original: Any, found: list[str]) -> Any:
+    """`original`, which writes its caller down."""
+
+    def synchronize(*args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1)
+        found.append(place(caller.f_code.co_filename, caller.f_lineno))
+        return original(*args, **kwargs)
+
+    return synchronize
+
+
+def place(file: str, line: int) -> str:
+    return f"{'/'.join(PurePath(file).parts[-3:])}:{line}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,32 +37,37 @@ def measure(recorder: Recorder) -> None:
     cases = list(itertools.product(RULES, FORMATS, WEIGHTS))
     if recorder.rehearse:
         cases = [("AMCS", "compact", "bf16+4"), ("SOAM", "8bit", "fp32")]
-    compare_all(recorder, cases)
-    twin_differs(recorder)
-
-
-def compare_all(recorder: Recorder, cases: list[tuple[str, str, str]]) -> None:
-    """Most of the time is compilation, which several processes share."""
+    # Most of the time is compilation, which several processes share.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     workers = min(WORKERS, len(cases), max(1, (os.cpu_count() or 2) - 2))
-    worst = {"compiled_equal": 100.0, "eager_equal": 100.0}
-    pieces = fell_back = count = 0
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(compare, *case, recorder.device): case for case in cases}
-        for future in as_completed(running):
-            rule, name, weights = running[future]
+        twin_differs(recorder)
+        keep(recorder, running)
+
+
+def keep(recorder: Recorder, running: dict[Future[Comparison], tuple[str, str, str]]) -> None:
+    """Write the comparisons down as they come."""
+    worst = {"compiled_equal": 100.0, "eager_equal": 100.0}
+    pieces = fell_back = count = 0
+    for future in as_completed(running):
+        rule, name, weights = running[future]
+        try:
             found = future.result()
-            recorder.row("compiled", f"{rule} {name}", **{weights: found.compiled})
-            recorder.row("moved", f"{rule} {name}", **{weights: found.moved})
-            worst["compiled_equal"] = min(worst["compiled_equal"], found.compiled)
-            worst["eager_equal"] = min(worst["eager_equal"], found.eager)
-            count, fell_back = count + 1, fell_back + (found.reason is not None)
-            pieces += bool(found.pieces)
-            if found.pieces:
-                recorder.note(f"{rule} {name}, {weights}: in pieces other bits in {', '.join(found.pieces)}.")
-            if found.reason is not None:
-                recorder.note(f"{rule} {name}, {weights}: not compiled, because {found.reason}")
-            recorder.set(**worst, cases=count, pieces_differ=pieces, fell_back=fell_back)
+        except Exception as error:
+            recorder.note(f"{rule} {name}, {weights}: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        recorder.row("compiled", f"{rule} {name}", **{weights: found.compiled})
+        recorder.row("moved", f"{rule} {name}", **{weights: found.moved})
+        worst["compiled_equal"] = min(worst["compiled_equal"], found.compiled)
+        worst["eager_equal"] = min(worst["eager_equal"], found.eager)
+        count, fell_back = count + 1, fell_back + (found.reason is not None)
+        pieces += bool(found.pieces)
+        if found.pieces:
+            recorder.note(f"{rule} {name}, {weights}: in pieces other bits in {', '.join(found.pieces)}.")
+        if found.reason is not None:
+            recorder.note(f"{rule} {name}, {weights}: not compiled, because {found.reason}")
+        recorder.set(**worst, cases=count, pieces_differ=pieces, fell_back=fell_back)
 
 
 @dataclass
@@ -184,11 +189,14 @@ def different_in_pieces(rule: str, dtype: torch.dtype, device: str, settings: di
 
 def twin_differs(recorder: Recorder) -> None:
     """Two steps of a tensor of 2^31 + 512 elements, copies of its twin, on tensors that no 32-bit index reaches."""
-    copies, compiled = (2, False) if recorder.rehearse else (COPIES, True)
+    settings: dict[str, Any]
+    size, copies, settings = TWIN, COPIES, {"weights": "bf16+8"}
+    if recorder.rehearse:  # small: what is rounded to the nearest repeats everywhere
+        size, copies, settings = 2**16, 3, {"weights": "bf16+16", "compile": False}
     generator = torch.Generator(recorder.device).manual_seed(3)
 
     def draw(scale: float) -> Tensor:
-        drawn = torch.randn(TWIN, device=recorder.device, generator=generator)
+        drawn = torch.randn(size, device=recorder.device, generator=generator)
         return drawn.mul_(scale).bfloat16()
 
     weights, gradient = draw(1.0), draw(1e-2)
@@ -196,7 +204,7 @@ def twin_differs(recorder: Recorder) -> None:
     for count in (1, copies):
         parameter = nn.Parameter(stretched(weights, count).view(-1, TAIL))
         parameter.grad = stretched(gradient, count).view(-1, TAIL)
-        optimizer = optimizer_of("AMCS", [parameter], compile=compiled)
+        optimizer = optimizer_of("AMCS", [parameter], **settings)
         for _ in range(2):
             optimizer.step()
         runs.append(Run(optimizer, parameter))
@@ -204,10 +212,10 @@ def twin_differs(recorder: Recorder) -> None:
     different = 0
     for key in ("weight", *(key for key, _ in small.layout.parts())):
         mine, theirs = ((run.parameter.detach() if key == "weight" else run.state[key]).flatten() for run in runs)
-        size = theirs.numel()
-        tail = mine.numel() * TAIL // (TWIN + TAIL)  # both end in the twin's first blocks
+        tail = mine.numel() * TAIL // (size + TAIL)  # both end in the twin's first blocks
         body = mine[: mine.numel() - tail]
-        same = all(torch.equal(body, theirs[at : at + body.numel()]) for at in range(0, size - tail, body.numel()))
+        starts = range(0, theirs.numel() - tail, body.numel())
+        same = all(torch.equal(body, theirs[at : at + body.numel()]) for at in starts)
         same = same and torch.equal(mine[-tail:], theirs[-tail:])
         if not same:
             different += 1

@@ -72,9 +72,7 @@ STEPS = (
     "bitsandbytes AdamW8bit, bf16 weights",
     "FlashAdamW, bf16 weights, 24 bits",
 )
-LAUNCHES = tuple(
-    f"{blocks} block(s), {warps} warp(s)" for blocks, warps in ((1, 1), (1, 2), (1, 4), (2, 2), (4, 1), (4, 4))
-)
+LAUNCHES = tuple(f"{blocks} block(s), {warps} warp(s)" for blocks, warps in ((1, 1), (1, 2), (4, 1), (4, 4)))
 
 _PEAK = (
     Check("peak_gb", "peak of allocated memory", "GB"),
@@ -152,8 +150,8 @@ PARTS: tuple[Part, ...] = (
         "The host's share of a step",
         35,
         "`engine.step()` at ZeRO stage 2 with the shapes of the 134M and the 1.7B model and the GPU idle before it: "
-        "how long the host takes to return, and how often torch warns that an operation waits for the GPU "
-        "(`torch.cuda.set_sync_debug_mode`).",
+        "how long the host takes to return, and how often it waits for the GPU, as torch warns "
+        "(`torch.cuda.set_sync_debug_mode`) and by calls of `synchronize`.",
         (
             Check("host_ms_134m", "host time of a step, 134M shapes", "ms", "<=", 1),
             Check("syncs_134m", "operations that wait for the GPU, 134M shapes", "", "<=", 1),

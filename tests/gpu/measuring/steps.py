@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import gc
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -147,19 +151,38 @@ def launches(recorder: Recorder, shape: tuple[int, int]) -> None:
 def fixed(row: str | None) -> Iterator[None]:
     """Within it steps are compiled anew, at one configuration ("4 block(s), 1 warp(s)") or at the usual choice."""
     from torch._inductor import config
+
+    from toolkit.optim import optimizer, step
+
+    forget(step.step_function)
+    gc.collect()  # kernels that are gone are not `launched`
+    with config.patch(force_disable_caches=True, compile_threads=1), contextlib.ExitStack() as stack:
+        if row is not None:
+            blocks, warps = (int(words.split()[0]) for words in row.split(", "))
+            if importlib.util.find_spec("toolkit.optim.inductor") is not None:
+                at = functools.cache(functools.partial(launched_at, blocks, warps))
+                stack.enter_context(mock.patch.object(optimizer, "step_function", at))
+            else:
+                usual = triton_heuristics()._persistent_reduction_configs
+                only = only_configuration(usual, blocks, warps)
+                stack.enter_context(mock.patch.object(triton_heuristics(), "_persistent_reduction_configs", only))
+        yield
+    forget(step.step_function)
+
+
+def launched_at(blocks: int, warps: int, rule: Any, names: tuple[str, ...], layout: Any) -> Any:
+    """The StepFunction of a rule and a layout whose kernel is launched so."""
+    from toolkit.optim import inductor  # type: ignore[attr-defined]
+    from toolkit.optim.step import StepFunction
+
+    launch = inductor.Launch(rows=blocks, warps=(warps, inductor.Launch().warps[1]))
+    return StepFunction(rule, names, layout, launch)  # type: ignore[call-arg]
+
+
+def triton_heuristics() -> Any:
     from torch._inductor.runtime import triton_heuristics
 
-    from toolkit.optim.step import step_function
-
-    forget(step_function)
-    gc.collect()  # kernels that are gone are not `launched`
-    with config.patch(force_disable_caches=True, compile_threads=1):
-        if row is None:
-            yield
-        else:
-            with mock.patch.object(triton_heuristics, "_persistent_reduction_configs", only(row)):
-                yield
-    forget(step_function)
+    return triton_heuristics
 
 
 def forget(step_function: Any) -> None:
@@ -168,24 +191,21 @@ def forget(step_function: Any) -> None:
     step_function.cache_clear()
 
 
-def only(row: str) -> Callable[..., list[Any]]:
-    """In the place of Inductor's configurations of a reduction that stays in registers, as the step is one."""
-    blocks, warps = (int(words.split()[0]) for words in row.split(", "))
+def only_configuration(usual: Callable[..., list[Any]], blocks: int, warps: int) -> Callable[..., list[Any]]:
+    """Instead of `usual`, Inductor's configurations of a reduction that stays in registers, as the step is one."""
 
-    def configurations(*_: Any, **__: Any) -> list[Any]:
-        import triton
-
-        return [triton.Config({"XBLOCK": blocks}, num_warps=warps, num_stages=1)]
+    def configurations(*args: Any, **kwargs: Any) -> list[Any]:
+        config = copy.deepcopy(usual(*args, **kwargs)[0])
+        config.kwargs["XBLOCK"], config.num_warps, config.num_stages = blocks, warps, 1
+        return [config]
 
     return configurations
 
 
 def launched() -> set[str]:
     """Launch configurations of the kernels that are alive."""
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-
     found = set()
     for thing in gc.get_objects():
-        if isinstance(thing, CachingAutotuner):
+        if issubclass(type(thing), triton_heuristics().CachingAutotuner):  # not isinstance: proxies would load
             found |= {f"{launcher.config}" for launcher in getattr(thing, "launchers", ())}
     return found
