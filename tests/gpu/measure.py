@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring.parts import PARTS, Part
-from measuring.record import REPOSITORY, Recorder, verdict, write_json
+from measuring.record import REPOSITORY, Recorder, stated, verdict, write_json
 from measuring.render import page
 
 HERE = Path(__file__).resolve().parent
@@ -143,7 +143,7 @@ def one(part: Part, left: float, folder: Path, environment: dict[str, str], rehe
     text = output.read_text(encoding="utf-8", errors="replace")
     print(f"==== {part.name} ====\n{text}", file=log, flush=True)
     found = read(file) or {"figures": {}, "tables": {}, "notes": []}
-    found |= {"began": began, "seconds": seconds}
+    found |= {"began": began, "seconds": seconds, "checks": stated(part, found["figures"])}
     if status == 0:
         return found | {"status": verdict(part, found["figures"])}
     words = "out of time" if status is None else "crashed"

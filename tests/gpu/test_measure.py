@@ -46,6 +46,9 @@ def test_quick_parts_come_to_their_end(tmp_path: Path) -> None:
     ended(report, "ground", "suite")
     assert report["parts"]["ground"]["figures"]["copy_tb_s"] > 0
     assert report["parts"]["suite"]["figures"]["skipped"] > 10  # for want of a GPU
+    assert {"what": "tests that failed", "measured": 0, "unit": "", "target": "== 0", "passed": True} in report[
+        "parts"
+    ]["suite"]["checks"]
     assert report["parts"]["steps"] == before  # what is not measured anew stays
     assert report["machine"]["torch"] and "A rehearsal at toy size" in page(report)
     assert "needs a CUDA device" in out.with_suffix(".log").read_text()

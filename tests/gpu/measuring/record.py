@@ -71,3 +71,17 @@ def verdict(part: Part, figures: dict[str, float]) -> str:
     """ "passed", or "failed" where a figure that has a bound is missing or beyond it."""
     bounded = [check for check in part.checks if check.bound is not None]
     return "passed" if all(check.passes(figures.get(check.key)) for check in bounded) else "failed"
+
+
+def stated(part: Part, figures: dict[str, float]) -> list[dict[str, Any]]:
+    """What was measured, its target and whether it is reached, for who reads the JSON alone."""
+    return [
+        {
+            "what": check.words,
+            "measured": figures.get(check.key),
+            "unit": check.unit,
+            "target": check.target or None,
+            "passed": check.passes(figures.get(check.key)),
+        }
+        for check in part.checks
+    ]
