@@ -14,6 +14,7 @@ from measuring.runs import metrics, start
 STEPS, HALF = 12, 6
 KEYS = ("loss", "grad_norm", "lr")
 FLAG = "--deterministic"
+UNSEEDED = ".random.numpy."
 
 
 def measure(recorder: Recorder) -> None:
@@ -69,9 +70,11 @@ def compare(one: Path, other: Path) -> tuple[int, list[str]]:
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint, by file and place in it."""
+    """Every tensor of a checkpoint, by file and place in it; not the state of numpy's generator, which nobody seeds."""
     for file in sorted(folder.rglob("*.pt")):
-        yield from within(torch.load(file, map_location="cpu", weights_only=False), file.name)
+        for place, tensor in within(torch.load(file, map_location="cpu", weights_only=False), file.name):
+            if UNSEEDED not in place:
+                yield place, tensor
 
 
 def within(value: Any, place: str) -> Iterator[tuple[str, torch.Tensor]]:
