@@ -6,15 +6,17 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import measure
 import pytest
 import wheels
-from measuring import numbers, resume, runs, steps
+from measuring import host, numbers, resume, runs, steps
 from measuring.models import filled, random_tokens
 from measuring.parts import BY_NAME, CASES, PARTS, WEIGHTS, Check
 from measuring.record import Recorder, verdict
@@ -197,6 +199,30 @@ def test_models_are_filled_as_they_are_built() -> None:
     assert all(torch.equal(a, b) for a, b in zip(made.buffers(), built.buffers(), strict=True))
     loss = made(random_tokens("qwen3-tiny", 2, 16, "cpu"))
     assert float(loss) == pytest.approx(8.3, abs=0.5)  # ln 4096
+
+
+def test_launch_configurations_are_fixed() -> None:
+    """What only a GPU runs, as far as it can be called without one."""
+    usual = [SimpleNamespace(kwargs={"XBLOCK": 8}, num_warps=8, num_stages=3)]
+    [made] = steps.only_configuration(lambda *_, **__: usual, 4, 1)({"x": 1}, inductor_meta={})
+    assert (made.kwargs, made.num_warps, made.num_stages) == ({"XBLOCK": 4}, 1, 1)
+    assert usual[0].kwargs == {"XBLOCK": 8}
+    assert steps.launched() == set()
+    for row in steps.LAUNCHES:
+        with steps.fixed(row):
+            assert steps.contender(steps.OURS) is not None
+
+
+def test_operations_that_wait_are_counted_where_they_are(tmp_path: Path) -> None:
+    import torch
+
+    recorder = Recorder("host", tmp_path / "host.json", tmp_path, True)
+    with host.waiting_operations(recorder) as found:
+        with mock.patch.object(torch.cuda, "synchronize", host.noted(lambda: None, found)):
+            torch.cuda.synchronize()
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert len(found) == 2 and all(where.startswith("tests/gpu/test_measure.py:") for where in found)
 
 
 def test_operations_are_those_of_the_matrix_products() -> None:
