@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
+import dataclasses
 import gc
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -152,31 +151,23 @@ def fixed(row: str | None) -> Iterator[None]:
     """Within it steps are compiled anew, at one configuration ("4 block(s), 1 warp(s)") or at the usual choice."""
     from torch._inductor import config
 
-    from toolkit.optim import optimizer, step
+    from toolkit.optim import step
 
     forget(step.step_function)
     gc.collect()  # kernels that are gone are not `launched`
     with config.patch(force_disable_caches=True, compile_threads=1), contextlib.ExitStack() as stack:
         if row is not None:
             blocks, warps = (int(words.split()[0]) for words in row.split(", "))
-            if importlib.util.find_spec("toolkit.optim.inductor") is not None:
-                at = functools.cache(functools.partial(launched_at, blocks, warps))
-                stack.enter_context(mock.patch.object(optimizer, "step_function", at))
+            launch = getattr(step, "LAUNCH", None)
+            if launch is not None:  # one for all kernels, fixed by the project itself
+                changed = dataclasses.replace(launch, rows=blocks, warps=(warps, launch.warps[1]))
+                stack.enter_context(mock.patch.object(step, "LAUNCH", changed))
             else:
                 usual = triton_heuristics()._persistent_reduction_configs
                 only = only_configuration(usual, blocks, warps)
                 stack.enter_context(mock.patch.object(triton_heuristics(), "_persistent_reduction_configs", only))
         yield
     forget(step.step_function)
-
-
-def launched_at(blocks: int, warps: int, rule: Any, names: tuple[str, ...], layout: Any) -> Any:
-    """The StepFunction of a rule and a layout whose kernel is launched so."""
-    from toolkit.optim import inductor  # type: ignore[attr-defined]
-    from toolkit.optim.step import StepFunction
-
-    launch = inductor.Launch(rows=blocks, warps=(warps, inductor.Launch().warps[1]))
-    return StepFunction(rule, names, layout, launch)  # type: ignore[call-arg]
 
 
 def triton_heuristics() -> Any:
