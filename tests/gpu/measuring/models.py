@@ -28,7 +28,7 @@ def filled(name: str, device: str, *, activation_checkpointing: bool | None = No
                 made[placeholder] = nn.Parameter(value)
             module.register_parameter(key, made[placeholder])
     hf.to(device)  # the buffers
-    return _complete(hf, preset, torch.bfloat16, activation_checkpointing, None, on_gpu=device == "cuda")
+    return _complete(hf, preset, activation_checkpointing, None)
 
 
 def engine_of(model: Any, recorder: Recorder, **changed: Any) -> tuple[Any, dict[str, Any]]:
