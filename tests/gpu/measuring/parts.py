@@ -173,7 +173,7 @@ PARTS: tuple[Part, ...] = (
             *_SPEED,
             *_PEAK,
             Check("optimizer_share", "optimizer step, share of the whole step", "%", "<=", 5),
-            Check("compile_s", "first step", "s"),
+            Check("compile_s", "waited for the step to be compiled", "s"),
         ),
     ),
     Part(
