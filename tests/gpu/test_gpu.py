@@ -13,6 +13,7 @@ from toolkit.checkpoint.files import Staging
 from toolkit.models.loss import linear_cross_entropy
 from toolkit.optim import AMCS, SOAM
 from toolkit.state.codecs import unpack
+from toolkit.zero.gradients import HostCopy, squared_norm
 
 pytestmark = pytest.mark.gpu
 
@@ -134,3 +135,17 @@ def test_gradients_of_the_head_are_rounded_once(dtype: torch.dtype, most: float)
     assert abs(found[0][0] / wanted - 1) < 1e-5
     for x, y in zip(found[0][1:], (x.grad for x in exact), strict=True):
         assert (x - y).norm() / y.norm() < most
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_norm_of_many_pieces_is_that_of_float64_and_arrives_on_the_host(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pieces = [torch.randn(n, generator=generator).to(dtype) for n in (1, 255, 4_096, 70_001, 1_000_003)]
+    exact = sum(float(piece.double().square().sum()) for piece in pieces)
+    total = HostCopy(squared_norm([piece.cuda() for piece in pieces], "cuda")).wait()
+    assert total.device.type == "cpu" and total.dtype == torch.float64
+    assert float(total) == pytest.approx(exact, rel=1e-5)
+    on_both = squared_norm([pieces[0].cuda(), *pieces[1:]], "cuda")
+    assert float(on_both) == pytest.approx(exact, rel=1e-5)
+    pieces[2][7] = float("inf")
+    assert not torch.isfinite(HostCopy(squared_norm([piece.cuda() for piece in pieces], "cuda")).wait())

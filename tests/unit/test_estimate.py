@@ -254,9 +254,11 @@ def test_optimizers_of_torch_are_tried_on_a_small_tensor() -> None:
 
 def test_auto_and_what_is_not_modelled_are_said(estimator: Estimator) -> None:
     settings = config("AMCS", 2)
-    settings["zero_optimization"] |= {"reduce_bucket_size": "auto", "round_robin_gradients": True}
+    settings["zero_optimization"] |= {"param_persistence_threshold": "auto", "round_robin_gradients": True}
+    settings["zero_optimization"] |= {"reduce_bucket_size": "auto"}  # which has a rule
     remarks = estimator.predict(case(settings)).remarks
-    assert any("zero_optimization.reduce_bucket_size" in remark and "default" in remark for remark in remarks)
+    assert any("zero_optimization.param_persistence_threshold" in remark and "default" in remark for remark in remarks)
+    assert not any("reduce_bucket_size" in remark for remark in remarks)
     assert any("round_robin_gradients is not modelled" in remark for remark in remarks)
     with pytest.raises(UserError, match="stage"):
         case(settings | {"zero_optimization": {"stage": "auto"}})

@@ -548,7 +548,9 @@ def test_one_process_without_a_launcher_trains(small_text: Path, tmp_path: Path)
     assert summary["tokens"] == 4 * 4 * 32
     run = json.loads((folder / "run.json").read_text())
     assert (run["world_size"], run["global_batch"], run["parameters"]) == (1, 4, summary["parameters"])
-    assert json.loads((folder / "ds_config.json").read_text())["train_batch_size"] == 4
+    config = json.loads((folder / "ds_config.json").read_text())
+    assert config["train_batch_size"] == 4
+    assert config["zero_optimization"]["reduce_bucket_size"] == 4_194_304  # "auto" in the shipped file
     assert (folder / "loss.png").stat().st_size > 1000
     assert "Run finished" in out and str(summary["steps"]) in out
     assert list((tmp_path / "monitor" / "csv").glob("*loss*.csv"))

@@ -1,6 +1,7 @@
 """Run configurations: find a DeepSpeed JSON, change values in it, check the whole before anything loads."""
 
+from toolkit.config.automatic import Shape, settle
 from toolkit.config.files import ShippedConfig, apply_overrides, load_config, shipped_configs
 from toolkit.config.validate import validate
 
-__all__ = ["ShippedConfig", "apply_overrides", "load_config", "shipped_configs", "validate"]
+__all__ = ["Shape", "ShippedConfig", "apply_overrides", "load_config", "settle", "shipped_configs", "validate"]

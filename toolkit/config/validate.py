@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from toolkit.config.automatic import Shape, settle
 from toolkit.config.files import without_auto
 from toolkit.config.optimizers import check_combination, check_optimizer, check_scheduler
 from toolkit.config.schema import DeepSpeedJson, deepspeed_models
@@ -39,6 +40,8 @@ def validate(config: Mapping[str, Any], *, origin: str, world_size: int | None =
     """
     try:
         with _quiet_deepspeed():
+            # What has a rule needs nobody to fill it in; any numbers do here.
+            config = settle(config, lambda: Shape(0, 0, 0), on_gpu=False, world_size=1)
             complete = world_size is not None and not _has_auto(config)
             _validate(without_auto(config), world_size, complete=complete)
     except UserError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from toolkit.config.automatic import Shape, automatic, settle
 from toolkit.config.files import without_auto
 from toolkit.errors import UserError
 from toolkit.memory.records import Change, Prediction, Setup
@@ -67,8 +68,8 @@ class Case:
     activation_checkpointing: bool | None = None
     loss: str | None = None
     attention: str | None = None
-    automatic: tuple[str, ...] = field(default=(), init=False)
-    """Keys that are "auto" in the JSON, and counted with DeepSpeed's default."""
+    defaults: tuple[str, ...] = field(default=(), init=False)
+    """Keys that are "auto" in the JSON and have no rule, and are counted with DeepSpeed's default."""
 
     def __post_init__(self) -> None:
         zero = self.config.get("zero_optimization", {})
@@ -77,9 +78,13 @@ class Case:
         auto = sorted(_auto(self.config))
         if "zero_optimization.stage" in auto:
             raise UserError('zero_optimization.stage is "auto", which fixes no memory; give a stage.')
-        settled = without_auto({**self.config, "zero_optimization": zero})
+        config = {**self.config, "zero_optimization": zero}
+        later = {key: "auto" for key in automatic(config)}  # which follow from the model
+        settled = without_auto(config)
+        settled["zero_optimization"] |= later
+        defaults = [path for path in auto if path.removeprefix("zero_optimization.") not in later]
         object.__setattr__(self, "config", settled)
-        object.__setattr__(self, "automatic", tuple(auto))
+        object.__setattr__(self, "defaults", tuple(defaults))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,10 +140,11 @@ class Estimator:
 
     def _simulate(self, case: Case) -> tuple[Rehearsal, Stored, Step]:
         rehearsal = self._rehearsal(case)
-        zero = Zero.read(case.config, world_size=case.world_size, accumulation=case.accumulation)
+        on_gpu = case.device == "cuda"
+        config = settle(case.config, lambda: Shape.of(rehearsal.model), on_gpu=on_gpu, world_size=case.world_size)
+        zero = Zero.read(config, world_size=case.world_size, accumulation=case.accumulation)
         offloaded = zero.optimizer_on != "none"
         kept = stored(rehearsal.model, case.config, dtype=case.dtype, stage=zero.stage, on_host=offloaded)
-        on_gpu = case.device == "cuda"
         steps = [
             simulate(rehearsal, zero, kept, dtype=case.dtype, rank=rank, on_gpu=on_gpu)
             for rank in _ranks(case.world_size, zero.stage)
@@ -170,7 +176,7 @@ class Estimator:
     def _describe(self, case: Case, rehearsal: Rehearsal, kept: Stored, step: Step) -> Prediction:
         at = step.curve.peak_at
         remarks = [*kept.remarks, *_unknown(case.config)]
-        if counted := [key for key in case.automatic if key.startswith(("zero_optimization.", "bf16.", "fp16."))]:
+        if counted := [key for key in case.defaults if key.startswith(("zero_optimization.", "bf16.", "fp16."))]:
             remarks.append(f'{", ".join(counted)}: "auto" is counted as DeepSpeed\'s default.')
         if case.device == "cuda":
             remarks.append(

@@ -51,6 +51,8 @@ class _Simulation:
         self.lives = [life if life.parameter is None else replace(life) for life in rehearsal.tape.lives]
         self.host: dict[str, int] = {}
         self.nvme: dict[str, int] = {}
+        self.unapplied: list[tuple[list[Life], int]] = []
+        self.busy: list[Life] = []
         self.numels = [parameter.numel for parameter in rehearsal.parameters]
         self.total = sum(self.numels[number] for group in stored.groups for number in group.numbers)
         # The gradient that autograd made, by parameter.
@@ -200,7 +202,7 @@ class _Simulation:
                 elif number not in released:
                     self._accumulated(number, self.width * self.numels[number])
                 else:
-                    self.gradients[number].died = moment + 1
+                    self._apply_later([self.gradients[number]], self.numels[number], moment)
                     self.staging(self.numels[number], moment)
                 continue
             if self.numels[number] >= zero.reduce_bucket and waiting:
@@ -222,14 +224,23 @@ class _Simulation:
         """Reduce what is waiting: parts of one owner that lie apart are joined, what is not this rank's is freed."""
         if not waiting:
             return
+        self._finish(moment)
         joined = len(waiting) > 1 and self.zero.world_size > 1
         if joined:
-            others = sum(self.numels[number] - self.own[number] for number in waiting)
-            self.hold(self.width * others, c.BUCKETS, "gradients that are reduced together", moment, moment + 1)
+            others = self.width * sum(self.numels[number] - self.own[number] for number in waiting)
+            self.busy.append(self.hold(others, c.BUCKETS, "gradients that are reduced together", moment, moment + 1))
+        unapplied: list[Life] = []
         for number in waiting:
             self.gradients[number].died = moment + 1
+            if not joined and self.own[number] < self.numels[number]:
+                self.busy.append(self.gradients[number])
             name = f"gradient of {self.rehearsal.parameters[number].name}"
             size = self.width * self.own[number]
+            if number in released and self.on_gpu:
+                alone = not joined and self.own[number] == self.numels[number]
+                held = self.gradients[number] if alone else self.hold(size, c.GRADIENTS, name, moment, moment + 1)
+                unapplied.append(held)
+                continue
             goes = number in released or self.zero.optimizer_on != "none"
             if self.zero.world_size == 1 or (goes and not joined):
                 continue
@@ -243,7 +254,30 @@ class _Simulation:
                 self.hold(size, c.BUCKETS, name, moment, moment + 1)
             else:
                 self.hold(size, c.GRADIENTS, name, moment, self.end)
+        self._apply_later(unapplied, sum(self.own[number] for number in waiting), moment)
+        if self.zero.overlap:
+            for life in self.busy:
+                life.died = self.reduced
+        else:
+            self.busy.clear()
         waiting.clear()
+
+    def _finish(self, moment: int) -> None:
+        """With overlap the reduction of a bucket, and what it needs, lasts until the next bucket is full."""
+        for life in self.busy:
+            life.died = max(life.born + 1, moment)
+        self.busy.clear()
+
+    def _apply_later(self, released: list[Life], elements: int, moment: int) -> None:
+        """toolkit/zero/release.py: on a GPU a bucket of gradients waits for its norms."""
+        for life in released:
+            life.died = self.end if self.on_gpu else moment + 1
+        if not self.on_gpu:
+            return
+        self.unapplied.append((released, elements))
+        while len(self.unapplied) > 1 and sum(size for _, size in self.unapplied) > self.zero.reduce_bucket:
+            for life in self.unapplied.pop(0)[0]:
+                life.died = moment + 1
 
     def _stock(self) -> None:
         """DeepSpeed's stage_1_and_2.py, contiguous_gradients."""

@@ -46,14 +46,23 @@ def make_plan(settings: RunSettings) -> Plan:
         UserError: the first thing found that is not fit for a run.
     """
     import torch
+    from deepspeed.accelerator import get_accelerator
 
     from toolkit import config as configs
     from toolkit import data, models
+    from toolkit.models.build import skeleton
 
     for plugin in settings.plugins:
         import_plugin(plugin)
     config = configs.apply_overrides(configs.load_config(settings.config), settings.overrides)
     configs.validate(config, origin=settings.config)
+    model_config, preset = models.load_config(settings.model)
+    config = configs.settle(
+        config,
+        lambda: configs.Shape.of(skeleton(model_config)),
+        on_gpu=get_accelerator().device_name() != "cpu",
+        world_size=ranks.world_size(),
+    )
     config, batch, remarks = merge_flags(config, settings, ranks.world_size())
     configs.validate(config, origin=settings.config, world_size=ranks.world_size())
     dtype = _dtype(config)
@@ -62,7 +71,6 @@ def make_plan(settings: RunSettings) -> Plan:
     folder = settings.run_dir or run_of(settings) or run_folder.default_folder(settings.model, settings.config)
     run_folder.check_free(folder, resuming=settings.resume != NONE)
 
-    model_config, preset = models.load_config(settings.model)
     name = settings.tokenizer or (preset.tokenizer if preset is not None else settings.model)
     tokenizer = data.load_tokenizer(name)
     if len(tokenizer) > model_config.vocab_size:

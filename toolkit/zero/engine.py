@@ -14,6 +14,7 @@ import deepspeed
 import deepspeed.runtime.engine as ds_engine
 import deepspeed.runtime.zero.stage3 as ds_stage3
 import torch
+from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
@@ -95,6 +96,7 @@ def register() -> None:
         return _build(rule, self, model_parameters)
 
     def configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        _settle(self)
         # Stage 0 in bf16 steps once on zero gradients when it starts.
         with RuleOptimizer.allocating():
             configure(self, client_optimizer, model_parameters)
@@ -149,6 +151,21 @@ def _build(rule: type[RuleOptimizer], engine: Any, model_parameters: Any) -> Rul
     return rule(param_groups(engine.module, model_parameters), **params)
 
 
+def _settle(engine: Any) -> None:
+    """Put numbers where the JSON's `zero_optimization` says "auto", which DeepSpeed takes for its own defaults."""
+    from toolkit.config.automatic import Shape, automatic, settle
+
+    given = engine._config._param_dict
+    settled = settle(
+        given,
+        lambda: Shape.of(engine.module),
+        on_gpu=engine.device.type != "cpu",
+        world_size=dist.get_world_size(),
+    )
+    for key in automatic(given):
+        setattr(engine._config.zero_config, key.removeprefix("stage3_"), settled["zero_optimization"][key])
+
+
 def _finish(engine: Any) -> None:
     if engine.zero_optimization_partition_weights():
         partition.check_stage_3(engine.optimizer)
@@ -163,6 +180,10 @@ def _finish(engine: Any) -> None:
         )
     if engine.zero_optimization_partition_weights():
         partition.zero_padding(engine.optimizer)
+    # It makes the host wait for the device twice a micro-batch.
+    timer = engine._config.timers_config
+    if "synchronized" not in timer.model_fields_set:
+        timer.synchronized = False
 
 
 class _LossScale:

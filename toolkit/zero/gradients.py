@@ -9,12 +9,15 @@ keeps the gradient that autograd made.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 NORM_CHUNK = 2**17
 """Elements at a time that a norm is taken of on a CPU, where a wider type is a copy."""
@@ -112,20 +115,24 @@ class Reducer:
         rank = dist.get_rank(process_group)
         mine: list[Piece] = []
         works, buffers, shared = [], [], False
-        for owner, pieces in by_owner.items():
-            parts = [piece.gradient for piece in pieces]
-            buffer = parts[0] if len(parts) == 1 else torch.cat(parts)
-            buffer = buffer.div_(self.divisor).to(self.dtype)
-            root = dist.get_global_rank(process_group, owner)
-            works.append(dist.reduce(buffer, root, group=process_group, async_op=self.overlap))
-            if self.overlap:
-                buffers.append(buffer)
-            if owner == rank:
-                mine = pieces
-                # A view of a whole gradient would keep the parts of other ranks alive.
-                shared = buffer.untyped_storage().nbytes() > buffer.numel() * buffer.element_size()
-                for piece, part in zip(pieces, buffer.split([part.numel() for part in parts]), strict=True):
-                    piece.gradient = part
+        with _together(process_group, bucket[0][1].device) as grouped:
+            for owner, pieces in by_owner.items():
+                parts = [piece.gradient for piece in pieces]
+                buffer = parts[0] if len(parts) == 1 else torch.cat(parts)
+                buffer = buffer.div_(self.divisor).to(self.dtype)
+                root = dist.get_global_rank(process_group, owner)
+                waits = self.overlap or grouped is not None
+                works.append(dist.reduce(buffer, root, group=process_group, async_op=waits))
+                if waits:
+                    buffers.append(buffer)
+                if owner == rank:
+                    mine = pieces
+                    # A view of a whole gradient would keep the parts of other ranks alive.
+                    shared = buffer.untyped_storage().nbytes() > buffer.numel() * buffer.element_size()
+                    for piece, part in zip(pieces, buffer.split([part.numel() for part in parts]), strict=True):
+                        piece.gradient = part
+        if grouped is not None:
+            works = grouped.works
 
         def finish() -> None:
             if shared:
@@ -148,17 +155,63 @@ class Reducer:
             finish()
 
 
-def squared_norm(tensors: Sequence[Tensor], device: torch.device | str) -> Tensor:
-    """The sum of the squares of all elements, fp64, 0-d, on `device`; no wider copy of a tensor is made."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for tensor in tensors:
-        # Summed where the tensor lies: a transfer for each chunk would take longer than the sums.
-        square = torch.zeros((), dtype=torch.float64, device=tensor.device)
-        size = NORM_CHUNK if tensor.device.type == "cpu" else max(tensor.numel(), 1)
-        for chunk in tensor.reshape(-1).split(size):
+def _together(process_group: Any, device: torch.device) -> AbstractContextManager[Any]:
+    """What is called inside starts as one, if the backend can (NCCL can); as gloo cannot, it yields None there."""
+    if not process_group._get_backend(device).supports_coalescing:
+        return nullcontext()
+    return _coalescing_manager(process_group, device, async_ops=True)
+
+
+def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of each tensor's elements, fp64 [n]; they lie on one device, and so does the result.
+
+    No wider copy of a tensor is made.
+    """
+    if not tensors[0].is_cpu:
+        norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)  # a few kernels for all of them
+        return torch.stack(norms).double().square()
+    squares = torch.zeros(len(tensors), dtype=torch.float64)
+    for square, tensor in zip(squares, tensors, strict=True):
+        for chunk in tensor.reshape(-1).split(NORM_CHUNK):
             square += torch.linalg.vector_norm(chunk, dtype=torch.float32).double() ** 2
-        total += square.to(total.device)
+    return squares
+
+
+def squared_norm(tensors: Sequence[Tensor], device: torch.device | str) -> Tensor:
+    """The sum of the squares of all elements, fp64, 0-d, on `device`, wherever the tensors lie."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    here = [tensor for tensor in tensors if tensor.is_cpu]
+    if here:
+        # One after the other: the order in which `sum` adds depends on the machine.
+        squares = torch.zeros((), dtype=torch.float64)
+        for square in squared_norms(here):
+            squares += square
+        total += squares.to(device, non_blocking=True)
+    if len(here) < len(tensors):
+        total += squared_norms([tensor for tensor in tensors if not tensor.is_cpu]).sum()
     return total
+
+
+class HostCopy:
+    """A few numbers on their way from a device to the host.
+
+    The copy is queued behind what the device has to do so far; `wait` waits for that and for nothing that is queued
+    later. On a CPU the tensor is the copy.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy, self._arrived = tensor, None
+        if not tensor.is_cpu:
+            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor, non_blocking=True)
+            self._arrived = get_accelerator().Event()
+            self._arrived.record()
+
+    def wait(self) -> Tensor:
+        """The numbers, on the host. Without offload, ZeRO's step makes the host wait for the device nowhere else."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy
 
 
 def clip_scale(norm: Tensor, clip: float, loss_scale: float) -> Tensor:

@@ -84,6 +84,7 @@ def gradients(engine: Any) -> Iterator[Named]:
     for attribute in (
         "_held",
         "_local",
+        "_unapplied",
         "_host_gradients",
         "averaged_gradients",
         "all_grad_tensors",

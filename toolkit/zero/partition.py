@@ -13,7 +13,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import deepspeed.runtime.config as ds_config
 import deepspeed.runtime.engine as ds_engine
+import deepspeed.runtime.zero.parameter_offload as ds_offload
 import deepspeed.runtime.zero.partition_parameters as ds_parameters
 import deepspeed.runtime.zero.stage3 as ds_stage3
 import torch
@@ -75,31 +77,36 @@ def _reduce_scatter_whole_blocks(tensors: list[Tensor], group: Any = None) -> li
     )
 
 
-def _no_gather_whole_blocks(params: Iterable[Any]) -> Any:
+def _no_gather_on_stream(params: Iterable[Any]) -> Any:
     """partition_parameters._no_gather_coalesced, where one rank holds the parameter and its padding."""
-    padded = list(params)
-    if all(param.ds_tensor.numel() == param.ds_numel for param in padded):
-        return _no_gather(padded)
-    return _LocalHandle(padded)
+    held = list(params)
+    if any(hasattr(param.ds_tensor, "ds_quant_scale") for param in held):
+        return _no_gather(held)
+    return _LocalHandle(held)
 
 
 class _LocalHandle:
-    """partition_parameters.NoGatherCoalescedHandle, less the padding."""
+    """partition_parameters.NoGatherCoalescedHandle, less the padding, and without the host waiting for the copies."""
 
     def __init__(self, params: list[Any]) -> None:
         self._params = params
-        device = ds_parameters.get_accelerator().current_device_name()
+        device = ds_parameters.get_accelerator()
         for param in params:
             assert param.ds_status == ds_parameters.ZeroParamStatus.NOT_AVAILABLE, param.ds_summary()
             param.ds_status = ds_parameters.ZeroParamStatus.INFLIGHT
-            local = param.ds_tensor.data.to(device=device, non_blocking=True)
+            local = param.ds_tensor.data.to(device=device.current_device_name(), non_blocking=True)
             param.data = local.narrow(0, 0, param.ds_numel).view(param.ds_shape)
+        self._copied = None if device.is_synchronized_device() else device.Event()
+        if self._copied is not None:
+            self._copied.record()
 
     def wait(self, **_: Any) -> None:
-        if not ds_parameters.get_accelerator().resolves_data_dependency():
-            ds_parameters.get_accelerator().current_stream().synchronize()
+        # Several parameters share a handle: by the time of a later one's use an earlier one may be released.
+        if self._copied is not None:
+            ds_parameters.get_accelerator().current_stream().wait_event(self._copied)
         for param in self._params:
             param.ds_status = ds_parameters.ZeroParamStatus.AVAILABLE
+        self._params = []
 
 
 # What `stage12.py` and `stage3.py` override, call or read.
@@ -118,14 +125,16 @@ _FIELDS_1_AND_2 = (
 )
 _METHODS_3 = (
     "_configure_master_weights _create_fp32_partitions initialize_optimizer_states _get_norm_groups _pre_step "
-    "_offload_grad_partition_at_boundary _get_fp32_grad_state_partition get_fp32_grad_partitions _post_step "
-    "_partition_all_parameters _loss_scale_update_and_overflow_cleanup _restore_from_bit16_weights "
+    "_offload_grad_partition_at_boundary _get_fp32_grad_state_partition get_fp32_grad_partitions "
+    "independent_gradient_partition_epilogue invalidate_secondary_tensor _partition_all_parameters "
+    "_loss_scale_update_and_overflow_cleanup _restore_from_bit16_weights "
     "_reassign_or_swap_out_partitioned_parameters _get_param_partition_rank _get_param_partition_group"
 )
 _FIELDS_3 = (
     "fp16_groups fp32_partitioned_groups_flat fp16_partitioned_groups_flat sub_group_to_group_id grad_position "
     "grad_partitions_flat_buffer __param_id_to_grad_partition _offload_boundary_param_ids sub_group_process_groups "
-    "fp16_partitioned_groups unflatten"
+    "fp16_partitioned_groups unflatten params_already_reduced ipg_buckets persistent_parameters parameter_offload "
+    "reduce_and_partition_stream _epilogue_ran_this_backward __reduce_and_partition_ipg_grads"
 )
 # What `checkpoint.py` replaces or sets while it saves and loads.
 _METHODS_ENGINE = "save_checkpoint _save_checkpoint _save_zero_checkpoint _copy_recovery_script"
@@ -144,6 +153,10 @@ def incompatibilities() -> list[str]:
     checks = {
         "runtime.engine.DeepSpeedZeroOptimizer": hasattr(ds_engine, "DeepSpeedZeroOptimizer"),
         "DeepSpeedEngine._configure_basic_optimizer": hasattr(ds_engine.DeepSpeedEngine, "_configure_basic_optimizer"),
+        "DeepSpeedConfig._param_dict, zero_config, timers_config": all(
+            f"self.{name} = " in inspect.getsource(ds_config)
+            for name in ("_param_dict", "zero_config", "timers_config")
+        ),
         "DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned(tensor_list, alignment, ...)": (
             list(inspect.signature(DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned).parameters)[1:3]
             == ["tensor_list", "alignment"]
@@ -156,6 +169,7 @@ def incompatibilities() -> list[str]:
             list(inspect.signature(_allgather).parameters) == ["input_tensor", "output_tensor", "group"]
         ),
         "partition_parameters._no_gather_coalesced(params)": hasattr(ds_parameters, "_no_gather_coalesced"),
+        "DeepSpeedZeRoOffload.__allgather_stream": "self.__allgather_stream = " in inspect.getsource(ds_offload),
         "stage3.reduce_scatter_coalesced(tensors, group)": (
             "reduce_scatter_coalesced(full_grads_for_rank, process_group)" in inspect.getsource(ds_stage3)
         ),
@@ -176,7 +190,7 @@ def install() -> None:
     """
     ds_parameters.Init._padding_size = _padding_size
     ds_parameters._dist_allgather_fn = _allgather_whole_blocks
-    ds_parameters._no_gather_coalesced = _no_gather_whole_blocks
+    ds_parameters._no_gather_coalesced = _no_gather_on_stream
     ds_stage3.reduce_scatter_coalesced = _reduce_scatter_whole_blocks
 
 

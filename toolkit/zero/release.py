@@ -10,11 +10,16 @@ scaled by the smallest of
 The last one bounds what a sudden spike can do, the second follows the usual size of gradients. A gradient that is not
 finite, and all that come after it in that step, are not applied, and the step counts as skipped; what was applied
 before stays.
+
+The host decides that, and a device would stand still if the host waited for each norm as soon as it is asked for. So
+on a device up to a bucket of gradients waits for their norms, with the backward pass queued behind them.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,11 +32,24 @@ from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.sweep import Sweep
 from toolkit.state.codecs import BLOCK
-from toolkit.zero.gradients import Piece, squared_norm
+from toolkit.zero.gradients import HostCopy, Piece, squared_norms
 from toolkit.zero.stage12 import LeanZeroOptimizer, gather_weights
 
 RELEASED_NORM = "released_norm"
 """Key in the first parameter group of the norm that the next step is clipped by; checkpoints keep it."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A bucket on its way: this rank's pieces, and the squared norm of the whole gradient of each of `params`, fp64."""
+
+    params: Sequence[Tensor]
+    pieces: list[Piece]
+    squares: HostCopy
+
+    @property
+    def elements(self) -> int:
+        return sum(piece.gradient.numel() for piece in self.pieces)
 
 
 class ReleasingZeroOptimizer(LeanZeroOptimizer):
@@ -45,6 +63,7 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
         refusal = _refusal(self)
         if refusal:
             raise UserError(f"optimizer.params.release_gradients {refusal}")
+        self._delays = not get_accelerator().is_synchronized_device()
         self._whole = [all(param.numel() % BLOCK == 0 for param in params) for params in self.bit16_groups]
         self._start()
 
@@ -60,9 +79,9 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
         self._squares = 0.0
         self._broken = False
         self._sweeps: dict[int, Sweep] = {}
+        self._measured: deque[_Measured] = deque()
 
     def _deliver(self, params: Sequence[Tensor], pieces: list[Piece]) -> None:
-        norms = self._norms(params, pieces)
         for param in params:
             if id(param) in self._seen:
                 raise UserError(
@@ -71,10 +90,36 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
                     "several backward passes in a step); leave it out"
                 )
             self._seen.add(id(param))
+        self._measured.append(_Measured(params, pieces, HostCopy(self._squared_norms(params, pieces))))
+        if not self._delays:
+            self._apply()
+        while len(self._measured) > 1 and sum(bucket.elements for bucket in self._measured) > self.reduce_bucket_size:
+            self._apply()
+
+    def _squared_norms(self, params: Sequence[Tensor], pieces: list[Piece]) -> Tensor:
+        """Of the whole gradient of each parameter, fp64, the same on every rank."""
+        mine = {}
+        if pieces:  # of a parameter a rank has one piece, or none
+            squares = squared_norms([piece.gradient for piece in pieces])
+            mine = {id(piece.param): square for piece, square in zip(pieces, squares, strict=True)}
+        nothing = torch.zeros((), dtype=torch.float64, device=get_accelerator().current_device_name())
+        squares = torch.stack([mine.get(id(param), nothing) for param in params])
+        dist.all_reduce(squares, group=self.dp_process_group)
+        return squares
+
+    @property
+    def _unapplied(self) -> list[Tensor]:
+        """Gradients that wait for their norms, for the memory ledger."""
+        return [piece.gradient for bucket in self._measured for piece in bucket.pieces]
+
+    def _apply(self) -> None:
+        """Use the gradients that wait longest."""
+        bucket = self._measured.popleft()
+        norms = dict(zip(map(id, bucket.params), bucket.squares.wait().sqrt().tolist(), strict=True))
         self._squares += sum(norm**2 for norm in norms.values())
         self._broken |= not all(norm < float("inf") for norm in norms.values())
         waiting = []
-        for piece in pieces:
+        for piece in bucket.pieces:
             if self._broken:
                 continue
             if not self._whole[piece.group]:
@@ -83,17 +128,7 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
             known = [norms[id(piece.param)]] + ([self._previous_norm] if self._previous_norm is not None else [])
             self._begun(piece.group).apply(piece.offset, piece.gradient, self._factor(*known))
             piece.gradient = piece.gradient[:0]
-        super()._deliver(params, waiting)
-
-    def _norms(self, params: Sequence[Tensor], pieces: list[Piece]) -> dict[int, float]:
-        """The norm of the whole gradient of each parameter, the same on every rank."""
-        device = get_accelerator().current_device_name()
-        parts: dict[int, list[Tensor]] = {id(param): [] for param in params}
-        for piece in pieces:
-            parts[id(piece.param)].append(piece.gradient)
-        squares = torch.stack([squared_norm(part, device) for part in parts.values()])
-        dist.all_reduce(squares, group=self.dp_process_group)
-        return dict(zip(parts, squares.sqrt().tolist(), strict=True))
+        super()._deliver(bucket.params, waiting)
 
     def _factor(self, *norms: float) -> Tensor:
         """What a gradient is multiplied with, so that none of `norms` exceeds the clip."""
@@ -116,6 +151,8 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
     def step(self, closure: Any = None) -> None:
         """Update what waited, and gather the weights."""
         self.micro_step_id = INITIAL_MICRO_STEP_ID
+        while self._measured:
+            self._apply()
         norm = self._squares**0.5
         self.overflow = self._broken
         self._global_grad_norm = torch.tensor(float("inf") if self._broken else norm)

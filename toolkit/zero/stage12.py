@@ -23,7 +23,7 @@ from torch import Tensor
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.sweep import Sweep
 from toolkit.state.codecs import BLOCK
-from toolkit.zero.gradients import Piece, Reducer, Slice, clip_scale, slices, squared_norm
+from toolkit.zero.gradients import HostCopy, Piece, Reducer, Slice, clip_scale, slices, squared_norm
 
 logger = logging.getLogger("toolkit")
 
@@ -37,8 +37,12 @@ def gather_weights(zero: DeepSpeedZeroOptimizer) -> None:
         start_alignment_factor=zero.nccl_start_alignment_factor,
         allgather_bucket_size=zero.allgather_bucket_size,
     )
-    for i in range(len(zero.bit16_groups)):
-        zero._update_model_bit16_weights(i)
+    for i, flat in enumerate(zero.bit16_groups_flat):
+        # Parameters are views of `flat` already, and binding them anew takes the host longer than looking.
+        start, width = flat.data_ptr(), flat.element_size()
+        placed = zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True)
+        if any(param.data_ptr() != start + offset * width for param, offset in placed if param.numel()):
+            zero._update_model_bit16_weights(i)
 
 
 class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -196,7 +200,7 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
                 gradient = piece.gradient.to(host.dtype)
                 if piece.offset in held:
                     # Added on the device: a CPU takes longer for it than the transfers.
-                    gradient = gradient + host.to(gradient.device)
+                    gradient = gradient + host.to(gradient.device, non_blocking=True)
                 host.copy_(gradient, non_blocking=True)
                 held[piece.offset] = host
             elif piece.offset in held:
@@ -244,16 +248,21 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
             get_accelerator().current_stream().synchronize()  # gradients are still on their way to the host
         norm = self._scaled_norm()
         scale_before = self.loss_scale
-        self.overflow = norm is not None and self._must_be_finite() and is_invalid_grad_norm(norm)
+        known = norm if norm is not None else torch.zeros(())
+        if self._must_be_finite() or self.cpu_offload:
+            # The host decides whether the step is queued at all: on the device, to leave weights and state as they
+            # are would be one more select for each number that the step writes.
+            known = HostCopy(known).wait()
+        self.overflow = norm is not None and self._must_be_finite() and is_invalid_grad_norm(known)
         self._update_scale(self.overflow)
         if self.overflow:
             self._global_grad_norm = float("inf") if self.compute_grad_norm else None
             self.zero_grad()
             return
-        self._global_grad_norm = norm / scale_before if self.compute_grad_norm and norm is not None else None
+        self._global_grad_norm = known / scale_before if self.compute_grad_norm and norm is not None else None
         clip = self.clip_grad if norm is not None else 0.0
-        known = norm if norm is not None else torch.zeros((), device=get_accelerator().current_device_name())
-        scale = clip_scale(known, clip, scale_before).to(self.single_partition_of_fp32_groups[0].device)
+        device = self.single_partition_of_fp32_groups[0].device
+        scale = clip_scale(known, clip, scale_before).to(device, non_blocking=True)
         for i in range(len(self.bit16_groups)):
             self._step_group(i, scale)
         gather_weights(self)

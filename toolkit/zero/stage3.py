@@ -3,6 +3,10 @@
 DeepSpeed 0.19.8 (stage3.py) means to let the optimizer work on this rank's shards of the model where both have one
 dtype, and compares a device with its name, so that it never does. Its step flattens and casts the gradients of one
 sub-group after the other; they lie in one flat buffer in just that order, so here they are used where they are.
+
+Three streams of the device touch the same memory: the current one computes and steps, a second gathers weights ahead of
+their use, a third reduces gradients. DeepSpeed orders them by making the host wait for the device, after each backward
+pass and, by accident, in the step. Here the streams wait for each other, and the host only where it needs a number.
 """
 
 from __future__ import annotations
@@ -12,14 +16,16 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import OPTIMIZER_STEP_TIMER, DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
 from toolkit.state.codecs import BLOCK
-from toolkit.zero.gradients import clip_scale, squared_norm
+from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm
 
 
 class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
@@ -35,6 +41,13 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         super().__init__(module, init_optimizer, *args, **kwargs)
         if self.swap_optimizer:
             raise UserError(f"{type(init_optimizer).__name__}'s state cannot be offloaded to NVMe; use the CPU")
+        self._gathers = self.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+        if not get_accelerator().is_synchronized_device():
+            stream = self._gathers  # and not `self`, which the model would keep alive
+            # Whatever has written shards, a step or a user, has done so on the current stream.
+            module.register_forward_pre_hook(
+                lambda *_: stream.wait_stream(get_accelerator().current_stream()), prepend=True
+            )
         # Where each parameter's blocks begin in its parameter group, which no sharding changes.
         self._first_block: dict[int, int] = {}
         blocks: dict[int, int] = {}
@@ -63,6 +76,17 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
     def _offload_grad_partition_at_boundary(self, *args: Any) -> None:
         """The gradient is on the host already."""
 
+    def independent_gradient_partition_epilogue(self) -> None:
+        """The end of a backward pass: reduce what waits, and let what follows wait for the reductions."""
+        for dtype in sort_dtypes(self.ipg_buckets.keys()):
+            self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
+        _wait_for(self.reduce_and_partition_stream)
+        if self.offload_optimizer:
+            _host_waits()  # gradients are on their way to the host, which reads them next
+        for param_id in self.params_already_reduced:
+            self.params_already_reduced[param_id] = False
+        self._epilogue_ran_this_backward = True
+
     def _get_fp32_grad_state_partition(self, param: Any, release_swap_buffers: bool) -> tuple[Tensor, int]:
         return self._gradient_of(param), self.grad_position[self.get_param_id(param)][0]
 
@@ -79,6 +103,7 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Norm, clipping, update of this rank's shards. A step with gradients that are not finite is skipped."""
+        _wait_for(self._gathers)  # which reads shards that the step writes
         reduced = set(self._offload_boundary_param_ids)
         self._pre_step()
         self._partition_all_parameters()
@@ -86,22 +111,34 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
             for param in params:
                 if param.ds_id not in reduced:  # no part in this step; what is there is an earlier step's
                     self._gradient_of(param).zero_()
-        norm = self._scaled_norm()
+        known = HostCopy(self._scaled_norm()).wait()
         scale_before = self.loss_scale
-        self.overflow = is_invalid_grad_norm(norm)
+        self.overflow = is_invalid_grad_norm(known)
         if self._loss_scale_update_and_overflow_cleanup():
             return
-        self._global_grad_norm = norm / scale_before
+        self._global_grad_norm = known / scale_before
         self.timers(OPTIMIZER_STEP_TIMER).start()
         self.zero_grad(set_to_none=True)
-        scale = clip_scale(norm, self.clip_grad, scale_before).to(self.fp32_partitioned_groups_flat[0].device)
+        scale = clip_scale(known, self.clip_grad, scale_before)
+        scale = scale.to(self.fp32_partitioned_groups_flat[0].device, non_blocking=True)
         start = 0
         for i in range(len(self.fp16_groups)):
             stop = start + self.fp32_partitioned_groups_flat[i].numel()
             self._step_sub_group(i, self.grad_partitions_flat_buffer[start:stop], scale)
             start = stop
         self.timers(OPTIMIZER_STEP_TIMER).stop()
-        self._post_step({OPTIMIZER_STEP_TIMER})
+        self.invalidate_secondary_tensor()
+        self._gather_persistent()
+        self.timers.log({OPTIMIZER_STEP_TIMER})
+
+    def _gather_persistent(self) -> None:
+        """Gather the parameters that stay whole between steps.
+
+        All at once: DeepSpeed's `all_gather` takes a collective for each, and lets the host wait for the device.
+        """
+        absent = [param for param in self.persistent_parameters if param.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if absent:
+            absent[0].all_gather_coalesced(absent).wait()
 
     def _scaled_norm(self) -> Tensor:
         """Global norm of the gradients as they are, fp32, 0-d."""
@@ -141,3 +178,14 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         """Weights were put into the model from outside: what was below their last bit is no longer theirs."""
         super()._restore_from_bit16_weights()
         self.optimizer.forget_remainders()
+
+
+def _wait_for(stream: Any) -> None:
+    """Let what is queued from now on begin after what `stream` has to do so far."""
+    if not get_accelerator().is_synchronized_device():
+        get_accelerator().current_stream().wait_stream(stream)
+
+
+def _host_waits() -> None:
+    if not get_accelerator().is_synchronized_device():
+        get_accelerator().current_stream().synchronize()

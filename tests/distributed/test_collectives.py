@@ -1,0 +1,181 @@
+"""Which collectives a step takes part in, in which order, and when the host needs a number from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import launch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from toolkit.zero import gradients
+
+Results = dict[str, list[dict[str, Any]]]
+
+# ------------------------------------------------------------------------------------------------- two real ranks
+
+
+def config(stage: int, params: dict[str, Any] | None = None, **zero: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AMCS", "params": {"lr": 3e-3, "compile": False} | (params or {})},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000} | zero,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 1_000_000,
+    }
+
+
+RELEASED = {"release_gradients": True}
+CASES: dict[str, dict[str, Any]] = {
+    "stage-1": {"config": config(1)},
+    "stage-2": {"config": config(2)},
+    "stage-3": {"config": config(3), "steps": 4},  # it learns the order of modules in the first two
+    "overlap": {"config": config(2, overlap_comm=True) | {"timers": {"throughput": {"synchronized": True}}}},
+    "unchecked": {"config": config(2) | {"bf16": {"enabled": True, "check_grad_overflow": False}}},
+    "released": {"config": config(2, RELEASED)},
+    "delayed": {"config": config(2, RELEASED), "delays": True},
+    "poisoned": {"config": config(2, RELEASED), "poison_at": 1},
+    "poisoned-delayed": {"config": config(2, RELEASED), "poison_at": 1, "delays": True},
+    "plain": {"config": config(2, reduce_bucket_size="auto", overlap_comm="auto"), "plain": True, "steps": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    worker = Path(__file__).with_name("collectives_worker.py")
+    ranks = launch(tmp_path_factory.mktemp("collectives"), 2, worker, {"cases": CASES})
+    return {name: [rank[name] for rank in ranks] for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_ranks_call_the_same_collectives_in_the_same_order(runs: Results, name: str) -> None:
+    one, other = runs[name]
+    for phase in ("forward", "backward", "step"):
+        assert one[phase] == other[phase]
+
+
+def test_a_plain_deepspeed_initialize_settles_auto(runs: Results) -> None:
+    for rank in runs["plain"]:
+        assert rank["reduce_bucket_size"] == 4_194_304  # and not DeepSpeed's 5e8
+        assert not rank["overlap_comm"]
+
+
+def test_the_throughput_timer_does_not_wait_for_the_device(runs: Results) -> None:
+    assert not runs["stage-2"][0]["timer_waits"]
+    assert runs["overlap"][0]["timer_waits"]  # whose config asks for it
+
+
+def without_scalars(seen: list[str]) -> list[str]:
+    return [what for what in seen if what != "scalar"]
+
+
+# Elements by hand: five parameter groups of the small model, padded to blocks of 256 for two ranks.
+GATHERED = [f"allgather_base {n}" for n in (10_240, 15_360, 512, 32_768, 10_240)]
+REDUCED = [f"reduce {n}" for n in (5_152, 15_768, 11_056, 13_056, 18_352, 4_880)]
+
+
+def test_stages_1_and_2_reduce_a_bucket_to_each_owner_and_gather_each_group_once(runs: Results) -> None:
+    for name in ("stage-1", "stage-2", "overlap", "unchecked"):
+        found = runs[name][0]
+        assert without_scalars(found["backward"]) == REDUCED, name
+        assert without_scalars(found["step"]) == ["allreduce 1", *GATHERED], name
+
+
+def test_stage_3_gathers_what_stays_whole_in_one_collective(runs: Results) -> None:
+    found = runs["stage-3"][0]
+    assert all(what.startswith("reduce_scatter_base") for what in without_scalars(found["backward"]))
+    # One norm, one gather of all parameters below the persistence threshold (here all).
+    assert [what.split()[0] for what in without_scalars(found["step"])] == ["allreduce", "allgather_base"]
+
+
+def test_released_gradients_take_one_small_collective_a_bucket(runs: Results) -> None:
+    for name in ("released", "delayed"):
+        found = without_scalars(runs[name][0]["backward"])
+        assert [what for what in found if what.startswith("reduce ")] == REDUCED
+        assert sum(what.startswith("allreduce") for what in found) == 3
+        assert without_scalars(runs[name][0]["step"]) == GATHERED
+
+
+def test_the_host_waits_once_a_step_for_the_norm_and_for_nothing_else(runs: Results) -> None:
+    for name in ("stage-1", "stage-2", "stage-3", "overlap"):
+        found = runs[name][0]
+        assert found["waits"] == 1
+        # The host's own copy is looked at, after the norm has been reduced and before anything is stepped on.
+        assert found["step"].index("scalar") == 1 and found["step"].count("scalar") == 1, name
+        assert "scalar" not in found["backward"]
+    assert runs["unchecked"][0]["waits"] == 0
+    assert "scalar" not in runs["unchecked"][0]["step"]
+
+
+def test_waiting_for_norms_changes_no_number(runs: Results) -> None:
+    """A device applies released gradients a bucket later than a CPU."""
+    assert runs["delayed"][0]["waits"] > runs["released"][0]["waits"]
+    for at_once, later in (("released", "delayed"), ("poisoned", "poisoned-delayed")):
+        assert runs[at_once][0]["losses"] == runs[later][0]["losses"]
+        for name, weight in runs[at_once][0]["weights"].items():
+            assert torch.equal(weight, runs[later][0]["weights"][name]), name
+    assert not runs["poisoned-delayed"][0]["applied"] and runs["delayed"][0]["applied"]
+
+
+# --------------------------------------------------------------------------------- four ranks that are not there
+
+
+@pytest.fixture
+def fake_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    yield dist.group.WORLD
+    deepspeed.comm.destroy_process_group()
+    monkeypatch.setattr(deepspeed.comm.comm, "cdb", None)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("groups", [False, True])
+def test_the_reductions_of_a_bucket_are_one_call_where_the_backend_can(
+    fake_ranks: Any, monkeypatch: pytest.MonkeyPatch, groups: bool, overlap: bool
+) -> None:
+    backend = fake_ranks._get_backend(torch.device("cpu"))
+    monkeypatch.setattr(type(backend), "supports_coalescing", property(lambda _: groups))
+    calls: list[str] = []
+    manager, reduce = gradients._coalescing_manager, gradients.dist.reduce
+
+    @contextmanager
+    def watched(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        calls.append("begin")
+        with manager(*args, **kwargs) as works:
+            yield works
+        calls.append("end")
+
+    def counted(buffer: torch.Tensor, root: int, **kwargs: Any) -> Any:
+        calls.append(f"{buffer.numel()} to {root}")
+        return reduce(buffer, root, **kwargs)
+
+    monkeypatch.setattr(gradients, "_coalescing_manager", watched)
+    monkeypatch.setattr(gradients.dist, "reduce", counted)
+    params = [torch.empty(1_000) for _ in range(4)]
+    delivered: list[gradients.Piece] = []
+    reducer = gradients.Reducer(
+        deliver=lambda _, pieces: delivered.extend(pieces),
+        places={id(param): gradients.slices(0, 1_000 * i, 1_000, 1_024) for i, param in enumerate(params)},
+        process_groups=[fake_ranks],
+        divisor=4,
+        bucket_elements=2_000,
+        dtype=torch.float32,
+        overlap=overlap,
+    )
+    for param in params:
+        reducer.add(param, torch.ones(1_000))
+    reducer.flush()
+    reducer.wait()
+    first, second = ["1024 to 0", "976 to 1"], ["48 to 1", "1024 to 2", "928 to 3"]
+    expected = [*first, *second] if not groups else ["begin", *first, "end", "begin", *second, "end"]
+    assert calls == expected
+    assert [(piece.offset, piece.gradient.numel()) for piece in delivered] == [(0, 1_000), (1_000, 24)]
+    assert all(torch.equal(piece.gradient, torch.full_like(piece.gradient, 0.25)) for piece in delivered)
