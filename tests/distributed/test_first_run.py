@@ -31,8 +31,7 @@ runpy.run_path({str(LION)!r})
 def write():
     from torch._dynamo.utils import counters
 
-    found = {{"graphs": counters["stats"]["unique_graphs"], **counters["inductor"]}}
-    open(f"{{__file__}}.{{os.getpid()}}", "w").write(json.dumps(found))
+    open(f"{{__file__}}.{{os.getpid()}}", "w").write(json.dumps(counters["inductor"]))
 """
 
 # In the background process: as if the C++ compiler never came to an end.
@@ -96,8 +95,9 @@ def test_ranks_load_what_one_process_compiled(settings: list[str], tmp_path: Pat
     run = subprocess.run(command, env=cached_in(tmp_path), capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr
     found = [json.loads(path.read_text()) for path in tmp_path.glob("plugin.py.*")]
-    ranks = [one for one in found if one["graphs"]]
-    assert len(ranks) == 2 and all(one == {"graphs": 1, "fxgraph_cache_hit": 1} for one in ranks), found
+    ranks = [one for one in found if one]
+    assert len(ranks) == 2 and all(one.get("fxgraph_cache_hit") == 1 for one in ranks), found
+    assert not any("miss" in key or "bypass" in key for one in ranks for key in one), found
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record.get("compile_s", 0.0) > 0.0 for record in records] == [True, False, False]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

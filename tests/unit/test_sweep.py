@@ -98,13 +98,16 @@ def test_pieces_give_what_the_whole_gives(
     dtype: torch.dtype, state_format: str, cutting: str, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(Model(LARGE, dtype, state_format, False), [LARGE])
-    monkeypatch.setattr(step_module, "EAGER_ROWS", 100)  # the slices of the eager step are pieces, too
+    monkeypatch.setitem(step_module.EAGER_ROWS, "cpu", 100)  # the slices of the eager step are pieces, too
     assert_same(train(Model(LARGE, dtype, state_format, False), CUTTINGS[cutting]), whole)
 
 
 @layouts
-def test_compiled_pieces_give_what_the_whole_gives(dtype: torch.dtype, state_format: str) -> None:
+def test_compiled_pieces_give_what_the_whole_gives(
+    dtype: torch.dtype, state_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = train(Model(LARGE, dtype, state_format, True), [LARGE])
+    monkeypatch.setattr(step_module, "COMPILED_ROWS", 100)  # as what is too large for one call is stepped in several
     for cutting in ("odd sizes", "large then small"):
         model = Model(LARGE, dtype, state_format, True)
         assert_same(train(model, CUTTINGS[cutting]), whole)

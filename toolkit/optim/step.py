@@ -1,7 +1,7 @@
 """The optimizer step on blocks: decode -> rule -> encode, one function, compiled or eager.
 
-`torch.compile` makes it one Triton kernel on a GPU and one vectorised, threaded C++ loop on a CPU. The same
-source runs eagerly as reference and fallback. The number of blocks is dynamic: one graph serves every size.
+Inductor makes it one Triton kernel on a GPU and one vectorised, threaded C++ loop on a CPU. The same source runs
+eagerly as reference and fallback. The number of blocks is dynamic: one graph serves every size.
 
 Where a code takes 4 bits, lane i of a block shares a byte with lane i + BLOCK/2. The function then gets the halves of
 every block as tensors of their own and works on both at once, so that packing is elementwise too: written on whole
@@ -14,14 +14,14 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from types import FunctionType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from toolkit.optim.inductor import BlockStep, Launch, compile_blocks
 from toolkit.optim.layout import Layout
 from toolkit.optim.rule import Rule
 from toolkit.state.codecs import BLOCK, decode_slabs, encode_slabs, pack, unpack
@@ -29,19 +29,21 @@ from toolkit.state.weights import rounding_phase, thresholds
 
 logger = logging.getLogger("toolkit")
 
-EAGER_ROWS = 4096
-"""Blocks per slice of the eager step: bounds its fp32 temporaries to a few MB each."""
+LAUNCH = Launch()
+"""How a GPU runs the kernel of every StepFunction made from now on."""
 
 PATIENCE_SECONDS = 10.0
 """After so long the first call says that it compiles; what is in the compiler's cache takes less."""
 
-# Inductor stores an intermediate that took many operations or reads, here a full-size fp32 copy of the update
-# and one more pass over memory. Computing it again costs less: the step must stay one loop over each block.
-_NEVER_STORE: dict[str, Any] = dict.fromkeys(
-    ("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold"), 10**9
-)
+EAGER_ROWS = {"cpu": 2**12}
+"""Blocks per slice of the eager step, by kind of device. It bounds the temporaries, which take up to 56 bytes for each
+element of a slice: 59 MB on a CPU."""
 
-BlockStep = Callable[..., None]
+EAGER_ROWS_ELSEWHERE = 2**14
+"""On a GPU a slice must be worth the launches of a hundred kernels; temporaries take up to 235 MB."""
+
+COMPILED_ROWS = 2**22
+"""Blocks per call of the compiled step: their 2^30 elements have 32-bit indices, on which the kernel counts."""
 
 
 class StepFunction:
@@ -54,8 +56,9 @@ class StepFunction:
         narrow = [codec.bits for codec in layout.codecs] + ([layout.remainder.bits] if layout.remainder else [])
         self._lanes = BLOCK // 2 if 4 in narrow else BLOCK
         self.rounds = layout.remainder is not None and layout.remainder.bits < 16
-        self.eager = _block_step(rule, names, layout, self.name)
-        self._compiled: BlockStep | None = None
+        self.eager = _block_step(rule, names, layout)
+        self._launch = LAUNCH
+        self._compiled: dict[tuple[torch.device, torch.dtype, torch.dtype], BlockStep | None] = {}
         self.fallback_reason: str | None = None
 
     def __call__(
@@ -71,40 +74,50 @@ class StepFunction:
         """Update `theta` and `parts`.
 
         Args:
-            compiled: through torch.compile, where that works.
-            theta: weights, [blocks, BLOCK], blocks >= 2 (the compiler would make a special case of 1).
+            compiled: as Inductor compiles it, where that works.
+            theta: weights, [blocks, BLOCK], blocks >= 2 (the compiler counts on that).
             g: gradient, same shape, any float dtype.
             scalars: fp32 [k], in the order of `rule.scalars()`.
             scale: fp32, 0-d; multiplies the gradient.
             parts: one tensor for each of `layout.parts()`, of as many blocks.
             rounding: seed, optimizer step and number of the first block in its parameter group.
         """
-        if compiled and self.fallback_reason is None:
-            inputs = self._inputs(theta, g, parts)
-            for tensor in _flat(inputs):
-                torch._dynamo.mark_dynamic(tensor, 0)
-            patience = nullcontext() if self._compiled is not None else _patience(self.name)
-            if self._compiled is None:
-                self._compiled = torch.compile(self.eager, fullgraph=True, options=_NEVER_STORE)
+        run = self._prepare(theta, g, scalars, scale, parts) if compiled else None
+        most = COMPILED_ROWS if run else EAGER_ROWS.get(theta.device.type, EAGER_ROWS_ELSEWHERE)
+        seed, step, block = rounding
+        for rows in _slices(theta.shape[0], most):
+            inputs = self._inputs(theta[rows], g[rows], [part[rows] for part in parts])
+            phase = self._phase(theta, (seed, step, block + rows.start))
+            (run or self.eager)(*inputs, scalars, scale, phase)
+
+    def _prepare(
+        self, theta: Tensor, g: Tensor, scalars: Tensor, scale: Tensor, parts: Sequence[Tensor]
+    ) -> BlockStep | None:
+        """The step compiled for tensors like these, or None where it runs eagerly.
+
+        Nothing runs before it is compiled and loaded, so whatever fails in here, the eager step starts from untouched
+        tensors. What fails later, in a launch, may have written: that is no case for another try.
+        """
+        kind = (theta.device, theta.dtype, g.dtype)
+        if kind not in self._compiled:
             try:
-                with patience:
-                    return self._compiled(*inputs, scalars, scale, self._phase(theta, rounding))
-            except _compiler_errors() as error:
-                # Compilation fails before anything ran, so the eager step starts from untouched tensors.
+                rest = (scalars, scale, self._phase(theta, (0, 0, 0)))
+                with _patience(self.name):
+                    inputs = self._inputs(theta, g, parts)
+                    self._compiled[kind] = compile_blocks(self.eager, inputs, rest, self._launch)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the compilers below raise many kinds
+                self._compiled[kind] = None
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 self.fallback_reason = lines[0]
                 logger.warning(
                     "%s runs eagerly, with the same numbers but slower and with more temporary memory, because "
-                    "torch.compile failed: %s",
+                    "compiling it failed: %s",
                     self.name,
                     self.fallback_reason,
                 )
-        seed, step, block = rounding
-        for start in range(0, theta.shape[0], EAGER_ROWS):
-            rows = slice(start, start + EAGER_ROWS)
-            inputs = self._inputs(theta[rows], g[rows], [part[rows] for part in parts])
-            self.eager(*inputs, scalars, scale, self._phase(theta, (seed, step, block + start)))
-        return None
+        return self._compiled[kind]
 
     def _inputs(self, theta: Tensor, g: Tensor, parts: Sequence[Tensor]) -> list[list[Tensor]]:
         whole = [theta, g, *parts]
@@ -116,8 +129,11 @@ class StepFunction:
         return torch.full((), float(rounding_phase(*rounding)), device=theta.device) if self.rounds else None
 
 
-def _flat(inputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [tensor for slabs in inputs for tensor in slabs]
+def _slices(rows: int, most: int) -> list[slice]:
+    """Cuts of `rows` blocks into as few parts of `most` at most as it takes, all of about one size."""
+    count = -(-rows // most)
+    size = -(-rows // count)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 @functools.cache
@@ -126,7 +142,7 @@ def step_function(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> S
     return StepFunction(rule, names, layout)
 
 
-def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout, title: str) -> BlockStep:
+def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> BlockStep:
     codecs, remainder = layout.codecs, layout.remainder
     place = {state.name: index for index, state in enumerate(layout.states)}
     # By state, the one that its codes are relative to.
@@ -138,8 +154,6 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout, title:
     def step(*inputs: Any) -> None:
         theta, g, *parts = inputs[:-3]
         scalars, scale, phase = inputs[-3:]
-        for slab in [x for slabs in (theta, g, *parts) for x in slabs]:
-            torch._check(slab.shape[0] == theta[0].shape[0])  # one size to the compiler, too
         stored = iter(parts)
         named = dict(zip(names, scalars.unbind(), strict=True))
         held = [[next(stored) for _ in codec.parts()] for codec in codecs]
@@ -178,9 +192,7 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout, title:
         for target, new_rests in zip(low, rest_parts, strict=True):
             _write(target, [pack(new_rests)] if remainder.bits == 4 else new_rests)
 
-    # A code object of its own: the compiler counts recompilations per code object, and all rules share `step`.
-    code = step.__code__.replace(co_name="".join(c if c.isalnum() else "_" for c in title))
-    return FunctionType(code, step.__globals__, code.co_name, step.__defaults__, step.__closure__)
+    return step
 
 
 def _write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -200,10 +212,3 @@ def _patience(name: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _compiler_errors() -> tuple[type[Exception], ...]:
-    import torch._dynamo.exc as dynamo
-    import torch._inductor.exc as inductor
-
-    return (dynamo.TorchDynamoException, inductor.InvalidCxxCompiler, inductor.CppCompileError)

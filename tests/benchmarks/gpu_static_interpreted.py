@@ -1,0 +1,103 @@
+"""Run kernels that Inductor wrote for a GPU in Triton's interpreter, and set them against the eager step.
+
+    TRITON_INTERPRET=1 ATEN_CPU_CAPABILITY=default python tests/benchmarks/gpu_static_interpreted.py CASES.pickle
+
+CASES.pickle holds a list of (rule, layout, weights' dtype, kernel). Prints one JSON line for each: by stored tensor the
+number of values that differ and the largest difference, in units of the last place. With vector code ("default" turns
+it off) eager square roots may be off in the last place, and codes with them.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from absent_gpu import IMPORTS, Kernel, load, step_arguments
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from toolkit.optim.layout import Layout
+from toolkit.optim.rule import Rule
+
+ROWS = 6
+
+# Triton's interpreter has no functions of the device's library.
+_SHIM = (
+    "@triton.jit",
+    "def _floor(x):",
+    "    return tl.floor(x)",
+    "@triton.jit",
+    "def _trunc(x):",
+    "    return tl.where(x < 0, tl.ceil(x), tl.floor(x))",
+    "class libdevice:",
+    "    floor, trunc = _floor, _trunc",
+    "",
+)
+
+
+def compare(rule: type[Rule], kept: Layout, dtype: torch.dtype, kernel: Kernel, folder: Path) -> dict[str, Any]:
+    """Two steps eagerly, the third both ways."""
+    generator = torch.Generator().manual_seed(0)
+    function, inputs, rest = step_arguments(rule, kept, dtype, ROWS, "cpu")
+    made = rule(total_steps=10) if "total_steps" in rule.model_fields else rule()
+    _, others, _ = step_arguments(rule, kept, dtype, ROWS, "cpu")
+    for x in inputs[0]:
+        x.copy_(torch.randn(x.shape, generator=generator))
+    for step in (1, 2, 3):
+        for x in inputs[1]:
+            x.copy_(torch.randn(x.shape, generator=generator) ** 3 * 1e-2)
+        rest[0] = torch.tensor(list(made.scalars(step).values()))
+        rest[2] = function._phase(inputs[0][0], (1, step, 5))
+        if step == 3:
+            for slabs, copies in zip(inputs, others, strict=True):
+                for x, copied in zip(slabs, copies, strict=True):
+                    copied.copy_(x)
+        function.eager(*inputs, *rest)
+    run(kernel, pytree.arg_tree_leaves(*others, *rest), folder)
+    names = ["weights", "gradient", *(key for key, _ in kept.parts())]
+    found: dict[str, Any] = {}
+    for name, eager, other in zip(names, inputs, others, strict=True):
+        a, b = (torch.cat(slabs, dim=1) for slabs in (eager, other))
+        apart = (_whole(a) - _whole(b)).abs()
+        found[name] = [int((apart > 0).sum()), int(apart.max())]
+    return found
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Numbers in the order of their floats, so that neighbours are 1 apart."""
+    if x.is_floating_point():
+        bits = x.view(torch.int16 if x.element_size() == 2 else torch.int32).long()
+        top = 1 << (8 * x.element_size() - 1)
+        return torch.where(bits < 0, -(bits + top), bits)
+    return x.long()
+
+
+def run(kernel: Kernel, flat: list[Tensor], folder: Path) -> None:
+    """Call the kernel on `flat`, the flat arguments of the step, in place."""
+    function = load(kernel, folder, [*IMPORTS, *_SHIM])
+    rows, by_block = flat[0].shape[0], "r0_numel" in kernel.signature
+    sizes = {"r0_numel": flat[0].shape[1], "xnumel": rows if by_block else flat[0].numel()}
+    names = [name for name in kernel.signature if name != "XBLOCK"]
+    values = [
+        flat[int(passed.split("_")[0].removeprefix("arg"))] if passed.startswith("arg") else sizes[name]
+        for name, passed in zip(names, kernel.arguments, strict=True)
+    ]
+    block = kernel.launch["XBLOCK"]
+    constants = {"XBLOCK": block} if "XBLOCK" in function.arg_names else {}
+    function[(-(-sizes["xnumel"] // block),)](*values, **constants)
+
+
+def main() -> None:
+    with open(sys.argv[1], "rb") as file, tempfile.TemporaryDirectory() as folder:
+        for rule, kept, dtype, kernel in pickle.load(file):
+            print(json.dumps(compare(rule, kept, dtype, kernel, Path(folder))), flush=True)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -1,0 +1,97 @@
+"""The optimizer step's GPU code, proven without a GPU: what Inductor writes and Triton makes of it, and its numbers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from absent_gpu import Source, machine_code, write  # noqa: E402
+from gpu_static import Case, shipped  # noqa: E402
+
+from toolkit.optim import AMCSRule, SOAMRule  # noqa: E402
+from toolkit.optim.amcs import AMCSSingleRule  # noqa: E402
+from toolkit.optim.inductor import Launch  # noqa: E402
+
+FEW = [
+    Case(AMCSRule, "8bit", "bf16+8"),
+    Case(AMCSRule, "compact", "bf16+4"),
+    Case(AMCSRule, "minimal", "bf16+16"),
+    Case(AMCSRule, "4bit", "fp32"),
+    Case(AMCSSingleRule, "8bit", "fp32"),
+    Case(SOAMRule, "minimal", "bf16+4"),
+    Case(SOAMRule, "fp32", "bf16+16"),
+]
+"""Every rule, format and way of keeping weights at least once; the whole product takes minutes."""
+
+written = functools.cache(lambda case: write(case.rule, case.layout, case.dtype, Launch()))
+
+
+def check(case: Case) -> None:
+    source: Source = written(case)
+    [kernel] = source.kernels
+    assert source.intermediates == 0
+    scaled = any(codec.scaled for codec in case.layout.codecs)
+    chosen = Launch()
+    block, warps = (chosen.rows, chosen.warps[0]) if scaled else (chosen.elements, chosen.warps[1])
+    assert (kernel.launch["XBLOCK"], kernel.launch["num_warps"]) == (block, warps)
+    # 32-bit indices: StepFunction sees to it that no call needs more.
+    assert kernel.signature["xnumel"] == "i32" and "tl.int64" not in kernel.text.split("tmp0 =")[0]
+    names = list(kernel.signature)
+    for number, name in enumerate(kernel.arguments):
+        if name.startswith("arg"):
+            is_scale = name in scales(case)
+            assert (number in kernel.aligned) != is_scale, f"{names[number]}: a scale may begin at any address"
+    code = machine_code(kernel)
+    assert code.spilled == code.stack == 0
+    assert code.registers <= 128, "a quarter of the warps that a multiprocessor can hold"
+
+
+def scales(case: Case) -> set[str]:
+    """The step's flat arguments that are scales, by the names that Inductor gives arguments."""
+    from absent_gpu import step_arguments
+
+    _, inputs, _ = step_arguments(case.rule, case.layout, case.dtype, 4, "cpu")
+    flat = [x for slabs in inputs for x in slabs]
+    return {f"arg{number}_1" for number, x in enumerate(flat) if x.shape[1] == 1}
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_a_step_is_one_kernel_without_intermediates_and_spills(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(shipped()), ids=str)
+def test_so_is_every_step_that_is_shipped(case: Case) -> None:
+    check(case)
+
+
+def test_the_kernel_gives_the_eager_numbers(tmp_path: Path) -> None:
+    """In Triton's interpreter: the same codes, weights to the last place."""
+    file = tmp_path / "cases.pickle"
+    cases = [(case.rule, case.layout, case.dtype, written(case).kernels[0]) for case in FEW]
+    file.write_bytes(pickle.dumps(cases))
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu_static_interpreted.py", file],
+        env=os.environ | {"TRITON_INTERPRET": "1", "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for case, line in zip(FEW, done.stdout.splitlines(), strict=True):
+        for name, (differ, apart) in json.loads(line).items():
+            if name.endswith(".scale") or (name == "weights" and case.weights == "fp32"):
+                assert apart <= 1, f"{case} {name}: {apart} units in the last place"
+            else:
+                assert differ == 0, f"{case} {name}: {differ} values differ"

@@ -1,0 +1,155 @@
+"""The step on blocks as Inductor compiles it: once for every number of blocks, ahead of the first call.
+
+The function is traced on tensors that have no data and whose number of blocks is a symbol, and the graph goes to
+Inductor as it is. Dynamo has no part in it: it takes where a view begins in its storage for one more size, makes a
+graph for each of several such cases, gives up after eight, and checks every tensor against its guards in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from torch._inductor.choices import InductorChoices
+
+Slabs = Sequence[Sequence[Tensor]]
+"""One list of tensors for weights, gradient and each stored part: see `toolkit.optim.step`."""
+
+BlockStep = Callable[..., None]
+
+_OPTIONS: dict[str, Any] = {
+    # Inductor stores an intermediate that took many operations or reads, here a full-size fp32 copy of the update
+    # and one more pass over memory. Computing it again costs less: the step must stay one loop over each block.
+    **dict.fromkeys(("realize_opcount_threshold", "realize_reads_threshold", "realize_acc_reads_threshold"), 10**9),
+    # It is one kernel. The default is a pool of up to 32 processes beside every rank.
+    "compile_threads": 1,
+}
+
+_SIZE = 2**14
+"""Blocks that the compiler takes for typical, where it asks: enough for a CPU's loop to be worth threads."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a GPU runs the step's kernel, the same for every tensor.
+
+    Inductor's own choice depends on the first tensor that happens to come and, for some formats, on timings, for which
+    it copies what the kernel writes; ranks may differ in it. `docs/benchmarks/gpu-static.md` has the counts behind
+    these numbers, which are predictions: no GPU has timed them.
+
+    Attributes:
+        rows: blocks of 256 elements to a program, where blocks have scales (XBLOCK). Not 1: torch 2.11's Inductor
+            fails to write that.
+        elements: elements to a program, where they have none (XBLOCK).
+        warps: of 32 threads to a program, in the order of the two.
+    """
+
+    rows: int = 4
+    elements: int = 512
+    warps: tuple[int, int] = (4, 4)
+
+    def __call__(self) -> InductorChoices:
+        """What Inductor asks for choices (`inductor_choices_class`); part of its cache's key."""
+        from torch._inductor.choices import InductorChoices
+        from torch._inductor.codegen.triton import FixedTritonConfig
+
+        launch = self
+
+        class Choices(InductorChoices):
+            @staticmethod
+            def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+                return True  # a block is in registers whole: Inductor would read half a block (4-bit codes) twice
+
+            def triton_kernel_kwargs(
+                self, kernel_cls: Any, features: Any, groups: Any, kernel_kwargs: dict[str, Any]
+            ) -> dict[str, Any]:
+                by_block = features.is_reduction()
+                fixed = {
+                    "XBLOCK": launch.rows if by_block else launch.elements,
+                    "num_warps": launch.warps[0 if by_block else 1],
+                    "num_stages": 1,
+                }
+                return {**kernel_kwargs, "fixed_config": FixedTritonConfig(fixed)}
+
+            def uuid(self) -> str:
+                return repr(launch)
+
+        return Choices()
+
+
+def compile_blocks(function: BlockStep, inputs: Slabs, rest: Sequence[Tensor | None], launch: Launch) -> BlockStep:
+    """`function(*inputs, *rest)` compiled for tensors of these types, strides and device and any number of blocks.
+
+    Whatever it raises, nothing has run: tensors are read for their properties only. Scales may begin at any address
+    (a slice of them does, whose first block is no multiple of four); all else is best at multiples of 16 bytes, and is
+    copied before and after where it is not.
+    """
+    import torch._inductor.config as settings
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    flat, structure = pytree.tree_flatten((*inputs, *rest))
+
+    def run(*tensors: Tensor) -> tuple[()]:
+        function(*pytree.tree_unflatten(list(tensors), structure))
+        return ()
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with torch.no_grad(), _disable_current_modes(), settings.patch(compile_threads=1):
+        tensors = _without_data(flat, mode)
+        with mode:
+            graph = make_fx(run)(*tensors)
+        compiled = _compile(graph, tensors, mode, launch if flat[0].device.type != "cpu" else None)
+
+    def call(*arguments: Any) -> None:
+        slabs, others = arguments[: len(inputs)], arguments[len(inputs) :]
+        compiled(*(x for part in slabs for x in part), *others)
+
+    return call
+
+
+def _without_data(flat: Sequence[Any], mode: Any) -> list[Any]:
+    """Stand-ins for tensors: those of two dimensions have a symbol for the first, one for all."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source = ConstantSource("blocks")
+    symbol = mode.shape_env.create_symbol(_SIZE, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    blocks = mode.shape_env.create_symintnode(symbol, hint=_SIZE, source=source)
+
+    def stand_in(x: Tensor) -> Tensor:
+        if x.dim() < 2:
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        lanes, stride = x.shape[1], x.stride(0)
+        begin = 1 if lanes == 1 else 0  # a scale: four bytes from an address that the compiler would count on
+        storage = torch.empty((blocks - 1) * stride + lanes + begin, dtype=x.dtype, device=x.device)
+        return storage.as_strided((blocks, lanes), x.stride(), begin)
+
+    with mode:
+        return [stand_in(x) if isinstance(x, Tensor) else x for x in flat]
+
+
+def _compile(graph: Any, tensors: list[Any], mode: Any, launch: Launch | None) -> BlockStep:
+    from contextlib import ExitStack
+
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.virtualized import V
+
+    options = dict(_OPTIONS)
+    with ExitStack() as stack:
+        stack.enter_context(tracing(TracingContext(mode)))
+        if launch is not None:
+            options["inductor_choices_class"] = launch
+            options["joint_graph_constant_folding"] = False  # it would run the step's constants on the device
+            stack.enter_context(V.set_choices_handler(launch()))
+        compiled: Any = compile_fx(graph, tensors, config_patches=options)
+        return compiled
