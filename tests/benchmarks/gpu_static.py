@@ -188,7 +188,7 @@ none (`toolkit.optim.inductor.Launch`).
 
 Blocks x warps to a program. From 1,024 blocks up Inductor itself takes 4 x 1 for `8bit`, whose stack is memory traffic
 that the columns do not show; for `compact` and `minimal` it reads every block twice and times configurations
-on the first tensor that comes. On a device: `tests/benchmarks/gpu_launch.py`.
+on the first tensor that comes. On a device: `tests/gpu/measure.py`.
 
 {launches}
 """
