@@ -34,8 +34,8 @@ _OPTIONS: dict[str, Any] = {
 
 _AVX2_BITS, _AVX2_TILE = 256, 32
 """Lanes at a time of vector code with 8 lanes of fp32: as many as int8 has. Inductor takes 8 or 16; then parts of
-registers are loaded by way of memory, and the load waits for the store. Measured: 0.55 to 0.75 of the time. With AVX-512,
-which loads parts under a mask, Inductor's own choice is the fastest."""
+registers are loaded by way of memory, and the load waits for the store. Measured: 0.55 to 0.75 of the time. With
+AVX-512, which loads parts under a mask, Inductor's own choice is the fastest."""
 
 _SIZE = 2**14
 """Blocks that the compiler takes for typical, where it asks: enough for a CPU's loop to be worth threads."""
