@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import numpy as np
@@ -102,6 +104,18 @@ def test_one_compilation_serves_every_size_and_place(monkeypatch: pytest.MonkeyP
         sweep.finish(torch.ones(()))
     blocks = {-(-p.numel() // BLOCK) for group in optimizer.param_groups for p in group["params"]}
     assert len(blocks) > 5 and len(compiled) == 2, "matrices, and vectors with fp32 state"
+
+
+def test_the_compiled_step_keeps_none_of_the_tensors_it_was_compiled_for() -> None:
+    step_function.cache_clear()
+    p = nn.Parameter(torch.randn(40, BLOCK))
+    p.grad = torch.randn_like(p)
+    kept = weakref.ref(p.grad.untyped_storage())
+    optimizer = SOAM([p])
+    optimizer.step()
+    p.grad = None
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_call_never_needs_64_bit_indices() -> None:

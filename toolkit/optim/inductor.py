@@ -115,8 +115,10 @@ def compile_blocks(function: BlockStep, inputs: Slabs, rest: Sequence[Tensor | N
             graph = make_fx(run)(*tensors)
         compiled = _compile(graph, tensors, mode, launch if flat[0].device.type != "cpu" else None)
 
+    count = len(inputs)  # what `call` refers to lives as long as it does: no tensors
+
     def call(*arguments: Any) -> None:
-        slabs, others = arguments[: len(inputs)], arguments[len(inputs) :]
+        slabs, others = arguments[:count], arguments[count:]
         compiled(*(x for part in slabs for x in part), *others)
 
     return call
