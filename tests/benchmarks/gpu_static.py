@@ -172,7 +172,7 @@ Rendered by `python tests/benchmarks/gpu_static.py --write docs/benchmarks/gpu-s
 assembler compiles it for compute capability 9.0, and the machine code is counted: instructions and special-function
 instructions per element, registers of a thread, bytes that it spills and has on its stack, the share of a
 multiprocessor's warps that those registers leave room for, and bytes moved per element, weights and state both ways.
-An H100 issues about {ISSUE:.0e} lane instructions and copies about {COPY:.1e} bytes a second; "of copy speed" is what
+An H100 issues about 29e12 lane instructions and copies about 3.0e12 bytes a second; "of copy speed" is what
 that allows at best. A prediction, and an upper bound.
 
 Every step is one kernel with 32-bit indices, without intermediates of the tensor's size and without spills
