@@ -122,6 +122,8 @@ def pretend() -> Iterator[None]:
 
     with ExitStack() as stack:
         patch = stack.enter_context
+        _forget()
+        stack.callback(_forget)
         for name, value in answers.items():
             patch(mock.patch(f"torch.cuda.{name}", always(value)))
             if hasattr(CudaInterface, name):
@@ -138,6 +140,15 @@ def pretend() -> Iterator[None]:
         patch(mock.patch.object(CudaInterface.Worker, "get_device_properties", always(H100())))
         patch(mock.patch.object(CudaInterface.Worker, "current_device", always(0)))
         yield
+
+
+def _forget() -> None:
+    """Let torch look again whether there is a GPU that Triton compiles for."""
+    import torch.utils._triton as answers
+
+    for answer in vars(answers).values():
+        if hasattr(answer, "cache_clear"):
+            answer.cache_clear()
 
 
 class _Written(Exception):

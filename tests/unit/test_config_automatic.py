@@ -80,7 +80,7 @@ def test_the_model_is_not_looked_at_where_nothing_is_auto(config: dict[str, Any]
 
 @pytest.mark.parametrize("name", ["qwen3-tiny", "qwen3-134m"])
 def test_the_shape_of_a_preset_is_that_of_its_layers_and_matrices(name: str) -> None:
-    found = Shape.of(blueprint(name, dtype=torch.bfloat16, on_gpu=False))
+    found = Shape.of(blueprint(name, dtype=torch.bfloat16))
     config, _ = load_model(name)
     hidden, head = config.hidden_size, config.head_dim
     attention = 2 * hidden * head * (config.num_attention_heads + config.num_key_value_heads) + 2 * head
