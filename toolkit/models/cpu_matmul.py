@@ -136,11 +136,21 @@ def _product(a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, beta: float
             target = out[rows, columns]
             if result is None:  # k is 0
                 result = torch.zeros(target.shape)
-            if alpha != 1:
-                result *= alpha
-            if base is not None:
-                result += base[rows, columns] if beta == 1 else beta * base[rows, columns].float()
-            target.copy_(result)
+            _finish(result, None if base is None else base[rows, columns], beta, alpha, target)
+
+
+def _finish(result: Tensor, base: Tensor | None, beta: float, alpha: float, target: Tensor) -> None:
+    """target <- beta base + alpha result, rounded; changes `result`, fp32."""
+    if alpha != 1:
+        result *= alpha
+    if base is not None:
+        result += base if beta == 1 else beta * base.float()
+    target.copy_(result)
+
+
+def _together(m: int, k: int, n: int) -> int:
+    """Matrices of a batch that are multiplied at a time; below two each goes by tiles of its own."""
+    return EDGE * EDGE // max(m * k, k * n, m * n, 1)
 
 
 def _batch_product(a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, beta: float, alpha: float) -> None:
@@ -148,7 +158,7 @@ def _batch_product(a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, beta:
     batch, m, k = a.shape
     n = b.shape[2]
     base = None if base is None or beta == 0 else base.expand(batch, m, n)
-    together = EDGE * EDGE // max(m * k, k * n, m * n, 1)
+    together = _together(m, k, n)
     if together < 2 or k == 0:
         for i in range(batch):
             _product(a[i], b[i], out[i], None if base is None else base[i], beta, alpha)
@@ -156,11 +166,7 @@ def _batch_product(a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, beta:
     for start in range(0, batch, together):
         some = slice(start, start + together)
         result = torch.bmm(a[some].float(), b[some].float())
-        if alpha != 1:
-            result *= alpha
-        if base is not None:
-            result += base[some] if beta == 1 else beta * base[some].float()
-        out[some].copy_(result)
+        _finish(result, None if base is None else base[some], beta, alpha, out[some])
         del result  # before the next one is made
 
 
@@ -184,7 +190,7 @@ def workspace(func: Any, args: Sequence[Any]) -> list[int]:
     if a.dim() == 3:
         batch, m, k = a.shape
         n = b.shape[2]
-        together = min(EDGE * EDGE // max(m * k, k * n, m * n, 1), batch)
+        together = min(_together(m, k, n), batch)
         if together >= 2:
             return [together * size for size in (m * k, k * n, m * n)]
     m, k, n = (min(size, EDGE) for size in (*a.shape[-2:], b.shape[-1]))

@@ -47,7 +47,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             of other types are whole by themselves. "fp32" leaves them to DeepSpeed's fp32 master weights.
         seed: of the stochastic rounding of "bf16+8" and "bf16+4".
         release_gradients: under ZeRO 1 and 2, update weights during the backward pass (`toolkit.zero`).
-        compile: run the step through torch.compile. If that fails, a warning says why and the same step runs
+        compile: run the step as Inductor compiles it. If that fails, a warning says why and the same step runs
             eagerly.
         **hyper: the fields of `rule`.
 
