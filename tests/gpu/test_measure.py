@@ -9,7 +9,6 @@ import time
 import warnings
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,6 +20,8 @@ from measuring.models import filled, random_tokens
 from measuring.parts import BY_NAME, CASES, PARTS, WEIGHTS, Check
 from measuring.record import Recorder, verdict
 from measuring.render import MISSING, page
+
+from toolkit.optim import step
 
 
 def rehearse(out: Path, *parts: str, minutes: float = 20) -> dict[str, Any]:
@@ -203,14 +204,13 @@ def test_models_are_filled_as_they_are_built() -> None:
 
 def test_launch_configurations_are_fixed() -> None:
     """What only a GPU runs, as far as it can be called without one."""
-    usual = [SimpleNamespace(kwargs={"XBLOCK": 8}, num_warps=8, num_stages=3)]
-    [made] = steps.only_configuration(lambda *_, **__: usual, 4, 1)({"x": 1}, inductor_meta={})
-    assert (made.kwargs, made.num_warps, made.num_stages) == ({"XBLOCK": 4}, 1, 1)
-    assert usual[0].kwargs == {"XBLOCK": 8}
+    usual = step.LAUNCH
     assert steps.launched() == set()
     for row in steps.LAUNCHES:
         with steps.fixed(row):
             assert steps.contender(steps.OURS) is not None
+            assert row == f"{step.LAUNCH.rows} block(s), {step.LAUNCH.warps[0]} warp(s)"
+        assert step.LAUNCH is usual
 
 
 def test_operations_that_wait_are_counted_where_they_are(tmp_path: Path) -> None:

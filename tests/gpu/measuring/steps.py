@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator
@@ -158,45 +157,23 @@ def fixed(row: str | None) -> Iterator[None]:
     with config.patch(force_disable_caches=True, compile_threads=1), contextlib.ExitStack() as stack:
         if row is not None:
             blocks, warps = (int(words.split()[0]) for words in row.split(", "))
-            launch = getattr(step, "LAUNCH", None)
-            if launch is not None:  # one for all kernels, fixed by the project itself
-                changed = dataclasses.replace(launch, rows=blocks, warps=(warps, launch.warps[1]))
-                stack.enter_context(mock.patch.object(step, "LAUNCH", changed))
-            else:
-                usual = triton_heuristics()._persistent_reduction_configs
-                only = only_configuration(usual, blocks, warps)
-                stack.enter_context(mock.patch.object(triton_heuristics(), "_persistent_reduction_configs", only))
+            changed = dataclasses.replace(step.LAUNCH, rows=blocks, warps=(warps, step.LAUNCH.warps[1]))
+            stack.enter_context(mock.patch.object(step, "LAUNCH", changed))
         yield
     forget(step.step_function)
 
 
-def triton_heuristics() -> Any:
-    from torch._inductor.runtime import triton_heuristics
-
-    return triton_heuristics
-
-
 def forget(step_function: Any) -> None:
     """Let go of everything that has been compiled."""
-    torch._dynamo.reset()
     step_function.cache_clear()
-
-
-def only_configuration(usual: Callable[..., list[Any]], blocks: int, warps: int) -> Callable[..., list[Any]]:
-    """Instead of `usual`, Inductor's configurations of a reduction that stays in registers, as the step is one."""
-
-    def configurations(*args: Any, **kwargs: Any) -> list[Any]:
-        config = copy.deepcopy(usual(*args, **kwargs)[0])
-        config.kwargs["XBLOCK"], config.num_warps, config.num_stages = blocks, warps, 1
-        return [config]
-
-    return configurations
 
 
 def launched() -> set[str]:
     """Launch configurations of the kernels that are alive."""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
     found = set()
     for thing in gc.get_objects():
-        if issubclass(type(thing), triton_heuristics().CachingAutotuner):  # not isinstance: proxies would load
+        if issubclass(type(thing), CachingAutotuner):  # not isinstance: proxies would load
             found |= {f"{launcher.config}" for launcher in getattr(thing, "launchers", ())}
     return found
