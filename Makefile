@@ -4,6 +4,8 @@ VENV ?= .venv
 # Ranks of `make train` on a machine without a GPU; with GPUs there is one rank on each.
 RANKS ?= 2
 ARGS ?=
+# Tests that `make test` runs at a time.
+WORKERS ?= 2
 
 BIN := $(abspath $(VENV))/bin
 # DeepSpeed's launcher and its just-in-time builds look for python and ninja on the PATH.
@@ -32,7 +34,7 @@ train: $(VENV)/.installed
 	fi
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+
+# `make test` runs two tests at a time; a test's threads beside another's would wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -14,6 +19,25 @@ settings.register_profile("any machine", deadline=None)  # a slow example on a b
 settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked `alone` waits until no other runs, has all cores, and none begins until it has ended."""
+    alone = item.get_closest_marker("alone") is not None
+    threads = torch.get_num_threads()
+    # Two files that every process has serve as locks: nothing is left behind.
+    with open(__file__) as door, open(REPOSITORY / "pyproject.toml") as running:
+        # Whoever waits holds the door: else tests that come one after the other would keep a lone one out.
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        if alone:
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+        try:
+            return (yield)
+        finally:
+            torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

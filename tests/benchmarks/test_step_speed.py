@@ -6,7 +6,10 @@ the others. The bounds hold on every kind of processor; docs/benchmarks has the 
 
 from __future__ import annotations
 
+import pytest
 from step_speed import contenders, measure, measure_in_turn, weight_contenders
+
+pytestmark = pytest.mark.alone
 
 RUNS = 3
 

@@ -108,6 +108,7 @@ toolkit.train._step = waiting
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("what", "status", "said"),
     [

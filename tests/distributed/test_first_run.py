@@ -91,7 +91,8 @@ def cached_in(folder: Path) -> dict[str, str]:
 
 def test_ranks_load_what_one_process_compiled(settings: list[str], tmp_path: Path) -> None:
     (tmp_path / "plugin.py").write_text(COUNTING)
-    command = deepspeed_command(2, REPOSITORY / "launch" / "train.py", *settings)
+    # With the flag, which is part of what the compiler's cache goes by.
+    command = deepspeed_command(2, REPOSITORY / "launch" / "train.py", *settings, "--deterministic")
     run = subprocess.run(command, env=cached_in(tmp_path), capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr
     found = [json.loads(path.read_text()) for path in tmp_path.glob("plugin.py.*")]

@@ -117,6 +117,7 @@ def test_every_phase_adds_up_and_the_timeline_holds_the_peak(estimator: Estimato
 
 def test_a_pass_holds_what_the_allocator_counts() -> None:
     """The rehearsal of a pass against the same pass, byte by byte, with and without checkpointing."""
+    models.cpu_matmul.install()  # as `toolkit.register` does it: the rehearsal counts on it
     for checkpointing, loss_name in ((False, "plain"), (True, "plain"), (True, "chunked")):
         settings: dict[str, Any] = {"activation_checkpointing": checkpointing, "loss": loss_name}
         rehearsed = rehearse(TINY, dtype=torch.bfloat16, micro_batch=2, seq_len=48, device="cpu", **settings)

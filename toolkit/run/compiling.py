@@ -140,6 +140,7 @@ def _order(settings: RunSettings) -> dict[str, Any] | None:
         "total_steps": settings.steps,
         "dtypes": [_DTYPES.get(weights), _DTYPES.get(gradient)],
         "device": "cpu" if on_host or accelerator is None else accelerator.type,
+        "deterministic": settings.deterministic,
     }
 
 
@@ -173,8 +174,11 @@ def _carry_out(order: Mapping[str, Any]) -> None:
 
     from toolkit.optim import COMPONENTS, find_rule
     from toolkit.optim.warm import kinds, warm
+    from toolkit.run import deterministic
     from toolkit.run.plan import import_plugin
 
+    if order["deterministic"]:  # part of the key in the compiler's cache
+        deterministic.enforce()
     for plugin in order["plugins"]:
         import_plugin(Path(plugin))
     rule = find_rule(order["optimizer"])

@@ -59,7 +59,7 @@ class RunSettings(BaseModel):
         list[Path],
         typer.Option("--plugin", help="A Python file imported first, e.g. to register a rule; repeatable."),
     ] = []
-    steps: Annotated[int, Field(gt=0), typer.Option(help="Optimizer steps.")] = 500
+    steps: Annotated[int, Field(gt=0), typer.Option(help="Optimizer steps.")] = 300
     seq_len: Annotated[int, Field(gt=0), typer.Option(help="Predictions per sequence.")] = 256
     micro_batch: Annotated[
         int | None,
