@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from test_checkpoints import COMPACT, WAYS, World, model, steps_of
 from torch import Tensor
 from typer.testing import CliRunner
 
+from toolkit.checkpoint import manifest as manifests
 from toolkit.checkpoint.commands import find
 from toolkit.checkpoint.convert import convert
 from toolkit.checkpoint.export import export
@@ -88,6 +90,37 @@ def test_an_export_has_the_loss_of_the_run(runs: World, tmp_path: Path, dtype: s
     assert len(AutoTokenizer.from_pretrained(tmp_path / "hf")) == 4096
     with pytest.raises(UserError, match="holds a model already"):
         export(source, tmp_path / "hf")
+
+
+def test_an_export_is_of_what_was_trained_not_of_what_a_path_names_today(runs: World, tmp_path: Path) -> None:
+    """The model's folder changes after the run, and is gone; the checkpoint lies elsewhere."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(find(runs.root / "done"), moved)
+    older = tmp_path / "older"  # without files that describe the model, as earlier versions saved
+    shutil.copytree(moved, older)
+    manifest = manifests.read(older)
+    for name in source_of(runs, "done").model_files():
+        (older / name).unlink()
+        del manifest.files[name]
+    manifests.write(older, manifest)
+    hidden = runs.whole.with_name("hidden")
+    runs.whole.rename(hidden)
+    try:
+        export(open_checkpoint(moved), tmp_path / "out")
+        made = json.loads((tmp_path / "out" / "config.json").read_text())
+        with pytest.raises(UserError, match="model folder .* does not exist"):
+            export(open_checkpoint(older), tmp_path / "none")
+        model(runs.whole, 64, rms_norm_eps=0.1)
+        with pytest.raises(UserError, match="which is another one now, and keeps no copy of its files"):
+            export(open_checkpoint(older), tmp_path / "none")
+        shutil.rmtree(runs.whole)
+    finally:
+        hidden.rename(runs.whole)
+    assert not (tmp_path / "none").exists()
+    export(open_checkpoint(older), tmp_path / "same")
+    assert json.loads((tmp_path / "same" / "config.json").read_text()) == made and made["rms_norm_eps"] == 1e-6
+    assert (made["dtype"], made["architectures"]) == ("bfloat16", ["Qwen3ForCausalLM"])
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "same" / "tokenizer.json").read_bytes()
 
 
 # ---- formats ----
@@ -239,7 +272,7 @@ def test_commands(runs: World, tmp_path: Path) -> None:
     assert runs.digest("main") == open_checkpoint(find(tmp_path / "one")).digest()
     assert call("checkpoint", "convert", run, "--to", tmp_path / "u" / "x", "--universal").exit_code == 0
     assert runs.digest("main") == open_checkpoint(find(tmp_path / "u" / "x")).digest()
-    assert "step 5 in bf16, 1 file(s)" in call("export", run, "--to", tmp_path / "hf").output
+    assert "step 5 as trained, 1 file(s)" in call("export", run, "--to", tmp_path / "hf").output
     assert "--dtype is 'fp8'" in str(call("export", run, "--to", tmp_path / "x", "--dtype", "fp8").exception)
     file = next((tmp_path / "one" / "global_step5").glob("*optim*"))
     file.write_bytes(file.read_bytes()[:-1])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
@@ -57,6 +57,8 @@ def inspect(
         "optimizer": f"{sharding.rule or 'Adam'}: {', '.join(state.name for state in sharding.states)}",
         "kept as": "; ".join(sorted(_formats(sharding.flats))),
         "parameters": f"{manifest.parameters:,}",
+        "not trained": f"{sum(kept.numel() for kept in source.frozen.values()):,} in frozen parameters, "
+        f"{sum(buffer.numel() for buffer in source.buffers().values()):,} in buffers",
         "bytes": f"{manifest.bytes:,} ({manifest.bytes / max(manifest.parameters, 1):.2f} per parameter)",
         **{part: entry["name"] for part, entry in facts.get("identity", {}).items()},
         "data go on at": ", ".join(f"{key} {value}" for key, value in facts.get("position", {}).items()) or "?",
@@ -131,14 +133,20 @@ def convert(
 def export(
     path: Where,
     to: Annotated[Path, typer.Option(help="The folder to write.")],
-    dtype: Annotated[str, typer.Option(help="bf16, or fp32: weights with what rounding to bf16 left over.")] = "bf16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bf16, fp16 or fp32 (with what rounding to bf16 left over), for all parameters. (default: as trained)"
+        ),
+    ] = None,
 ) -> None:
-    """Write a run's weights as a Hugging Face model."""
+    """Write a run's model in the layout of Hugging Face."""
     from toolkit.checkpoint.export import DTYPES
     from toolkit.checkpoint.export import export as write
 
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, but must be {' or '.join(DTYPES)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
     source = _open(path)
     files = write(source, to, dtype=dtype)
-    typer.echo(f"{to}: step {source.manifest.step} in {dtype}, {len(files)} file(s)")
+    kept = f"in {dtype}" if dtype is not None else "as trained"
+    typer.echo(f"{to}: step {source.manifest.step} {kept}, {len(files)} file(s)")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from toolkit.checkpoint.files import on_host, plain, save
 from toolkit.checkpoint.manifest import Manifest
-from toolkit.checkpoint.sharding import Sharding, reshard
-from toolkit.checkpoint.source import OPTIMIZER_FILES, PER_RANK, Source, model_file
+from toolkit.checkpoint.sharding import Sharding, part_of, reshard
+from toolkit.checkpoint.source import OPTIMIZER_FILES, OWN, PER_RANK, Source, model_file
 from toolkit.checkpoint.store import Store, name_of
 from toolkit.checkpoint.transfer import WEIGHTS, Transfer
 from toolkit.errors import UserError
@@ -45,7 +46,8 @@ def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> lis
             entries[name] = save(_optimizer_file(transfer, rank), written / name)
             if rank == 0 or stage == 3:
                 name = model_file(stage, rank)
-                entries[name] = save(model_states(source, target), written / name)
+                entries[name] = save(model_states(source, target, rank), written / name)
+        entries |= {name: save(path.read_bytes(), written / name) for name, path in source.model_files().items()}
         store.commit(draft, Manifest(step, target, source.manifest.facts, entries))
     finally:
         store.discard(draft)
@@ -93,21 +95,35 @@ def _optimizer_file(transfer: Transfer, rank: int) -> Any:
         }
     content = {"optimizer_state_dict": body, "ds_config": saved.get("ds_config"), "ds_version": saved.get("ds_version")}
     extra = source.extra(rank) or source.extra(0)
-    return plain(content | ({PER_RANK: extra} if extra is not None else {}), on_host)
+    if extra is not None:
+        same = target.world_size == source.sharding.world_size
+        content[PER_RANK] = {key: value for key, value in extra.items() if same or key != OWN}
+    return plain(content, on_host)
 
 
-def model_states(source: Source, target: Sharding) -> Any:
-    """What DeepSpeed keeps beside the optimizer, for checkpoints that are cut as `target`.
-
-    Raises:
-        UserError: stage 3, and a parameter that was not trained.
-    """
-    saved, frozen = source.model_states(), source.frozen()
-    if target.stage == 3 and frozen:
-        # Each rank's file would have its own part of it.
-        raise UserError(f"{min(frozen)!r} was not trained: such parameters cannot be cut for stage 3 offline")
-    weightless = dict.fromkeys([*target.by_name, *source.tied()], torch.empty(0))
-    shapes = [OrderedDict((p.name, torch.Size(p.shape)) for p in flat.places) for flat in target.flats]
-    module = source.buffers() | frozen | weightless
-    changed = {"module": module, "param_shapes": shapes, "dp_world_size": target.world_size}
+def model_states(source: Source, target: Sharding, rank: int = 0) -> Any:
+    """What DeepSpeed keeps beside the optimizer, as `rank` writes it of checkpoints that are cut as `target`."""
+    saved = source.model_states()
+    module: dict[str, Any] = {name: torch.empty(0, dtype=source.dtype_of(name)) for name in target.by_name}
+    fragments = {}
+    for name in source.frozen:
+        whole = source.frozen_weight(name)
+        fragments[name] = _part(whole, rank, target.world_size) if target.stage == 3 else whole
+        module[name] = torch.empty(0, dtype=whole.dtype)
+    module |= {name: module[origin] for name, origin in source.tied().items()}
+    changed = {
+        "module": module | source.buffers() | source.extra_states(),
+        "param_shapes": [OrderedDict((p.name, torch.Size(p.shape)) for p in flat.places) for flat in target.flats],
+        "frozen_param_shapes": OrderedDict((name, kept.shape) for name, kept in source.frozen.items()),
+        "frozen_param_fragments": OrderedDict(fragments),
+        "dp_world_size": target.world_size,
+    }
     return plain(dict(saved) | changed, on_host)
+
+
+def _part(whole: Tensor, rank: int, world_size: int) -> Tensor:
+    """What `rank` holds of a parameter at stage 3, padding included."""
+    size = part_of(tuple(whole.shape), world_size)
+    padded = torch.zeros(size * world_size, dtype=whole.dtype)
+    padded[: whole.numel()] = whole.reshape(-1)
+    return padded[rank * size : (rank + 1) * size]

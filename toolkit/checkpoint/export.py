@@ -3,90 +3,221 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from toolkit.checkpoint import manifest as manifests
+from toolkit.checkpoint.files import new_file_mode, synced
+from toolkit.checkpoint.model_files import CONFIG, config_hash, model_files, tokenizer_hash
 from toolkit.checkpoint.source import Source
 from toolkit.errors import UserError
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
 SHARD_BYTES = 2 * 10**9
 PREFIX = "hf."
 """The transformers model is this part of the module that was trained."""
+_DRAFT = ".exporting-"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
-def export(source: Source, folder: Path, *, dtype: str = "bf16", shard_bytes: int = SHARD_BYTES) -> list[Path]:
-    """Write weights, config.json and tokenizer into `folder`; returns the weight files.
+def export(source: Source, folder: Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    """Write weights, config.json, tokenizer and generation settings into `folder`; returns the weight files.
+
+    What describes the model are the files that the run kept in its checkpoint. `folder` has no config.json, without
+    which nothing loads it, until all else is in place.
 
     Args:
-        dtype: "bf16", the weights that the model computed with, or "fp32", with what rounding to bf16 left over.
+        dtype: a key of `DTYPES`, for all parameters of floating point; "fp32" are the weights with what rounding to
+            bf16 left over. None: each parameter as the model computed with it. Buffers keep their dtype always.
         shard_bytes: a file holds no more than that, unless a single parameter is larger. So much is in memory at a
             time: parameters are read from the ranks' files as they are written.
 
     Raises:
-        UserError: the checkpoint does not say which model it is of; the folder holds a model already.
+        UserError: the checkpoint is damaged, does not say which model it is of, or is of another; the folder holds a
+            model already; `dtype` cannot hold a weight.
     """
-    from safetensors.torch import save_file
+    _check_free(folder)
+    damage = manifests.damage(source.folder, source.manifest)
+    if damage is not None:
+        raise UserError(f"{source.folder} cannot be exported: {damage}")
+    config, files = _description(source)
+    tensors = _Tensors(source, None if dtype is None else DTYPES[dtype])
+    tensors.check(config)
+    config.architectures = [tensors.architecture]
+    config.dtype = tensors.usual
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{_DRAFT}*"):  # of an export that was killed
+            shutil.rmtree(left)
+        draft = folder / f"{_DRAFT}{secrets.token_hex(4)}"
+        draft.mkdir()
+        try:
+            weights = tensors.write(draft, shard_bytes)
+            for name, content in files.items():
+                (draft / name).write_bytes(content)
+            config.save_pretrained(draft)
+            for path in sorted(draft.iterdir(), key=lambda path: path.name == CONFIG):
+                synced(path)
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return [folder / name for name in weights]
 
+
+def _check_free(folder: Path) -> None:
+    for pattern in (CONFIG, *_WEIGHTS):
+        there = next(folder.glob(pattern), None) if folder.is_dir() else None
+        if there is not None:
+            raise UserError(f"{folder} holds a model already ({there.name}); give another folder")
+
+
+# ---- what describes the model ---------------------------------------------------------------------------------------
+
+
+def _description(source: Source) -> tuple[PretrainedConfig, dict[str, bytes]]:
+    """The configuration, and the files beside it, config.json left out."""
+    from toolkit import models
+
+    kept = source.model_files()
+    if CONFIG in kept:
+        config, _ = models.load_config(str(source.folder))
+        files = {name: path.read_bytes() for name, path in kept.items()}
+    else:
+        config, files = _by_name(source)
+    return config, {name: content for name, content in files.items() if name != CONFIG}
+
+
+def _by_name(source: Source) -> tuple[PretrainedConfig, dict[str, bytes]]:
+    """For checkpoints without such files: what their names stand for today, if it is what it was."""
     from toolkit import data, models
-    from toolkit.models.build import skeleton
 
     identity = source.manifest.facts.get("identity")
     if identity is None:
         raise UserError(f"{source.folder} does not say which model it is of, and cannot be exported")
-    if (folder / "config.json").exists():
-        raise UserError(f"{folder} holds a model already; give another folder")
-    config, _ = models.load_config(identity["model"]["name"])
-    model = skeleton(config, DTYPES[dtype])
-    config.architectures = [type(model).__name__]
-    config.dtype = DTYPES[dtype]
-    folder.mkdir(parents=True, exist_ok=True)
-    files = _plan(source, DTYPES[dtype].itemsize, shard_bytes)
-    total, places = 0, {}
-    for file, names in files.items():
-        tensors = {name.removeprefix(PREFIX): value for name, value in _tensors(source, names, dtype)}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        places.update(dict.fromkeys(tensors, file))
-        total += sum(value.nbytes for value in tensors.values())
-        del tensors
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    config.save_pretrained(folder)
-    data.load_tokenizer(identity["tokenizer"]["name"]).save_pretrained(folder)
-    return [folder / file for file in files]
+    model, tokenizer = identity["model"], identity["tokenizer"]
+    config, _ = models.load_config(model["name"])
+    loaded = data.load_tokenizer(tokenizer["name"])
+    for part, kind, now in ((model, "model", config_hash(config)), (tokenizer, "tokenizer", tokenizer_hash(loaded))):
+        if part["sha256"] != now:
+            raise UserError(
+                f"{source.folder} was trained with {kind} {part['name']!r}, which is another one now, and keeps no "
+                "copy of its files; export where that name stands for what was trained"
+            )
+    return config, model_files(config, loaded, Path(model["name"]).expanduser())
 
 
-def _plan(source: Source, itemsize: int, shard_bytes: int) -> dict[str, list[str]]:
-    """File names, and the parameters of each."""
-    sizes = {name: place.numel * itemsize for name, (_, place) in source.sharding.by_name.items()}
-    sizes |= {name: value.numel() * itemsize for name, value in (source.frozen() | source.buffers()).items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sorted(sizes.items()):
-        if filled and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+# ---- weights --------------------------------------------------------------------------------------------------------
 
 
-def _tensors(source: Source, names: list[str], dtype: str) -> Iterator[tuple[str, Tensor]]:
-    rest: dict[str, Any] = source.frozen() | source.buffers()
-    for name in names:
-        if name in rest:
-            value = rest[name]
-            yield name, value.to(DTYPES[dtype]) if value.is_floating_point() else value
-            continue
-        _, place = source.sharding.by_name[name]
+class _Tensors:
+    """The tensors of an export, each in the dtype that it will have."""
+
+    def __init__(self, source: Source, dtype: torch.dtype | None) -> None:
+        self.source = source
+        self.buffers = source.buffers()
+        own: dict[str, Tensor] = {
+            name: torch.empty(place.shape, dtype=source.dtype_of(name), device="meta")
+            for name, (_, place) in source.sharding.by_name.items()
+        }
+        parameters = own | source.frozen
+        if dtype is not None:
+            parameters = {name: p.to(dtype) if p.is_floating_point() else p for name, p in parameters.items()}
+        self.shapes = parameters | self.buffers
+        """By name: shape and dtype."""
+        sizes: Counter[torch.dtype] = Counter()
+        for tensor in parameters.values():
+            sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+        self.usual = sizes.most_common(1)[0][0]
+        self.architecture = ""
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Raise UserError unless these are all tensors of the model of `config`, and no others."""
+        from toolkit.models.build import skeleton
+
+        model = skeleton(config, self.usual)
+        self.architecture = type(model).__name__
+        there = {name.removeprefix(PREFIX) for name in self.shapes}
+        tied = {name.removeprefix(PREFIX) for name in self.source.tied()}
+        here = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+        where = f"{self.source.folder} is no checkpoint of a {self.architecture} as its {CONFIG} has it"
+        if lacking := here.keys() - there - tied:
+            raise UserError(f"{where}: it lacks {len(lacking)} of the weights, {min(lacking)!r} for one")
+        if more := there - here.keys():
+            raise UserError(f"{where}: {len(more)} of its weights have no place there, {min(more)!r} for one")
+        for name, tensor in self.shapes.items():
+            found = here[name.removeprefix(PREFIX)].shape
+            if tensor.shape != found:
+                raise UserError(f"{where}: {name!r} is {list(tensor.shape)}, not {list(found)}")
+
+    def write(self, folder: Path, shard_bytes: int) -> list[str]:
+        """Write all into `folder`; returns the names of the files."""
+        from safetensors.torch import save_file
+
+        files = self._plan(shard_bytes)
+        total, places = 0, {}
+        for file, names in files.items():
+            tensors = {name.removeprefix(PREFIX): value for name, value in self._read(names)}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            new_file_mode(folder / file)  # safetensors lets nobody else read its files
+            places.update(dict.fromkeys(tensors, file))
+            total += sum(value.nbytes for value in tensors.values())
+            del tensors
+        if len(files) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        return list(files)
+
+    def _plan(self, shard_bytes: int) -> dict[str, list[str]]:
+        """File names, and the tensors of each."""
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name, tensor in sorted(self.shapes.items()):
+            if filled and filled + tensor.nbytes > shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += tensor.nbytes
+        if len(shards) == 1:
+            return {"model.safetensors": shards[0]}
+        return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+    def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            value, dtype = self._value(name), self.shapes[name].dtype
+            made = torch.empty(value.shape, dtype=dtype).copy_(value)
+            if dtype.itemsize < value.dtype.itemsize and not torch.equal(made.isfinite(), value.isfinite()):
+                raise UserError(
+                    f"{name!r} has values that {str(dtype).removeprefix('torch.')} cannot hold; give another --dtype"
+                )
+            yield name, made.view(self.shapes[name].shape)
+
+    def _value(self, name: str) -> Tensor:
+        """A tensor as it is kept, which may be wider than asked for."""
+        if name in self.buffers:
+            return self.buffers[name]
+        if name in self.source.frozen:
+            return self.source.frozen_weight(name)
+        _, place = self.source.sharding.by_name[name]
         # The bf16 weight itself, where there is one: the sum of weight and remainder may round to its neighbour.
-        flat = source.elements(name, None, 0, place.numel)
-        whole = flat if flat.dtype == DTYPES[dtype] else source.weights(name, 0, place.numel).to(DTYPES[dtype])
-        yield name, torch.empty_like(whole).copy_(whole).view(place.shape)
+        flat = self.source.elements(name, None, 0, place.numel)
+        return flat if flat.dtype == self.shapes[name].dtype else self.source.weights(name, 0, place.numel)

@@ -6,6 +6,7 @@ import contextlib
 import enum
 import hashlib
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_SCALARS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
 def plain(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
@@ -24,7 +27,7 @@ def plain(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
         return tensor(value.detach())
     if isinstance(value, enum.Enum):
         return plain(value.value, tensor)
-    if value is None or type(value) in (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device):
+    if value is None or type(value) in _SCALARS:
         return value
     if isinstance(value, Mapping):
         made = {plain(key, tensor): plain(item, tensor) for key, item in value.items()}
@@ -42,6 +45,17 @@ def plain(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
     if hasattr(value, "__dict__") and not callable(value):
         return plain(vars(value), tensor)
     return str(value)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether `plain` leaves `value` what it is."""
+    if isinstance(value, Mapping):
+        return type(value) in (dict, OrderedDict) and all(
+            is_plain(key) and is_plain(item) for key, item in value.items()
+        )
+    if isinstance(value, list | tuple):
+        return type(value) in (list, tuple) and all(is_plain(item) for item in value)
+    return value is None or isinstance(value, Tensor) or type(value) in _SCALARS
 
 
 def on_host(tensor: Tensor) -> Tensor:
@@ -170,7 +184,7 @@ class _Hashed:
 def save(content: Any, path: Path) -> dict[str, Any]:
     """torch.save, synced to the disk; returns the file's entry in the manifest: `bytes` and `sha256`.
 
-    Codes of optimizer state are squeezed, in `content` itself.
+    Bytes are written as they are. Codes of optimizer state are squeezed, in `content` itself.
 
     Raises:
         OSError: it cannot be written.
@@ -179,7 +193,10 @@ def save(content: Any, path: Path) -> dict[str, Any]:
         _squeeze_states(content)
     file: Any = _Hashed(path)
     try:
-        torch.save(content, file)
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            torch.save(content, file)
         return file.finish()
     except RuntimeError as error:
         # torch's writer reports an OSError of the file below it as its own failure.
@@ -187,3 +204,17 @@ def save(content: Any, path: Path) -> dict[str, Any]:
         raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
     finally:
         file.abandon()
+
+
+def new_file_mode(path: Path) -> None:
+    """Give `path` the permissions that a file made here by `open` has: by the umask, or as its folder says."""
+    probe = path.with_name(f".{path.name}.mode")
+    probe.touch()
+    path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    probe.unlink()
+
+
+def synced(path: Path) -> None:
+    """Wait until the file `path` is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

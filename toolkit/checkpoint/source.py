@@ -6,6 +6,7 @@ import hashlib
 import math
 import pickle
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_{rank}_mp_rank_00_mod
 HELD = 4
 """Parts of flat tensors whose state is in memory at a time."""
 PER_RANK = "leanstate"
-"""Key of what this package adds to each rank's optimizer file: the states of random number generators."""
+"""Key of what this package adds to each rank's optimizer file: the states of random number generators, and `OWN`."""
+OWN = "module"
+"""Key there of buffers and extra state as they are on that rank; rank 0's are with the module."""
+SCHEDULE = "leanstate_schedule"
+"""Key of what it adds to the file with the module: the name of the schedule's class."""
+_EXTRA = "_extra_state"
+"""Last part of the name under which torch keeps what a module's `get_extra_state` returns."""
 
 
 def model_file(stage: int, rank: int) -> str:
@@ -190,37 +197,81 @@ class Source:
         return {key: value.reshape(-1)[inside] for key, value in decoded.items()}
 
     def digest(self) -> str:
-        """SHA-256 of every weight and state as decoded, by parameter: the same however the checkpoint is cut."""
+        """SHA-256 of the model and of every state as decoded, by parameter: the same however the checkpoint is cut."""
         found = hashlib.sha256()
         for name, (index, place) in sorted(self.sharding.by_name.items()):
             found.update(f"{name}{place.shape}{self.step_of(index)}".encode())
             states = self.states(name, 0, place.numel) if self.trained() else {}
             for values in (self.weights(name, 0, place.numel), *states.values()):
                 found.update(values.contiguous().numpy().tobytes())
+        rest = {name: self.frozen_weight(name) for name in self.frozen} | self.buffers()
+        for name, value in sorted(rest.items()):
+            found.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     # ---- the rest of the module -----------------------------------------------------------------------------------
 
     def buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers by name."""
+        """Persistent buffers of rank 0 by name."""
         saved = self.model_states()
         return {name: saved["module"][name] for name in saved["buffer_names"]}
 
-    def frozen(self) -> dict[str, Tensor]:
-        """Parameters that were not trained, whole."""
-        saved = self.model_states()
-        if self.stage < 3:
-            trained = self.sharding.by_name.keys() | saved["shared_params"].keys() | set(saved["buffer_names"])
-            return {name: value for name, value in saved["module"].items() if name not in trained}
-        found = {}
-        for name, shape in (saved["frozen_param_shapes"] or {}).items():
-            parts = [self.model_states(r)["frozen_param_fragments"][name] for r in range(self.sharding.world_size)]
-            found[name] = torch.cat([part.reshape(-1) for part in parts])[: math.prod(shape)].view(tuple(shape))
+    def own(self, rank: int) -> Mapping[str, Any]:
+        """Buffers and extra state of a rank, where they need not be rank 0's."""
+        extra = self.extra(rank) or {}
+        found: Mapping[str, Any] = extra.get(OWN) or {}
         return found
 
+    def extra_states(self) -> dict[str, Any]:
+        """What modules return from `get_extra_state`, on rank 0, by name."""
+        module: dict[str, Any] = self.model_states()["module"]
+        return {name: value for name, value in module.items() if name.rpartition(".")[2] == _EXTRA}
+
+    @cached_property
+    def frozen(self) -> dict[str, Tensor]:
+        """The parameters that were not trained and are in the files, by name, as tensors on the meta device."""
+        saved = self.model_states()
+        shapes = {name: torch.Size(shape) for name, shape in (saved.get("frozen_param_shapes") or {}).items()}
+        other = self.sharding.by_name.keys() | self.tied().keys() | set(saved["buffer_names"])
+        for name, value in saved["module"].items():
+            # At stage 3 the module has no weights of its own: an empty tensor stands for what is elsewhere or nowhere.
+            if name not in other and isinstance(value, Tensor) and (value.numel() or self.stage < 3):
+                shapes.setdefault(name, value.shape)
+        found = {}
+        for name, shape in shapes.items():
+            parts = self._parts(name)
+            # Of a stage 3 checkpoint DeepSpeed's conversion to the universal layout keeps the first rank's part only.
+            if parts and sum(part.numel() for part in parts) >= shape.numel():
+                found[name] = torch.empty(shape, dtype=parts[0].dtype, device="meta")
+        return found
+
+    def frozen_weight(self, name: str) -> Tensor:
+        """A parameter that was not trained, whole, in the dtype that it was kept in."""
+        parts, kept = self._parts(name), self.frozen[name]
+        flat = torch.cat([part.reshape(-1) for part in parts]) if len(parts) > 1 else parts[0].reshape(-1)
+        return flat[: kept.numel()].view(kept.shape)
+
+    def _parts(self, name: str) -> list[Tensor]:
+        """Of a parameter that was not trained: the ranks' parts at stage 3, else the whole."""
+        ranks = range(self.sharding.world_size if self.stage == 3 else 1)
+        kept = [(self.model_states(rank).get("frozen_param_fragments") or {}).get(name) for rank in ranks]
+        whole: Tensor | None = self.model_states()["module"].get(name)
+        return [part for part in kept if part is not None] or ([whole] if whole is not None else [])
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which the model computed with a trained parameter; master weights may be wider."""
+        kept = self.sharding.flats[self.sharding.by_name[name][0]].torch_dtype
+        computed = self.model_states()["module"].get(name)
+        return computed.dtype if kept == torch.float32 and computed is not None else kept
+
+    def model_files(self) -> dict[str, Path]:
+        """What describes the model beside its weights, by name: config.json, tokenizer, generation settings."""
+        return {name: self.folder / name for name in self.manifest.files if not name.endswith(".pt")}
+
     def tied(self) -> dict[str, str]:
-        """Names that share a parameter with another name."""
-        found: dict[str, str] = self.model_states()["shared_params"]
+        """Names that share a parameter with another name, and that name."""
+        found: dict[str, str] = self.model_states().get("shared_params") or {}
         return found
 
     # ---- DeepSpeed's own checkpoints --------------------------------------------------------------------------------

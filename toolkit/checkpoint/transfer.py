@@ -8,7 +8,7 @@ Weights with their remainders, and fp32 state, are numbers of their own and alwa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -30,9 +30,18 @@ class Transfer:
         self.source = source
         self.target = target
 
-    def mismatch(self) -> str | None:
-        """Which parameters are not the same, in half a sentence; None if they are."""
+    def mismatch(self, frozen: Collection[str]) -> str | None:
+        """Which parameters are not the same, in half a sentence; None if they are. `frozen`: those not trained here."""
         there, here = self.source.sharding.by_name, self.target.by_name
+        for names, then, now in (
+            (here.keys() & self.source.frozen.keys(), "frozen in the checkpoint", "trained"),
+            (there.keys() & set(frozen), "trained in the checkpoint", "frozen"),
+        ):
+            if names:
+                return (
+                    f"{len(names)} of the parameters were {then} and are {now} here, {min(names)!r} for one; freeze "
+                    "the same ones as then, or export the model and begin anew with its weights"
+                )
         for names, where in (
             (here.keys() - there.keys(), "the checkpoint lacks"),
             (there.keys() - here.keys(), "this model lacks"),

@@ -57,13 +57,14 @@ def write(source: Source, folder: Path) -> None:
     shared = {key: value for key, value in saved["optimizer_state_dict"].items() if key in _SHARED}
     # Hyper-parameters stay behind: those of a rule mean nothing to Adam, which would take them over.
     groups = [{"params": group["params"]} for group in source.param_groups()]
-    about = {"clip_grad": shared.get("clip_grad", 0.0), "overflow": False, "ds_version": saved["ds_version"]}
-    save(plain(about | {"param_groups": groups}, on_host), folder / ZERO / "optimizer_state.pt")
+    head = {"clip_grad": shared.get("clip_grad", 0.0), "overflow": False, "ds_version": saved["ds_version"]}
+    save(plain(head | {"param_groups": groups}, on_host), folder / ZERO / "optimizer_state.pt")
     own = shared | {"param_groups": source.param_groups(), PER_RANK: source.extra(0)}
     save(plain(own | {"ds_version": saved["ds_version"]}, on_host), folder / OPTIMIZER)
     module = model_states(source, reshard(source.sharding, stage=1, world_size=1))
     save(module | {"universal_checkpoint_info": {}}, folder / model_file(1, 0))
-    manifests.write(folder, Manifest(source.manifest.step, source.origin, source.manifest.facts))
+    about = {name: save(path.read_bytes(), folder / name) for name, path in source.model_files().items()}
+    manifests.write(folder, Manifest(source.manifest.step, source.origin, source.manifest.facts, about))
     manifests.write_text(folder.parent / f"{LATEST}_universal", folder.name)
 
 

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 import struct
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -187,9 +186,9 @@ def _python_tokenizer() -> Tokenizer:
     tokenizer = train_bytes_bpe(sample, PYTHON_VOCABULARY)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache, suffix=".tmp", delete=False, encoding="utf-8") as handle:
-            handle.write(tokenizer.to_str())
-        os.replace(handle.name, file)
+        draft = file.with_name(f".{file.name}.{os.getpid()}")
+        draft.write_text(tokenizer.to_str(), encoding="utf-8")
+        os.replace(draft, file)
     except OSError as error:
         warnings.warn(f"the tokenizer python-4k is trained anew at every start: {error}", stacklevel=2)
     return tokenizer

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.checkpoint.model_files import config_hash, tokenizer_hash
 from toolkit.errors import UserError
 from toolkit.run.settings import RunSettings
 
@@ -16,21 +15,15 @@ if TYPE_CHECKING:
 
     from toolkit.data import PackedTokens
 
-# Entries of a configuration that say how it was made, not what it is.
-_INCIDENTAL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
-
 
 def identity(
     settings: RunSettings, config: PretrainedConfig, tokenizer: str, training: PackedTokens
 ) -> dict[str, dict[str, Any]]:
     """Names and hashes of model, tokenizer and data, and what else fixes the order of the data."""
-    shape = {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL}
-    backend = getattr(training.tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(training.tokenizer.get_vocab(), sort_keys=True)
     documents: Any = training.documents
     return {
-        "model": {"name": settings.model, "sha256": _digest(json.dumps(shape, sort_keys=True, default=str))},
-        "tokenizer": {"name": tokenizer, "sha256": _digest(vocabulary)},
+        "model": {"name": settings.model, "sha256": config_hash(config)},
+        "tokenizer": {"name": tokenizer, "sha256": tokenizer_hash(training.tokenizer)},
         "data": {
             "name": settings.data,
             "sha256": documents.fingerprint(),
@@ -63,7 +56,3 @@ def check_same(saved: Mapping[str, Any] | None, here: Mapping[str, Any], where: 
             f"the checkpoint {where} was trained on the part {saved['data']['part']!r} of its data, and this run on "
             f"{here['data']['part']!r}: give --val-data and --eval-every as then."
         )
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

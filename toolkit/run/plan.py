@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from toolkit.checkpoint.model_files import model_files
 from toolkit.errors import UserError
 from toolkit.run import folder as run_folder
 from toolkit.run import ranks
@@ -37,6 +38,8 @@ class Plan:
     validation: list[torch.Tensor]
     parameters: int
     identity: dict[str, dict[str, Any]]
+    model_files: dict[str, bytes]
+    """What checkpoints keep beside the weights; on rank 0."""
 
 
 def make_plan(settings: RunSettings) -> Plan:
@@ -104,6 +107,9 @@ def make_plan(settings: RunSettings) -> Plan:
         validation=validation,
         parameters=models.count_parameters(model_config),
         identity=identity(settings, model_config, name, training),
+        model_files=model_files(model_config, tokenizer, Path(settings.model).expanduser())
+        if ranks.rank() == 0
+        else {},
     )
 
 

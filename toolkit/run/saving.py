@@ -25,15 +25,20 @@ class Saver:
     Training waits while what a checkpoint holds is copied to host memory. A thread then writes it; one checkpoint is
     written at a time. The ranks' threads agree over a process group of their own that all have written, and only
     then rank 0 puts the checkpoint in place.
+
+    Args:
+        model_files: what goes into each checkpoint beside the weights, by name (`toolkit.checkpoint.model_files`),
+            for `toolkit export`; rank 0's counts.
     """
 
-    def __init__(self, engine: Any, store: Store) -> None:
+    def __init__(self, engine: Any, store: Store, model_files: Mapping[str, bytes] | None = None) -> None:
         from torch import distributed
 
         from toolkit.zero.checkpoint import sharding
 
         self._engine = engine
         self._store = store
+        self._model_files = dict(model_files or {}) if ranks.rank() == 0 else {}
         self._sharding = sharding(engine)
         self._group = distributed.new_group(backend="gloo")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -55,12 +60,14 @@ class Saver:
         `facts` go into the manifest: JSON, the same on every rank.
         """
         from toolkit.checkpoint.manifest import Manifest
+        from toolkit.checkpoint.store import name_of
         from toolkit.zero.checkpoint import capture
 
         assert self._running is None, "poll or wait first"
         began = time.perf_counter()
         draft = ranks.from_first(self._store.draft(step))
         files = capture(self._engine, draft, step, {"random": random_states()})
+        files |= {draft / name_of(step) / name: content for name, content in self._model_files.items()}
         about = {"saved": datetime.now().astimezone().isoformat(timespec="seconds"), **facts, "versions": versions()}
         self._step = step
         self._running = self._worker.submit(self._write, draft, files, Manifest(step, self._sharding, about))

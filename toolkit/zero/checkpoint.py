@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ from torch import Tensor
 
 from toolkit.checkpoint.files import Staging, on_host, plain
 from toolkit.checkpoint.sharding import Flat, Place, Sharding
-from toolkit.checkpoint.source import PER_RANK, Source
+from toolkit.checkpoint.source import OWN, PER_RANK, SCHEDULE, Source
 from toolkit.checkpoint.store import name_of
 from toolkit.checkpoint.transfer import WEIGHTS, Transfer
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.rule import State
+from toolkit.zero import schedule
 from toolkit.zero.engine import rule_optimizer
 from toolkit.zero.release import RELEASED_NORM
 
 # The class; DeepSpeed's name for it is a function once `engine.register` has been called.
 from toolkit.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from toolkit.zero.stage12 import gather_weights
+from toolkit.zero.untrained import Untrained
 
 
 def refusal(engine: Any) -> str | None:
@@ -35,7 +38,7 @@ def refusal(engine: Any) -> str | None:
         return "checkpoints need ZeRO stage 1, 2 or 3 (with one rank, stage 1 is stage 0)"
     if engine.has_moe_layers or engine.mp_world_size > 1:
         return "checkpoints of expert, tensor and pipeline parallelism are not supported"
-    return None
+    return Untrained(engine.module, ()).refusal()
 
 
 def _flats(engine: Any) -> list[Tensor]:
@@ -96,9 +99,11 @@ RECOVERY_SCRIPT = Path(deepspeed.__file__).with_name("utils") / "zero_to_fp32.py
 class _Capture(CheckpointEngine):
     """Stands in for DeepSpeed's writer and keeps what it is given, copied to host memory."""
 
-    def __init__(self, per_rank: Mapping[str, Any]) -> None:
+    def __init__(self, engine: Any, per_rank: Mapping[str, Any]) -> None:
         super().__init__()
         self.files: dict[Path, Any] = {}
+        self._engine = engine
+        self._untrained = Untrained(engine.module, sharding(engine).by_name)
         self._per_rank = per_rank
         self._staging: Staging | None = None
 
@@ -115,12 +120,28 @@ class _Capture(CheckpointEngine):
         raise NotImplementedError
 
     def save(self, state_dict: Any, path: str) -> None:
-        content = dict(state_dict)
-        if "module" in content:
-            content["module"] = _without_trained(content)
+        if "module" in state_dict:
+            whole = self._module(state_dict)
         else:
-            content[PER_RANK] = self._per_rank
-        self.files[Path(path)] = plain(content, self._on_host)
+            whole = {PER_RANK: {**self._per_rank, OWN: self._untrained.own() if dist.get_rank() else {}}}
+        self.files[Path(path)] = plain(dict(state_dict) | whole, self._on_host)
+
+    def _module(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """What the module has and the ranks' optimizer files do not, each thing once.
+
+        An empty tensor stands for each parameter, as DeepSpeed does it at stage 3; its zero_to_fp32.py looks for
+        weights in the optimizer files and among the frozen parameters only. DeepSpeed saves as frozen what needs no
+        gradient; here it is what the optimizer does not have, at every stage.
+        """
+        weights = dict(self._engine.module.named_parameters(remove_duplicate=False))
+        empty = {name: torch.empty(0, dtype=param.dtype) for name, param in weights.items()}
+        scheduler = self._engine.lr_scheduler
+        return {
+            "module": dict(content["module"]) | empty,
+            "frozen_param_shapes": OrderedDict(self._untrained.shapes()),
+            "frozen_param_fragments": OrderedDict(self._untrained.parts()),
+            SCHEDULE: None if scheduler is None else type(scheduler).__name__,
+        }
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         if not tensor.is_cuda:
@@ -134,28 +155,17 @@ class _Capture(CheckpointEngine):
             self._staging.finish()
 
 
-def _without_trained(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The module's state without the weights that the ranks' optimizer files hold: they would be saved twice.
-
-    An empty tensor stands for each, as DeepSpeed does it at stage 3; its zero_to_fp32.py looks for weights there only.
-    """
-    trained = {name for group in content["param_shapes"] for name in group} | content["shared_params"].keys()
-    return {
-        name: torch.empty(0, dtype=value.dtype) if name in trained else value
-        for name, value in content["module"].items()
-    }
-
-
 def capture(engine: Any, draft: Path, step: int, per_rank: Mapping[str, Any]) -> dict[Path, Any]:
     """What this rank writes of a checkpoint, by path below `draft`, in host memory; every rank must call this.
 
     Args:
         per_rank: plain values that go into this rank's file beside its state.
     """
-    writer, engine.checkpoint_engine = engine.checkpoint_engine, _Capture(per_rank)
+    writer, engine.checkpoint_engine = engine.checkpoint_engine, _Capture(engine, per_rank)
     engine._copy_recovery_script = lambda folder: None  # which would write at once; `RECOVERY_SCRIPT` is it
     try:
-        engine.save_checkpoint(str(draft), tag=name_of(step), save_latest=False)
+        # Frozen parameters are added by `_Capture`: DeepSpeed would have copies of them, or of some.
+        engine.save_checkpoint(str(draft), tag=name_of(step), save_latest=False, exclude_frozen_parameters=True)
         engine.checkpoint_engine.finish()
         files: dict[Path, Any] = engine.checkpoint_engine.files
     finally:
@@ -169,29 +179,32 @@ def capture(engine: Any, draft: Path, step: int, per_rank: Mapping[str, Any]) ->
 
 @torch.no_grad()
 def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
-    """Take weights, optimizer state, scheduler and counters over from `source`; every rank must call this.
+    """Take the whole model, optimizer state, schedule and counters over from `source`; every rank must call this.
 
-    The number of ranks, the stage and offload may differ from those of the checkpoint.
+    The number of ranks, the stage and offload may differ from those of the checkpoint. Every parameter group then has
+    the rate that the engine's schedule gives at that step (`toolkit.zero.schedule`).
 
     Args:
-        convert: whether formats and the optimizer may differ as well.
+        convert: whether formats, the optimizer and what is not trained may differ as well.
 
     Returns:
-        What was done to the state, a sentence each; nothing where it is the very same.
+        What was done to the state or the schedule, a sentence each; nothing where they are the very same.
 
     Raises:
-        UserError: another model; another format or optimizer without `convert`.
+        UserError: another model, or other parameters are frozen; without `convert`: another format or optimizer, frozen
+            parameters or buffers that the checkpoint lacks or that lose digits here.
     """
     target = sharding(engine)
+    untrained = Untrained(engine.module, target.by_name)
     transfer = Transfer(source, target)
-    problem = transfer.mismatch()
+    problem = transfer.mismatch(untrained.parameters) or untrained.mismatch(source)
     if problem is not None:
-        raise UserError(f"{source.folder} is a checkpoint of another model: {problem}")
-    converted = transfer.conversions()
+        raise UserError(f"{source.folder} does not fit this model: {problem}")
+    converted = transfer.conversions() + untrained.conversions(source)
     if converted and not convert:
         raise UserError(
-            f"{source.folder} cannot be taken over as it is: {converted[0]}; --convert-state decodes its state and "
-            "encodes it anew"
+            f"{source.folder} cannot be taken over as it is: {converted[0]}; --convert-state (convert=True) takes over "
+            "what it can, and encodes state anew"
         )
     moved = transfer.regridded()
     if moved:
@@ -199,9 +212,16 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
             f"stages 1 and 2 and stage 3 begin blocks at other elements of {len(moved)} parameters whose size is no "
             f"multiple of 256 or that follow such a one, {moved[0]} for one: their state was decoded and encoded again"
         )
+    converted += schedule.resume(engine, source)  # which may refuse: until here nothing has changed
+    zero = engine.optimizer
+    if target.stage == 3:
+        zero.checkpoint_event_prologue()  # small parameters may be whole, and would stay what they are
     for index, flat in enumerate(_flats(engine)):
         _put(engine, flat, transfer.tensors(index, dist.get_rank()), transfer.step_of(index))
     _show(engine)
+    untrained.restore(source)
+    if target.stage == 3:
+        zero.checkpoint_event_epilogue()
     _restore_rest(engine, source)
     return converted
 
@@ -249,23 +269,14 @@ def _show(engine: Any) -> None:
 
 
 def _restore_rest(engine: Any, source: Source) -> None:
-    """Buffers, loss scale, scheduler and counters."""
+    """Loss scale and counters."""
     saved = source.model_states()
-    buffers = dict(engine.module.named_buffers())
-    for name, value in source.buffers().items():
-        buffers[name].copy_(value)
     optimizer_states = source.optimizer_states(0)["optimizer_state_dict"]
     scaler = optimizer_states.get("loss_scaler")
     if isinstance(scaler, Mapping) and engine.fp16_enabled():
         vars(engine.optimizer.loss_scaler).update(scaler)
     for group, old in zip(engine.basic_optimizer.param_groups, source.param_groups(), strict=False):
         group.update({key: old[key] for key in (RELEASED_NORM,) if key in old})
-    scheduler = engine.lr_scheduler
-    if scheduler is not None and saved.get("lr_scheduler") is not None:
-        scheduler.load_state_dict(saved["lr_scheduler"])
-        if getattr(scheduler, "last_batch_iteration", -1) >= 0:
-            # DeepSpeed's schedulers take the count over and leave the rates as they are until their next step.
-            scheduler.step(scheduler.last_batch_iteration)
     engine.global_steps = saved["global_steps"]
     engine.global_samples = saved.get("global_samples", engine.global_steps * engine.train_batch_size())
     engine.skipped_steps = saved["skipped_steps"]

@@ -128,7 +128,8 @@ _METHODS_3 = (
     "_offload_grad_partition_at_boundary _get_fp32_grad_state_partition get_fp32_grad_partitions "
     "independent_gradient_partition_epilogue invalidate_secondary_tensor _partition_all_parameters "
     "_loss_scale_update_and_overflow_cleanup _restore_from_bit16_weights "
-    "_reassign_or_swap_out_partitioned_parameters _get_param_partition_rank _get_param_partition_group"
+    "_reassign_or_swap_out_partitioned_parameters _get_param_partition_rank _get_param_partition_group "
+    "checkpoint_event_prologue checkpoint_event_epilogue"
 )
 _FIELDS_3 = (
     "fp16_groups fp32_partitioned_groups_flat fp16_partitioned_groups_flat sub_group_to_group_id grad_position "
@@ -138,7 +139,7 @@ _FIELDS_3 = (
 )
 # What `checkpoint.py` replaces or sets while it saves and loads.
 _METHODS_ENGINE = "save_checkpoint _save_checkpoint _save_zero_checkpoint _copy_recovery_script"
-_FIELDS_ENGINE = "checkpoint_engine global_steps global_samples skipped_steps micro_steps"
+_FIELDS_ENGINE = "checkpoint_engine global_steps global_samples skipped_steps micro_steps lr_scheduler"
 
 
 def _missing(kind: type, methods: str, fields: str) -> list[str]:
