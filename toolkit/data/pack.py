@@ -161,12 +161,12 @@ class PackedTokens:
         size = self.seq_len + 1
         block = np.empty(size, np.int64)
         filled = 0
-        # Where a stream goes on in the middle of a document, that one has been counted.
-        counted = start.place if start.place != Position().place else None
         passed = start
         for place, document, tokens in self._tokenized(start):
             first = place.place[:3] == start.place[:3]
-            if place.epoch == 0 and not (first and counted) and (document.problem or document.replaced):
+            # A stream that goes on in the middle of a document has counted that one.
+            counted = place.epoch > 0 or (first and start.place != Position().place)
+            if not counted and (document.problem or document.replaced):
                 passed = passed.after(document)
             taken = start.offset if first else 0
             while taken < len(tokens):
@@ -296,19 +296,18 @@ class PackedTokens:
         return [(document, np.array([] if document.problem else [*next(ids), end], np.int64)) for document in documents]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         # Split special tokens: a document that quotes "</s>" must not end there.
-        return (
-            self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                split_special_tokens=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-            if texts
-            else []
-        )
+        ids: list[list[int]] = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return ids
 
 
 class Batches:

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 
 class Telling:
-    """Says once, by name, what the first documents are that `batches` passes over."""
+    """Says once, by name, what the first documents are that `batches` passes over, and that characters are replaced."""
 
     def __init__(self, batches: Batches, say: Callable[[str], None]) -> None:
         self._batches = batches
         self._say = say
         self._told = len(batches.position.named)
+        self._replaced = batches.position.replaced > 0
 
     def tell(self) -> None:
         from toolkit.data.pack import NAMED
@@ -29,6 +30,9 @@ class Telling:
         if self._told < len(found.named) == NAMED:
             self._say("note: further documents that are passed over are counted in summary.json only.")
         self._told = len(found.named)
+        if found.replaced and not self._replaced:
+            self._replaced = True
+            self._say("note: the data hold bytes that are no text in their encoding; summary.json counts them.")
 
 
 @contextmanager
