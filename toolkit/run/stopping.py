@@ -255,7 +255,7 @@ class Watch:
             for peer in self._peers:
                 with contextlib.suppress(OSError):
                     peer.sendall(b"\n")
-        if now > self._looked + _BEAT_SECONDS:  # this process was stopped itself, and heard nobody
+        if now > self._looked + 5 * _TICK_SECONDS:  # this process was stopped itself, and heard nobody
             self._heard.clear()
         self._looked = now
         for rank in self._peers.values():
