@@ -269,7 +269,7 @@ class Watch:
             if silent > SILENT_SECONDS and rank not in self._silent:
                 self._silent.add(rank)
                 why = "it was stopped (kill -CONT lets it continue), or its machine hangs"
-                self._say(f"{since}: {why}; the run ends after {STOPPED_SECONDS:.0f} s." if told else "")
+                self._say(f"{since}: {why}; after {STOPPED_SECONDS:.0f} s without one the run ends." if told else "")
             elif silent <= SILENT_SECONDS and rank in self._silent:
                 self._silent.remove(rank)
                 self._say(f"{who} is back." if told else "")
