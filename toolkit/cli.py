@@ -12,6 +12,7 @@ import typer
 from toolkit.checkpoint import commands as checkpoints
 from toolkit.errors import UserError, nearest
 from toolkit.memory.commands import estimate, plan
+from toolkit.run.output import outliving
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(checkpoints.app, name="checkpoint", help="Inspect, verify and convert checkpoints.")
@@ -102,8 +103,9 @@ app.command()(plan)
 
 def main() -> None:
     """Run the command; a UserError ends it with one line on stderr and exit status 2."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with outliving():
+        try:
+            app()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None

@@ -10,13 +10,15 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.memory.records import FOLDER as MEMORY_FOLDER
-from toolkit.run import compiling, deterministic, ranks
+from toolkit.run import compiling, deterministic, feed, ranks, stopping
 from toolkit.run import folder as run_folder
 from toolkit.run.memory import end_without_memory, held_now, make_explainer, watch
+from toolkit.run.output import outliving
 from toolkit.run.plan import Plan, make_plan
 from toolkit.run.resume import NONE, Start, facts, find_start, make_saver, take_over
 from toolkit.run.saving import Saver
@@ -212,6 +214,7 @@ def _loop(
     batches = data.rank_batches(
         plan.data, rank=ranks.rank(), world_size=batch.world_size, micro_batch=batch.micro, start=start.position
     )
+    telling = feed.Telling(batches, screen.say)
     rule = rule_optimizer(engine)
     tokens = batch.total * settings.seq_len
     skipped = 0
@@ -220,7 +223,9 @@ def _loop(
     for step in range(start.step + 1, settings.steps + 1):
         started = time.perf_counter()
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
-        mine = _step(engine, batches, batch.accumulation)
+        keep = partial(saver.now, step - 1, facts(plan, batches.position)) if saver and step > start.step + 1 else None
+        with feed.kept(keep):
+            mine = _step(engine, batches, batch.accumulation)
         [loss], [memory, stopping] = ranks.mean_max([mine], [held_now(ledger), stop.requested], engine.device)
         stop.border(last=bool(stopping))
         seconds = time.perf_counter() - started
@@ -249,6 +254,7 @@ def _loop(
             held.write_step(record)
         _monitor(engine, record)
         screen.step(record)
+        telling.tell()
         # After the line of this step: a checkpoint must not be ahead of the metrics.
         ending = last or stopping or diverged
         if saver is not None:
@@ -269,6 +275,7 @@ def _loop(
                 screen.say(f"stopped after step {step} of {settings.steps}{where}.")
             break
     batches.close()
+    plan.read_to = batches.read_to
     return records
 
 
@@ -349,6 +356,7 @@ def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: int
         "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
         "memory_files": str(plan.folder / MEMORY_FOLDER) if plan.settings.memory_profile != "off" else None,
         "parameters": plan.parameters,
+        **feed.counted(plan.read_to),
         "state_bytes_by_name": states,
         "state_bytes_per_parameter": mean * plan.batch.world_size / plan.parameters,
         "state_bytes_per_parameter_per_rank": largest / plan.parameters,
@@ -359,9 +367,10 @@ def _skipped_at_the_end(records: list[dict[str, Any]]) -> int:
     return next((n for n, record in enumerate(reversed(records)) if not record["skipped"]), len(records))
 
 
+@outliving("nobody reads the output of this run any more; it continues, and its metrics are in its run folder.")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for the user's errors, 3 where gradients stayed not finite, 12
-    without memory, 130 when stopped by a signal."""
+    without memory, 110 where a rank gave no sign of life, 130 when stopped by a signal."""
     ranks.prepare()
     try:
         settings = parse(arguments)
@@ -383,7 +392,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end_without_memory(error)
         if ranks.world_size() == 1:
             raise
-        sys.excepthook(*sys.exc_info())
+        if (words := stopping.lost_peer(error)) is not None:
+            print(f"error: {words}", file=sys.stderr)
+        else:
+            sys.excepthook(*sys.exc_info())
         abandon(1)  # others may be in a collective, and this process would wait for them
     ranks.finish()
     return status

@@ -26,6 +26,12 @@ TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 TARGETS = ("one rank", "all ranks", "the ranks' launcher", "deepspeed")
 
 
+def _signals() -> None:
+    # As launch/slurm.sh: DeepSpeed's launchers would die of it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+
+
 @dataclass
 class Kill:
     """What one kill hit, and what it cost."""
@@ -65,8 +71,7 @@ class Victim:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                # As launch/slurm.sh: DeepSpeed's launchers would die of it.
-                preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+                preexec_fn=_signals,
             )
 
     def steps(self) -> int:

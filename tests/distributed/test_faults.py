@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults import TARGETS, Victim
-from ranks import environment
+from faults import TARGETS, TRAIN, Victim
+from ranks import deepspeed_command, environment
 from test_checkpoints import WAYS, World, steps_of
 
 from toolkit.run.folder import RunFolder, read_metrics
@@ -76,7 +76,57 @@ def test_signals_stop_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
     assert victim.ask_to_stop(lambda process: process.send_signal(signal.SIGTERM)) == -signal.SIGTERM
     victim.check()
     assert victim.newest() == victim.steps() > first
-    assert victim.log.read_text().count("a checkpoint is in") == 2
+    second = victim.newest()
+    # A closed session: every process of it gets the signal, the launchers die of it.
+    assert victim.ask_to_stop(lambda process: os.killpg(process.pid, signal.SIGHUP)) == -signal.SIGHUP
+    victim.check()
+    assert victim.newest() == victim.steps() > second
+    assert victim.log.read_text().count("a checkpoint is in") == 3
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
+    """`deepspeed launch/train.py 2>&1 | head -1`: it is done to the end, nothing of it fails."""
+    arguments = World(tmp_path).arguments("run", AMCS, 2, "--steps", "40")
+    command = deepspeed_command(2, TRAIN, *arguments)
+    read, write = os.pipe()
+    process = subprocess.Popen(command, env=environment(), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    os.read(read, 1)
+    os.close(read)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert error.count("note: nobody reads the output of this run any more") == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 40
+
+
+STOPPED = """
+from toolkit.run import stopping
+
+stopping.SILENT_SECONDS, stopping.STOPPED_SECONDS, stopping._BEAT_SECONDS = 3.0, 8.0, 1.0
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_ends_the_run(tmp_path: Path) -> None:
+    plugin = tmp_path / "stopped.py"
+    plugin.write_text(STOPPED)
+    arguments = World(tmp_path).arguments("x", AMCS, 2, "--steps", "100000", "--plugin", str(plugin))
+    victim = Victim(tmp_path / "run", arguments, SAVE_EVERY)
+    process = victim.start()
+    victim._wait(process, lambda: victim.steps() >= 5)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    launcher = next(p for p in psutil.Process(process.pid).children() if any("launch" in word for word in p.cmdline()))
+    rank = max((p for p in launcher.children() if any("train.py" in word for word in p.cmdline())), key=lambda p: p.pid)
+    rank.suspend()
+    assert process.wait(timeout=120) == 110, victim.log.read_text()
+    _, alive = psutil.wait_procs(everyone, timeout=60)  # the launcher gives the one that is stopped half a minute
+    assert not alive
+    log = victim.log.read_text()
+    assert f"note: rank 1 (process {rank.pid} on " in log and "note: all ranks end, because rank 1 " in log
+    assert "Traceback" not in log
+    victim.check()
+    assert victim.newest() >= 3
 
 
 ENDS = """

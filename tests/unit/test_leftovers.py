@@ -40,7 +40,9 @@ def owner(lock: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
-def test_a_build_does_not_wait_for_a_killed_owner(lock: Path, owner: subprocess.Popen[str]) -> None:
+def test_a_build_does_not_wait_for_a_killed_owner(
+    lock: Path, owner: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert not FileBaton(str(lock)).try_acquire()
@@ -49,14 +51,22 @@ def test_a_build_does_not_wait_for_a_killed_owner(lock: Path, owner: subprocess.
     waiting.start()
     waiting.join(timeout=20)
     assert not waiting.is_alive()
+    said = capsys.readouterr().err
+    assert f"note: removed {lock}, left by a process that was killed while it built cpu_adam." in said
 
 
-def test_a_lock_stays_while_its_owner_or_a_compiler_lives(lock: Path, owner: subprocess.Popen[str]) -> None:
-    assert leftovers._held(lock)
+def test_a_lock_stays_while_its_owner_or_a_compiler_lives(
+    lock: Path, owner: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leftovers._held(lock) == owner.pid
+    monkeypatch.setattr(leftovers, "TOLD_SECONDS", 0.2)
     releasing = threading.Thread(target=leftovers._release, args=([lock], 0.05))
     releasing.start()
     releasing.join(timeout=1.0)
     assert lock.exists() and releasing.is_alive()
+    assert (
+        f"note: process {owner.pid} holds {lock}: a start that needs cpu_adam waits for it." in capsys.readouterr().err
+    )
     compiler = subprocess.Popen(["sleep", "600"], cwd=lock.parent)
     owner.kill()
     owner.wait()
@@ -68,14 +78,36 @@ def test_a_lock_stays_while_its_owner_or_a_compiler_lives(lock: Path, owner: sub
     assert not lock.exists()
 
 
-def test_locks_that_another_machine_may_hold_stay(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_that_another_machine_may_hold_stay(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import psutil
 
     lock.touch()
     for kind, local in (("nfs4", False), ("fuse.sshfs", False), ("ext4", True)):
         part = type("Part", (), {"mountpoint": str(lock.parent.parent.resolve()), "fstype": kind})
         monkeypatch.setattr(psutil, "disk_partitions", lambda all, part=part: [part])
-        assert leftovers._local(lock) == local
+        leftovers._release([lock], 0.01)
+        assert lock.exists() != local
+        assert f"{lock} may be another user's or machine's" in capsys.readouterr().err or local
+
+
+def test_each_environment_builds_in_its_own_folder(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def folder(prefix: str) -> Path:
+        monkeypatch.setattr(sys, "prefix", prefix)
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parent.parent))
+        leftovers.own_build_folder()
+        leftovers.own_build_folder()  # a process that another one started
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+
+    first, second = folder("/one"), folder("/two")
+    assert first != second and first == folder("/one")
+    assert first.parent == second.parent == lock.parent.parent
+    # Locks of either place are looked after.
+    lock.touch()
+    (first / "cpu_adam").mkdir(parents=True)
+    (first / "cpu_adam" / "lock").touch()
+    assert set(leftovers._locks()) == {lock, first / "cpu_adam" / "lock"}
 
 
 def test_ranks_leave_no_shared_buffers() -> None:

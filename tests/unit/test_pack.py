@@ -199,18 +199,34 @@ def test_validation_is_every_hundredth_document() -> None:
     assert texts("train") == [text for text in corpus if text not in (corpus[99], corpus[199])]
 
 
-def test_a_small_corpus_trains_but_has_nothing_to_hold_out() -> None:
-    few = Documents("notes.txt", lambda: iter(corpus_of(99)))
-    packed(few, 8, part="train").require(1)
-    message = "'notes.txt' has fewer than 100 documents.*separate validation source"
-    for use in (lambda p: p.require(1), lambda p: next(p.sequences())):
-        with pytest.raises(UserError, match=message):
-            use(packed(few, 8, part="validation"))
+@pytest.mark.parametrize("number", [1, 2, 30, 99])
+def test_a_small_corpus_holds_out_the_last_tenth_of_its_characters(number: int) -> None:
+    corpus = [f"{index}: some words\n" * (1000 // number) for index in range(number)]
+    whole = "".join(corpus)
+
+    def text(part: Any) -> str:
+        return "".join(found.text for found in packed(corpus, 8, part=part)._documents())
+
+    train, validation = text("train"), text("validation")
+    assert train + validation == whole and train.endswith("\n")
+    assert len(whole) // 10 <= len(validation) <= len(whole) // 10 + len(f"{number}: some words\n")
+    assert train + validation == text("all")
+
+
+def test_the_tail_of_a_small_corpus_is_cut_anywhere_where_it_has_no_lines() -> None:
+    assert ["".join(d.text for d in packed(["ab" * 50], 8, part=p)._documents()) for p in ("train", "validation")] == [
+        "ab" * 45,
+        "ab" * 5,
+    ]
+    with pytest.raises(UserError, match="'given' is too small to hold out a part.*separate validation source"):
+        packed(["abcdefghi"], 1, part="validation").require(1)
 
 
 def test_an_empty_corpus_ends_instead_of_looping() -> None:
     with pytest.raises(UserError, match="is empty"):
         next(packed([], 8).sequences())
+    with pytest.raises(UserError, match="is empty"):
+        next(packed(["half \ud83d"], 8).sequences())
 
 
 @settings(deadline=None)

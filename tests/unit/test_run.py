@@ -46,7 +46,8 @@ SMALL = st.integers(1, 64)
 def test_command_line_fills_every_setting(tmp_path: Path) -> None:
     line = (
         f"--local_rank=1 --deepspeed --model qwen3-134m --tokenizer mistral-32k --data fineweb --data-subset s "
-        f"--text-column body --val-data held.txt --deepspeed_config soam_zero3 --set a.b=1 --set c=x "
+        f"--text-column body --bad-documents stop --val-data held.txt --deepspeed_config soam_zero3 "
+        f"--set a.b=1 --set c=x "
         f"--plugin {tmp_path}/p.py --steps 7 --seq-len 33 --micro-batch 2 --grad-accum 3 --global-batch 12 "
         f"--lr 1e-3 --warmup 0.2 --seed 5 --eval-every 0 --eval-sequences 9 --run-dir {tmp_path}/run "
         "--no-activation-checkpointing --loss plain --from-checkpoint --save-every 6 --keep-last 4 --keep-every 12 "
@@ -60,6 +61,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         data="fineweb",
         data_subset="s",
         text_column="body",
+        bad_documents="stop",
         val_data="held.txt",
         config="soam_zero3",
         overrides=["a.b=1", "c=x"],
@@ -383,6 +385,9 @@ SUMMARY: dict[str, Any] = {
     "tokens": 61_440,
     "seconds": 12.0,
     "compile_s": 24.0,
+    "skipped_documents": 0,
+    "skipped_documents_first": [],
+    "replaced_characters": 0,
     "loss": 4.25,
     "loss_steps": 10,
     "val_loss": None,

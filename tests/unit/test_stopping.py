@@ -27,6 +27,8 @@ def wait_forever():  # in C: no signal ends it
 
 rank, ends = int(os.environ["RANK"]), int(sys.argv[2])
 stopping.BEHIND_SECONDS = stopping.PATIENCE_SECONDS = 1.0
+if sys.argv[1] == "wait":
+    stopping.SILENT_SECONDS, stopping.STOPPED_SECONDS, stopping._BEAT_SECONDS = 2.0, 5.0, 0.5
 distributed.init_process_group("gloo")
 if sys.argv[1] == "unreachable":
     stopping.CONNECT_SECONDS = 1.0
@@ -41,6 +43,7 @@ with Watch() as watch, StopRequest(watch) as stop:
         "fail": lambda: 1 / 0 if rank == ends else distributed.barrier(),
         "stop": lambda: (stop.border(), wait_forever()),
         "insist": wait_forever,
+        "wait": wait_forever,
         "unreachable": distributed.barrier,
     }[sys.argv[1]]()
 os._exit(0)
@@ -109,6 +112,38 @@ def test_a_collective_that_fails_is_put_down_to_the_rank_that_ended() -> None:
     assert "ZeroDivisionError" in failed and "LeftBehind: rank 0 ends as well: rank 1 has ended" in left
 
 
+@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_is_stopped_is_named_and_ends_the_others_unless_it_comes_back(stopped: int) -> None:
+    processes = start("wait", world_size=3)
+    try:
+        for pause in (3.5, 0.0):
+            processes[stopped].send_signal(signal.SIGSTOP)
+            time.sleep(pause)
+            if pause:
+                assert all(process.poll() is None for process in processes)
+                processes[stopped].send_signal(signal.SIGCONT)
+                time.sleep(3.0)
+        others = [process for rank, process in enumerate(processes) if rank != stopped]
+        found, errors = ended(others, within=15.0)
+        assert found == [110, 110], errors
+        name = f"rank {stopped} (process {processes[stopped].pid} on "
+        words = [
+            f"{name}",
+            "has given no sign of life for 2 s",
+            f"is back.\nnote: {name}",
+            f"all ranks end, because {name}",
+        ]
+        assert all(word in errors[0] for word in words[1:2]) and all(name in errors[0] for _ in words[:1]), errors
+        assert errors[0].count("no sign of life") == 3 and errors[0].count("is back") == 1, errors
+        assert errors[0].index("is back") < errors[0].index("all ranks end, because " + name)
+        assert "no sign of life" not in errors[1]
+        processes[stopped].send_signal(signal.SIGCONT)
+        assert processes[stopped].wait(timeout=15) in (1, 110)
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def test_a_rank_that_is_asked_to_stop_and_waits_in_c_ends() -> None:
     [process] = start("stop")
     began = time.monotonic()
@@ -142,11 +177,42 @@ def test_first_signal_asks_and_second_interrupts() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_other_signals_ask_as_well(number: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_other_signals_ask_as_well(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # these tests may run under nohup
     with Watch() as watch, StopRequest(watch) as stop:
         os.kill(os.getpid(), number)
         assert stop.requested
+
+
+def test_a_run_under_nohup_outlives_its_session() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Watch() as watch, StopRequest(watch) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_error_of_a_lost_connection_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import distributed
+
+    gloo = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2000"
+    )
+    assert stopping.lost_peer(gloo) is None, "there is no other rank"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = stopping.lost_peer(gloo)
+    assert said is not None and "(Connection closed by peer [127.0.0.1]:2000): one of them has ended" in said
+    assert stopping.lost_peer(distributed.DistBackendError("NCCL error\nmore")) is not None
+    full = os.statvfs_result((4096, 4096, 16, 0, 0, 0, 0, 0, 0, 255))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: full)
+        said = stopping.lost_peer(gloo)
+        assert said is not None and said.endswith(": /dev/shm has 0.0 MB free.")
+    assert stopping.lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 def test_a_rank_without_launcher_stops(monkeypatch: pytest.MonkeyPatch) -> None:

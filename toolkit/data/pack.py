@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
-from itertools import count, islice
+from dataclasses import dataclass, replace
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import torch
 
+from toolkit.data.documents import BadDocument, Document, Documents
+from toolkit.data.files import first_line
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 # Every 100th document is held out. A streamed corpus has no known length that the rule could depend on.
 HELD_OUT_EVERY = 100
+# Of a corpus that has fewer, the tail: a tenth of its characters.
+HELD_OUT_TAIL = 10
+NAMED = 5
+"""Documents that are passed over and named; further ones are counted."""
 ENCODE_TOGETHER = 64
 BATCHES_AHEAD = 4
 
@@ -32,6 +38,10 @@ class Position:
 
     Document and sequence are counted after shuffling. Together with the documents, the tokenizer and the seed
     it fixes everything that follows.
+
+    The rest tells what came before that group in the first pass over the documents: how many were passed over because
+    they cannot be used, what is wrong with the first of them (`named`), and how many characters stand for bytes that
+    are none.
     """
 
     epoch: int = 0
@@ -39,6 +49,22 @@ class Position:
     index: int = 0
     offset: int = 0
     mixed: int = 0
+    skipped: int = 0
+    named: tuple[str, ...] = ()
+    replaced: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "named", tuple(self.named))  # JSON makes a list of it
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        return self.epoch, self.window, self.index, self.offset
+
+    def after(self, document: Document) -> Position:
+        """This position, with `document` counted."""
+        named = (*self.named, document.problem) if document.problem and self.skipped < NAMED else self.named
+        skipped = self.skipped + bool(document.problem)
+        return replace(self, skipped=skipped, named=named, replaced=self.replaced + document.replaced)
 
 
 class PackedTokens:
@@ -53,16 +79,18 @@ class PackedTokens:
     a long document does not fill a batch alone.
 
     Args:
-        documents: the corpus; iterated once per epoch, always in the same order.
+        documents: the corpus; iterated once per epoch, always in the same order. Those that cannot be used or
+            tokenized are passed over and counted, or stop the stream, as `Documents.bad` says.
         tokenizer: any transformers tokenizer with an `eos_token_id`.
         seq_len: predictions per sequence.
         seed: fixes the order, at least 0.
-        part: ``validation`` is every 100th document in source order, ``train`` the others, ``all`` both.
+        part: ``validation`` is every 100th document in source order, or, where there are fewer, the last tenth of their
+            characters; ``train`` is the rest, ``all`` both.
         shuffle_window: documents that are shuffled among each other; 1 keeps the source order.
         sequence_window: sequences that are shuffled among each other; 1 keeps the order of the documents.
 
     Raises:
-        UserError: a number out of range; while reading, a part without any document.
+        UserError: a number out of range; while reading, a part without any text, or a document that stops the stream.
     """
 
     def __init__(
@@ -84,7 +112,7 @@ class PackedTokens:
         ):
             if value < least:
                 raise UserError(f"{name} is {value}, but must be at least {least}.")
-        self.documents = documents
+        self.documents = documents if isinstance(documents, Documents) else Documents("given", lambda: iter(documents))
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.seed = seed
@@ -92,6 +120,8 @@ class PackedTokens:
         self.shuffle_window = shuffle_window
         self.sequence_window = sequence_window
         self.position = Position()
+        self.read_to = Position()
+        """The end of the group that `position` is in, up to which documents have been read and counted."""
 
     def sequences(self, start: Position | None = None) -> Iterator[np.ndarray]:
         """The sequences from `start` (the beginning if None) on, without end: int64 arrays [seq_len + 1].
@@ -105,8 +135,8 @@ class PackedTokens:
         stream = self._in_order(group_start)
         while True:
             group = list(islice(stream, self.sequence_window))
-            next_start = group[-1][0]
-            order = np.random.default_rng((self.seed, *astuple(group_start))).permutation(len(group))
+            next_start = self.read_to = group[-1][0]
+            order = np.random.default_rng((self.seed, *group_start.place, 0)).permutation(len(group))
             for number in range(given_out, len(group)):
                 last = number + 1 == len(group)
                 self.position = next_start if last else replace(group_start, mixed=number + 1)
@@ -114,10 +144,14 @@ class PackedTokens:
             group_start, given_out = next_start, 0
 
     def first_pass(self, most: int) -> list[np.ndarray]:
-        """Up to `most` sequences that begin before the documents repeat, in the order of the documents."""
+        """Up to `most` sequences that begin before the documents repeat, in the order of the documents.
+
+        `position` is then the end of the last one.
+        """
         found: list[np.ndarray] = []
         for following, sequence in self._in_order(Position()):
             found.append(sequence)
+            self.position = following
             if len(found) == most or following.epoch > 0:
                 break
         return found
@@ -127,15 +161,23 @@ class PackedTokens:
         size = self.seq_len + 1
         block = np.empty(size, np.int64)
         filled = 0
-        for document, tokens in self._tokenized(start):
-            taken = start.offset if document == replace(start, offset=0) else 0
+        passed = start
+        for place, document, tokens in self._tokenized(start):
+            first = place.place[:3] == start.place[:3]
+            # A stream that goes on in the middle of a document has counted that one.
+            counted = place.epoch > 0 or (first and start.place != Position().place)
+            if not counted and (document.problem or document.replaced):
+                passed = passed.after(document)
+            taken = start.offset if first else 0
             while taken < len(tokens):
                 piece = tokens[taken : taken + size - filled]
                 block[filled : filled + len(piece)] = piece
                 filled += len(piece)
                 taken += len(piece)
                 if filled == size:
-                    yield replace(document, offset=taken - 1), block.copy()
+                    epoch, window, index, _ = place.place
+                    here = replace(passed, epoch=epoch, window=window, index=index, offset=taken - 1, mixed=0)
+                    yield here, block.copy()
                     block[0] = block[-1]
                     filled = 1
 
@@ -146,58 +188,118 @@ class PackedTokens:
             UserError: it does not.
         """
         needed = sequences * self.seq_len + 1
-        tokens = 0
-        for document, ids in self._tokenized(Position()):
-            if document.epoch > 0:
+        tokens = skipped = 0
+        for place, document, ids in self._tokenized(Position()):
+            if place.epoch > 0:
                 full = max(tokens - 1, 0) // self.seq_len
+                without = f" without the {skipped} documents that cannot be used" if skipped else ""
                 raise UserError(
                     f"corpus {self._name} is smaller than one batch: it has {full} full sequences of "
-                    f"{self.seq_len} tokens, the global batch needs {sequences}."
+                    f"{self.seq_len} tokens{without}, the global batch needs {sequences}."
                 )
+            skipped += bool(document.problem)
             tokens += len(ids)
             if tokens >= needed:
                 return
 
     @property
     def _name(self) -> str:
-        return repr(getattr(self.documents, "name", "given"))
+        return repr(self.documents.name)
 
-    def _tokenized(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
-        """Each document's place and tokens, end of text included, from the document of `start` on."""
+    def _tokenized(self, start: Position) -> Iterator[tuple[Position, Document, np.ndarray]]:
+        """Each document with its place and tokens, end of text included, from that of `start` on.
+
+        One that is passed over has a place, too, and no tokens.
+        """
         for epoch in count(start.epoch):
             source = self._documents()
+            found = (epoch, 0, 0) < start.place[:3]  # what is left of an epoch may well be nothing
             for window in count():
-                texts = list(islice(source, self.shuffle_window))
-                if not texts and window == 0:
-                    raise UserError(self._nothing())
-                if not texts:
+                documents = list(islice(source, self.shuffle_window))
+                if not documents:
                     break
                 if (epoch, window) < (start.epoch, start.window):
                     continue
                 first = start.index if (epoch, window) == (start.epoch, start.window) else 0
-                order = np.random.default_rng((self.seed, epoch, window)).permutation(len(texts))
-                for index in range(first, len(texts), ENCODE_TOGETHER):
-                    some = [texts[i] for i in order[index : index + ENCODE_TOGETHER]]
-                    for offset, tokens in enumerate(self._encode(some)):
-                        yield Position(epoch, window, index + offset), tokens
+                order = np.random.default_rng((self.seed, epoch, window)).permutation(len(documents))
+                for index in range(first, len(documents), ENCODE_TOGETHER):
+                    some = [documents[i] for i in order[index : index + ENCODE_TOGETHER]]
+                    for offset, (document, tokens) in enumerate(self._encode(some)):
+                        found = found or not document.problem
+                        yield Position(epoch, window, index + offset), document, tokens
+            if not found:
+                raise UserError(self._nothing())
 
-    def _documents(self) -> Iterator[str]:
-        for index, text in enumerate(self.documents):
-            held_out = index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            if self.part == "all" or held_out == (self.part == "validation"):
-                yield text
+    def _documents(self) -> Iterator[Document]:
+        """One pass over this part's documents; those that cannot be used belong to every part but the validation."""
+        source = self.documents.documents()
+        if self.part == "all":
+            yield from source
+            return
+        first: list[Document] = []
+        usable = 0
+        for document in source:
+            first.append(document)
+            usable += not document.problem
+            if usable == HELD_OUT_EVERY:
+                break
+        if usable < HELD_OUT_EVERY:
+            yield from self._part_of_few(first)
+            return
+        index = 0
+        for document in chain(first, source):
+            index += not document.problem
+            held_out = not document.problem and index % HELD_OUT_EVERY == 0
+            if held_out == (self.part == "validation"):
+                yield document
+
+    def _part_of_few(self, documents: list[Document]) -> Iterator[Document]:
+        """This part of a small corpus: all but the last tenth of its characters, or that."""
+        tail = sum(len(document.text) for document in documents) // HELD_OUT_TAIL
+        start = len(documents)
+        while tail > 0 and len(documents[start - 1].text) <= tail:
+            start -= 1
+            tail -= len(documents[start].text)
+        before, after = documents[:start], [found for found in documents[start:] if not found.problem]
+        unusable = [found for found in documents[start:] if found.problem]
+        if tail > 0:
+            divided = before.pop()
+            text = divided.text
+            at = len(text) - tail
+            at = text.rfind("\n", at // 2, at) + 1 or at  # at the end of a line, if there is one nearby
+            before.append(divided._replace(text=text[:at]))
+            after.insert(0, divided._replace(text=text[at:], replaced=0))
+        yield from after if self.part == "validation" else before + unusable
 
     def _nothing(self) -> str:
         if self.part == "validation":
-            return (
-                f"corpus {self._name} has fewer than {HELD_OUT_EVERY} documents, too few to hold out a part "
-                "for validation: name a separate validation source."
-            )
-        return f"corpus {self._name} is empty: it holds no text."
+            return f"corpus {self._name} is too small to hold out a part: name a separate validation source."
+        return f"corpus {self._name} is empty: it holds no text that can be used."
 
-    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+    def _encode(self, documents: list[Document]) -> list[tuple[Document, np.ndarray]]:
+        usable = [document for document in documents if not document.problem]
+        try:
+            ids = iter(self._ids([document.text for document in usable]))
+        except BaseException as error:
+            # Tokenizers raise anything about a text, and a panic of Rust is no Exception.
+            panic = type(error).__name__ == "PanicException"
+            if not panic and (not isinstance(error, Exception) or isinstance(error, MemoryError | OSError)):
+                raise
+            if len(documents) > 1:
+                return [found for document in documents for found in self._encode([document])]
+            [document] = documents
+            problem = f"{document.where} cannot be tokenized: {first_line(error)}."
+            if self.documents.bad == "stop":
+                raise BadDocument(problem) from error
+            return [(Document("", document.where, problem), np.empty(0, np.int64))]
+        end = self.tokenizer.eos_token_id
+        return [(document, np.array([] if document.problem else [*next(ids), end], np.int64)) for document in documents]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         # Split special tokens: a document that quotes "</s>" must not end there.
-        ids = self.tokenizer(
+        ids: list[list[int]] = self.tokenizer(
             texts,
             add_special_tokens=False,
             split_special_tokens=True,
@@ -205,25 +307,26 @@ class PackedTokens:
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-        return [np.array([*document, self.tokenizer.eos_token_id], np.int64) for document in ids]
+        return ids
 
 
 class Batches:
     """One rank's micro-batches, without end: int64 tensors [micro_batch, seq_len + 1] on the CPU.
 
-    `position` is where the stream goes on after the latest one. A background thread works a few batches ahead; an
+    `position` is where the stream goes on after the latest one, and `read_to` how far documents have been read for it
+    (`PackedTokens.read_to`), both the same at every number of ranks. A background thread works a few batches ahead; an
     error in it is raised here, at the batch it prevented. `close` ends the thread.
     """
 
-    def __init__(self, ahead: Generator[tuple[torch.Tensor, Position]], start: Position) -> None:
+    def __init__(self, ahead: Generator[tuple[torch.Tensor, Position, Position]], start: Position) -> None:
         self._ahead = ahead
-        self.position = start
+        self.position = self.read_to = start
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> torch.Tensor:
-        tokens, self.position = next(self._ahead)
+        tokens, self.position, self.read_to = next(self._ahead)
         return tokens
 
     def close(self) -> None:
@@ -242,12 +345,12 @@ def rank_batches(
     """
     first = start or Position()
 
-    def batches() -> Iterator[tuple[torch.Tensor, Position]]:
+    def batches() -> Iterator[tuple[torch.Tensor, Position, Position]]:
         stream = packed.sequences(first)
         while True:
             step = islice(stream, world_size * micro_batch)
             mine = [tokens for place, tokens in enumerate(step) if place // micro_batch == rank]
-            yield torch.from_numpy(np.stack(mine)), packed.position
+            yield torch.from_numpy(np.stack(mine)), packed.position, packed.read_to
 
     return Batches(_ahead(batches(), BATCHES_AHEAD), first)
 

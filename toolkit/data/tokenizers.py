@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.data.stream import hub_reachable, read_text, stdlib_files
+from toolkit.data.files import read_file
+from toolkit.data.stream import hub_reachable, stdlib_files
 from toolkit.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _python_tokenizer() -> Tokenizer:
     except Exception:  # absent or damaged (the library raises a bare Exception for both): train it
         pass
     # Every eighth file, about 4 MB, is text enough for this many entries and takes a second or two.
-    sample = (text for source in stdlib_files()[::8] for text in read_text(source))
+    sample = (document.text for source in stdlib_files()[::8] for document in read_file(source))
     tokenizer = train_bytes_bpe(sample, PYTHON_VOCABULARY)
     try:
         cache.mkdir(parents=True, exist_ok=True)

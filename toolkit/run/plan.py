@@ -21,7 +21,7 @@ from toolkit.run.settings import RunSettings
 if TYPE_CHECKING:
     import torch
 
-    from toolkit.data import PackedTokens
+    from toolkit.data import PackedTokens, Position
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Plan:
     identity: dict[str, dict[str, Any]]
     model_files: dict[str, bytes]
     """What checkpoints keep beside the weights; on rank 0."""
+    read_to: Position
+    """How far the data have been read for the steps that were made; the beginning until then."""
 
 
 def make_plan(settings: RunSettings) -> Plan:
@@ -85,7 +87,9 @@ def make_plan(settings: RunSettings) -> Plan:
 
     def packed(source: str, part: Literal["all", "train", "validation"]) -> PackedTokens:
         subset = settings.data_subset if source == settings.data else None
-        documents = data.open_documents(source, subset=subset, text_column=settings.text_column)
+        documents = data.open_documents(
+            source, subset=subset, text_column=settings.text_column, bad=settings.bad_documents
+        )
         return data.PackedTokens(documents, tokenizer, settings.seq_len, seed=settings.seed, part=part)
 
     held_out = settings.eval_every > 0 and settings.val_data is None
@@ -96,6 +100,7 @@ def make_plan(settings: RunSettings) -> Plan:
         source = packed(settings.val_data or settings.data, "validation" if held_out else "all")
         source.require(1)
         validation = [torch.as_tensor(sequence) for sequence in source.first_pass(settings.eval_sequences)]
+        remarks += [f"passed over in the validation text: {problem}" for problem in source.position.named]
     return Plan(
         settings=settings,
         config=config,
@@ -110,6 +115,7 @@ def make_plan(settings: RunSettings) -> Plan:
         model_files=model_files(model_config, tokenizer, Path(settings.model).expanduser())
         if ranks.rank() == 0
         else {},
+        read_to=data.Position(),
     )
 
 

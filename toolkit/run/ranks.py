@@ -101,6 +101,9 @@ def start() -> torch.device:
                 f"start at most one rank per GPU (--num_gpus {devices})."
             )
         torch.accelerator.set_device_index(local_rank)
+        little = leftovers.little_shared_memory() if local_rank == 0 and local_size > 1 else None
+        if little is not None:
+            print(f"note: {little}: ranks of one machine may fail to reach one another.", file=sys.stderr)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -109,6 +112,7 @@ def start() -> torch.device:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
 
+    leftovers.own_build_folder()
     if local_rank == 0:
         leftovers.release_locks()
 

@@ -38,6 +38,12 @@ class RunSettings(BaseModel):
     )
     data_subset: Annotated[str | None, typer.Option(help="Configuration name of a hub data set.")] = None
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text"
+    bad_documents: Annotated[
+        Literal["skip", "stop"],
+        typer.Option(
+            help="Documents that cannot be read or tokenized: pass over and count them, or stop at the first."
+        ),
+    ] = "skip"
     val_data: Annotated[
         str | None,
         typer.Option(help="Validation text, named like --data. (default: a slice held out of --data)"),

@@ -1,4 +1,5 @@
-"""Stopping: a rank that is asked to, ranks left behind by one that has ended, and a main thread that no longer can.
+"""Stopping: a rank that is asked to, ranks left behind by one that has ended or is stopped, and a main thread that no
+longer can.
 
 Python runs a signal handler between two instructions of the main thread, so never while that waits in C for a GPU or
 for the other ranks. When one rank runs out of memory, the others wait in a collective until DeepSpeed's launcher kills
@@ -19,11 +20,13 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from toolkit.errors import UserError
-from toolkit.run import ranks
+from toolkit.run import leftovers, ranks
 
 INTERRUPTED = 130
 # The number of ENOMEM. Not 137, which is how a shell reports what the kernel has killed.
 OUT_OF_MEMORY = 12
+# The number of ETIMEDOUT.
+SILENT = 110
 
 BEHIND_SECONDS = 5.0
 """How long a rank has to end by itself when another one has ended, or when the user insists."""
@@ -31,8 +34,13 @@ PATIENCE_SECONDS = 15.0
 """How long a rank that is asked to stop has to end its step; three times its longest step, where that is more."""
 FIRST_STEP_SECONDS = 600.0
 """The same before its first step has ended, which compiles."""
+SILENT_SECONDS = 30.0
+"""After how long a rank that gives no sign of life is named."""
+STOPPED_SECONDS = 180.0
+"""After how long the others end without it."""
 CONNECT_SECONDS = 30.0
 _TICK_SECONDS = 1.0
+_BEAT_SECONDS = 5.0
 
 
 class OutOfMemory(Exception):
@@ -51,7 +59,9 @@ class Watch:
     """A thread that ends this process where its main thread no longer can; a context manager, in the main thread.
 
     Rank 0 holds a connection to every other rank. A process that ends, however it does, closes its connection; what
-    rank 0 then hears it tells the others. Whoever is left has `BEHIND_SECONDS` to end by itself.
+    rank 0 then hears it tells the others. Whoever is left has `BEHIND_SECONDS` to end by itself. Over a connection goes
+    a line now and then, an empty one as a sign of life: a process that was stopped (SIGSTOP), or whose machine hangs,
+    closes nothing.
     """
 
     def __init__(self) -> None:
@@ -60,6 +70,10 @@ class Watch:
         self.wakeup, self._signalled = socket.socketpair()
         self._launcher = _launcher()
         self._peers: dict[socket.socket, int] = {}
+        self._places: dict[int, str] = {}
+        self._heard: dict[int, float] = {}
+        self._silent: set[int] = set()
+        self._looked = self._beat = time.monotonic()
         self._left: LeftBehind | None = None
         self._left_at = 0.0
         self._known = threading.Event()
@@ -117,7 +131,8 @@ class Watch:
             dual = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if dual else socket.AF_INET
             server = socket.create_server(("", 0), family=family, backlog=ranks.world_size(), dualstack_ipv6=dual)
-        port, key = ranks.from_first((server.getsockname()[1] if server else 0, key))
+        here = f"process {os.getpid()} on {socket.gethostname()}"
+        port, key, self._places[0] = ranks.from_first((server.getsockname()[1] if server else 0, key, here))
         problem: str | None = None
         try:
             if server is not None:
@@ -125,7 +140,7 @@ class Watch:
             else:
                 address = (os.environ["MASTER_ADDR"], port)
                 peer = socket.create_connection(address, timeout=CONNECT_SECONDS)
-                peer.sendall(f"{key} {ranks.rank()}\n".encode())
+                peer.sendall(f"{key} {ranks.rank()} {here}\n".encode())
                 self._peers[peer] = 0
         except OSError as error:
             problem = f"rank {ranks.rank()}: {error}"
@@ -152,9 +167,11 @@ class Watch:
                 peer, _ = server.accept()
                 peer.settimeout(max(0.01, deadline - time.monotonic()))
                 with peer.makefile("r", encoding="ascii", errors="replace") as lines:
-                    said, _, rank = lines.readline(64).partition(" ")
+                    said, _, who = lines.readline(512).rstrip("\n").partition(" ")
                 if said == key:
+                    rank, _, place = who.partition(" ")
                     self._peers[peer] = int(rank)
+                    self._places[int(rank)] = place
                 else:  # whoever looks for open ports
                     peer.close()
 
@@ -180,8 +197,7 @@ class Watch:
                     if key.fileobj is self._signalled:
                         self._hear_signals()
                     elif isinstance(key.fileobj, socket.socket):
-                        selector.unregister(key.fileobj)
-                        self._hear(key.fileobj)
+                        self._hear(key.fileobj, selector)
                 self._look()
         for end in (self.wakeup, self._signalled, *self._peers):
             end.close()
@@ -193,11 +209,17 @@ class Watch:
                 if self._asked_at is None or self._interrupts == 2:
                     self._asked_at = time.monotonic()
 
-    def _hear(self, peer: socket.socket) -> None:
-        """A peer's last words, or its end without any."""
-        rank, status = self._peers.pop(peer), 1
+    def _hear(self, peer: socket.socket, selector: selectors.BaseSelector) -> None:
+        """A peer's sign of life, its last words, or its end without any."""
+        rank, status = self._peers[peer], 1
         with contextlib.suppress(OSError, ValueError):
-            rank, status = (int(word) for word in peer.recv(64).split())
+            said = peer.recv(4096)
+            if said and not said.strip():
+                self._heard[rank] = time.monotonic()
+                return
+            rank, status = (int(word) for word in said.split())
+        selector.unregister(peer)
+        del self._peers[peer]
         peer.close()
         if status == 0 or self._left is not None:
             return
@@ -211,6 +233,7 @@ class Watch:
     def _look(self) -> None:
         """End this process if it should have ended."""
         now = time.monotonic()
+        self._look_for_silence(now)
         if not self.orphaned and _launcher() != self._launcher:
             self.orphaned = True
             self._asked_at = self._asked_at or now
@@ -225,12 +248,42 @@ class Watch:
                 waited = f"{now - max(since, asked):.0f} s after it was asked to stop"
                 self._leave(f"rank {ranks.rank()} ends without a checkpoint, {waited}, in {_place()}.", INTERRUPTED)
 
+    def _look_for_silence(self, now: float) -> None:
+        """Give a sign of life, and look for ranks that give none."""
+        if now > self._beat + _BEAT_SECONDS:
+            self._beat = now
+            for peer in self._peers:
+                with contextlib.suppress(OSError):
+                    peer.sendall(b"\n")
+        if now > self._looked + 5 * _TICK_SECONDS:  # this process was stopped itself, and heard nobody
+            self._heard.clear()
+        self._looked = now
+        for rank in self._peers.values():
+            silent = now - self._heard.setdefault(rank, now)
+            told = ranks.rank() == (1 if rank == 0 else 0)  # one rank's word is enough
+            who = f"rank {rank} ({self._places.get(rank)})"
+            since = f"{who} has given no sign of life for {silent:.0f} s"
+            if silent > STOPPED_SECONDS:
+                then = "started again, the run continues from its newest checkpoint"
+                self._leave(f"all ranks end, because {since}; {then}." if told else "", SILENT)
+            if silent > SILENT_SECONDS and rank not in self._silent:
+                self._silent.add(rank)
+                why = "it was stopped (kill -CONT lets it continue), or its machine hangs"
+                self._say(f"{since}: {why}; after {STOPPED_SECONDS:.0f} s without one the run ends." if told else "")
+            elif silent <= SILENT_SECONDS and rank in self._silent:
+                self._silent.remove(rank)
+                self._say(f"{who} is back." if told else "")
+
     def _leave(self, words: str, status: int) -> NoReturn:
-        # Not by way of sys.stderr, whose lock the main thread may hold.
-        with contextlib.suppress(OSError):
-            os.write(2, f"note: {words}\n".encode())
+        self._say(words)
         self.tell(status)
         os._exit(status)
+
+    @staticmethod
+    def _say(words: str) -> None:
+        # Not by way of sys.stderr, whose lock the main thread may hold.
+        with contextlib.suppress(OSError):
+            os.write(2, f"note: {words}\n".encode() if words else b"")
 
 
 _watch: Watch | None = None
@@ -243,6 +296,19 @@ def abandon(status: int) -> NoReturn:
     if _watch is not None:
         _watch.tell(status)
     os._exit(status)
+
+
+def lost_peer(error: Exception) -> str | None:
+    """The sentence for `error` where it is that other ranks can no longer be reached, else None."""
+    from torch import distributed
+
+    said = str(error)
+    gloo = isinstance(error, RuntimeError) and ("gloo/" in said or "Gloo" in said)
+    if ranks.world_size() == 1 or not (gloo or isinstance(error, distributed.DistError)):
+        return None
+    reason = said.strip().splitlines()[0].rpartition("] ")[2] if said.strip() else type(error).__name__
+    cause = leftovers.little_shared_memory() or "one of them has ended, or a machine or the network has failed"
+    return f"rank {ranks.rank()} cannot reach the other ranks any more ({reason.rstrip('.')}): {cause}."
 
 
 def _keep_alive(peer: socket.socket) -> None:
@@ -260,11 +326,11 @@ def _place() -> str:
 
 
 class StopRequest:
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a flag, so that all ranks stop after the same step.
+    """Turns the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP into a flag, so that all ranks stop after the same step.
 
-    A second SIGINT acts as if there were no handler. `requested` holds, too, once DeepSpeed's launcher is gone. The
-    watch ends a rank that is asked to stop and reaches no border of a step. Use as a context manager, in the main
-    thread, while steps are made.
+    SIGHUP is what a closed session sends; under nohup, which has it ignored, it stays so. A second SIGINT acts as if
+    there were no handler. `requested` holds, too, once DeepSpeed's launcher is gone. The watch ends a rank that is
+    asked to stop and reaches no border of a step. Use as a context manager, in the main thread, while steps are made.
     """
 
     def __init__(self, watch: Watch) -> None:
@@ -281,8 +347,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Written to by the signal itself, whatever the main thread is doing.
         self._wakeup = signal.set_wakeup_fd(self._watch.wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         self._watch.border()
         return self
 
