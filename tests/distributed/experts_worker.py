@@ -72,7 +72,12 @@ def batch(step: int, micro: int, rank: int) -> Tensor:
 
 def route(case: dict[str, Any], step: int, micro: int, rank: int) -> tuple[int, bool]:
     """The expert, of 0 to 2, and whether the towers are turned."""
-    expert = {"rank": rank, "step": (step + micro + rank) % 3, "same": 0, "even": 2 * rank}[case["route"]]
+    expert = {
+        "rank": rank,
+        "same": 0,
+        "step": (step + micro + rank) % 3,
+        "even": 2 * rank,
+    }[case["route"]]
     return expert, bool(rank) if case["turned"] else False
 
 
@@ -195,8 +200,8 @@ def empty(case: dict[str, Any], caught: list[str]) -> dict[str, Any]:
     model = nn.ModuleDict({"mlp": nn.Linear(32, 8, bias=False), "other": nn.Linear(0, 4, bias=False)})
     before = model["mlp"].weight.detach().clone()
     every = list(model.parameters())
-    engine, *_ = toolkit.initialize(model=model, config=copy.deepcopy(case["config"]), total_steps=STEPS)
-    for step in range(2):
+    engine, *_ = toolkit.initialize(model=model, config=copy.deepcopy(case["config"]), total_steps=STEPS + 1)
+    for step in range(4):
         x = batch(step, 0, dist.get_rank())
         engine.backward(engine.module["mlp"](x).square().mean() + engine.module["other"](x[:, :0]).sum())
         engine.step()

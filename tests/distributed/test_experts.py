@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from ranks import launch
 
+from toolkit.errors import UserError
+from toolkit.zero.agreement import Order
+
 Results = dict[str, list[dict[str, Any]]]
 
 
@@ -137,3 +140,19 @@ def test_compiled_modules_keep_their_names_and_stay_compiled(runs: Results, stag
             assert found[how]["losses"] == pytest.approx(found["plain"]["losses"], rel=1e-4)
             assert found[how]["graphs"] > 0
         assert found["plain"]["graphs"] == 0
+
+
+def test_only_one_order_on_all_ranks_is_let_through() -> None:
+    ranks = [Order() for _ in range(3)]
+    for numbers in ([[3, 1, 2]] * 3, [[]] * 3, [[3, 1, 2], [3, 2, 1], [3, 1, 2]], [[1], [1, 0], [1]]):
+        for order, noted in zip(ranks, numbers, strict=True):
+            for number in noted:
+                order.note(number)
+        total = sum(order.tensor("cpu").item() for order in ranks)
+        same = all(noted == numbers[0] for noted in numbers)
+        for order in ranks:
+            if same:
+                order.check(total, 3)
+            else:
+                with pytest.raises(UserError, match="in another order"):
+                    order.check(total, 3)

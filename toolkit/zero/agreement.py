@@ -12,7 +12,7 @@ for that later, as it can be at stages 1 and 2 (`turns.py`), so a run stops with
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -69,15 +69,20 @@ def check_first_gathers() -> None:
         self.leanstate_order_known = getattr(self, "leanstate_order_known", False) or self.is_complete_trace()
         params = iter_params(current_submodule, recurse=z3_leaf_module(current_submodule))
         absent = [param for param in params if param.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        for param in absent:
-            if not param.ds_numel:  # which DeepSpeed does not gather and then misses
-                param.data = param.data.new_empty(param.ds_shape)
-                param.ds_status = ZeroParamStatus.AVAILABLE
+        have_nothing(absent)
         if absent and not self.leanstate_order_known:
             _compare(current_submodule, absent[0].ds_process_group)
         fetch(self, current_submodule, forward)
 
     PartitionedParameterCoordinator.fetch_sub_module = fetch_sub_module
+
+
+def have_nothing(params: Iterable[Any]) -> None:
+    """Let parameters without elements be there, which DeepSpeed cannot gather and then misses."""
+    for param in params:
+        if not param.ds_numel and param.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+            param.data = param.data.new_empty(param.ds_shape)
+            param.ds_status = ZeroParamStatus.AVAILABLE
 
 
 def _compare(module: Any, process_group: Any) -> None:

@@ -26,7 +26,7 @@ from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.sweep import check_gradient
 from toolkit.state.codecs import BLOCK
-from toolkit.zero.agreement import Order
+from toolkit.zero.agreement import Order, have_nothing
 from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm
 
 
@@ -147,6 +147,7 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
 
         All at once: DeepSpeed's `all_gather` takes a collective for each, and lets the host wait for the device.
         """
+        have_nothing(self.persistent_parameters)
         absent = [param for param in self.persistent_parameters if param.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if absent:
             absent[0].all_gather_coalesced(absent).wait()
