@@ -187,6 +187,35 @@ def test_denormal_blocks_count_as_zero(codec: type[Codec], value: float) -> None
         assert torch.equal(back, torch.zeros_like(x))
 
 
+def finite_floats() -> st.SearchStrategy[Tensor]:
+    """A block of any finite fp32 numbers, of all magnitudes; zeros, subnormals and the largest are among them."""
+    largest = torch.finfo(torch.float32).max
+    number = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from(
+        [largest, -largest, TINY, 0.0]
+    )
+    return st.lists(number, min_size=1, max_size=16).map(lambda some: torch.tensor(some).repeat(BLOCK)[:BLOCK][None])
+
+
+@every
+@given(x=finite_floats())
+def test_what_is_finite_stays_finite(codec: type[Codec], x: Tensor) -> None:
+    x = values(codec, x)
+    back = round_trip(codec, x)
+    assert back.isfinite().all()
+    assert (back.abs() <= x.abs().max() * (1 + 1e-6)).all()
+    assert round_trip(codec, back).isfinite().all()
+
+
+@every
+def test_the_largest_numbers_stay_finite(codec: type[Codec]) -> None:
+    pattern = torch.tensor(torch.finfo(torch.float32).max).view(torch.int32)
+    x = (pattern - torch.arange(4 * BLOCK, dtype=torch.int32)).view(torch.float32).view(-1, BLOCK)
+    for block in (x, x.flip(1), x[:, :1].expand(-1, BLOCK)):
+        torch.testing.assert_close(
+            round_trip(codec, block), block, rtol=0.5 if codec in (Signed4, Residual4) else 0.1, atol=0
+        )
+
+
 @second
 @given(x=blocks())
 def test_no_zero_second_moment_beside_a_momentum(codec: type[Codec], x: Tensor) -> None:

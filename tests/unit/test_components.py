@@ -397,3 +397,24 @@ def test_a_plain_loop_trains() -> None:
     assert optimizer.report() == {"alpha": 0.0}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name == "model.embed_tokens.weight"), name
+
+
+def test_compiled_modules_have_the_components_of_plain_ones() -> None:
+    plain, inside = tiny_model(), tiny_model()
+    for index, layer in enumerate(inside.model.layers):
+        layer.mlp, layer.input_layernorm = torch.compile(layer.mlp), torch.compile(layer.input_layernorm)
+        inside.model.layers[index] = torch.compile(layer)
+    expected = [(g["component"], len(g["params"]), g.get("weight_decay")) for g in param_groups(plain)]
+    for model in (inside, torch.compile(inside)):
+        assert [(g["component"], len(g["params"]), g.get("weight_decay")) for g in param_groups(model)] == expected
+
+
+def test_a_group_without_elements_is_left_out() -> None:
+    model = nn.ModuleDict({"mlp": nn.Linear(4, 4, bias=False), "other": nn.Linear(0, 4, bias=False)})
+    assert [group["component"] for group in param_groups(model)] == ["ffn"]
+
+
+def test_a_type_that_cannot_be_trained_is_named() -> None:
+    model = nn.ModuleDict({"mlp": nn.Linear(4, 4, bias=False, dtype=torch.complex64)})
+    with pytest.raises(UserError, match=r"'mlp\.weight': trainable weights are complex64"):
+        param_groups(model)

@@ -264,3 +264,92 @@ def test_names_resolve_in_any_case() -> None:
     check_settings("SOAM", {"lr": "auto", "betas": [0.9, 0.95]})
     with pytest.raises(UserError, match="Did you mean 'lr'"):
         check_settings("SOAM", {"lrr": 1e-3})
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2], ids=lambda d: str(d)[6:]
+)
+def test_types_that_would_train_wrongly_are_refused(dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.zeros(300, 2).to(dtype))
+    for given in ([p], [("blocks.0.weight", p)], [{"params": [p]}]):
+        with pytest.raises(UserError, match=f"{str(dtype).removeprefix('torch.')}, but must be one of float32"):
+            SOAM(given)
+    with pytest.raises(UserError, match=r"blocks\.0\.weight"):
+        SOAM([("blocks.0.weight", p)])
+
+
+def test_frozen_parameters_of_any_type_are_left_alone() -> None:
+    frozen = [torch.zeros(4, 4).to(kind) for kind in (torch.int8, torch.complex64, torch.bool, torch.float8_e4m3fn)]
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = SOAM([p, *(nn.Parameter(x, requires_grad=False) for x in frozen)], compile=False)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (p != 1).all()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_sparse_gradient_is_refused_before_any_weight_changes() -> None:
+    p, embedding = nn.Parameter(torch.ones(4, 4)), nn.Embedding(4, 4, sparse=True)
+    optimizer = SOAM([p, embedding.weight], compile=False)
+    (p.sum() + embedding(torch.tensor([1])).sum()).backward()
+    with pytest.raises(UserError, match="sparse"):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(4, 4))
+
+
+def test_gradients_of_another_type_than_the_weights() -> None:
+    exact = torch.randn(4, BLOCK, generator=torch.Generator().manual_seed(0)).bfloat16()
+    made = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        p = nn.Parameter(torch.ones(4, BLOCK))
+        p.grad_dtype = dtype
+        p.grad = exact.to(dtype)
+        SOAM([p], compile=False).step()
+        made.append(p.detach())
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+def test_sharded_tensors_of_others_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        sharded = distribute_tensor(torch.zeros(4, 4), init_device_mesh("cpu", (2,)), [Replicate()])
+        with pytest.raises(UserError, match="is a DTensor"):
+            SOAM([nn.Parameter(sharded)])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_parameter_without_elements_alone_in_its_group() -> None:
+    empty, p = nn.Parameter(torch.zeros(0, 8)), nn.Parameter(torch.ones(4, 4))
+    optimizer = SOAM([{"params": [empty]}, {"params": [p]}], compile=False)
+    empty.grad, p.grad = torch.zeros_like(empty), torch.ones_like(p)
+    optimizer.step()
+    assert (p != 1).all()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_missing_number_of_steps_is_found_by_the_constructor() -> None:
+    p = nn.Parameter(torch.ones(4, 4))
+    for settings, group in (({}, {}), ({"alpha": 0.5}, {"alpha": "linear"})):
+        with pytest.raises(UserError, match="total_steps is required"):
+            AMCS([{"params": [p], **group}], **settings)
+
+
+def test_a_saved_state_without_its_count_is_named() -> None:
+    parameters, optimizer = train(SOAM, steps=1, compile=False)
+    saved = optimizer.state_dict()
+    del saved["state"][0]["step"]
+    with pytest.raises(ValueError, match="lacks 'step'"):
+        SOAM(parameters, compile=False).load_state_dict(saved)
+
+
+def test_bits_of_saved_weights_are_not_dropped() -> None:
+    _, optimizer = train(SOAM, steps=1, dtype=torch.bfloat16, compile=False)
+    parameters, other = train(SOAM, steps=0, compile=False)
+    assert parameters[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="has remainder, .*not keep for float32 weights"):
+        other.load_state_dict(optimizer.state_dict())

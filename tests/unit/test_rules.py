@@ -272,6 +272,7 @@ def test_tiny_gradients_still_give_the_right_update(rule: Any) -> None:
         (AMCS, {"state_format": {"v": ["8bit"]}, "alpha": 0.5}, "is unknown"),
         (AMCS, {"compile": "yes", "alpha": 0.5}, "compile must be true or false"),
         (SOAM, {"beta": (0.9, 0.95)}, "Did you mean 'betas'?"),
+        (SOAM, {"betas": (0.9, 0.95, 0.95)}, "betas is [0.9, 0.95, 0.95], but must be two numbers"),
         (SOAM, {"component_lrs": {"ffn": -1.0}}, "component_lrs.ffn is -1.0"),
         (SOAM, {"component_betas": {"mlp": 0.9}}, "'mlp' is no component"),
         (SOAM, {"lr": 0.0, "component_lrs": {"ffn": 1e-3}}, "needs a positive lr"),

@@ -286,3 +286,74 @@ def test_sparse_gradients_are_refused() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(UserError, match="sparse"):
         SOAM(embedding.parameters()).step()
+
+
+SPIKES = [2.0**62, 1e19, 2e19, 1e25, -1e30, 1.7e38, torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max]
+
+
+@pytest.mark.parametrize(
+    ("rule", "extra"),
+    [(AMCS, {"total_steps": 9}), (AMCS, {"alpha": 0.5, "mode": "single"}), (SOAM, {}), (SOAM, {"eps": 0.0})],
+)
+@pytest.mark.parametrize("state_format", ["fp32", "8bit", "4bit", "compact", "minimal"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16+16", "bf16+8", "bf16+4"])
+def test_any_finite_gradient_leaves_weights_finite(
+    rule: Any, extra: dict[str, Any], state_format: str, weights: str, one_thread: None
+) -> None:
+    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+    p = nn.Parameter(torch.linspace(-1, 1, 2 * BLOCK).view(2, BLOCK).to(dtype))
+    settings = {"state_format": state_format, "weights": weights, "weight_decay": 0.0, "compile": False} | extra
+    optimizer = rule([p], lr=1e-2, **settings)
+    for step in range(24):
+        before = p.detach().float()
+        p.grad = torch.full_like(p, 1e-3)
+        spike = SPIKES[step % len(SPIKES)]
+        p.grad[0, step] = spike
+        assert p.grad.isfinite().all() or dtype == torch.bfloat16
+        p.grad[~p.grad.isfinite()] = torch.finfo(dtype).max
+        optimizer.step()
+        assert p.isfinite().all(), (step, spike)
+        assert (p - before).abs().max() < 0.2, "and no weight leaps"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_huge_gradient_is_a_step_like_any_other(compiled: bool) -> None:
+    """As in exact arithmetic: the first step is the rate, whatever the size of the gradient."""
+    p, same = (nn.Parameter(torch.zeros(4, BLOCK)) for _ in range(2))
+    huge, usual = (SOAM([q], lr=1e-2, state_format="fp32", compile=compiled) for q in (p, same))
+    signs = torch.randn(4, BLOCK, generator=torch.Generator().manual_seed(0)).sign()
+    p.grad, same.grad = signs * 1e30, signs * 1e3
+    huge.step()
+    usual.step()
+    torch.testing.assert_close(p, same)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_in_a_gradient_is_seen_in_the_weights(bad: float, compiled: bool) -> None:
+    p = nn.Parameter(torch.zeros(4, BLOCK))
+    optimizer = SOAM([p], compile=compiled)
+    p.grad = torch.ones_like(p)
+    p.grad[1, 2] = bad
+    optimizer.step()
+    assert p[1, 2].isnan() and p[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("rule", [AMCS, SOAM])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fp64_weights_keep_their_digits(rule: Any, compiled: bool) -> None:
+    extra: dict[str, Any] = {"total_steps": 5} if rule is AMCS else {}
+    start = torch.randn(300, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    still, moves = (nn.Parameter(start.clone()) for _ in range(2))
+    optimizer = rule([still, moves], lr=1e-3, weight_decay=0.0, state_format="fp32", compile=compiled, **extra)
+    same = nn.Parameter(start.float())
+    narrow = rule([same], lr=1e-3, weight_decay=0.0, state_format="fp32", compile=compiled, **extra)
+    for step in range(3):
+        still.grad = torch.zeros_like(still)
+        moves.grad = torch.randn(300, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        same.grad = moves.grad.float()
+        optimizer.step()
+        narrow.step()
+    assert torch.equal(still.detach(), start), "a gradient of zero moves nothing"
+    torch.testing.assert_close((moves - start).detach(), same.detach().double() - start, rtol=1e-3, atol=3e-7)
+    assert not torch.equal(moves.detach(), moves.detach().float().double())

@@ -84,7 +84,7 @@ class Documents:
             BadDocument: a document cannot be used, and `bad` is "stop".
         """
         for number, item in enumerate(self.read(), start=1):
-            found = item if isinstance(item, Document) else document(item, f"document {number} of {self.name!r}")
+            found = document(item, f"document {number} of {self.name!r}") if isinstance(item, str) else item
             if found.problem:
                 if self.bad == "stop":
                     raise BadDocument(found.problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
+from toolkit.optim.layout import check_dtype
 
 logger = logging.getLogger("toolkit")
 
@@ -64,8 +66,9 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
     Raises:
         UserError: a parameter is given twice, does not belong to `model`, or is trainable but left out.
     """
-    modules = dict(model.named_modules())
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    # A compiled module comes after its wrapper, and it is the module that tells.
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    names = {id(p): plain_name(name) for name, p in model.named_parameters() if p.requires_grad}
     given = _normalize(names, model, params)
     _check_once(names, given)
     groups: dict[tuple[int, str, bool], dict[str, Any]] = {}
@@ -74,6 +77,7 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
         chosen = (options | own).get("component")
         for tensor in tensors:
             name = names[id(tensor)]
+            check_dtype(tensor.dtype, f"parameter {name!r}")
             component = chosen or component_of(name, modules)
             if component == "other" and not chosen:
                 unplaced.append(name)
@@ -89,7 +93,13 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
     if unplaced:
         shown = ", ".join(unplaced[:8]) + (f" and {len(unplaced) - 8} more" if len(unplaced) > 8 else "")
         logger.warning('component "other" (no known component fits): %s', shown)
-    return list(groups.values())
+    # A group without elements has nothing to train, and ZeRO cannot cut it.
+    return [group for group in groups.values() if any(_whole_numel(tensor) for tensor in group["params"])]
+
+
+def plain_name(name: str) -> str:
+    """`name` without the parts that `torch.compile(module)` puts in."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _is_delicate(name: str, component: str, tensor: Tensor) -> bool:
@@ -100,6 +110,10 @@ def _is_delicate(name: str, component: str, tensor: Tensor) -> bool:
 def whole_dim(tensor: Tensor) -> int:
     """Dimensions of the whole parameter: under ZeRO-3 the tensor at hand is an empty shell."""
     return len(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _whole_numel(tensor: Tensor) -> int:
+    return math.prod(getattr(tensor, "ds_shape", tensor.shape))
 
 
 _Given = list[tuple[list[Tensor], dict[str, Any]]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ REMAINDER = "remainder"
 """Key of the lower bits of bf16 weights in a tensor's state."""
 
 DEFAULT_FORMAT = "8bit"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types of weights that can be trained. fp64 weights are updated in fp64, from states in fp32."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,22 @@ class Layout:
 def layout(rule: type[Rule], formats: Mapping[str, str], weights: str, dtype: torch.dtype) -> Layout:
     """The layout of a tensor of `dtype`. Remainders belong to bf16 tensors; all others hold their weights whole.
 
-    Raises UserError for bf16 tensors without remainder.
+    Raises UserError for bf16 tensors without remainder, and for types that are none of DTYPES.
     """
+    check_dtype(dtype, "optimizer")
     if dtype == torch.bfloat16 and weights == MASTER:
         raise UserError(
             f"weights is {MASTER!r}, but the parameters are bf16; use 'bf16+16', which holds the same 32 bits, or "
             "parameters in fp32"
         )
     return layout_of(rule.states, formats, weights if dtype == torch.bfloat16 else MASTER)
+
+
+def check_dtype(dtype: torch.dtype, where: str, allowed: Sequence[torch.dtype] = DTYPES) -> None:
+    """Raise UserError unless weights of `dtype` can be trained."""
+    if dtype not in allowed:
+        names = [str(one).removeprefix("torch.") for one in (dtype, *allowed)]
+        raise UserError(f"{where}: trainable weights are {names[0]}, but must be one of {', '.join(names[1:])}")
 
 
 def layout_of(states: tuple[State, ...], formats: Mapping[str, str], weights: str) -> Layout:

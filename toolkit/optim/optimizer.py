@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from toolkit.errors import UserError, nearest
 from toolkit.optim.components import whole_dim
-from toolkit.optim.layout import DEFAULT_FORMAT, REMAINDER, Layout, check_weights, layout, state_formats
+from toolkit.optim.layout import DEFAULT_FORMAT, REMAINDER, Layout, check_dtype, check_weights, layout, state_formats
 from toolkit.optim.rule import Rule, check_component
 from toolkit.optim.step import step_function
-from toolkit.optim.sweep import TensorStep
+from toolkit.optim.sweep import TensorStep, check_gradient
 from toolkit.state.codecs import BLOCK
 from toolkit.state.weights import MASTER, Remainder8, Remainder16
 
@@ -54,8 +55,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     The state of a tensor of n elements is kept in ceil(n / 256) blocks; `toolkit.optim.layout` names its tensors. The
     step count lives there too (key `step`), because under ZeRO one training step is many tensors' steps.
 
+    Weights may be fp32, bf16, fp16 or fp64 (updated in fp64, from states in fp32).
+
     Raises:
-        UserError: a bad hyper-parameter, state format or component, in one sentence.
+        UserError: a bad hyper-parameter, state format, component or type of tensor, in one sentence.
     """
 
     rule: ClassVar[type[Rule]]
@@ -65,7 +68,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         options = _bind(type(self), args, kwargs)
         own, hyper = _separate(options)
         rule = self.rule.parse(hyper, where=type(self).__name__)
-        rule.check_ready()
         super().__init__(params, dict(rule) | own)
 
     @property
@@ -86,6 +88,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         merged = self.defaults | {k: v for k, v in group.items() if k in self.rule.model_fields}
         where = f"{type(self).__name__}, parameter group {len(self.param_groups)}"
         rule = self.rule.parse(_fields(self.rule, merged), where=where)
+        rule.check_ready()
         if self.rule.variant(merged) is not self.running:
             raise UserError(f"{where}: it keeps other states than the first group; all groups must run the same rule")
         for key, value in rule.for_component(component).items():
@@ -104,7 +107,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         small: list[Any] = []
         large: list[Any] = []
         for item in group["params"]:
-            tensor = item[1] if isinstance(item, tuple) else item  # torch takes (name, tensor) pairs too
+            name, tensor = item if isinstance(item, tuple) else (None, item)  # torch takes (name, tensor) pairs too
+            _check_tensor(tensor, f"{where}, parameter {name!r}" if name else where)
             (small if whole_dim(tensor) <= 1 else large).append(item)
         if large:
             super().add_param_group(group | {"params": large})
@@ -124,12 +128,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 "toolkit.initialize or toolkit.register"
             )
         known: KnownScalars = {}
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if parameter.grad is not None:
+                check_gradient(parameter.grad)
         for group in self.param_groups:
             blocks = 0
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.numel():
-                    if parameter.grad.is_sparse:
-                        raise UserError("sparse gradients are not supported; use dense embeddings (sparse=False)")
                     begun = self.begin(group, parameter, known)
                     if begun is not None:
                         scale = torch.ones((), device=parameter.device)
@@ -243,12 +248,18 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict | {"state": {}})
         saved = state_dict["state"]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        here = [(p, self.layout(group, p.dtype)) for group in self.param_groups for p in group["params"]]
-        for number, (parameter, kept) in zip(numbers, here, strict=True):
+        here = [(p, group) for group in self.param_groups for p in group["params"]]
+        for number, (parameter, group) in zip(numbers, here, strict=True):
             if number not in saved:
                 continue
             self.state.pop(parameter, None)
-            state = self._allocate(parameter, kept)
+            state = self._allocate(parameter, self.layout(group, parameter.dtype))
+            surplus = sorted(saved[number].keys() - state.keys())
+            if surplus:
+                raise ValueError(
+                    f"saved optimizer state of parameter {number} has {', '.join(surplus)}, which this optimizer does "
+                    f"not keep for {str(parameter.dtype).removeprefix('torch.')} weights"
+                )
             for key, value in state.items():
                 given = saved[number].get(key)
                 if isinstance(value, Tensor):
@@ -260,6 +271,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                             "state_format or model?"
                         )
                     value.copy_(given)
+                elif given is None:
+                    raise ValueError(f"saved optimizer state of parameter {number} lacks {key!r}")
                 else:
                     state[key] = int(given)
 
@@ -334,6 +347,18 @@ def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 def _fields(rule: type[Rule], values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: values[key] for key in rule.model_fields if key in values}
+
+
+def _check_tensor(tensor: Any, where: str) -> None:
+    """Raise UserError for tensors that would train wrongly."""
+    if isinstance(tensor, Tensor) and tensor.requires_grad:
+        check_dtype(tensor.dtype, where)
+        if is_traceable_wrapper_subclass(tensor):
+            raise UserError(
+                f"{where}: a tensor of shape {list(tensor.shape)} is a {type(tensor).__name__} and not a plain one "
+                "(FSDP2's fully_shard and tensor parallelism make DTensors); shard with DeepSpeed's ZeRO instead, "
+                "through toolkit.initialize"
+            )
 
 
 def _as_list(params: Any) -> list[Any]:

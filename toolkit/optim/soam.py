@@ -43,6 +43,13 @@ class SOAMRule(Rule):
     component_betas: dict[str, Beta] | None = None
     component_lrs: dict[str, NonNegative] | None = None
 
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _check_betas(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and len(value) > 2:
+            raise ValueError("must be two numbers, b1 of the momentum and b2 of the second moment (AMCS has three)")
+        return value
+
     @field_validator("component_betas", "component_lrs")
     @classmethod
     def _check_components(cls, value: dict[str, float] | None) -> dict[str, float]:

@@ -45,6 +45,9 @@ EAGER_ROWS_ELSEWHERE = 2**14
 COMPILED_ROWS = 2**22
 """Blocks per call of the compiled step: their 2^30 elements have 32-bit indices, on which the kernel counts."""
 
+LARGEST_GRADIENT = 2.0**63
+"""What a larger finite element of a gradient counts as, so that its square, a second moment, is finite."""
+
 
 class StepFunction:
     """One step of one rule on tensors of one layout, in place. `rounds`: weights are rounded stochastically."""
@@ -162,21 +165,23 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> Blo
         for index, anchor in enumerate(anchors):
             if anchor is not None:
                 states[index] = [x + near for x, near in zip(states[index], states[anchor], strict=True)]
-        weights = [slab.float() for slab in theta]
+        weights = [_at_least_fp32(slab) for slab in theta]
         if remainder is not None:
             rests = zip(*([unpack(low[0][0])] if remainder.bits == 4 else low), strict=True)
             weights = [remainder.join(slab, *rest) for slab, rest in zip(theta, rests, strict=True)]
 
         results = [
-            rule.update(weights[i], g[i].float() * scale, *(state[i] for state in states), **named)
+            rule.update(
+                weights[i], _bounded(g[i].to(weights[i].dtype) * scale), *(state[i] for state in states), **named
+            )
             for i in range(len(theta))
         ]
         new_theta, *new_states = (list(slabs) for slabs in zip(*results, strict=True))
 
         for index, codec in enumerate(codecs):
-            slabs, anchor = new_states[index], anchors[index]
+            slabs, anchor = [slab.float() for slab in new_states[index]], anchors[index]
             if anchor is not None:
-                slabs = [x - near for x, near in zip(slabs, new_states[anchor], strict=True)]
+                slabs = [x - near.float() for x, near in zip(slabs, new_states[anchor], strict=True)]
             for target, source in zip(held[index], encode_slabs(codec, slabs), strict=True):
                 _write(target, source)
         if remainder is None:
@@ -193,6 +198,20 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> Blo
             _write(target, [pack(new_rests)] if remainder.bits == 4 else new_rests)
 
     return step
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    """fp64 weights are updated in fp64, from states in fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _bounded(g: Tensor) -> Tensor:
+    """`g` with finite elements cut to LARGEST_GRADIENT; inf becomes NaN and NaN stays: they never turn finite unseen.
+
+    Comparisons and not `clamp`, which looks for NaN twice more.
+    """
+    cut = torch.where(g > LARGEST_GRADIENT, LARGEST_GRADIENT, torch.where(g < -LARGEST_GRADIENT, -LARGEST_GRADIENT, g))
+    return cut + 0.0 * g
 
 
 def _write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

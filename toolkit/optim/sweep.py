@@ -16,6 +16,12 @@ STAGED = 2**16
 """Elements below which pieces are joined before they are used: norms are small and many."""
 
 
+def check_gradient(gradient: Tensor, name: str = "a parameter") -> None:
+    """Raise UserError for a gradient that is not dense."""
+    if gradient.layout != torch.strided:
+        raise UserError(f"{name} has a sparse gradient, which is not supported; use dense embeddings (sparse=False)")
+
+
 class Sweep:
     """Runs `function` over a tensor, as far as its gradient has been given.
 
@@ -93,8 +99,7 @@ class Sweep:
 
     def apply(self, start: int, gradient: Tensor, scale: Tensor) -> None:
         """Update elements from `start`, a multiple of BLOCK, on; to the end of a block or of the tensor."""
-        if gradient.is_sparse:
-            raise UserError("sparse gradients are not supported; use dense embeddings (sparse=False)")
+        check_gradient(gradient)
         size, first = gradient.numel(), start // BLOCK
         assert start % BLOCK == 0 and (size % BLOCK == 0 or start + size == self._theta.numel())
         theta = self._theta[start : start + size]

@@ -58,7 +58,7 @@ def outliving(told: str = "") -> Iterator[None]:
             error.write(f"note: {told}\n")
             error.flush()
 
-    sys.stdout, sys.stderr = Outliving(sys.stdout, lost), error  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Outliving(sys.stdout, lost), error
     try:
         yield
     finally:

@@ -24,6 +24,7 @@ BLOCK = 256
 """Elements that share one scale. Shards are whole blocks, so a block never spans two ranks."""
 
 _TINY = torch.finfo(torch.float32).tiny
+_LARGEST_ROOT = 2.0**32 * (1.0 - 2.0**-22)  # its fourth power is finite, however a device rounds roots
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill an interval most evenly
 
 
@@ -248,7 +249,8 @@ class Root8(Codec):
 
     @staticmethod
     def scale_of(largest: Tensor) -> Tensor:
-        return torch.sqrt(torch.sqrt(largest))
+        root = torch.sqrt(torch.sqrt(largest))
+        return torch.where(root < torch.inf, root.clamp(max=_LARGEST_ROOT), root)
 
     @staticmethod
     def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:

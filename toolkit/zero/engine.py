@@ -17,15 +17,19 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from toolkit.errors import UserError
 from toolkit.models import cpu_matmul
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
+from toolkit.optim.layout import check_dtype
 from toolkit.optim.warm import kinds, warm
 from toolkit.zero import partition
 from toolkit.zero.release import ReleasingZeroOptimizer
 from toolkit.zero.stage3 import LeanZeroOptimizer3
 from toolkit.zero.stage12 import LeanZeroOptimizer
+from toolkit.zero.turns import OrderedZeroOptimizer
+from toolkit.zero.watch import Watch
 
 logger = logging.getLogger("toolkit")
 
@@ -42,7 +46,8 @@ def initialize(
     """As `deepspeed.initialize`, with a config that may be a shipped name, and checked whole before use.
 
     Args:
-        model: the module to train; its tree names the components.
+        model: the module to train; its tree names the components. What `torch.compile(module)` made in it is
+            replaced by the module itself, compiled in place, so that parameters keep their names.
         config: the name of a shipped config ("amcs_zero2"), the path of a DeepSpeed JSON, or a dict.
         total_steps: optimizer steps of the run, for rules that need it (AMCS: alpha) and whose
             `optimizer.params` do not say; else it is the scheduler's `total_num_steps`.
@@ -57,6 +62,7 @@ def initialize(
     from toolkit.config import load_config, validate
 
     register()
+    model = without_compile_wrappers(model)
     settings = load_config(config)
     validate(settings, origin=config if isinstance(config, str) else "config")
     section = settings.get("optimizer", {})
@@ -65,6 +71,24 @@ def initialize(
         section.setdefault("params", {}).setdefault("total_steps", total_steps)
     kwargs.setdefault("model_parameters", [p for p in model.parameters() if p.requires_grad])
     return deepspeed.initialize(model=model, config=settings, **kwargs)
+
+
+def without_compile_wrappers(model: nn.Module) -> nn.Module:
+    """`model` with each module that `torch.compile(module)` wrapped in the wrapper's place; it runs compiled as before.
+
+    The wrapper would add "_orig_mod." to the names of all parameters in it, and to those in checkpoints.
+    """
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, OptimizedModule) and not isinstance(module, OptimizedModule):
+                module._modules[name] = _compiled_in_place(child)
+    return _compiled_in_place(model) if isinstance(model, OptimizedModule) else model
+
+
+def _compiled_in_place(wrapper: OptimizedModule) -> nn.Module:
+    module: nn.Module = wrapper._orig_mod
+    module._compiled_call_impl = wrapper.dynamo_ctx(module._call_impl)  # as nn.Module.compile does
+    return module
 
 
 def register() -> None:
@@ -87,7 +111,7 @@ def register() -> None:
     _install_optimizers()
     engine, zero_supports = ds_engine.DeepSpeedEngine, ds_engine.is_zero_supported_optimizer
     configure_basic, configure = engine._configure_basic_optimizer, engine._configure_optimizer
-    supports = engine._is_supported_optimizer
+    supports, take, load = engine._is_supported_optimizer, engine._take_model_step, engine.load_checkpoint
 
     def configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
         rule = find_rule(self.optimizer_name())
@@ -97,11 +121,28 @@ def register() -> None:
 
     def configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
         _settle(self)
+        _check_model(self, client_optimizer)
         # Stage 0 in bf16 steps once on zero gradients when it starts.
         with RuleOptimizer.allocating():
             configure(self, client_optimizer, model_parameters)
         _finish(self)
+        self.leanstate_watch = Watch(self.module, zero=bool(self.zero_optimization()), copies=_steps_copies(self))
 
+    def take_model_step(self: Any, *args: Any, **kwargs: Any) -> None:
+        watch = getattr(self, "leanstate_watch", None)  # None where the engine was made before
+        if watch is not None:
+            watch.look()
+        take(self, *args, **kwargs)
+        if watch is not None:
+            watch.accept()
+
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(self, *args, **kwargs)
+        if hasattr(self, "leanstate_watch"):
+            self.leanstate_watch.accept()
+        return loaded
+
+    engine._take_model_step, engine.load_checkpoint = take_model_step, load_checkpoint
     engine._configure_basic_optimizer = configure_basic_optimizer
     engine._configure_optimizer = configure_optimizer
     engine._is_supported_optimizer = lambda self, name: bool(find_rule(name)) or supports(self, name)
@@ -112,13 +153,13 @@ def register() -> None:
 
 
 def _install_optimizers() -> None:
-    """Let engines that run one of this package's optimizers wrap it in this package's ZeRO optimizers."""
+    """Let engines wrap optimizers in this package's ZeRO optimizers: at stage 3, only this package's own."""
     import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401 (subclasses DeepSpeed's, so before)
 
-    stage_1_and_2, stage_3 = ds_engine.DeepSpeedZeroOptimizer, ds_stage3.DeepSpeedZeroOptimizer_Stage3
+    stage_3 = ds_stage3.DeepSpeedZeroOptimizer_Stage3
 
     def make_stage_1_or_2(init_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        kind = stage_1_and_2
+        kind: type[OrderedZeroOptimizer] = OrderedZeroOptimizer
         if isinstance(init_optimizer, RuleOptimizer):
             kind = ReleasingZeroOptimizer if init_optimizer.defaults["release_gradients"] else LeanZeroOptimizer
         return kind(init_optimizer, *args, **kwargs)
@@ -164,6 +205,30 @@ def _settle(engine: Any) -> None:
     )
     for key in automatic(given):
         setattr(engine._config.zero_config, key.removeprefix("stage3_"), settled["zero_optimization"][key])
+
+
+def _check_model(engine: Any, client_optimizer: Any) -> None:
+    """Raise UserError for parameters that would train wrongly, and for sparse gradients."""
+    own = isinstance(client_optimizer, RuleOptimizer) or find_rule(engine.optimizer_name()) is not None
+    if not own and not engine.zero_optimization():
+        return
+    for name, param in engine.module.named_parameters():
+        if param.requires_grad:
+            check_dtype(param.dtype, f"DeepSpeed, parameter {name!r}", (torch.float32, torch.bfloat16, torch.float16))
+    for name, module in engine.module.named_modules():
+        weight = getattr(module, "weight", None)
+        if getattr(module, "sparse", False) and isinstance(weight, Tensor) and weight.requires_grad:
+            raise UserError(f"module {name!r} makes sparse gradients, which are not supported; give it sparse=False")
+
+
+def _steps_copies(engine: Any) -> bool:
+    """Whether the optimizer's tensors are others than the model's weights."""
+    zero = engine.optimizer
+    if isinstance(zero, LeanZeroOptimizer):
+        return not zero.holds_weights or bool(zero.cpu_offload)
+    if isinstance(zero, LeanZeroOptimizer3):
+        return not zero.holds_weights or bool(zero.offload_optimizer)
+    return zero is not engine.basic_optimizer
 
 
 def _finish(engine: Any) -> None:

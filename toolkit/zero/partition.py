@@ -19,11 +19,13 @@ import deepspeed.runtime.zero.parameter_offload as ds_offload
 import deepspeed.runtime.zero.partition_parameters as ds_parameters
 import deepspeed.runtime.zero.stage3 as ds_stage3
 import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.state.codecs import BLOCK
+from toolkit.zero.agreement import check_first_gathers
 
 
 def padding(shape: Sequence[int], world_size: int) -> int:
@@ -109,7 +111,7 @@ class _LocalHandle:
         self._params = []
 
 
-# What `stage12.py` and `stage3.py` override, call or read.
+# What `turns.py`, `stage12.py` and `stage3.py` override, call or read.
 _METHODS_1_AND_2 = (
     "_configure_master_weights flatten_dense_tensors_aligned initialize_optimizer_states setup_buckets "
     "process_gradients get_gradient_for_reduction reduce_independent_p_g_buckets_and_remove_grads reduce_ipg_grads "
@@ -121,7 +123,8 @@ _FIELDS_1_AND_2 = (
     "round_robin_bit16_groups round_robin_bit16_offsets parallel_partitioned_bit16_groups partition_size "
     "single_partition_of_fp32_groups param_buffer_of_bit16_for_cpu_offload_groups averaged_gradients "
     "offload_gradient_dict params_in_partition grad_position ready_for_gradients _coalesce_grad_reduction "
-    "bit16_groups_flat real_dp_process_group allgather_bucket_size nccl_start_alignment_factor"
+    "bit16_groups_flat real_dp_process_group allgather_bucket_size nccl_start_alignment_factor param_names "
+    "use_grad_accum_attribute"
 )
 _METHODS_3 = (
     "_configure_master_weights _create_fp32_partitions initialize_optimizer_states _get_norm_groups _pre_step "
@@ -129,7 +132,7 @@ _METHODS_3 = (
     "independent_gradient_partition_epilogue invalidate_secondary_tensor _partition_all_parameters "
     "_loss_scale_update_and_overflow_cleanup _restore_from_bit16_weights "
     "_reassign_or_swap_out_partitioned_parameters _get_param_partition_rank _get_param_partition_group "
-    "checkpoint_event_prologue checkpoint_event_epilogue"
+    "checkpoint_event_prologue checkpoint_event_epilogue reduce_ready_partitions_and_remove_grads"
 )
 _FIELDS_3 = (
     "fp16_groups fp32_partitioned_groups_flat fp16_partitioned_groups_flat sub_group_to_group_id grad_position "
@@ -137,8 +140,10 @@ _FIELDS_3 = (
     "fp16_partitioned_groups unflatten params_already_reduced ipg_buckets persistent_parameters parameter_offload "
     "reduce_and_partition_stream _epilogue_ran_this_backward __reduce_and_partition_ipg_grads"
 )
-# What `checkpoint.py` replaces or sets while it saves and loads.
-_METHODS_ENGINE = "save_checkpoint _save_checkpoint _save_zero_checkpoint _copy_recovery_script"
+# What `checkpoint.py` replaces or sets while it saves and loads, and `engine.py` for good.
+_METHODS_ENGINE = (
+    "_take_model_step load_checkpoint save_checkpoint _save_checkpoint _save_zero_checkpoint _copy_recovery_script"
+)
 _FIELDS_ENGINE = "checkpoint_engine global_steps global_samples skipped_steps micro_steps lr_scheduler"
 
 
@@ -171,6 +176,13 @@ def incompatibilities() -> list[str]:
         ),
         "partition_parameters._no_gather_coalesced(params)": hasattr(ds_parameters, "_no_gather_coalesced"),
         "DeepSpeedZeRoOffload.__allgather_stream": "self.__allgather_stream = " in inspect.getsource(ds_offload),
+        "PartitionedParameterCoordinator.fetch_sub_module(current_submodule, forward), is_complete_trace()": all(
+            method in inspect.getsource(PartitionedParameterCoordinator)
+            for method in (
+                "fetch_sub_module(self, current_submodule: Module, forward: bool)",
+                "is_complete_trace(self)",
+            )
+        ),
         "stage3.reduce_scatter_coalesced(tensors, group)": (
             "reduce_scatter_coalesced(full_grads_for_rank, process_group)" in inspect.getsource(ds_stage3)
         ),
@@ -193,6 +205,7 @@ def install() -> None:
     ds_parameters._dist_allgather_fn = _allgather_whole_blocks
     ds_parameters._no_gather_coalesced = _no_gather_on_stream
     ds_stage3.reduce_scatter_coalesced = _reduce_scatter_whole_blocks
+    check_first_gathers()
 
 
 def check_stage_3(zero_optimizer: Any) -> None:

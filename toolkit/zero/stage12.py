@@ -24,6 +24,7 @@ from toolkit.optim import RuleOptimizer
 from toolkit.optim.sweep import Sweep
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import HostCopy, Piece, Reducer, Slice, clip_scale, slices, squared_norm
+from toolkit.zero.turns import OrderedZeroOptimizer
 
 logger = logging.getLogger("toolkit")
 
@@ -45,7 +46,7 @@ def gather_weights(zero: DeepSpeedZeroOptimizer) -> None:
             zero._update_model_bit16_weights(i)
 
 
-class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
+class LeanZeroOptimizer(OrderedZeroOptimizer):
     """DeepSpeed's stage 1/2 optimizer around a `RuleOptimizer`.
 
     Every partition is whole blocks, the same at every world size. `weights` of the `RuleOptimizer` decides whether
@@ -160,9 +161,9 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
     def get_gradient_for_reduction(self, param: Tensor) -> Tensor | None:
         return param.grad
 
-    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Tensor, i: int) -> None:
-        if param.grad is None or param.numel() == 0 or not getattr(param, "ds_grad_is_ready", True):
-            return
+    def _take(self, param: Tensor, i: int) -> None:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
         self._maybe_reduce_autoep_folding_tp_gradient(param, param.grad)
         self._reducer.add(param, self._gradient_of(param))
 
@@ -174,11 +175,12 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
         """Stage 1, at the end of the last micro-batch: what the hooks have not seen."""
         for i, group in enumerate(self.bit16_groups):
             for param in group:
-                self.reduce_independent_p_g_buckets_and_remove_grads(param, i)
+                if param.grad is not None or id(param) in self._local:
+                    self.reduce_independent_p_g_buckets_and_remove_grads(param, i)
         self.overlapping_partition_gradients_reduce_epilogue()
 
     def independent_gradient_partition_epilogue(self) -> None:
-        """Called at the end of a backward pass."""
+        self._turns.end()
         self.reduce_ipg_grads()
         self.ready_for_gradients = False
         self._epilogue_ran_this_backward = True

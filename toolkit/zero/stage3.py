@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
+from toolkit.optim.sweep import check_gradient
 from toolkit.state.codecs import BLOCK
+from toolkit.zero.agreement import Order, have_nothing
 from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm
 
 
@@ -38,6 +40,7 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         # An optimizer that the JSON names has been checked; one that was handed over has not.
         if init_optimizer.defaults["release_gradients"]:
             raise UserError("release_gradients works at ZeRO stages 1 and 2 only, not at 3")
+        self._order = Order()
         super().__init__(module, init_optimizer, *args, **kwargs)
         if self.swap_optimizer:
             raise UserError(f"{type(init_optimizer).__name__}'s state cannot be offloaded to NVMe; use the CPU")
@@ -72,6 +75,12 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
 
     def initialize_optimizer_states(self) -> None:
         """State is allocated at the first step, and gradients need no buffer beside `grad_partitions_flat_buffer`."""
+
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any) -> None:
+        """Called for each gradient that is ready to be reduced."""
+        check_gradient(param.grad, repr(self.param_names.get(param, "a parameter")))
+        self._order.note(param.ds_id)
+        super().reduce_independent_p_g_buckets_and_remove_grads(param)
 
     def _offload_grad_partition_at_boundary(self, *args: Any) -> None:
         """The gradient is on the host already."""
@@ -111,7 +120,9 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
             for param in params:
                 if param.ds_id not in reduced:  # no part in this step; what is there is an earlier step's
                     self._gradient_of(param).zero_()
-        known = HostCopy(self._scaled_norm()).wait()
+        both = HostCopy(self._scaled_norm_and_order()).wait()
+        self._order.check(both.tolist()[1], dist.get_world_size(self.dp_process_group))
+        known = both[0].float()
         scale_before = self.loss_scale
         self.overflow = is_invalid_grad_norm(known)
         if self._loss_scale_update_and_overflow_cleanup():
@@ -136,12 +147,14 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
 
         All at once: DeepSpeed's `all_gather` takes a collective for each, and lets the host wait for the device.
         """
+        have_nothing(self.persistent_parameters)
         absent = [param for param in self.persistent_parameters if param.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if absent:
             absent[0].all_gather_coalesced(absent).wait()
 
-    def _scaled_norm(self) -> Tensor:
-        """Global norm of the gradients as they are, fp32, 0-d."""
+    def _scaled_norm_and_order(self) -> Tensor:
+        """Global norm of the gradients as they are, and the sum over ranks of `_order`: fp64, [2]."""
+        order = self._order.tensor(get_accelerator().current_device_name())
         if self.model_parallel_group is not None or len(set(map(id, self.sub_group_process_groups))) > 1:
             self.averaged_gradients = {
                 i: [self._gradient_of(param) for param in params] for i, params in enumerate(self.fp16_groups)
@@ -149,10 +162,12 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
             offloaded, self.offload_optimizer = self.offload_optimizer, False
             norm = combine_grad_norm_groups(self._get_norm_groups())  # which knows what is counted how often
             self.offload_optimizer = offloaded
-            return norm.float()
-        total = squared_norm([self.grad_partitions_flat_buffer], get_accelerator().current_device_name())
+            dist.all_reduce(order, group=self.dp_process_group)
+            return torch.stack([norm.double(), order])
+        square = squared_norm([self.grad_partitions_flat_buffer], order.device)
+        total = torch.stack([square, order])
         dist.all_reduce(total, group=self.dp_process_group)
-        return total.sqrt().float()
+        return torch.stack([total[0].sqrt(), total[1]])
 
     def _step_sub_group(self, i: int, gradient: Tensor, scale: Tensor) -> None:
         master = self.fp32_partitioned_groups_flat[i]
