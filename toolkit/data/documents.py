@@ -84,7 +84,8 @@ class Documents:
             BadDocument: a document cannot be used, and `bad` is "stop".
         """
         for number, item in enumerate(self.read(), start=1):
-            found = document(item, f"document {number} of {self.name!r}") if isinstance(item, str) else item
+            where = f"document {number} of {self.name!r}"
+            found: Document = item if isinstance(item, Document) else document(str(item), where)
             if found.problem:
                 if self.bad == "stop":
                     raise BadDocument(found.problem)
