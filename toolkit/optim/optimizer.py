@@ -86,6 +86,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         merged = self.defaults | {k: v for k, v in group.items() if k in self.rule.model_fields}
         where = f"{type(self).__name__}, parameter group {len(self.param_groups)}"
         rule = self.rule.parse(_fields(self.rule, merged), where=where)
+        rule.check_ready()
         if self.rule.variant(merged) is not self.running:
             raise UserError(f"{where}: it keeps other states than the first group; all groups must run the same rule")
         for key, value in rule.for_component(component).items():
