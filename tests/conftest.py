@@ -49,6 +49,24 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone, for a module whose tests build engines; both leave nothing behind."""
+    import deepspeed.comm
+
+    from toolkit.models import cpu_matmul
+    from toolkit.run import ranks
+
+    with pytest.MonkeyPatch.context() as environment:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (alone | {"MASTER_PORT": str(ranks.free_port()), "DS_ACCELERATOR": "cpu"}).items():
+            environment.setenv(name, value)
+        ranks.start()
+        yield
+        deepspeed.comm.destroy_process_group()
+        cpu_matmul.uninstall()
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For many operations on small tensors: on a busy machine threads wait for one another, tens of times longer."""

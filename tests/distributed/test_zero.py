@@ -10,6 +10,13 @@ import torch
 from ranks import case, run_ranks
 
 STAGES = (1, 2, 3)
+# Other ways to lay weights out and to send them.
+LAYOUTS = {
+    "aligned-1": (1, "parameter_alignment"),
+    "aligned-2": (2, "parameter_alignment"),
+    "fetched": (3, "stage3_use_all_reduce_for_fetch_params"),
+    "sequential": (3, "stage3_allgather_sequential"),
+}
 Results = dict[str, list[dict[str, Any]]]
 
 
@@ -69,6 +76,12 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
             made[f"chunked-{stage}"] = case(conf("AMCS", stage, None), loss="chunked")
     if world_size == 2:
         made["plain"] = case(conf("AMCS", 2, None), loss="plain")
+        for stage in STAGES:  # a power of two: the mean is the same to the last bit
+            made[f"predivided-{stage}"] = case(conf("SOAM", stage, gradient_predivide_factor=4.0))
+        made["prescaled"] = case(conf("SOAM", 3, prescale_gradients=True))
+        for name, (stage, key) in LAYOUTS.items():
+            zero = {"stage": stage, "reduce_bucket_size": 20_000, key: True}
+            made[name] = case(conf("SOAM", stage, zero_optimization=zero))
     return made
 
 
@@ -133,6 +146,21 @@ def test_each_rank_holds_its_share(runs: dict[int, Results], stage: int, rule: s
         held = sum(rank["state_bytes"].values())
         # Padding to whole blocks on each rank costs up to one block per group (stage 3: per parameter).
         assert held == pytest.approx(alone / 2, rel=0.05 if stage < 3 else 0.25)
+
+
+def test_how_a_mean_is_scaled_on_the_way_changes_nothing(runs: dict[int, Results]) -> None:
+    for stage in STAGES:
+        plain = runs[2][f"split-{stage}"][0]["losses"]
+        assert runs[2][f"predivided-{stage}"][0]["losses"] == plain
+    assert runs[2]["prescaled"][0]["losses"] == runs[2]["split-3"][0]["losses"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_other_layouts_train_alike(runs: dict[int, Results], name: str) -> None:
+    stage, _ = LAYOUTS[name]
+    # Padding between parameters moves the grid of blocks; a way of sending changes nothing.
+    allowed = 2e-3 if stage < 3 else 0.0
+    assert runs[2][name][0]["losses"] == pytest.approx(runs[2][f"split-{stage}"][0]["losses"], rel=allowed, abs=0.0)
 
 
 def test_stage_0_start_up_step_does_not_count(runs: dict[int, Results]) -> None:

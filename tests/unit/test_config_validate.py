@@ -11,23 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from refusals import changed, refusal
 
-from toolkit.config import apply_overrides, load_config, validate
+from toolkit.config import load_config, validate
 from toolkit.config.schema import DeepSpeedJson, deepspeed_models
-from toolkit.errors import UserError
 
 TOP_LEVEL = sorted(get_type_hints(DeepSpeedJson))
-
-
-def refusal(config: Mapping[str, Any], world_size: int | None = None) -> str:
-    """The sentence that `validate` raises."""
-    with pytest.raises(UserError) as caught:
-        validate(config, origin="my.json", world_size=world_size)
-    return str(caught.value)
-
-
-def changed(name: str, *assignments: str) -> dict[str, Any]:
-    return apply_overrides(load_config(name), assignments)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +37,12 @@ def changed(name: str, *assignments: str) -> dict[str, Any]:
         ("tensorboard.jobname=x", "Did you mean 'job_name'?"),
         ("expert_parallel.autoep_sise=2", "Did you mean 'autoep_size'?"),
         ("optimizer.parms.lr=1", "unknown key 'optimizer.parms'"),
+        # known keys in the wrong place
+        ("state_format=8bit", "unknown key 'state_format'. Did you mean 'optimizer.params.state_format'?"),
+        ("optimizer.lr=1e-3", "unknown key 'optimizer.lr'. Did you mean 'optimizer.params.lr'?"),
+        ("stage=3", "unknown key 'stage'. Did you mean 'zero_optimization.stage'?"),
+        ("total_num_steps=9", "unknown key 'total_num_steps'. Did you mean 'scheduler.params.total_num_steps'?"),
+        ("loss_scale=0", "unknown key 'loss_scale'. Did you mean 'fp16.loss_scale'?"),
         # wrong types and values
         ("train_micro_batch_size_per_gpu=0", "train_micro_batch_size_per_gpu is 0, but must be greater than 0"),
         ("train_micro_batch_size_per_gpu=4.0", "train_micro_batch_size_per_gpu is 4.0, but must be a valid int"),
@@ -75,6 +70,22 @@ def changed(name: str, *assignments: str) -> dict[str, Any]:
         ("aio.queue_depth=deep", 'aio.queue_depth is "deep", but must be a number'),
         ("data_types.grad_accum_dtype=fp23", "Did you mean 'fp32'?"),
         ('checkpoint.tag_validation="sometimes"', "DeepSpeed refuses this config: Checkpoint config contains"),
+        ("steps_per_print=0", "steps_per_print is 0, but must be a whole number other than 0"),
+        ("gradient_predivide_factor=0", "gradient_predivide_factor is 0, but must be greater than 0"),
+        ("log_level=loud", 'log_level is "loud", but must be one of debug, info'),
+        ('tensor_parallel.autotp_size="2"', 'tensor_parallel.autotp_size is "2", but must be a whole number'),
+        # what DeepSpeed refuses while it builds an engine
+        ("zero_optimization.legacy_stage1=true", "zero_optimization.legacy_stage1 is no longer part of DeepSpeed"),
+        ("zero_optimization.allgather_bucket_size=7", "allgather_bucket_size is 7, but must be even"),
+        ("zero_optimization.compute_grad_norm=false", "compute_grad_norm is false, and gradient_clipping 1 (1 unless"),
+        ("bf16.bf16_master_weights_and_grads=true", "takes the bits below bf16 away from AMCS"),
+        ("compile.deepcompile=true", "compile.deepcompile compiles DeepSpeed's own handling of gradients"),
+        ("expert_parallel.enabled=true", "expert_parallel.enabled needs parameter groups for experts alone"),
+        ('torch_autocast={"enabled": true, "dtype": "fp16"}', "scales the loss in a way that the step of AMCS"),
+        (
+            'data_efficiency={"data_routing": {"random_ltd": {"enabled": true}}}',
+            "data_efficiency.data_routing.random_ltd lacks",
+        ),
         # what DeepSpeed removed
         ("amp.enabled=true", "amp is no longer part of DeepSpeed: NVIDIA Apex AMP integration has been removed"),
         ("zero_optimization.mics_shard_size=2", "zero_optimization.mics_shard_size is no longer part of DeepSpeed"),
@@ -204,7 +215,8 @@ def test_batch_sizes_must_multiply(sizes: tuple[Any, ...], world_size: int | Non
 
 
 def test_ranks_that_share_a_sequence_count_once() -> None:
-    config = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "sequence_parallel_size": 2}
+    config = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4}
+    config |= {"data_parallel_size": 2, "sequence_parallel_size": 2}
     validate({**config, "gradient_accumulation_steps": 1}, origin="my.json", world_size=4)
     assert "2 (world size)" in refusal({**config, "gradient_accumulation_steps": 2}, 4)
 

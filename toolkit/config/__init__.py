@@ -2,6 +2,15 @@
 
 from toolkit.config.automatic import Shape, settle
 from toolkit.config.files import ShippedConfig, apply_overrides, load_config, shipped_configs
-from toolkit.config.validate import validate
+from toolkit.config.validate import remarks, validate
 
-__all__ = ["Shape", "ShippedConfig", "apply_overrides", "load_config", "settle", "shipped_configs", "validate"]
+__all__ = [
+    "Shape",
+    "ShippedConfig",
+    "apply_overrides",
+    "load_config",
+    "remarks",
+    "settle",
+    "shipped_configs",
+    "validate",
+]

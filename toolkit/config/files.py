@@ -70,17 +70,16 @@ def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     Args:
         config: the name of a shipped file ("amcs_zero2"), a path, or the content itself (copied deeply).
 
-    Raises UserError if there is no such file, or if it is not one JSON object with every key once.
-    DeepSpeed reads its files as Hjson (comments, trailing commas), so those pass too.
+    Keys that begin with "_" or "//" are comments, at any depth, and are left out. Raises UserError if there is no such
+    file, or if it is not one JSON object with every key once. DeepSpeed reads its files as Hjson (comments, trailing
+    commas), so those pass too.
     """
     if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config))
+        return without_comments(copy.deepcopy(dict(config)))
     shipped = shipped_configs()
-    if str(config) in shipped:
-        return _parse(shipped[str(config)].path)
-    path = Path(config).expanduser()
+    path = shipped[str(config)].path if str(config) in shipped else Path(config).expanduser()
     if path.is_file():
-        return _parse(path)
+        return without_comments(_parse(path))
     what = "is a folder, not a file" if path.is_dir() else "is neither a shipped config nor a file"
     hint = nearest(path.stem, shipped) or f" Shipped are {', '.join(shipped)}."
     raise UserError(f"config {str(config)!r} {what}.{hint}")
@@ -93,7 +92,7 @@ def _parse(path: Path) -> dict[str, Any]:
         result = dict(pairs)
         seen: set[str] = set()
         for key, _ in pairs:
-            if key in seen:
+            if key in seen and not is_comment(key):
                 duplicated.append((result, key))
             seen.add(key)
         return result
@@ -140,6 +139,22 @@ def _path_to(owner: dict[str, Any], tree: Any) -> str:
 def _kind(value: Any) -> str:
     names = {list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), "null")
+
+
+def is_comment(key: Any) -> bool:
+    return isinstance(key, str) and key.startswith(("_", "//"))
+
+
+def without_comments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `config` without the keys that are comments, at any depth, which DeepSpeed may take for settings."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cleaned(inner) for key, inner in value.items() if not is_comment(key)}
+        return [cleaned(inner) for inner in value] if isinstance(value, list) else value
+
+    result: dict[str, Any] = cleaned(config)
+    return result
 
 
 def without_auto(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,20 @@
-"""Checks of `optimizer` and `scheduler`: names that DeepSpeed would find, arguments that their classes take."""
+"""Checks of `optimizer`: names that DeepSpeed would find, arguments that their classes take."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
-import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from toolkit.config.signatures import arguments_of, is_number, torch_names
 from toolkit.errors import UserError, nearest
 from toolkit.sentences import shown, unknown_key
 
 _PLACE = ["optimizer", "params"]
-_SCHEDULE = ["scheduler", "params"]
+# Optimizers that DeepSpeed had before 0.19, in its spelling.
+_REMOVED = ("OneBitAdam", "OneBitLamb", "ZeroOneAdam")
 # Read by DeepSpeed itself before it calls the class.
 _ADAM_SWITCHES = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}
 
@@ -25,13 +28,18 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
 
     from toolkit.optim import RULES, check_settings, find_rule
 
-    in_torch = _torch_names("torch.optim", "Optimizer")
+    in_torch = torch_names("torch.optim", "Optimizer")
     if find_rule(kind):
         try:
             check_settings(kind, dict(params))
         except ValueError as error:
             raise UserError(f"optimizer.params: {error}") from None
         return
+    if kind.lower() in map(str.lower, _REMOVED):
+        raise UserError(
+            f"optimizer.type {kind!r} is no longer part of DeepSpeed, which has removed its 1-bit optimizers; use one "
+            f"of AdamW, {', '.join(RULES)}."
+        )
     if kind.lower() not in DEEPSPEED_OPTIMIZERS and kind not in in_torch:
         # Of spellings that differ in case only, the last is offered.
         hint = nearest(kind, [*DEEPSPEED_OPTIMIZERS, *in_torch, *RULES])
@@ -46,6 +54,80 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
             if name not in accepted:
                 raise UserError(unknown_key([*_PLACE, name], accepted, "hyper-parameter"))
     _check_common(params)
+    if kind.lower() in DEEPSPEED_OPTIMIZERS:
+        _check_own(kind, params)
+    else:
+        _try(kind, params)
+
+
+def check_ready(kind: str, params: Mapping[str, Any], total_steps: Any) -> None:
+    """Raise UserError where a rule needs a number of steps and neither `params` nor the run says one."""
+    from toolkit.optim import find_rule
+
+    optimizer = find_rule(kind)
+    assert optimizer is not None, kind
+    known = {key: value for key, value in params.items() if key in optimizer.rule.model_fields}
+    if "total_steps" in optimizer.rule.model_fields and known.get("total_steps") is None:
+        known["total_steps"] = total_steps
+    try:
+        optimizer.rule.parse(known, where=kind).check_ready()
+    except UserError as error:
+        raise UserError(f"optimizer.params: {error}") from None
+
+
+def optimizer_arguments(kind: str) -> set[str]:
+    """Hyper-parameters that `optimizer.type` takes; empty where that is not known."""
+    import torch
+
+    from toolkit.optim import find_rule
+
+    rule = find_rule(kind)
+    if rule is not None:
+        return set(inspect.signature(rule).parameters) - {"params"}
+    if inspect.isclass(getattr(torch.optim, kind, None)) or kind.lower() in (
+        "adam",
+        "adamw",
+        "adagrad",
+        "lamb",
+        "lion",
+    ):
+        return _accepted(kind, {}, offloaded=False)
+    return set()
+
+
+def _check_own(kind: str, params: Mapping[str, Any]) -> None:
+    """What DeepSpeed's own optimizers refuse once they are built, or at the first step."""
+    adam = kind.lower() in ("adam", "adamw")
+    betas = params.get("betas")
+    if betas is not None and len(betas) != 2:
+        raise UserError(f"optimizer.params.betas is {shown(betas)}, but {kind} takes two.")
+    if params.get("amsgrad") and not (adam and params.get("torch_adam")):
+        raise UserError(
+            f"optimizer.params.amsgrad is true, which DeepSpeed's {kind} does not support; leave it out"
+            f"{', or set torch_adam to true beside it' if adam else ''}."
+        )
+    if kind.lower().startswith("mu") and kind.lower() != "muon" and importlib.util.find_spec("mup") is None:
+        raise UserError(f"optimizer.type {kind!r} needs the package mup, which is not installed.")
+
+
+def _try(kind: str, params: Mapping[str, Any]) -> None:
+    """Let a class of torch.optim make a step: types and values that do not fit show as its error."""
+    import torch
+
+    # On which devices it works is no matter of the JSON.
+    settings = {key: value for key, value in params.items() if key not in ("capturable", "fused")}
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.zeros(2, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            getattr(torch.optim, kind)([weight], **settings).step()
+    except Exception as error:
+        what = " ".join(str(error).split())
+        raise UserError(
+            f"optimizer.params: a step of torch.optim.{kind} with {shown(dict(params))} fails with "
+            f"{type(error).__name__}: {what}."
+        ) from None
 
 
 def check_combination(
@@ -124,93 +206,19 @@ def _accepted(kind: str, params: Mapping[str, Any], offloaded: bool) -> set[str]
         adam = name in ("adam", "adamw")
         target = torch.optim.AdamW if adam and params.get("torch_adam") else own[name][offloaded]
         # `adamw_mode` is DeepSpeedCPUAdam's spelling, which DeepSpeed fills in from `adam_w_mode`.
-        return set(_arguments(target)) - {"adamw_mode"} | (_ADAM_SWITCHES if adam else set())
+        return set(arguments_of(target)) - {"adamw_mode"} | (_ADAM_SWITCHES if adam else set())
     if name in DEEPSPEED_OPTIMIZERS:
         return set()
-    return set(_arguments(getattr(torch.optim, kind)))
-
-
-def _arguments(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """What `target` takes beside its first argument, the parameters or the optimizer."""
-    return dict(list(inspect.signature(target).parameters.items())[1:])
+    return set(arguments_of(getattr(torch.optim, kind)))
 
 
 def _check_common(params: Mapping[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay", "momentum"):
         value = params.get(name)
         # Some classes of torch.optim take a pair, or null, here.
-        if not (value is None or isinstance(value, list) or _is_number(value, at_least=0)):
+        if not (value is None or isinstance(value, list) or is_number(value, at_least=0)):
             given = f"optimizer.params.{name} is {shown(value)}"
             raise UserError(f"{given}, but must be a finite number, 0 or more.")
     betas = params.get("betas", [])
-    if not isinstance(betas, (list, tuple)) or not all(_is_number(b, at_least=0) and b < 1 for b in betas):
+    if not isinstance(betas, (list, tuple)) or not all(is_number(b, at_least=0) and b < 1 for b in betas):
         raise UserError(f"optimizer.params.betas is {shown(betas)}, but must be numbers from 0 to below 1.")
-
-
-def check_scheduler(kind: str, params: Mapping[str, Any], *, optimizer: str | None, complete: bool) -> None:
-    """Check `scheduler.type` and `scheduler.params`; `complete`: required arguments too. Raises UserError."""
-    import torch
-    from deepspeed.runtime import lr_schedules
-
-    from toolkit.optim import find_rule
-
-    in_torch = _torch_names("torch.optim.lr_scheduler", "LRScheduler")
-    in_deepspeed = lr_schedules.VALID_LR_SCHEDULES
-    own = kind in in_deepspeed
-    if not own and kind not in in_torch:
-        raise UserError(
-            f"scheduler.type {kind!r} is unknown; it names one of {', '.join(in_deepspeed)} or a class of "
-            f"torch.optim.lr_scheduler.{nearest(kind, [*in_deepspeed, *in_torch])}"
-        )
-    arguments = _arguments(getattr(lr_schedules if own else torch.optim.lr_scheduler, kind))
-    for name, value in params.items():
-        if name not in arguments:
-            raise UserError(unknown_key([*_SCHEDULE, name], arguments))
-        if own:
-            _check_argument(name, value, arguments[name])
-    missing = [n for n, p in arguments.items() if p.default is p.empty and n not in params]
-    if complete and missing:
-        raise UserError(f"scheduler.params lacks {missing[0]!r}, which {kind} needs.")
-    if kind == "OneCycle" and find_rule(optimizer) and params.get("cycle_momentum", True):
-        raise UserError(
-            f"scheduler.type 'OneCycle' with cycle_momentum overwrites the betas of {optimizer} at every step; "
-            "set scheduler.params.cycle_momentum to false."
-        )
-
-
-def _check_argument(name: str, value: Any, parameter: inspect.Parameter) -> None:
-    default, declared = parameter.default, str(parameter.annotation)
-    if name == "warmup_type":
-        # DeepSpeed takes any other word for "log" and only logs it.
-        good, allowed = value in ("log", "linear"), '"log" or "linear"'
-    elif isinstance(default, bool):
-        good, allowed = isinstance(value, bool), "true or false"
-    elif name in ("warmup_num_steps", "total_num_steps"):
-        good, allowed = type(value) is int and value > 0, "a positive whole number"
-    elif name == "last_batch_iteration":
-        good, allowed = type(value) is int and value >= -1, "a whole number, -1 or more"
-    else:
-        good = _is_number(value, at_least=0) or (value is None and default is None)
-        # Rates may be given per parameter group.
-        if isinstance(value, list) and "int" not in declared:
-            good = all(_is_number(v, at_least=0) for v in value)
-        allowed = "a finite number, 0 or more"
-    if not good:
-        hint = nearest(value, ("log", "linear")) if name == "warmup_type" and isinstance(value, str) else ""
-        raise UserError(f"scheduler.params.{name} is {shown(value)}, but must be {allowed}.{hint}")
-
-
-def _is_number(value: Any, *, at_least: float) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= at_least
-
-
-def _torch_names(module: str, base: str) -> list[str]:
-    import importlib
-
-    namespace = importlib.import_module(module)
-    parent = getattr(namespace, base)
-    return [
-        name
-        for name, found in vars(namespace).items()
-        if inspect.isclass(found) and issubclass(found, parent) and found is not parent
-    ]

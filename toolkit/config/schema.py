@@ -23,11 +23,27 @@ def _no_text(value: Any) -> Any:
     return value
 
 
-Flag = Annotated[bool, Strict()]
+def _switch(value: Any) -> Any:
+    # DeepSpeed asks for their truth only, and "false" is true.
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _interval(value: Any) -> Any:
+    # DeepSpeed takes a remainder. Trainers write infinity for "never".
+    if value == 0 and not isinstance(value, bool):
+        raise PydanticCustomError("interval", "Input should be a whole number other than 0")
+    return None if value == float("inf") else value
+
+
+Flag = Annotated[bool, BeforeValidator(_switch), Strict()]
 Count = Annotated[int, Strict(), Field(gt=0)]
 Whole = Annotated[int, BeforeValidator(_no_text)]
 Number = Annotated[float, BeforeValidator(_no_text), Field(allow_inf_nan=False)]
-CommunicationType = Literal["fp16", "bf16", "fp32", "FP16", "BF16", "FP32"]
+CommunicationType = Annotated[Literal["fp16", "bf16", "fp32"], BeforeValidator(_lower)]
 DType = Literal[
     "fp32", "float32", "float", "torch.float32", "fp16", "float16", "half", "torch.float16",
     "bf16", "bfloat16", "torch.bfloat16",
@@ -204,8 +220,8 @@ class DeepSpeedJson(TypedDict, total=False):
     gradient_accumulation_steps: Count | None
     managed_gradient_accumulation: Flag
     gradient_clipping: Annotated[Number, Field(ge=0)]
-    gradient_allreduce_op: Literal["mean", "sum"]
-    gradient_predivide_factor: Number
+    gradient_allreduce_op: Annotated[Literal["mean", "sum"], BeforeValidator(_lower)]
+    gradient_predivide_factor: Annotated[Number, Field(gt=0)]
     prescale_gradients: Flag
     communication_data_type: CommunicationType | None
     seq_parallel_communication_data_type: CommunicationType | None
@@ -215,7 +231,7 @@ class DeepSpeedJson(TypedDict, total=False):
     dump_state: Flag
     log_level: str | None
     memory_breakdown: Flag
-    steps_per_print: Whole | None
+    steps_per_print: Annotated[Whole | None, BeforeValidator(_interval)]
     vocabulary_size: Whole | None
     wall_clock_breakdown: Flag
     use_data_before_expert_parallelism: Flag

@@ -6,90 +6,136 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from typing_extensions import is_typeddict
 
 from toolkit.config.automatic import Shape, settle
-from toolkit.config.files import without_auto
-from toolkit.config.optimizers import check_combination, check_optimizer, check_scheduler
+from toolkit.config.files import without_auto, without_comments
+from toolkit.config.limits import Facts, check_limits, compute_dtype
+from toolkit.config.machine import check_machine, check_mesh, ranks_per_replica
+from toolkit.config.optimizers import check_combination, check_optimizer, check_ready, optimizer_arguments
+from toolkit.config.removed import check_removed
+from toolkit.config.schedulers import check_scheduler, rates, scheduler_arguments
 from toolkit.config.schema import DeepSpeedJson, deepspeed_models
 from toolkit.errors import UserError
 from toolkit.sentences import dotted, explain, shown
 
-# DeepSpeed's names for a data type (DtypeEnum).
-_SPELLINGS = {
-    "fp32": ("fp32", "float32", "float", "torch.float32"),
-    "fp16": ("fp16", "float16", "half", "torch.float16"),
-    "bf16": ("bf16", "bfloat16", "torch.bfloat16"),
-}
-_OFFLOADS = ("offload_optimizer", "offload_param")
+HIGHEST_USUAL_RATE = 1.0
+"""Learning rates above it are remarked upon."""
+
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def validate(config: Mapping[str, Any], *, origin: str, world_size: int | None = None) -> None:
+def validate(
+    config: Mapping[str, Any], *, origin: str, world_size: int | None = None, total_steps: int | None = None
+) -> None:
     """Check a DeepSpeed JSON whole.
 
     Args:
-        config: the content. "auto", which a trainer fills in, is accepted for any value.
+        config: the content. "auto", which a trainer fills in, is accepted for any value; keys that begin with "_" or
+            "//" are comments.
         origin: what the sentence starts with: a file's path, a config's name.
-        world_size: the number of ranks. Given, the config must be complete: batch sizes that multiply, and
-            every argument that its scheduler needs. Not given, the run may still fill those in.
+        world_size: the number of ranks of a run on this machine. Given, the config must be complete (batch sizes that
+            multiply, every argument that its optimizer and scheduler need), and this machine must have what it asks
+            for. Not given, the run may still fill those in.
+        total_steps: optimizer steps of the run, if it has a number for optimizers that need one.
 
     Raises UserError with one sentence about the first problem.
     """
     try:
         with _quiet_deepspeed():
             # What has a rule needs nobody to fill it in; any numbers do here.
-            config = settle(config, lambda: Shape(0, 0, 0), on_gpu=False, world_size=1)
+            config = settle(without_comments(config), lambda: Shape(0, 0, 0), on_gpu=False, world_size=1)
             complete = world_size is not None and not _has_auto(config)
-            _validate(without_auto(config), world_size, complete=complete)
+            _validate(without_auto(config), world_size, total_steps, complete=complete)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
 
 
-def _validate(config: dict[str, Any], world_size: int | None, *, complete: bool) -> None:
+def remarks(config: Mapping[str, Any]) -> list[str]:
+    """Sentences about what a valid config allows and hardly anybody wants."""
+    section, schedule = config.get("optimizer", {}), config.get("scheduler", {})
+    named = [section.get("params", {}).get("lr"), *rates(schedule.get("params", {}))]
+    high = [rate for rate in named if type(rate) in (int, float) and rate > HIGHEST_USUAL_RATE]
+    return [f"the learning rate is {rate:g}, far above what is usual{_meant(rate)}" for rate in dict.fromkeys(high)]
+
+
+def _meant(rate: float) -> str:
+    """6e4 is mostly meant to be 6e-4."""
+    digits, exponent = f"{rate:e}".split("e")
+    return f"; was {float(digits):g}e-{int(exponent)} meant?" if int(exponent) > 0 else "."
+
+
+def _validate(config: dict[str, Any], world_size: int | None, total_steps: int | None, *, complete: bool) -> None:
     from toolkit.optim import find_rule
 
-    _check_removed(config)
+    check_removed(config)
     try:
         TypeAdapter(DeepSpeedJson).validate_python(config)
     except ValidationError as error:
-        raise UserError(explain(error, DeepSpeedJson)) from None
+        raise UserError(_explain(error, config)) from None
     models = _check_sections(config)
 
     zero = models.get("zero_optimization")
-    offloads = {part: getattr(getattr(zero, part, None), "device", "none") for part in _OFFLOADS}
-    stage = getattr(zero, "stage", int(config.get("zero_optimization") is True))
+    stage = int(getattr(zero, "stage", config.get("zero_optimization") is True))
     optimizer, scheduler = config.get("optimizer", {}), config.get("scheduler", {})
-    kind = optimizer.get("type")
+    kind, params = optimizer.get("type"), optimizer.get("params", {})
+    facts = Facts(config, models, stage, compute_dtype(models), kind, params, find_rule(kind) is not None)
     if kind is not None:
-        check_optimizer(kind, optimizer.get("params", {}), offloaded=offloads["offload_optimizer"] != "none")
+        check_optimizer(kind, params, offloaded=facts.offload() != "none")
     if scheduler.get("type") is not None:
-        check_scheduler(scheduler["type"], scheduler.get("params", {}), optimizer=kind, complete=complete)
-    computed = _check_precision(config, models, stage, kind, offloads)
-    _check_offload(zero, stage, offloads)
-    _check_whole_blocks(zero, stage, kind)
-    if find_rule(kind):
+        check_scheduler(
+            scheduler["type"], scheduler.get("params", {}), optimizer=kind, lr=params.get("lr"), complete=complete
+        )
+    check_limits(facts)
+    if facts.rule:
         steps = config.get("gradient_accumulation_steps")
-        params, offload = optimizer.get("params", {}), offloads["offload_optimizer"]
-        check_combination(kind, params, computed=computed, stage=stage, offload=offload, accumulation=steps)
-    _check_batch(config, world_size, complete=complete)
+        check_combination(
+            kind, params, computed=facts.computed, stage=stage, offload=facts.offload(), accumulation=steps
+        )
+        if complete:
+            check_ready(kind, params, total_steps or scheduler.get("params", {}).get("total_num_steps"))
+    if world_size is not None:
+        check_mesh(facts, world_size)
+    _check_batch(facts, world_size, complete=complete)
     _check_by_deepspeed(config)
+    if world_size is not None:
+        check_machine(facts)
 
 
-def _check_removed(config: Mapping[str, Any]) -> None:
-    from deepspeed.runtime import config as deepspeed_config
+def _explain(error: ValidationError, config: Mapping[str, Any]) -> str:
+    """The sentence for what the schema refuses; a key in the wrong place is told the right one."""
+    first = error.errors(include_url=False)[0]
+    sentence = explain(error, DeepSpeedJson)
+    if first["type"] != "extra_forbidden":
+        return sentence
+    *parents, key = map(str, first["loc"])
+    places = [place for place in _places_of(key, config) if place.split(".")[:-1] != parents]
+    if not 0 < len(places) <= 3:
+        return sentence
+    return f"unknown key {dotted([*parents, key])!r}. Did you mean {' or '.join(map(repr, places))}?"
 
-    zero = config.get("zero_optimization")
-    for prefix, section, table in (
-        ("", config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS"),
-        ("zero_optimization.", zero if isinstance(zero, Mapping) else {}, "_REMOVED_ZERO_CONFIG_KEYS"),
+
+def _places_of(key: str, config: Mapping[str, Any]) -> list[str]:
+    """The dotted paths at which a section of the JSON has a key of this name."""
+    found = []
+    optimizer, scheduler = config.get("optimizer", {}), config.get("scheduler", {})
+    for name, section, known in (
+        ("optimizer", optimizer, optimizer_arguments),
+        ("scheduler", scheduler, scheduler_arguments),
     ):
-        for key, why in getattr(deepspeed_config, table, {}).items():
-            if key in section:
-                why = why.split(" See http")[0]
-                raise UserError(f"{prefix}{key} is no longer part of DeepSpeed: {why}")
+        kind = section.get("type") if isinstance(section, Mapping) else None
+        if isinstance(kind, str) and key in known(kind):
+            found.append(f"{name}.params.{key}")
+    for path, model in deepspeed_models().items():
+        if any(key in (name, field.alias) for name, field in model.model_fields.items()):
+            found.append(dotted([*path, key]))
+    for name, hint in get_type_hints(DeepSpeedJson).items():
+        if is_typeddict(hint) and key in get_type_hints(hint):
+            found.append(f"{name}.{key}")
+    return found
 
 
 def _check_sections(config: Mapping[str, Any]) -> dict[str, BaseModel]:
@@ -112,84 +158,13 @@ def _check_sections(config: Mapping[str, Any]) -> dict[str, BaseModel]:
     return parsed
 
 
-def _check_precision(
-    config: Mapping[str, Any], models: Mapping[str, Any], stage: int, kind: str | None, offloads: Mapping[str, str]
-) -> str:
-    """What the model computes in."""
-    from toolkit.optim import find_rule
-
-    bf16 = next((key for key in ("bf16", "bfloat16") if getattr(models.get(key), "enabled", False)), None)
-    if bf16 and getattr(models.get("fp16"), "enabled", False):
-        raise UserError(f"{bf16}.enabled and fp16.enabled are both true; a run computes in one of them.")
-    computed = "bf16" if bf16 else "fp16" if getattr(models.get("fp16"), "enabled", False) else "fp32"
-    types = config.get("data_types", {})
-    if types.get("param_dtype") not in (None, *_SPELLINGS[computed]):
-        given = shown(types["param_dtype"])
-        raise UserError(f"data_types.param_dtype is {given}, but the run computes in {computed}; leave it out.")
-    gradients = types.get("grad_accum_dtype")
-    if stage == 0 and gradients not in (None, *_SPELLINGS[computed]):
-        raise UserError(
-            f"data_types.grad_accum_dtype is {shown(gradients)}, but without ZeRO gradients are in {computed} like the "
-            "model; leave it out, or use zero_optimization.stage 1, 2 or 3."
-        )
-    in_fp32 = gradients in _SPELLINGS["fp32"]
-    if find_rule(kind) and bf16 and stage == 1 and in_fp32 and offloads["offload_optimizer"] == "none":
-        raise UserError(
-            f"data_types.grad_accum_dtype {gradients!r} with bf16 at zero_optimization.stage 1 makes DeepSpeed "
-            "use a wrapper whose fp32 gradients are not sharded and whose partitions are not whole blocks, "
-            f"which {kind} needs; remove it, or use stage 2 or 3."
-        )
-    return computed
-
-
-def _check_whole_blocks(zero: Any, stage: int, kind: str | None) -> None:
-    """What cannot be combined with shards of whole blocks."""
-    from toolkit.optim import find_rule
-
-    if zero is None:  # the deprecated `zero_optimization: true` sets none of them
-        return
-    # At stage 3 the layout is the same for every optimizer.
-    if stage == 3 and zero.reduce_scatter is False:
-        raise UserError("zero_optimization.reduce_scatter is false, but must be true (the default) at stage 3.")
-    if stage == 3 and zero.zero_quantized_gradients:
-        raise UserError("zero_optimization.zero_quantized_gradients is not supported at stage 3; leave it out.")
-    if find_rule(kind) and (zero.zenflow is not None or getattr(zero.offload_optimizer, "super_offload", False)):
-        raise UserError(
-            f"zero_optimization.zenflow and offload_optimizer.super_offload bring an optimizer of their own, which "
-            f"cannot run {kind}; leave them out."
-        )
-    if find_rule(kind) and stage in (1, 2) and zero.round_robin_gradients:
-        raise UserError(
-            "zero_optimization.round_robin_gradients orders parameters by the number of ranks, which the state of "
-            f"{kind} must not depend on; leave it out."
-        )
-
-
-def _check_offload(zero: Any, stage: int, offloads: Mapping[str, str]) -> None:
-    for part, device in offloads.items():
-        if device == "none":
-            continue
-        needed = 3 if part == "offload_param" else 1
-        if stage < needed:
-            allowed = "3" if needed == 3 else "1, 2 or 3"
-            raise UserError(
-                f"zero_optimization.{part} (device {device!r}) needs zero_optimization.stage {allowed}, "
-                f"and it is {stage}."
-            )
-        if device == "nvme" and getattr(zero, part).nvme_path is None:
-            raise UserError(f"zero_optimization.{part}.device 'nvme' needs nvme_path beside it.")
-
-
-def _check_batch(config: Mapping[str, Any], world_size: int | None, *, complete: bool) -> None:
-    total, micro, steps = (config.get(key) for key in _BATCH_KEYS)
+def _check_batch(facts: Facts, world_size: int | None, *, complete: bool) -> None:
+    total, micro, steps = (facts.config.get(key) for key in _BATCH_KEYS)
     if complete and total is None and micro is None:
         raise UserError("train_batch_size and train_micro_batch_size_per_gpu are both missing; give one of them.")
     if total is None:
         return
-    # Ranks that share a sequence or a layer work on the same micro-batch.
-    sharing = config.get("sequence_parallel_size", 1)
-    sharing *= max(config.get("tensor_parallel", {}).get("autotp_size", 1), 1)
-    replicas = None if world_size is None else world_size // sharing
+    replicas = None if world_size is None else world_size // ranks_per_replica(facts)
     known = {_BATCH_KEYS[1]: micro, _BATCH_KEYS[2]: steps, "world size": replicas}
     factors = {name: factor for name, factor in known.items() if factor is not None}
     product = 1
@@ -208,9 +183,21 @@ def _check_by_deepspeed(config: Mapping[str, Any]) -> None:
 
     trial = {key: value for key, value in copy.deepcopy(dict(config)).items() if key not in _BATCH_KEYS}
     try:
-        DeepSpeedConfig({**trial, "train_micro_batch_size_per_gpu": 1})
+        read = DeepSpeedConfig({**trial, "train_micro_batch_size_per_gpu": 1})
+        _try_token_dropping(read.data_efficiency_config["data_routing"]["random_ltd"])
     except Exception as error:
         raise UserError(f"DeepSpeed refuses this config: {_one_line(error)}") from None
+
+
+def _try_token_dropping(settings: Mapping[str, Any]) -> None:
+    """What the engine does with `random_ltd`, whose keys nobody else looks at."""
+    from deepspeed.runtime.data_pipeline.data_routing.scheduler import RandomLTDScheduler
+
+    if settings["enabled"]:
+        try:
+            RandomLTDScheduler({**settings, "global_batch_size": 1, "micro_batch_size": 1})
+        except KeyError as error:
+            raise ValueError(f"data_efficiency.data_routing.random_ltd lacks {error}") from None
 
 
 def _one_line(error: BaseException) -> str:

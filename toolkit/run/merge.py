@@ -5,18 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from toolkit.config.files import without_auto
+from toolkit.config.schedulers import LENGTHS
 from toolkit.errors import UserError
 from toolkit.run.settings import RunSettings
 
 # Which key of a DeepSpeed scheduler holds the peak learning rate, the warm-up and the length of the run.
-# WarmupCosineLR takes its peak from the optimizer.
-PEAK_KEY = {"WarmupLR": "warmup_max_lr", "WarmupDecayLR": "warmup_max_lr", "OneCycle": "cycle_max_lr"}
+# WarmupCosineLR and most schedulers of torch take their peak from the optimizer.
+PEAK_KEY = {
+    "WarmupLR": "warmup_max_lr",
+    "WarmupDecayLR": "warmup_max_lr",
+    "OneCycle": "cycle_max_lr",
+    "OneCycleLR": "max_lr",
+    "CyclicLR": "max_lr",
+}
 WITH_WARMUP = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 WITH_LENGTH = ("WarmupDecayLR", "WarmupCosineLR")
 DEFAULT_WARMUP = 0.1
+TORCH_DEFAULT_LENGTH = 5  # `total_iters` of torch's schedulers
 
 MICRO, ACCUMULATION, GLOBAL = "micro-batch", "gradient accumulation", "global batch"
 JSON_KEYS = {
@@ -107,7 +115,8 @@ def merge_flags(
     """The JSON with the run's flags in it, the batch, and remarks for the user.
 
     Writes a consistent batch triple, `--lr` to the optimizer and to the scheduler's peak, `--steps` to the
-    scheduler's length and the warm-up to the scheduler. Without `--warmup` the JSON's own share of the run
+    length of DeepSpeed's schedulers and the warm-up to the scheduler. A scheduler of torch keeps a length that the JSON
+    gives; a remark says so where it is not that of the run. Without `--warmup` the JSON's own share of the run
     is kept (`warmup_num_steps / total_num_steps`, 10 % where it says neither). "auto" values that no flag
     filled are dropped, which leaves DeepSpeed's and the optimizer's defaults.
 
@@ -120,6 +129,7 @@ def merge_flags(
     triple = {MICRO: batch.micro, ACCUMULATION: batch.accumulation, GLOBAL: batch.total}
     merged.update({JSON_KEYS[name]: value for name, value in triple.items()})
 
+    _check_loop(merged, batch)
     optimizer = merged.get("optimizer")
     if not isinstance(optimizer, dict):
         raise UserError("the DeepSpeed JSON has no 'optimizer' section; it must name the optimizer to train with.")
@@ -136,6 +146,33 @@ def merge_flags(
     else:
         remarks = []
     return without_auto(merged), batch, remarks
+
+
+def _check_loop(config: Mapping[str, Any], batch: Batch) -> None:
+    """Refuse what DeepSpeed leaves to a training loop and this one does not do."""
+
+    def inner(section: str, key: str) -> Any:
+        found = config.get(section)
+        return found.get(key) if isinstance(found, Mapping) else None
+
+    for place, value in (
+        ("sequence_parallel_size", config.get("sequence_parallel_size")),
+        ("tensor_parallel.autotp_size", inner("tensor_parallel", "autotp_size")),
+    ):
+        if isinstance(value, int | float) and value > 1:
+            raise UserError(
+                f"{place} is {value}, for which ranks must be given the same sequences, and here each is given its "
+                "own; leave it out, or train in a loop of your own with toolkit.initialize."
+            )
+    if config.get("managed_gradient_accumulation") is False and batch.accumulation > 1:
+        raise UserError(
+            "managed_gradient_accumulation is false, with which every micro-batch would be a step of its own; leave it "
+            "out, or set --grad-accum to 1."
+        )
+    if inner("autotuning", "enabled") is True:
+        raise UserError(
+            "autotuning.enabled ends a run after a few steps, for `deepspeed --autotuning` to measure; leave it out."
+        )
 
 
 def _current_names(config: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +192,7 @@ def _merge_scheduler(scheduler: dict[str, Any], settings: RunSettings) -> list[s
     if kind not in WITH_WARMUP:
         if settings.warmup is not None:
             raise UserError(f"--warmup does not apply to scheduler {kind!r}; it applies to {', '.join(WITH_WARMUP)}.")
-        return []
+        return _settle_length(kind, params, settings.steps)
     # A value of the wrong type is left for the validation of the whole JSON to name.
     warmup, length = params.get("warmup_num_steps"), params.get("total_num_steps")
     if settings.warmup is not None:
@@ -179,5 +216,27 @@ def _merge_scheduler(scheduler: dict[str, Any], settings: RunSettings) -> list[s
     return []
 
 
-def _number(value: Any) -> bool:
+def _settle_length(kind: str, params: dict[str, Any], steps: int) -> list[str]:
+    """Let a schedule of torch that leaves its length open take the run's, and say where the two differ."""
+    if kind not in LENGTHS:
+        return []
+    key, afterwards = LENGTHS[kind]
+    length, epochs, per_epoch = params.get(key), params.get("epochs"), params.get("steps_per_epoch")
+    if kind == "OneCycleLR" and length is None and _number(epochs) and _number(per_epoch):
+        length = epochs * per_epoch
+    elif length == "auto" or (length is None and kind in ("CosineAnnealingLR", "OneCycleLR")):
+        params[key] = length = steps
+    elif key not in params:
+        length = TORCH_DEFAULT_LENGTH
+    if not _number(length) or length == steps:  # a wrong type is left for the validation of the whole JSON to name
+        return []
+    what = f"scheduler.params.{key} is {length}" if params.get(key) else f"the schedule of {kind} takes {length} steps"
+    if length > steps:
+        return [f"{what} and the run takes {steps} steps: it ends before the schedule does."]
+    if kind == "OneCycleLR":
+        raise UserError(f"{what}, and {kind} cannot go on after that; the run takes {steps} steps (--steps).")
+    return [f"{what} and the run takes {steps} steps: from step {length + 1} on {afterwards}."]
+
+
+def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -69,7 +69,7 @@ def make_plan(settings: RunSettings) -> Plan:
         world_size=ranks.world_size(),
     )
     config, batch, remarks = merge_flags(config, settings, ranks.world_size())
-    configs.validate(config, origin=settings.config, world_size=ranks.world_size())
+    configs.validate(config, origin=settings.config, world_size=ranks.world_size(), total_steps=settings.steps)
     dtype = _dtype(config)
     if dtype == torch.bfloat16 and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():
         remarks.append("matrix products are computed in fp32 from bf16 operands, since this CPU is slow at bf16 ones.")
@@ -120,20 +120,11 @@ def make_plan(settings: RunSettings) -> Plan:
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that the JSON has the model compute in, if this machine's devices can."""
+    """The dtype that the JSON has the model compute in."""
     import torch
-    from deepspeed.accelerator import get_accelerator
 
-    device = get_accelerator()
-    for key, dtype, supported in (
-        ("bf16", torch.bfloat16, device.is_bf16_supported),
-        ("fp16", torch.float16, device.is_fp16_supported),
-    ):
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if config.get(key, {}).get("enabled", False):
-            if not supported():
-                raise UserError(
-                    f"{key} is enabled, but DeepSpeed does not support it on this device ({device.device_name()})."
-                )
             return dtype
     return torch.float32
 

@@ -6,24 +6,28 @@ Together with `partition.py` the only place that knows DeepSpeed's runtime.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import deepspeed.runtime.engine as ds_engine
+import deepspeed.runtime.lr_schedules as ds_schedules
 import deepspeed.runtime.zero.stage3 as ds_stage3
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.optim.lr_scheduler import LRScheduler
 
 from toolkit.errors import UserError
 from toolkit.models import cpu_matmul
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
 from toolkit.optim.layout import check_dtype
 from toolkit.optim.warm import kinds, warm
+from toolkit.sentences import shown
 from toolkit.zero import partition
 from toolkit.zero.release import ReleasingZeroOptimizer
 from toolkit.zero.stage3 import LeanZeroOptimizer3
@@ -57,14 +61,24 @@ def initialize(
         (engine, optimizer, dataloader, lr_scheduler), as `deepspeed.initialize`.
 
     Raises:
-        UserError: one sentence about what is wrong in the config or the parameters.
+        UserError: one sentence about what is wrong in the model, the config or the parameters.
     """
-    from toolkit.config import load_config, validate
+    from toolkit.config import load_config, remarks, validate
 
+    if not isinstance(model, nn.Module):
+        raise UserError(f"initialize: model is {shown(model)}, but must be the torch.nn.Module to train.")
     register()
     model = without_compile_wrappers(model)
     settings = load_config(config)
-    validate(settings, origin=config if isinstance(config, str) else "config")
+    origin = config if isinstance(config, str) else "config"
+    if kwargs.get("optimizer") is not None:
+        settings.pop("optimizer", None)  # DeepSpeed runs the one that is handed over
+    # Ranks that share a layer or a sequence are known to the mesh that the caller hands over, not to the JSON.
+    own_mesh = kwargs.get("mpu") is not None or kwargs.get("mesh_param") is not None
+    validate(settings, origin=origin, world_size=None if own_mesh else _world_size(), total_steps=total_steps)
+    _check_has_optimizer(settings, kwargs, origin)
+    for remark in remarks(settings) if not dist.is_initialized() or dist.get_rank() == 0 else ():
+        logger.warning("%s: %s", origin, remark)
     section = settings.get("optimizer", {})
     rule = find_rule(section.get("type"))
     if rule and total_steps is not None and "total_steps" in rule.rule.model_fields:
@@ -91,6 +105,24 @@ def _compiled_in_place(wrapper: OptimizedModule) -> nn.Module:
     return module
 
 
+def _world_size() -> int | None:
+    """Ranks in all, as far as that is known before they have met."""
+    if dist.is_initialized():
+        return int(dist.get_world_size())
+    return int(os.environ["WORLD_SIZE"]) if os.environ.get("WORLD_SIZE", "").isdecimal() else None
+
+
+def _check_has_optimizer(settings: Mapping[str, Any], kwargs: Mapping[str, Any], origin: str) -> None:
+    zero = settings.get("zero_optimization", {})
+    stage = int(zero) if isinstance(zero, bool) else zero.get("stage", 0)
+    named = settings.get("optimizer", {}).get("type") is not None or kwargs.get("optimizer") is not None
+    if stage in (1, 2) and not named:
+        raise UserError(
+            f"{origin}: zero_optimization.stage {stage} shards an optimizer's state, and there is no optimizer; name "
+            "one in the JSON's 'optimizer' section, or hand one to initialize as `optimizer`."
+        )
+
+
 def register() -> None:
     """Make a plain `deepspeed.initialize`, and what builds on it, accept this package's optimizers by type.
 
@@ -111,7 +143,8 @@ def register() -> None:
     _install_optimizers()
     engine, zero_supports = ds_engine.DeepSpeedEngine, ds_engine.is_zero_supported_optimizer
     configure_basic, configure = engine._configure_basic_optimizer, engine._configure_optimizer
-    supports, take, load = engine._is_supported_optimizer, engine._take_model_step, engine.load_checkpoint
+    supports, make_scheduler = engine._is_supported_optimizer, engine._scheduler_from_config
+    take, load = engine._take_model_step, engine.load_checkpoint
 
     def configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
         rule = find_rule(self.optimizer_name())
@@ -143,7 +176,18 @@ def register() -> None:
         return loaded
 
     engine._take_model_step, engine.load_checkpoint = take_model_step, load_checkpoint
+
+    def scheduler_from_config(self: Any, optimizer: Any) -> Any:
+        self._config.scheduler_params = self.scheduler_params() or {}
+        scheduler = make_scheduler(self, _schedulers_optimizer(self, optimizer))
+        if isinstance(scheduler, LRScheduler):
+            # Torch warns unless it has seen `step` of this optimizer, which ZeRO does not always go through; the
+            # engine steps the optimizer first.
+            self.basic_optimizer._opt_called = True
+        return scheduler
+
     engine._configure_basic_optimizer = configure_basic_optimizer
+    engine._scheduler_from_config = scheduler_from_config
     engine._configure_optimizer = configure_optimizer
     engine._is_supported_optimizer = lambda self, name: bool(find_rule(name)) or supports(self, name)
     ds_engine.is_zero_supported_optimizer = lambda opt: isinstance(opt, RuleOptimizer) or zero_supports(opt)
@@ -170,6 +214,17 @@ def _install_optimizers() -> None:
 
     ds_engine.DeepSpeedZeroOptimizer = make_stage_1_or_2
     ds_stage3.DeepSpeedZeroOptimizer_Stage3 = make_stage_3
+
+
+def _schedulers_optimizer(engine: Any, optimizer: Any) -> Any:
+    """What the JSON's scheduler is made for.
+
+    DeepSpeed hands its wrapper to every scheduler. Those of torch want a `torch.optim.Optimizer`: the one inside,
+    whose groups are the wrapper's own, so that a rate which is set there is the rate of the step.
+    """
+    if hasattr(ds_schedules, engine.scheduler_name() or ""):
+        return optimizer
+    return engine.basic_optimizer
 
 
 def _build(rule: type[RuleOptimizer], engine: Any, model_parameters: Any) -> RuleOptimizer:

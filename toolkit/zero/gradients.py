@@ -23,6 +23,19 @@ NORM_CHUNK = 2**17
 """Elements at a time that a norm is taken of on a CPU, where a wider type is a copy."""
 
 
+def takes_mean(kwargs: dict[str, Any]) -> bool:
+    """Set aside in the arguments of a ZeRO optimizer of DeepSpeed how its mean over ranks is to be scaled on the way.
+
+    `prescale_gradients` and `gradient_predivide_factor` decide when a sum is divided by the number of ranks, not by
+    what. Gradients are divided before they are added up here, always; DeepSpeed refuses both where it does so, too.
+
+    Returns whether either was asked for.
+    """
+    asked = not kwargs.get("postscale_gradients", True) or kwargs.get("gradient_predivide_factor", 1.0) != 1.0
+    kwargs.update(postscale_gradients=True, gradient_predivide_factor=1.0)
+    return asked
+
+
 @dataclass(frozen=True)
 class Slice:
     """Elements `start` to `stop` of a parameter: rank `owner` holds them, from `offset` of its part of `group` on."""

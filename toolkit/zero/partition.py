@@ -20,6 +20,7 @@ import deepspeed.runtime.zero.partition_parameters as ds_parameters
 import deepspeed.runtime.zero.stage3 as ds_stage3
 import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -159,9 +160,12 @@ def incompatibilities() -> list[str]:
     checks = {
         "runtime.engine.DeepSpeedZeroOptimizer": hasattr(ds_engine, "DeepSpeedZeroOptimizer"),
         "DeepSpeedEngine._configure_basic_optimizer": hasattr(ds_engine.DeepSpeedEngine, "_configure_basic_optimizer"),
-        "DeepSpeedConfig._param_dict, zero_config, timers_config": all(
+        "DeepSpeedEngine._scheduler_from_config(optimizer)": (
+            "self._scheduler_from_config(self.optimizer)" in inspect.getsource(ds_engine.DeepSpeedEngine)
+        ),
+        "DeepSpeedConfig._param_dict, zero_config, timers_config, scheduler_params": all(
             f"self.{name} = " in inspect.getsource(ds_config)
-            for name in ("_param_dict", "zero_config", "timers_config")
+            for name in ("_param_dict", "zero_config", "timers_config", "scheduler_params")
         ),
         "DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned(tensor_list, alignment, ...)": (
             list(inspect.signature(DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned).parameters)[1:3]
@@ -190,7 +194,7 @@ def incompatibilities() -> list[str]:
     return [
         *(name for name, found in checks.items() if not found),
         *_missing(DeepSpeedZeroOptimizer, _METHODS_1_AND_2, _FIELDS_1_AND_2),
-        *_missing(ds_stage3.DeepSpeedZeroOptimizer_Stage3, _METHODS_3, _FIELDS_3),
+        *_missing(DeepSpeedZeroOptimizer_Stage3, _METHODS_3, _FIELDS_3),
         *_missing(ds_engine.DeepSpeedEngine, _METHODS_ENGINE, _FIELDS_ENGINE),
     ]
 

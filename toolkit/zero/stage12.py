@@ -23,7 +23,7 @@ from torch import Tensor
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.sweep import Sweep
 from toolkit.state.codecs import BLOCK
-from toolkit.zero.gradients import HostCopy, Piece, Reducer, Slice, clip_scale, slices, squared_norm
+from toolkit.zero.gradients import HostCopy, Piece, Reducer, Slice, clip_scale, slices, squared_norm, takes_mean
 from toolkit.zero.turns import OrderedZeroOptimizer
 
 logger = logging.getLogger("toolkit")
@@ -62,9 +62,10 @@ class LeanZeroOptimizer(OrderedZeroOptimizer):
         self._held: list[dict[int, Tensor]] = [{} for _ in init_optimizer.param_groups]
         self._local: dict[int, Tensor] = {}
         self._laying_out = True
+        ignored = takes_mean(kwargs) or not kwargs.get("reduce_scatter", True)
         super().__init__(init_optimizer, *args, **kwargs)
         self._laying_out = False
-        if not self.reduce_scatter or not self.postscale_gradients or self.gradient_predivide_factor != 1.0:
+        if ignored:
             logger.warning(
                 "reduce_scatter, prescale_gradients and gradient_predivide_factor have no effect for %s: gradients are "
                 "divided by the number of ranks and added up at the rank that owns them",

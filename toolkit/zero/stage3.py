@@ -11,6 +11,7 @@ pass and, by accident, in the step. Here the streams wait for each other, and th
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ from toolkit.optim import RuleOptimizer
 from toolkit.optim.sweep import check_gradient
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.agreement import Order, have_nothing
-from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm
+from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mean
+
+logger = logging.getLogger("toolkit")
 
 
 class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
@@ -41,6 +44,12 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         if init_optimizer.defaults["release_gradients"]:
             raise UserError("release_gradients works at ZeRO stages 1 and 2 only, not at 3")
         self._order = Order()
+        if takes_mean(kwargs):
+            logger.warning(
+                "prescale_gradients and gradient_predivide_factor have no effect for %s: gradients are divided by the "
+                "number of ranks while they are added up",
+                type(init_optimizer).__name__,
+            )
         super().__init__(module, init_optimizer, *args, **kwargs)
         if self.swap_optimizer:
             raise UserError(f"{type(init_optimizer).__name__}'s state cannot be offloaded to NVMe; use the CPU")
