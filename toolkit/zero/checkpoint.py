@@ -19,6 +19,7 @@ from toolkit.checkpoint.source import PER_RANK, Source
 from toolkit.checkpoint.store import name_of
 from toolkit.checkpoint.transfer import WEIGHTS, Transfer
 from toolkit.errors import UserError
+from toolkit.masking import masked
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.rule import State
 from toolkit.zero.engine import rule_optimizer
@@ -116,6 +117,7 @@ class _Capture(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         content = dict(state_dict)
+        content["ds_config"] = masked(content.get("ds_config"))
         if "module" in content:
             content["module"] = _without_trained(content)
         else:

@@ -19,6 +19,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
+from toolkit.masking import hide_in_logs
 from toolkit.models import cpu_matmul
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
 from toolkit.optim.warm import kinds, warm
@@ -59,6 +60,7 @@ def initialize(
     register()
     settings = load_config(config)
     validate(settings, origin=config if isinstance(config, str) else "config")
+    hide_in_logs(settings, logging.getLogger("DeepSpeed"))  # which shows its configuration at level INFO
     section = settings.get("optimizer", {})
     rule = find_rule(section.get("type"))
     if rule and total_steps is not None and "total_steps" in rule.rule.model_fields:
