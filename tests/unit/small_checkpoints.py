@@ -25,7 +25,10 @@ from toolkit.cli import app
 from toolkit.errors import UserError
 from toolkit.optim.amcs import AMCSRule
 
-SHAPES = {"attention": {"a.weight": (48, 32), "b.weight": (16, 16)}, "norm": {"n.weight": (48,), "o.weight": (40,)}}
+SHAPES = {
+    "attention": {"a.weight": (48, 32), "b.weight": (16, 16)},
+    "norm": {"n.weight": (48,), "o.weight": (40,), "e.weight": (0,)},
+}
 STEP = 5
 FACTS = {
     "saved": "2026-11-26T12:00:00+00:00",

@@ -164,11 +164,15 @@ class Source:
 
     # ---- elements -----------------------------------------------------------------------------------------------
 
+    def _ranges(self, index: int, place: Place, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """As `Sharding.ranges`; nothing of rank 0's for a parameter without elements."""
+        return list(self.sharding.ranges(index, place, start, stop)) or [(0, 0, 0)]
+
     def elements(self, name: str, key: str | None, start: int, stop: int) -> Tensor:
         """Elements of a state that is kept as one number each, or (`key` None) of the flat tensor itself, 1-D."""
         index, place = self.sharding.by_name[name]
         found = []
-        for rank, first, last in self.sharding.ranges(index, place, start, stop):
+        for rank, first, last in self._ranges(index, place, start, stop):
             tensor = self.master(rank, index) if key is None else self.held(rank, index)[key]
             found.append(tensor.reshape(-1)[first:last])
         return torch.cat(found) if len(found) != 1 else found[0]
@@ -184,7 +188,7 @@ class Source:
         return self._blocks(index, Place("", (), 0), key, first * BLOCK, last * BLOCK)
 
     def _blocks(self, index: int, place: Place, key: str, start: int, stop: int) -> Tensor:
-        ranges = self.sharding.ranges(index, place, start, stop)
+        ranges = self._ranges(index, place, start, stop)
         return torch.cat([self.held(rank, index)[key][a // BLOCK : -(-b // BLOCK)] for rank, a, b in ranges])
 
     def lanes(self, name: str, key: str, per_block: int, start: int, stop: int) -> Tensor:
@@ -194,7 +198,7 @@ class Source:
         index, place = self.sharding.by_name[name]
         found = []
         # By the rank's flat tensor, whose rows are cut without regard to where a parameter begins.
-        for rank, first, last in self.sharding.ranges(index, place, start, stop):
+        for rank, first, last in self._ranges(index, place, start, stop):
             top = first // BLOCK
             rows = self.held(rank, index)[key][top : -(-last // BLOCK)]
             found.append(torch.cat(unpack(rows), dim=1).reshape(-1)[first - top * BLOCK : last - top * BLOCK])
