@@ -12,6 +12,7 @@ import typer
 from toolkit.checkpoint import commands as checkpoints
 from toolkit.errors import UserError, nearest
 from toolkit.memory.commands import estimate, plan
+from toolkit.printable import echo
 from toolkit.run.output import outliving
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -51,15 +52,16 @@ def configs(
         typer.echo(shipped[name].path.read_text(encoding="utf-8"), nl=False)
         return
 
-    from rich.console import Console
     from rich.table import Table
+
+    from toolkit.console import PlainConsole
 
     table = Table("name", "optimizer", "ZeRO", "offload", "state", "what it is for", box=None)
     table.columns[0].no_wrap = True
     for key, config in shipped.items():
         offload = "+".join(config.offload) or "-"
         table.add_row(key, config.optimizer, str(config.stage), offload, config.state_format, config.purpose)
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 class Format(StrEnum):
@@ -87,14 +89,14 @@ def report(
     paths = report_paths(runs, out, () if formats is None or Format.ALL in formats else formats)
     built = build_report(runs)
     write_report(built, paths)
-    typer.echo(built.headline)
+    echo(built.headline)
     for gap in built.gaps:
-        typer.echo(f"not like for like: {gap}")
+        echo(f"not like for like: {gap}")
     for run in built.runs:
         for problem in run.problems:
-            typer.echo(f"{run.name}: {problem.sentence}")
+            echo(f"{run.name}: {problem.sentence}")
     for path in paths.values():
-        typer.echo(f"written: {path}")
+        echo(f"written: {path}")
 
 
 app.command()(estimate)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from toolkit.printable import printable
+
 
 class UserError(ValueError):
     """Something the user typed or pointed at is wrong.
 
     The message is one sentence: what is wrong, where, and what is allowed. Entry points print it as
-    ``error: <message>`` and exit with status 2.
+    ``error: <message>`` and exit with status 2. It may quote what a file says: that is made printable here.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(str(message)))
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from typing_extensions import is_typeddict
 
 from toolkit.errors import nearest
+from toolkit.masking import MASK, is_secret, masked
 
 _LIST_AT_MOST = 12
 
@@ -31,7 +32,7 @@ def explain(error: ValidationError, schema: Any, path: tuple[str, ...] = ()) -> 
             level = _schema_in(known[part] if part in known else get_args(level)[1])
     if unknown:
         return unknown_key(place, _keys(level))
-    given = first["input"]
+    given = MASK if any(map(is_secret, place)) else masked(first["input"])
     if first["type"] == "missing":
         inside = isinstance(first["loc"][-1], int)  # of a list that is too short
         return (

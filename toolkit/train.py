@@ -93,6 +93,8 @@ def _train(
             engine = _engine(plan)
             ranks.agreed(lambda: take_over(plan, engine, start, screen.say))
             records = ranks.from_first(held.go_on(start.step) if held is not None else [])
+            if held is not None and held.dropped:
+                screen.say(f"note: {held.dropped} line(s) of {run_folder.METRICS} were no steps and are dropped.")
             saver = make_saver(plan, engine, start, screen.say)
             compile_s = compiling.step_compiled(engine, background, screen.say)
             with stop, watch(plan, engine, explainer) as ledger:

@@ -23,7 +23,7 @@ from toolkit.cli import app
 from toolkit.errors import UserError
 
 AMCS, ADAMW = WAYS["amcs-2"], WAYS["adamw-2"]
-FP32_STATE = ["--set", "optimizer.params.state_format=fp32"]
+FP32_STATE = ["--set", "optimizer.params.state_format=fp32", "--set", "comet.api_key=K3Y"]
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +307,17 @@ def test_another_model_tokenizer_or_data_is_refused_by_name(runs: World, tmp_pat
         assert isinstance(result, str) and message in result and "\n" not in result, (name, result)
         assert not (runs.root / f"refused-{name}").exists()
     assert results[-1]["steps"] == 5  # the same text elsewhere
+
+
+# ---- trust ----
+
+
+def test_deepspeeds_own_files_need_no_trust_and_keep_no_secret(runs: World) -> None:
+    for name in ("stock", "stock-3"):
+        folder = runs.root / name / "global_step3"
+        assert Source(folder).digest() == Source(folder, trust_pickle=True).digest()
+    for path in (runs.root / "fp32").rglob("*"):
+        assert not path.is_file() or b"K3Y" not in path.read_bytes(), path
 
 
 # ---- gradients that are not finite ----

@@ -91,7 +91,7 @@ def test_a_newer_format_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(manifest, "FORMAT", 2)
     save(Store(tmp_path), 1)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="of format 2 with blocks of 256, this version reads format 1"):
+    with pytest.raises(UserError, match="of format 2, which a newer version wrote; this one reads format 1"):
         manifest.read(tmp_path / name_of(1))
 
 

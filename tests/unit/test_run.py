@@ -51,7 +51,8 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         f"--plugin {tmp_path}/p.py --steps 7 --seq-len 33 --micro-batch 2 --grad-accum 3 --global-batch 12 "
         f"--lr 1e-3 --warmup 0.2 --seed 5 --eval-every 0 --eval-sequences 9 --run-dir {tmp_path}/run "
         "--no-activation-checkpointing --loss plain --from-checkpoint --save-every 6 --keep-last 4 --keep-every 12 "
-        "--resume none --convert-state --max-skipped 3 --memory-profile full --deterministic"
+        "--resume none --convert-state --max-skipped 3 --memory-profile full --deterministic "
+        "--trust-pickle"
     )
     settings = parse(line.split())
     assert settings == RunSettings(
@@ -87,6 +88,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         loss="plain",
         memory_profile="full",
         deterministic=True,
+        trust_pickle=True,
     )
     defaults = parse([])
     assert defaults == RunSettings()
@@ -308,15 +310,16 @@ def test_a_folder_with_a_run_is_refused_and_kept(tmp_path: Path, held: str) -> N
 
 def test_a_run_that_keeps_checkpoints_is_gone_on_with(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", {"seed": 1}, {"old": 1}, checkpoints=True)
+    line = {"loss": 1.0, "tokens_per_s": 1.0, "step_time_s": 1.0, "skipped": False}
     for step in range(1, 6):
-        folder.write_step({"step": step})
+        folder.write_step({"step": step, **line})
     with pytest.raises(UserError, match="is in use by another run"):
         RunFolder(tmp_path / "run", {}, {}, resuming=True)
     folder.close()
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     again = RunFolder(tmp_path / "run", {"seed": 2}, {"new": 1}, resuming=True)
-    assert again.go_on(3) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert again.go_on(3) == [{"step": step, **line} for step in (1, 2, 3)]
     again.write_step({"step": 4})
     again.close()
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]

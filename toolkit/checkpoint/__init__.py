@@ -2,6 +2,7 @@
 
     sharding.py    where each element of each parameter lies, at any stage and number of ranks
     manifest.py    what stands beside the files; hashes
+    schema.py, content.py, opening.py    what manifests and files may say, and reading them without running any code
     store.py       the folder of a run's checkpoints: put in place by one rename
     source.py      the files of a checkpoint as one model
     transfer.py    a rank's tensors from a checkpoint that was cut or kept otherwise

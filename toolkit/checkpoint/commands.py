@@ -8,45 +8,58 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolkit.errors import UserError, nearest
+from toolkit.printable import echo
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 Where = Annotated[Path, typer.Argument(help="A run, its newest checkpoint then, or a checkpoint.")]
+TrustPickle = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle",
+        help="Read objects of any class from a checkpoint without manifest: this runs whatever code its files name.",
+    ),
+]
+_SHOWN = 5
+"""Files that are not of a checkpoint, at most."""
 
 
 def find(path: Path) -> Path:
     """The folder of the checkpoint that `path` means: itself, or the newest one of a run. Raises UserError."""
-    from toolkit.checkpoint.store import LATEST, Store
+    from toolkit.checkpoint.store import Store, pointed
 
     for folder in (path / "checkpoints", path):
         steps = Store(folder).steps()
         if steps:
             return Store(folder).path(steps[0])
-        if (folder / LATEST).is_file():
-            return folder / (folder / LATEST).read_text().strip()
+        named = pointed(folder)
+        if named is not None:
+            return named
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder.")
     return path
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path, trust_pickle: bool) -> Source:
     from toolkit.checkpoint.universal import open_checkpoint
 
-    return open_checkpoint(find(path))
+    return open_checkpoint(find(path), trust_pickle=trust_pickle)
 
 
 @app.command()
 def inspect(
     path: Where,
     digest: Annotated[bool, typer.Option("--digest", help="Hash the state, however it is cut.")] = False,
+    trust_pickle: TrustPickle = False,
 ) -> None:
     """Show what a checkpoint holds, and how large it is."""
-    from rich.console import Console
     from rich.table import Table
 
-    source = _open(path)
+    from toolkit.console import PlainConsole
+
+    source = _open(path, trust_pickle)
     manifest, sharding = source.manifest, source.origin
     facts: dict[str, Any] = manifest.facts
     rows = {
@@ -73,7 +86,7 @@ def inspect(
         table.add_row(name, str(value))
     for name, entry in sorted(manifest.files.items()):
         table.add_row("", f"{entry['bytes']:>15,}  {name}")
-    Console(highlight=False).print(table)
+    PlainConsole().print(table)
 
 
 def _formats(flats: Any) -> set[str]:
@@ -86,22 +99,35 @@ def _formats(flats: Any) -> set[str]:
 
 @app.command()
 def verify(path: Where) -> None:
-    """Compare every file with its hash, of one checkpoint or of all of a run."""
-    from toolkit.checkpoint import manifest as manifests
+    """Compare every file with the manifest and its hash, of one checkpoint or of all of a run."""
     from toolkit.checkpoint.store import Store
 
     stores = [Store(folder) for folder in (path / "checkpoints", path) if Store(folder).steps()]
     folders = [stores[0].path(step) for step in stores[0].steps()] if stores else [find(path)]
-    problems = []
+    damaged = 0
     for folder in folders:
-        try:
-            problem = manifests.damage(folder, manifests.read(folder))
-        except UserError as error:
-            problem = str(error)
-        typer.echo(f"{folder.name}: {problem or 'intact'}")
-        problems += [problem] if problem else []
-    if problems:
-        raise UserError(f"{len(problems)} of {len(folders)} checkpoints are damaged.")
+        problems = _problems(folder)
+        echo(f"{folder.name}: {'; '.join(problems) or 'intact'}")
+        damaged += bool(problems)
+    if damaged:
+        raise UserError(f"{damaged} of {len(folders)} checkpoints are damaged.")
+
+
+def _problems(folder: Path) -> list[str]:
+    from toolkit.checkpoint import manifest as manifests
+    from toolkit.checkpoint.universal import open_checkpoint
+
+    try:
+        manifest = manifests.read(folder)
+        found = manifests.damage(folder, manifest)
+        if found is None:
+            open_checkpoint(folder).check()
+    except UserError as error:
+        return [str(error)]
+    problems = [found] if found is not None else []
+    extra = manifests.unlisted(folder, manifest)
+    problems += [f"{folder / name} is not listed in {manifests.NAME}" for name in extra[:_SHOWN]]
+    return problems + ([f"and {len(extra) - _SHOWN} more"] if len(extra) > _SHOWN else [])
 
 
 @app.command()
@@ -111,23 +137,22 @@ def convert(
     ranks: Annotated[int | None, typer.Option(min=1, help="Number of ranks. (default: as it was)")] = None,
     stage: Annotated[int | None, typer.Option(min=1, max=3, help="ZeRO stage. (default: as it was)")] = None,
     universal: Annotated[bool, typer.Option("--universal", help="Write DeepSpeed's universal layout.")] = False,
+    trust_pickle: TrustPickle = False,
 ) -> None:
     """Rewrite a checkpoint for another number of ranks or stage, or into DeepSpeed's universal layout and back."""
     from toolkit.checkpoint import universal as layout
     from toolkit.checkpoint.convert import convert as rewrite
 
-    source = _open(path)
+    source = _open(path, trust_pickle)
     if universal:
         layout.write(source, to)
-        typer.echo(f"{to}: DeepSpeed's universal layout, {len(source.sharding.by_name)} parameters")
+        echo(f"{to}: DeepSpeed's universal layout, {len(source.sharding.by_name)} parameters")
         return
     stage, ranks = stage or source.origin.stage, ranks or source.origin.world_size
     moved = rewrite(source, to, stage=stage, world_size=ranks)
-    typer.echo(f"{find(to)}: {ranks} rank(s) at ZeRO stage {stage}")
+    echo(f"{find(to)}: {ranks} rank(s) at ZeRO stage {stage}")
     if moved:
-        typer.echo(
-            f"note: state of {len(moved)} parameters was decoded and encoded on other blocks, {moved[0]} for one."
-        )
+        echo(f"note: state of {len(moved)} parameters was decoded and encoded on other blocks, {moved[0]} for one.")
 
 
 def export(
@@ -139,6 +164,7 @@ def export(
             help="bf16, fp16 or fp32 (with what rounding to bf16 left over), for all parameters. (default: as trained)"
         ),
     ] = None,
+    trust_pickle: TrustPickle = False,
 ) -> None:
     """Write a run's model in the layout of Hugging Face."""
     from toolkit.checkpoint.export import DTYPES
@@ -146,7 +172,7 @@ def export(
 
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
-    source = _open(path)
+    source = _open(path, trust_pickle)
     files = write(source, to, dtype=dtype)
     kept = f"in {dtype}" if dtype is not None else "as trained"
-    typer.echo(f"{to}: step {source.manifest.step} {kept}, {len(files)} file(s)")
+    echo(f"{to}: step {source.manifest.step} {kept}, {len(files)} file(s)")

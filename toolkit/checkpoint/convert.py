@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.checkpoint.content import OWN, PER_RANK
 from toolkit.checkpoint.files import on_host, plain, save
 from toolkit.checkpoint.manifest import Manifest
 from toolkit.checkpoint.sharding import Sharding, part_of, reshard
-from toolkit.checkpoint.source import OPTIMIZER_FILES, OWN, PER_RANK, Source, model_file
+from toolkit.checkpoint.source import OPTIMIZER_FILE, Source, model_file
 from toolkit.checkpoint.store import Store, name_of
 from toolkit.checkpoint.transfer import WEIGHTS, Transfer
 from toolkit.errors import UserError
+from toolkit.masking import masked
 
 
 def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> list[str]:
@@ -31,7 +33,7 @@ def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> lis
     """
     target = reshard(source.origin, stage=stage, world_size=world_size)
     transfer = Transfer(source, target)
-    store = Store(folder)
+    store = Store(folder, keep_last=len(Store(folder).steps()) + 1)  # whatever else is there stays
     step = source.manifest.step
     if store.path(step).exists():
         raise UserError(f"{store.path(step)} exists already; give another folder")
@@ -42,7 +44,7 @@ def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> lis
         entries = {}
         prefix = "bf16_" if any(flat.dtype == "bfloat16" for flat in target.flats) else ""
         for rank in range(world_size):
-            name = prefix + OPTIMIZER_FILES.format(rank=rank).removeprefix("*")
+            name = prefix + OPTIMIZER_FILE.format(rank=rank)
             entries[name] = save(_optimizer_file(transfer, rank), written / name)
             if rank == 0 or stage == 3:
                 name = model_file(stage, rank)
@@ -93,7 +95,8 @@ def _optimizer_file(transfer: Transfer, rank: int) -> Any:
             "clip_grad": old.get("clip_grad", 0.0),
             "ds_version": saved.get("ds_version"),
         }
-    content = {"optimizer_state_dict": body, "ds_config": saved.get("ds_config"), "ds_version": saved.get("ds_version")}
+    config = masked(saved.get("ds_config"))  # as DeepSpeed saved it, where the checkpoint is its own
+    content = {"optimizer_state_dict": body, "ds_config": config, "ds_version": saved.get("ds_version")}
     extra = source.extra(rank) or source.extra(0)
     if extra is not None:
         same = target.world_size == source.sharding.world_size
@@ -117,6 +120,7 @@ def model_states(source: Source, target: Sharding, rank: int = 0) -> Any:
         "frozen_param_shapes": OrderedDict((name, kept.shape) for name, kept in source.frozen.items()),
         "frozen_param_fragments": OrderedDict(fragments),
         "dp_world_size": target.world_size,
+        "ds_config": masked(saved.get("ds_config")),
     }
     return plain(dict(saved) | changed, on_host)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import hashlib
+import math
 import os
 import stat
 from collections import OrderedDict
@@ -129,14 +130,44 @@ def squeeze(tensor: Tensor) -> Any:
     return {_ZSTD: torch.frombuffer(bytearray(packed), dtype=torch.uint8), "dtype": dtype, "shape": list(tensor.shape)}
 
 
+def squeezed_as(value: Mapping[str, Any]) -> Tensor | None:
+    """What `value` of `squeeze` will be, on the meta device; None where it is none or its size is not what it says."""
+    import zstandard
+
+    packed: Any = value.get(_ZSTD)
+    shape: Any = value.get("shape")
+    dtype = value.get("dtype")
+    known = {str(code).removeprefix("torch."): code for code in _CODES}
+    sizes = isinstance(shape, list) and len(shape) < 8 and all(type(n) is int and 0 <= n <= 1 << 53 for n in shape)
+    flat = isinstance(packed, Tensor) and packed.dtype == torch.uint8 and packed.dim() == 1 and packed.is_contiguous()
+    if not (sizes and flat and isinstance(dtype, str) and dtype in known):
+        return None
+    try:
+        # The frame's own word is what the decompressor goes by, however little is packed in it.
+        size = zstandard.frame_content_size(memoryview(packed.numpy()))
+    except zstandard.ZstdError:
+        return None
+    return torch.empty(shape, dtype=known[dtype], device="meta") if size == math.prod(shape) else None
+
+
 def unsqueezed(value: Any) -> Any:
-    """What `squeeze` was given; all else as it is."""
+    """What `squeeze` was given; all else as it is.
+
+    Raises:
+        ValueError: it would be of another size than it says, or is damaged.
+    """
     if not isinstance(value, Mapping) or _ZSTD not in value:
         return value
     import zstandard
 
-    raw = zstandard.ZstdDecompressor().decompress(memoryview(value[_ZSTD].numpy()))
-    return torch.frombuffer(bytearray(raw), dtype=getattr(torch, value["dtype"])).view(value["shape"])
+    made = squeezed_as(value)
+    if made is None:
+        raise ValueError("codes are not what they are said to be")
+    try:
+        raw = zstandard.ZstdDecompressor().decompress(memoryview(value[_ZSTD].numpy()), max_output_size=made.numel())
+    except zstandard.ZstdError as error:
+        raise ValueError(f"codes cannot be unpacked: {error}") from None
+    return torch.frombuffer(bytearray(raw), dtype=made.dtype).view(made.shape)
 
 
 _ZSTD = "zstd"

@@ -10,8 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from toolkit.checkpoint.schema import ManifestFile, claimed_bytes, disagreement
 from toolkit.checkpoint.sharding import Sharding
 from toolkit.errors import UserError
+from toolkit.masking import masked
+from toolkit.paths import read_text, regular
+from toolkit.sentences import explain, shown
 from toolkit.state.codecs import BLOCK
 
 NAME = "manifest.json"
@@ -38,7 +44,7 @@ class Manifest:
             "format": FORMAT,
             "step": self.step,
             "block": BLOCK,
-            **self.facts,
+            **masked(self.facts),
             "sharding": self.sharding.to_json(),
             "files": self.files,
         }
@@ -58,33 +64,62 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+class NotUnderstood(UserError):
+    """A checkpoint that another version wrote. It is no damage, and nobody's to replace or remove."""
+
+
 def read(folder: Path) -> Manifest:
-    """The manifest of the checkpoint in `folder`.
+    """The manifest of the checkpoint in `folder`, checked: its numbers agree, its names stay in the folder.
 
     Raises:
-        UserError: there is none, it is damaged, or of a newer format.
+        NotUnderstood: it is of a newer format.
+        UserError: there is none, or it is damaged.
     """
     path = folder / NAME
+    text = read_text(folder, NAME)
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        claimed = body.pop("sha256")
-        intact = claimed == _digest(body)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, AttributeError):  # of text, of JSON, of something else than an object
-        intact = False
-    if not intact:
-        raise UserError(f"{path} is damaged")
-    if body["format"] > FORMAT or body["block"] != BLOCK:
-        raise UserError(
-            f"{path} is of format {body['format']} with blocks of {body['block']}, this version reads format {FORMAT} "
-            f"with blocks of {BLOCK}"
-        )
+        body = json.loads(text)
+        if not isinstance(body, dict):
+            raise ValueError("it is not one JSON object")
+        _check_format(path, body)
+        claimed = body.pop("sha256", None)
+        if claimed != _digest(body):
+            raise ValueError("its content has changed since it was saved")
+        if body.get("block") != BLOCK:
+            raise NotUnderstood(f"{path} is of blocks of {shown(body.get('block'))}, this version of {BLOCK}")
+        checked = ManifestFile.model_validate(body)
+        sharding = Sharding.from_json(body["sharding"])
+        problem = disagreement(sharding) or _more_than_there_is(sharding, body["files"])
+        if problem is not None:
+            raise ValueError(problem)
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged ({explain(error, ManifestFile)})") from None
+    except NotUnderstood:
+        raise
+    except (ValueError, RecursionError) as error:
+        why = "it is not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"{path} is damaged ({why})") from None
     known = {"format", "step", "block", "sharding", "files"}
     facts = {key: value for key, value in body.items() if key not in known}
-    return Manifest(body["step"], Sharding.from_json(body["sharding"]), facts, body["files"])
+    return Manifest(checked.step, sharding, facts, body["files"])
+
+
+def _check_format(path: Path, body: Mapping[str, Any]) -> None:
+    """Before all else: the hash and the keys of a newer format may be others."""
+    written = body.get("format")
+    newer = isinstance(written, int | float) and not isinstance(written, bool) and written > FORMAT
+    if newer or (isinstance(written, str) and written):
+        raise NotUnderstood(
+            f"{path} is of format {shown(written)}, which a newer version wrote; this one reads format {FORMAT}"
+        )
+    if written != FORMAT:
+        raise ValueError(f"its format is {shown(written)}")
+
+
+def _more_than_there_is(sharding: Sharding, files: Mapping[str, Any]) -> str | None:
+    """Weights are in the files as they are: fewer bytes than these claim cannot hold them."""
+    claimed, there = claimed_bytes(sharding), sum(entry["bytes"] for entry in files.values())
+    return f"its parameters take {claimed} bytes, its files {there}" if claimed > there else None
 
 
 def damage(folder: Path, manifest: Manifest, *, share: tuple[int, int] = (0, 1), hashes: bool = True) -> str | None:
@@ -96,18 +131,32 @@ def damage(folder: Path, manifest: Manifest, *, share: tuple[int, int] = (0, 1),
     for number, (name, entry) in enumerate(sorted(manifest.files.items())):
         if number % share[1] != share[0]:
             continue
-        path = folder / name
         try:
+            path = regular(folder, name)
             size = path.stat().st_size
             if size != entry["bytes"]:
                 return f"{path} has {size} bytes instead of {entry['bytes']}"
             if hashes and file_hash(path) != entry["sha256"]:
                 return f"the content of {path} has changed since it was saved"
-        except FileNotFoundError:
-            return f"{path} is missing"
+        except UserError as error:
+            return str(error)
         except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
+            return f"{folder / name} cannot be read ({error.strerror})"
     return None
+
+
+def unlisted(folder: Path, manifest: Manifest) -> list[str]:
+    """Names of what lies in a checkpoint's folder and is not of it; nothing of this package reads them."""
+    listed = {NAME, *manifest.files}
+    folders = {str(parent) for name in listed for parent in Path(name).parents}
+    found = []
+    for place, below, names in os.walk(folder):
+        here = Path(place).relative_to(folder)
+        links = [name for name in below if (Path(place) / name).is_symlink()]
+        found += [str(here / name) for name in (*names, *links) if str(here / name) not in listed]
+        found += [f"{here / name}/" for name in below if name not in links and str(here / name) not in folders]
+        below[:] = [name for name in below if str(here / name) in folders]
+    return sorted(found)
 
 
 def file_hash(path: Path) -> str:

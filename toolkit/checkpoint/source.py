@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pickle
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint import manifest as manifests
+from toolkit.checkpoint.content import OWN, PER_RANK, check_model, check_optimizer, check_rank
 from toolkit.checkpoint.files import unsqueezed
 from toolkit.checkpoint.manifest import Manifest
+from toolkit.checkpoint.opening import load_file
+from toolkit.checkpoint.schema import disagreement
 from toolkit.checkpoint.sharding import Flat, Place, Sharding, part_of
 from toolkit.errors import UserError
 from toolkit.optim.layout import REMAINDER
 from toolkit.optim.rule import State
+from toolkit.paths import regular
 from toolkit.state.codecs import BLOCK, unpack
 
-OPTIMIZER_FILES = "*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+OPTIMIZER_FILE = "zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+PREFIXES = ("", "bf16_", "fp16_")
+"""Of the names of optimizer files."""
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
 HELD = 4
 """Parts of flat tensors whose state is in memory at a time."""
-PER_RANK = "leanstate"
-"""Key of what this package adds to each rank's optimizer file: the states of random number generators, and `OWN`."""
-OWN = "module"
-"""Key there of buffers and extra state as they are on that rank; rank 0's are with the module."""
-SCHEDULE = "leanstate_schedule"
-"""Key of what it adds to the file with the module: the name of the schedule's class."""
 _EXTRA = "_extra_state"
 """Last part of the name under which torch keeps what a module's `get_extra_state` returns."""
 
@@ -44,20 +44,34 @@ def model_file(stage: int, rank: int) -> str:
 class Source:
     """A checkpoint, opened for reading: files are mapped into memory, and read where they are looked at.
 
+    Only files that the manifest lists are opened; without a manifest, those with DeepSpeed's names. What a file holds
+    is compared with the manifest (names, shapes, dtypes, sizes) when it is opened.
+
+    Args:
+        trust_pickle: without a manifest, objects of any class are read, which runs the code that the files name.
+
     Raises:
         UserError: `folder` holds no checkpoint of this package, or of DeepSpeed at ZeRO stage 1, 2 or 3.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trust_pickle: bool = False) -> None:
         self.folder = folder
+        self._trust = trust_pickle
         self._optimizer: dict[int, dict[str, Any]] = {}
         self._model: dict[int, dict[str, Any]] = {}
         self._held: dict[tuple[int, int], Mapping[str, Any]] = {}
-        # A folder without manifest is DeepSpeed's own, whose files hold objects of its classes.
-        self._own = (folder / manifests.NAME).exists()
-        self.manifest = manifests.read(folder) if self._own else self._stock()
+        self._cut = False
+        # A folder without manifest is DeepSpeed's own.
+        self._own = os.path.lexists(folder / manifests.NAME)
+        if self._own:
+            self.manifest = manifests.read(folder)
+            for name in self.manifest.files:
+                regular(folder, name)
+        else:
+            self.manifest = self._stock()
         self.sharding = self.manifest.sharding
         self.stage = self.sharding.stage
+        self._cut = True
 
     @property
     def origin(self) -> Sharding:
@@ -66,24 +80,41 @@ class Source:
 
     # ---- files --------------------------------------------------------------------------------------------------
 
+    def _find(self, *names: str) -> str:
+        """The first of `names` that is a file of this checkpoint. Raises UserError."""
+        there = self.manifest.files.__contains__ if self._own else lambda name: (self.folder / name).exists()
+        found = next(filter(there, names), None)
+        if found is None:
+            what = f"{manifests.NAME} in {self.folder} lists" if self._own else f"{self.folder} holds"
+            raise UserError(f"{what} no {' or '.join(names)}")
+        return found
+
+    def check(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Open the files of every n-th rank from the i-th on, `share` being (i, n). Raises UserError as they do."""
+        for rank in range(share[0], self.sharding.world_size, share[1]):
+            self.optimizer_states(rank)
+            self.model_states(rank if self.stage == 3 else 0)
+
+    def _load(self, name: str) -> Any:
+        return load_file(self.folder, name, trust=self._trust and not self._own, hint=not self._own)
+
     def model_states(self, rank: int = 0) -> dict[str, Any]:
         """What DeepSpeed saved beside the optimizer: buffers, shapes, scheduler, counters."""
         if rank not in self._model:
-            names = [name.format(rank=rank) for name in MODEL_FILES]
-            found = [self.folder / name for name in names if (self.folder / name).exists()]
-            if not found:
-                raise UserError(f"{self.folder} holds no {' or '.join(names)}")
-            self._model[rank] = load_file(found[0], plain=self._own)
+            name = self._find(*(name.format(rank=rank) for name in MODEL_FILES))
+            self._model[rank] = check_model(self._load(name), self.folder / name)
         return self._model[rank]
 
     def optimizer_states(self, rank: int) -> dict[str, Any]:
         """The content of a rank's optimizer file."""
         if rank not in self._optimizer:
-            pattern = OPTIMIZER_FILES.format(rank=rank)
-            found = sorted(self.folder.glob(pattern))
-            if not found:
-                raise UserError(f"{self.folder} holds no {pattern}; is it a checkpoint of ZeRO stage 1, 2 or 3?")
-            self._optimizer[rank] = load_file(found[0], plain=self._own)
+            name = self._find(*(prefix + OPTIMIZER_FILE.format(rank=rank) for prefix in PREFIXES))
+            found = check_optimizer(self._load(name), self.folder / name)
+            if self._cut:  # it is known how
+                check_rank(found, self.sharding, rank, self.folder / name)
+            self._optimizer[rank] = found
+            if self._cut and rank and bool(self.saved_state(rank, 0)) != self.trained():
+                raise UserError(f"{self.folder / name} is damaged (only some of the ranks have state)")
         return self._optimizer[rank]
 
     def saved_state(self, rank: int, index: int) -> Mapping[str, Any]:
@@ -100,14 +131,17 @@ class Source:
             while len(self._held) >= HELD:
                 self._held.pop(next(iter(self._held)))
             state = self.saved_state(rank, index)
-            self._held[rank, index] = {key: unsqueezed(value) for key, value in state.items()}
+            try:
+                self._held[rank, index] = {key: unsqueezed(value) for key, value in state.items()}
+            except ValueError as error:
+                raise UserError(f"{self.folder} is damaged (rank {rank}, flat tensor {index}: {error})") from None
         return self._held[rank, index]
 
     def master(self, rank: int, index: int) -> Tensor:
         """A rank's flat tensor `index`: bf16 weights or fp32 master weights; it may lack padding at its end."""
         saved = self.optimizer_states(rank)["optimizer_state_dict"]
         found: Tensor = saved["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"][index]
-        return found
+        return found.detach()  # DeepSpeed saves parameters
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups: their hyper-parameters, and the numbers of their flat tensors."""
@@ -133,11 +167,15 @@ class Source:
 
     # ---- elements -----------------------------------------------------------------------------------------------
 
+    def _ranges(self, index: int, place: Place, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """As `Sharding.ranges`; nothing of rank 0's for a parameter without elements."""
+        return list(self.sharding.ranges(index, place, start, stop)) or [(0, 0, 0)]
+
     def elements(self, name: str, key: str | None, start: int, stop: int) -> Tensor:
         """Elements of a state that is kept as one number each, or (`key` None) of the flat tensor itself, 1-D."""
         index, place = self.sharding.by_name[name]
         found = []
-        for rank, first, last in self.sharding.ranges(index, place, start, stop):
+        for rank, first, last in self._ranges(index, place, start, stop):
             tensor = self.master(rank, index) if key is None else self.held(rank, index)[key]
             found.append(tensor.reshape(-1)[first:last])
         return torch.cat(found) if len(found) != 1 else found[0]
@@ -153,15 +191,21 @@ class Source:
         return self._blocks(index, Place("", (), 0), key, first * BLOCK, last * BLOCK)
 
     def _blocks(self, index: int, place: Place, key: str, start: int, stop: int) -> Tensor:
-        ranges = self.sharding.ranges(index, place, start, stop)
+        ranges = self._ranges(index, place, start, stop)
         return torch.cat([self.held(rank, index)[key][a // BLOCK : -(-b // BLOCK)] for rank, a, b in ranges])
 
     def lanes(self, name: str, key: str, per_block: int, start: int, stop: int) -> Tensor:
         """Elements of a remainder's stored tensor, 4-bit ones unpacked, 1-D."""
         if per_block == BLOCK:
             return self.elements(name, key, start, stop)
-        rows, inside = self._covering(name, key, start, stop)
-        return torch.cat(unpack(rows), dim=1).reshape(-1)[inside]
+        index, place = self.sharding.by_name[name]
+        found = []
+        # By the rank's flat tensor, whose rows are cut without regard to where a parameter begins.
+        for rank, first, last in self._ranges(index, place, start, stop):
+            top = first // BLOCK
+            rows = self.held(rank, index)[key][top : -(-last // BLOCK)]
+            found.append(torch.cat(unpack(rows), dim=1).reshape(-1)[first - top * BLOCK : last - top * BLOCK])
+        return torch.cat(found)
 
     def _covering(self, name: str, key: str, start: int, stop: int) -> tuple[Tensor, slice]:
         """The blocks that hold elements `start` to `stop` of a parameter, and where in them these are."""
@@ -282,11 +326,15 @@ class Source:
         shapes = model.get("param_shapes")
         if not shapes:
             raise UserError(f"{self.folder} was not saved at ZeRO stage 1, 2 or 3")
+        path = self.folder / self._find(*(prefix + OPTIMIZER_FILE.format(rank=0) for prefix in PREFIXES))
         saved = self.optimizer_states(0)["optimizer_state_dict"]
         self.stage = stage = int(saved["zero_stage"])
         count = saved["partition_count"]
         world_size = max(count) if isinstance(count, list) else int(count)
         paddings = saved.get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
+        masters = saved["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
+        if {len(shapes), len(masters)} != {len(paddings)} or any(map(_differ, shapes, paddings)):
+            raise UserError(f"{path} is damaged (it has other parameters than the file of the model)")
         flats = []
         for index, group in enumerate(shapes):
             held = self.saved_state(0, index)
@@ -305,19 +353,16 @@ class Source:
                 places.append(Place(name, tuple(shape), at, part if stage == 3 else 0))
                 at += part if stage == 3 else math.prod(shape) + padding
             formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
-            dtype = str(self.master(0, index).dtype).removeprefix("torch.")
+            dtype = str(masters[index].dtype).removeprefix("torch.")
             flats.append(Flat(index, "other", size, dtype, "fp32", formats, tuple(places)))
         states = (State("exp_avg"), State("exp_avg_sq", signed=False))
-        return Manifest(int(model["global_steps"]), Sharding(stage, world_size, None, states, tuple(flats)))
+        sharding = Sharding(stage, world_size, None, states, tuple(flats))
+        problem = disagreement(sharding)
+        if problem is not None:
+            raise UserError(f"{path} is damaged ({problem})")
+        check_rank(self.optimizer_states(0), sharding, 0, path)
+        return Manifest(int(model["global_steps"]), sharding)
 
 
-def load_file(path: Path, *, plain: bool = True) -> Any:
-    """What torch saved in `path`, tensors mapped into memory; not `plain`: with objects of any class.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=plain)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+def _differ(one: Sized, other: Sized) -> bool:
+    return len(one) != len(other)

@@ -19,16 +19,29 @@ import shutil
 from pathlib import Path
 
 from toolkit.checkpoint import manifest as manifests
-from toolkit.checkpoint.manifest import Manifest, sync_folder
+from toolkit.checkpoint.manifest import Manifest, NotUnderstood, sync_folder
+from toolkit.errors import UserError
+from toolkit.paths import inside, read_text
 
 LATEST = "latest"
-_NAME = re.compile(r"global_step(\d+)")
+_NAME = re.compile(r"global_step(0|[1-9][0-9]{0,17})")
 _HIDDEN = (".saving-", ".removing-")
 
 
 def name_of(step: int) -> str:
     """As DeepSpeed calls it."""
     return f"global_step{step}"
+
+
+def pointed(folder: Path) -> Path | None:
+    """The checkpoint that the file `latest` in `folder` names; None without such a file.
+
+    Raises:
+        UserError: it cannot be read, or names nothing in `folder`.
+    """
+    if not os.path.lexists(folder / LATEST):
+        return None
+    return inside(folder, read_text(folder, LATEST, limit=4096).strip())
 
 
 class Store:
@@ -54,6 +67,9 @@ class Store:
     def commit(self, draft: Path, manifest: Manifest) -> None:
         """Put a complete checkpoint in place, and remove those that need not stay.
 
+        What this version does not understand stays: a checkpoint of a newer one is not replaced, and a folder whose
+        manifest is missing or cannot be read is set aside as global_step<n>-aside-<letters>.
+
         Raises OSError; until the rename the checkpoints are what they were.
         """
         written, final = draft / name_of(manifest.step), self.path(manifest.step)
@@ -61,8 +77,12 @@ class Store:
         missing = manifests.damage(written, manifest, hashes=False)
         if missing is not None:
             raise OSError(f"{missing}; all machines must share the file system of checkpoints")
-        if final.exists():  # one that a resume found damaged, and this run has reached again
-            self._remove(final)
+        try:
+            manifests.read(written)
+        except UserError as error:  # what could not be resumed from must not push out what could
+            raise OSError(str(error)) from None
+        if os.path.lexists(final):
+            self._make_way(final)
         os.rename(written, final)
         sync_folder(self.folder)
         manifests.write_text(self.folder / LATEST, final.name)
@@ -70,10 +90,20 @@ class Store:
             os.replace(script, self.folder / script.name)
         self.discard(draft)
         # What is beyond this step is damaged, else the run would have gone on from it.
-        kept = [step for step in self.steps() if step <= manifest.step]
+        kept = [step for step in self.steps() if step <= manifest.step and _understood(self.path(step))]
         for step in kept[self.keep_last :]:
             if not (self.keep_every and step % self.keep_every == 0):
                 self._remove(self.path(step))
+
+    def _make_way(self, final: Path) -> None:
+        try:
+            manifests.read(final)
+        except NotUnderstood as error:
+            raise OSError(f"{error}, and is not replaced") from None
+        except UserError:
+            os.rename(final, final.with_name(f"{final.name}-aside-{secrets.token_hex(4)}"))
+        else:  # one whose files a resume found damaged, and this run has reached again
+            self._remove(final)
 
     @staticmethod
     def discard(draft: Path) -> None:
@@ -92,3 +122,11 @@ class Store:
             for path in self.folder.iterdir():
                 if path.name.startswith(_HIDDEN):
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def _understood(folder: Path) -> bool:
+    try:
+        manifests.read(folder)
+    except UserError:
+        return False
+    return True

@@ -14,17 +14,21 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint import manifest as manifests
+from toolkit.checkpoint.content import PER_RANK, check_groups, check_whole, is_step
 from toolkit.checkpoint.convert import model_states
 from toolkit.checkpoint.files import on_host, plain, save
 from toolkit.checkpoint.manifest import Manifest
 from toolkit.checkpoint.sharding import Flat, Place, Sharding, reshard
-from toolkit.checkpoint.source import PER_RANK, Source, load_file, model_file
+from toolkit.checkpoint.source import Source, model_file
 from toolkit.checkpoint.store import LATEST
 from toolkit.errors import UserError
 from toolkit.optim.rule import State
+from toolkit.paths import inside
 
 ZERO = "zero"
 OPTIMIZER = "leanstate_optimizer.pt"
+GROUPS = "optimizer_state.pt"
+"""The optimizer's file as DeepSpeed names it, in the folder `ZERO`."""
 ADAM = (State("exp_avg"), State("exp_avg_sq", signed=False))
 
 
@@ -35,13 +39,19 @@ def write(source: Source, folder: Path) -> None:
     on from it (`"checkpoint": {"load_universal": true}`).
 
     Raises:
-        UserError: the folder exists already.
+        UserError: the folder exists already; a parameter's name leads out of it.
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; give another one")
+    homes = {name: _home(folder, name) for name in source.sharding.by_name}
+    entries: dict[str, dict[str, Any]] = {}
+
+    def put(content: Any, path: Path) -> None:
+        entries[path.relative_to(folder).as_posix()] = save(content, path)
+
     names = {state.name for state in source.sharding.states}
     for name, (index, place) in source.sharding.by_name.items():
-        home = folder / ZERO / name
+        home = homes[name]
         home.mkdir(parents=True)
         found = {"fp32": source.weights(name, 0, place.numel)}
         if source.trained():
@@ -50,22 +60,31 @@ def write(source: Source, folder: Path) -> None:
                 alike = next((old.name for old in source.sharding.states if old.signed == state.signed), None)
                 if state.name not in names and alike is not None:
                     found[state.name] = found[alike]
-            save(torch.tensor(float(source.step_of(index))), home / "step.pt")
+            put(torch.tensor(float(source.step_of(index))), home / "step.pt")
         for key, values in found.items():
-            save({"param": on_host(values).view(place.shape)}, home / f"{key}.pt")
+            put({"param": on_host(values).view(place.shape)}, home / f"{key}.pt")
     saved = source.optimizer_states(0)
     shared = {key: value for key, value in saved["optimizer_state_dict"].items() if key in _SHARED}
     # Hyper-parameters stay behind: those of a rule mean nothing to Adam, which would take them over.
     groups = [{"params": group["params"]} for group in source.param_groups()]
-    head = {"clip_grad": shared.get("clip_grad", 0.0), "overflow": False, "ds_version": saved["ds_version"]}
-    save(plain(head | {"param_groups": groups}, on_host), folder / ZERO / "optimizer_state.pt")
+    version = saved.get("ds_version")
+    about = {"clip_grad": shared.get("clip_grad", 0.0), "overflow": False, "ds_version": version}
+    put(plain(about | {"param_groups": groups}, on_host), folder / ZERO / GROUPS)
     own = shared | {"param_groups": source.param_groups(), PER_RANK: source.extra(0)}
-    save(plain(own | {"ds_version": saved["ds_version"]}, on_host), folder / OPTIMIZER)
+    put(plain(own | {"ds_version": version}, on_host), folder / OPTIMIZER)
     module = model_states(source, reshard(source.sharding, stage=1, world_size=1))
-    save(module | {"universal_checkpoint_info": {}}, folder / model_file(1, 0))
-    about = {name: save(path.read_bytes(), folder / name) for name, path in source.model_files().items()}
-    manifests.write(folder, Manifest(source.manifest.step, source.origin, source.manifest.facts, about))
+    put(module | {"universal_checkpoint_info": {}}, folder / model_file(1, 0))
+    for name, path in source.model_files().items():
+        put(path.read_bytes(), folder / name)
+    manifests.write(folder, Manifest(source.manifest.step, source.origin, source.manifest.facts, entries))
     manifests.write_text(folder.parent / f"{LATEST}_universal", folder.name)
+
+
+def _home(folder: Path, name: str) -> Path:
+    """The folder of a parameter. Raises UserError where its name cannot be that of a folder."""
+    if "/" in name or name == GROUPS:
+        raise UserError(f"the parameter {name!r} cannot have a folder of its name in {folder / ZERO}")
+    return inside(folder / ZERO, name)
 
 
 _SHARED = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
@@ -74,8 +93,8 @@ _SHARED = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
 class Universal(Source):
     """A checkpoint in the universal layout, as one rank at stage 3 that holds every parameter in fp32."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, *, trust_pickle: bool = False) -> None:
+        super().__init__(folder, trust_pickle=trust_pickle)
         self._written = self.manifest if self._own else None
         self.stage = 3
         self.sharding = self._whole()
@@ -90,41 +109,63 @@ class Universal(Source):
         return self._written.sharding
 
     def _whole(self) -> Sharding:
-        shapes: list[dict[str, Any]] = self.model_states()["param_shapes"]
+        shapes: list[dict[str, Any]] = self.model_states().get("param_shapes") or []
         states = self._written.sharding.states if self._written is not None else ADAM
         rule = self._written.sharding.rule if self._written is not None else None
         formats = {state.name: "fp32" for state in states}
         flats: list[Flat] = []
         for group in shapes:
             for name, shape in group.items():
+                _home(self.folder, name)
                 place = Place(name, tuple(shape), 0, torch.Size(shape).numel())
                 flats.append(Flat(len(flats), "other", place.numel, "float32", "fp32", formats, (place,)))
-        return Sharding(3, 1, rule, states, tuple(flats))
+        made = Sharding(3, 1, rule, states, tuple(flats))
+        written = self._written.sharding.by_name if self._written is not None else made.by_name
+        if {name: place.shape for name, (_, place) in written.items()} != {
+            name: place.shape for name, (_, place) in made.by_name.items()
+        } or len(flats) != len(made.by_name):
+            raise UserError(f"{self.folder} is damaged (its manifest and its files have other parameters)")
+        return made
 
     def _stock(self) -> Manifest:
         return Manifest(int(self.model_states()["global_steps"]), Sharding(3, 1, None, ADAM, ()))
 
-    def _home(self, index: int) -> Path:
-        return self.folder / ZERO / self.sharding.flats[index].places[0].name
+    def check(self, share: tuple[int, int] = (0, 1)) -> None:
+        self.optimizer_states(0)
+        self._find(f"{ZERO}/{GROUPS}")
+        kinds = {state.signed for state in self.sharding.states}
+        for index in range(share[0], len(self.sharding.flats), share[1]):
+            self.master(0, index)
+            if self.saved_state(0, index):
+                for state in ADAM:  # DeepSpeed's Adam looks for them
+                    if state.signed in kinds:
+                        self._parameter(index, state.name)
 
-    def _read(self, path: Path) -> Any:
-        return load_file(path, plain=self._own)
+    def _parameter(self, index: int, key: str) -> Tensor:
+        place = self.sharding.flats[index].places[0]
+        name = self._named(index, key)
+        return check_whole(self._load(name), place.shape, self.folder / name)
+
+    def _named(self, index: int, key: str) -> str:
+        return self._find(f"{ZERO}/{self.sharding.flats[index].places[0].name}/{key}.pt")
 
     def master(self, rank: int, index: int) -> Tensor:
-        found: Tensor = self._read(self._home(index) / "fp32.pt")["param"]
-        return found.reshape(-1)
+        return self._parameter(index, "fp32")
 
     def saved_state(self, rank: int, index: int) -> Mapping[str, Any]:
-        home = self._home(index)
-        if not (home / "step.pt").exists():
+        try:
+            name = self._named(index, "step")
+        except UserError:  # no step has been made
             return {}
-        names = [state.name for state in self.sharding.states]
-        held = {name: self._read(home / f"{name}.pt")["param"].reshape(-1) for name in names}
-        return held | {"step": self._read(home / "step.pt")}
+        step = self._load(name)
+        if not is_step(step):
+            raise UserError(f"{self.folder / name} is damaged (it is no number of steps)")
+        held = {state.name: self._parameter(index, state.name) for state in self.sharding.states}
+        return held | {"step": step}
 
     def optimizer_states(self, rank: int) -> dict[str, Any]:
-        path = self.folder / OPTIMIZER
-        found = self._read(path if path.exists() else self.folder / ZERO / "optimizer_state.pt")
+        name = self._find(OPTIMIZER if self._own else f"{ZERO}/{GROUPS}")
+        found = check_groups(self._load(name), self.folder / name)
         return {"optimizer_state_dict": found, "ds_version": found.get("ds_version"), PER_RANK: found.get(PER_RANK)}
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -132,6 +173,7 @@ class Universal(Source):
         return groups
 
 
-def open_checkpoint(folder: Path) -> Source:
-    """The checkpoint in `folder`, whatever its layout. Raises UserError where there is none."""
-    return Universal(folder) if (folder / ZERO).is_dir() else Source(folder)
+def open_checkpoint(folder: Path, *, trust_pickle: bool = False) -> Source:
+    """The checkpoint in `folder`, whatever its layout. Raises UserError as `Source` does."""
+    kind = Universal if (folder / ZERO).is_dir() else Source
+    return kind(folder, trust_pickle=trust_pickle)

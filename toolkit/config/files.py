@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError, nearest
+from toolkit.masking import MASK, is_secret, masked_assignment
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -177,13 +178,17 @@ def apply_overrides(config: Mapping[str, Any], assignments: Sequence[str]) -> di
         dotted, equals, text = assignment.partition("=")
         *parents, last = keys = dotted.strip().split(".")
         if not equals or not all(keys):
-            raise UserError(f"cannot read the assignment {assignment!r}: write it as section.key=value.")
+            raise UserError(
+                f"cannot read the assignment {masked_assignment(assignment)!r}: write it as section.key=value."
+            )
         node = result
         for depth, key in enumerate(parents, start=1):
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 place = ".".join(keys[:depth])
-                raise UserError(f"cannot assign {assignment!r}: {place!r} is {node!r}, which holds no keys.")
+                held = MASK if any(map(is_secret, keys[:depth])) else repr(node)
+                told = masked_assignment(assignment)
+                raise UserError(f"cannot assign {told!r}: {place!r} is {held}, which holds no keys.")
         try:
             node[last] = json.loads(text)
         except json.JSONDecodeError:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.data.files import read_file
 from toolkit.data.stream import hub_reachable, stdlib_files
 from toolkit.errors import UserError, nearest
+from toolkit.models.presets import first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -50,18 +51,20 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
         elif (path / "tokenizer.json").is_file():
             # This file says it all; AutoTokenizer would rebuild parts of it after the class named beside it.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
         elif path.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         elif path.is_absolute() or path.suffix == ".json" or len(path.parts) > 2 or spec.startswith("."):
             raise UserError(f"there is no tokenizer file or folder {spec!r}.")
         else:
-            tokenizer = AutoTokenizer.from_pretrained(spec, local_files_only=not hub_reachable())
+            tokenizer = AutoTokenizer.from_pretrained(
+                spec, local_files_only=not hub_reachable(), trust_remote_code=False
+            )
     except UserError:
         raise
     except Exception as error:  # the libraries raise anything from OSError to a bare Exception on a bad file
-        if path.exists():
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if path.exists() or "trust_remote_code" in str(error):
+            reason = first_line(error).rstrip(".")
             raise UserError(f"tokenizer {spec!r} cannot be loaded: {reason}.") from error
         raise UserError(
             f"unknown tokenizer {spec!r}: it is none of {', '.join(TOKENIZERS)}, no local folder or "

@@ -65,10 +65,9 @@ def estimate(
 ) -> None:
     """Predict the memory of a training run, per rank, before it runs."""
     _settle_accelerator()
-    from rich.console import Console
-
     from toolkit import config as configs
     from toolkit import models
+    from toolkit.console import PlainConsole
     from toolkit.memory.estimate import Case, Estimator, variants
     from toolkit.memory.show import show_prediction
     from toolkit.memory.sizes import parse_size
@@ -100,7 +99,7 @@ def estimate(
         typer.echo(found.model_dump_json(indent=1))
     else:
         ranks = f"{gpus} GPU(s)" if nodes == 1 else f"{nodes} x {gpus} GPUs"
-        show_prediction(Console(), found, variants(case) if what_if else found.per_block, memory, ranks)
+        show_prediction(PlainConsole(), found, variants(case) if what_if else found.per_block, memory, ranks)
     if memory is not None and found.peak + found.context > memory:
         raise typer.Exit(1)
 
@@ -123,10 +122,9 @@ def plan(
 ) -> None:
     """Find the fastest shipped configuration, state format and micro-batch that fits, and write its JSON."""
     _settle_accelerator()
-    from rich.console import Console
-
     from toolkit import models
     from toolkit.config import shipped_configs
+    from toolkit.console import PlainConsole
     from toolkit.memory.plan import plan as find
     from toolkit.memory.show import show_plan
     from toolkit.memory.sizes import parse_size
@@ -146,7 +144,7 @@ def plan(
         device=device,
         loss=loss,
     )
-    console = Console()
+    console = PlainConsole()
     if not as_json:
         show_plan(console, found, memory)
     best = found[0]

@@ -185,6 +185,7 @@ def write(folder: Path, name: str, record: Record) -> Path:
     path = folder / FOLDER / name
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.tmp")
+    draft.unlink(missing_ok=True)  # which may be a link
     draft.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
     return path

@@ -115,7 +115,7 @@ def blueprint(
     if attention is not None:
         config._attn_implementation = attention
     with torch.device("meta"), no_init_weights():
-        hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        hf = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     hf.tie_weights()
     return _complete(hf, preset, activation_checkpointing, loss)
 
@@ -147,7 +147,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Pr
     # Buffers such as rotary frequencies follow from the configuration, not from a draw. zero.Init would round
     # them to `dtype`, which is why models are not constructed under it here.
     with init_empty_weights(include_buffers=False), no_init_weights():
-        hf = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        hf = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
     hf.tie_weights()  # each placeholder was registered anew, which parted the tied ones
     return hf
 
@@ -228,7 +228,7 @@ def _load(folder: Path, dtype: torch.dtype, zero3_config: dict[str, Any] | None)
     zero3 = HfDeepSpeedConfig(copy.deepcopy(zero3_config)) if zero3_config is not None else None
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # transformers and safetensors raise a different type for each kind of damage
         raise UserError(f"the weights in {str(folder)!r} cannot be loaded: {first_line(error)}") from error

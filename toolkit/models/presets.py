@@ -147,6 +147,12 @@ def _config_of_folder(folder: Path) -> PretrainedConfig:
         raise UserError(
             f"{str(folder / 'config.json')!r} is not a usable model configuration: {first_line(error)}"
         ) from error
+    for key in ("_attn_implementation", "_experts_implementation"):
+        kernel = getattr(config, key, None)
+        if isinstance(kernel, str) and "/" in kernel:  # transformers would fetch it from the hub and import it
+            raise UserError(
+                f"{str(folder)!r} asks for the kernel {kernel!r} in its config.json, code that is never run here."
+            )
     # Encoders such as BERT have a causal class too, but attend in both directions unless is_decoder is set.
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or encoder or config.is_encoder_decoder:
@@ -177,7 +183,12 @@ def count_parameters(config: PretrainedConfig) -> int:
     return vocabulary_matrices * config.vocab_size * hidden + config.num_hidden_layers * layer + hidden
 
 
+OWN_CODE = "it needs code that comes with it, which is never run here"
+
+
 def first_line(error: Exception) -> str:
     """What `error` says, cut to one line, or to two where the first only announces the second; else its type."""
+    if "trust_remote_code" in str(error):
+        return OWN_CODE
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -17,11 +17,16 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from toolkit.errors import UserError
+from toolkit.masking import masked
 from toolkit.memory.records import FOLDER as MEMORY
+from toolkit.paths import check_writable, read_text
 
 RUN, CONFIG, METRICS, SUMMARY, PLOT = (
     "run.json",
@@ -31,6 +36,8 @@ RUN, CONFIG, METRICS, SUMMARY, PLOT = (
     "loss.png",
 )
 CHECKPOINTS = "checkpoints"
+METRICS_LIMIT = 1 << 30
+"""Bytes of a metrics.jsonl: three million steps."""
 LIBRARIES = ("leanstate", "torch", "deepspeed", "transformers", "datasets")
 
 
@@ -83,9 +90,15 @@ class RunFolder:
         resuming: bool = False,
     ) -> None:
         check_free(folder, resuming=resuming)
+        for name in (RUN, CONFIG, METRICS, SUMMARY, PLOT):
+            check_writable(folder / name)
+        for path in (folder / MEMORY).glob("rank*"):
+            check_writable(path)
         self.folder = folder
         self._config = config
         self._lines = 0
+        self.dropped = 0
+        """Lines of the metrics that `go_on` did not take for steps."""
         self._new = not (folder / RUN).exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -113,10 +126,16 @@ class RunFolder:
     def go_on(self, step: int) -> list[dict[str, Any]]:
         """Take the metrics up again after `step`; returns the records up to there, the others are dropped."""
         path = self.folder / METRICS
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        records = _parsed(path)
+        if records and records[-1] is _CUT:
+            records.pop()
+        steps = [record for record in records if _is_step(record)]
+        kept = [record for record in steps if record["step"] <= step]
+        self.dropped = len(records) - len(steps)
         (self.folder / CONFIG).write_text(_pretty(self._config))
         self._metrics.close()
         draft = path.with_suffix(".draft")
+        draft.unlink(missing_ok=True)  # which may be a link
         draft.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
         os.replace(draft, path)
         self._metrics = open(path, "a")  # noqa: SIM115
@@ -157,15 +176,50 @@ def strict(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**clean, "nonfinite": bad} if bad else clean
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
-    records = []
-    for line in path.read_text().splitlines():
+class _Step(BaseModel):
+    """A line of metrics.jsonl, as far as a run that goes on relies on it."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    step: Annotated[int, Field(ge=1)]
+    loss: float | None
+    tokens_per_s: Annotated[float, Field(ge=0)]
+    step_time_s: Annotated[float, Field(ge=0)]
+    skipped: bool
+    val_loss: float | None = None
+    compile_s: float = 0.0
+
+
+def _is_step(record: Any) -> bool:
+    try:
+        _Step.model_validate(record)
+        json.dumps(record, allow_nan=False)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+_CUT = object()
+"""In place of a line that is no JSON."""
+
+
+def _parsed(path: Path) -> list[Any]:
+    records: list[Any] = []
+    for line in read_text(path.parent, path.name, limit=METRICS_LIMIT, errors="replace").splitlines():
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except (ValueError, RecursionError):
+            records.append(_CUT)
     return records
+
+
+def read_metrics(path: Path) -> list[Any]:
+    """The records of a metrics.jsonl up to a line that is no JSON; a crash cuts the last one short.
+
+    Raises:
+        UserError: it cannot be read, or is a link out of its folder.
+    """
+    return list(takewhile(lambda record: record is not _CUT, _parsed(path)))
 
 
 def versions() -> dict[str, str]:
@@ -200,11 +254,12 @@ def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     if validated:
         steps = [record["step"] for record in validated]
         axes.plot(steps, [record["val_loss"] for record in validated], marker="o", label="validation")
-    axes.set(title=title, xlabel="optimizer step", ylabel="cross-entropy (nats per token)")
+    axes.set_title(title, parse_math=False)  # a "$" in a name is no formula
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def _pretty(value: Mapping[str, Any]) -> str:
-    return json.dumps(strict(value), indent=2, allow_nan=False, default=str) + "\n"
+    return json.dumps(masked(strict(value)), indent=2, allow_nan=False, default=str) + "\n"

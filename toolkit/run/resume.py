@@ -63,7 +63,7 @@ def find_start(plan: Plan) -> Start:
 
 def _choose(settings: RunSettings, folder: Path) -> Start:
     from toolkit.checkpoint.source import Source
-    from toolkit.checkpoint.store import Store
+    from toolkit.checkpoint.store import Store, pointed
     from toolkit.checkpoint.universal import open_checkpoint
 
     if settings.resume == NONE:
@@ -73,7 +73,7 @@ def _choose(settings: RunSettings, folder: Path) -> Start:
         store = Store(named / CHECKPOINTS)
         damaged: list[str] = []
         for step in ranks.from_first(store.steps()):
-            problem = _problem(store.path(step))
+            problem = _problem(store.path(step), step)
             if problem is None:
                 remark = [f"{'; '.join(damaged)}; taken is {store.path(step).name}."] if damaged else []
                 return _begin(Source(store.path(step)), folder, remark)
@@ -84,15 +84,14 @@ def _choose(settings: RunSettings, folder: Path) -> Start:
             raise UserError(f"--resume {settings.resume}: the run there has no checkpoint yet.")
         return _from_the_start(settings, folder)
     path = Path(settings.resume)
-    latest = path / "latest"
-    if latest.is_file():
-        path = path / latest.read_text().strip()
+    path = pointed(path) or path
     if not path.is_dir():
         raise UserError(f"--resume {settings.resume}: there is no such folder; give a run, a checkpoint, auto or none.")
     problem = _problem(path) if (path / "manifest.json").exists() else None
     if problem is not None:
         raise UserError(f"--resume {settings.resume}: {problem}.")
-    return _begin(ranks.agreed(lambda: open_checkpoint(path)), folder, [])
+    source = ranks.agreed(lambda: open_checkpoint(path, trust_pickle=settings.trust_pickle))
+    return _begin(source, folder, [])
 
 
 def _from_the_start(settings: RunSettings, folder: Path) -> Start:
@@ -120,19 +119,33 @@ def _begin(source: Source, folder: Path, remarks: list[str]) -> Start:
     return Start(step, source, remarks)
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with the checkpoint in `path`, the first that any rank finds."""
-    from torch import distributed
+def _problem(path: Path, step: int | None = None) -> str | None:
+    """What is wrong with the checkpoint in `path`, the first that any rank finds. `step`: as its name has it.
 
+    Raises:
+        UserError: another version wrote it, so that it is not for this one to call it damaged.
+    """
     from toolkit.checkpoint import manifest as manifests
+    from toolkit.checkpoint.universal import open_checkpoint
 
+    share = (ranks.rank(), ranks.world_size())
+    mine = foreign = None
     try:
-        mine = manifests.damage(path, manifests.read(path), share=(ranks.rank(), ranks.world_size()))
+        manifest = manifests.read(path)
+        mine = manifests.damage(path, manifest, share=share)
+        if step is not None and manifest.step != step:
+            mine = f"{path / manifests.NAME} is of step {manifest.step}"
+        if mine is None:
+            open_checkpoint(path).check(share)
+    except manifests.NotUnderstood as error:
+        foreign = str(error)
     except UserError as error:
         mine = str(error)
-    found: list[Any] = [None] * ranks.world_size()
-    distributed.all_gather_object(found, mine)
-    return next((problem for problem in found if problem is not None), None)
+    everyone = ranks.everyones((mine, foreign))
+    for _, found in everyone:
+        if found is not None:
+            raise UserError(f"{found}; resume with that version, or give another --run-dir.")
+    return next((found for found, _ in everyone if found is not None), None)
 
 
 def take_over(plan: Plan, engine: Any, start: Start, say: Callable[[str], None]) -> None:
@@ -150,7 +163,7 @@ def take_over(plan: Plan, engine: Any, start: Start, say: Callable[[str], None])
         say(f"note: {remark}.")
     extra = source.extra(ranks.rank()) or source.extra(0)
     if extra is not None:
-        restore_random_states(extra["random"])
+        restore_random_states(extra.get("random", {}))
     if start.position is None:
         say("note: the checkpoint says nothing of the data: they are read from the beginning.")
     say(f"resumed from {source.folder}, after step {start.step}")

@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from toolkit.console import PlainConsole
+from toolkit.printable import printable
+
 # Where there is no terminal for a progress bar: about so many lines, but one at least every so many steps.
 PLAIN_LINES = 24
 PLAIN_STEPS = 50
@@ -21,7 +24,7 @@ class Screen:
     """Progress of a run of `steps` steps; `shown` is false on every rank but 0. Use as a context manager."""
 
     def __init__(self, steps: int, *, shown: bool, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, quiet=not shown)
+        self.console = console or PlainConsole(quiet=not shown)
         self._steps = steps
         self._every = min(max(1, steps // PLAIN_LINES), PLAIN_STEPS)
         self._bar: Progress | None = None
@@ -51,7 +54,7 @@ class Screen:
 
     def say(self, message: str) -> None:
         """One line above the progress bar."""
-        self.console.print(message, markup=False, soft_wrap=True)
+        self.console.print(printable(message), markup=False, emoji=False, soft_wrap=True)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Show one line of the metrics."""
@@ -97,7 +100,7 @@ class Screen:
                 f"{summary['replaced_characters']:,} characters of the text, which its encoding does not have"
             )
         for name, value in rows.items():
-            table.add_row(name, Text(value))
+            table.add_row(name, Text(printable(value)))
         self.console.print(table)
 
 

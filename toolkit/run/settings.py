@@ -111,6 +111,14 @@ class RunSettings(BaseModel):
     convert_state: Annotated[
         bool, typer.Option("--convert-state", help="Resume with another state format, weights or optimizer.")
     ] = False
+    trust_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--trust-pickle",
+            help="Resume from a checkpoint without manifest that holds objects of any class: this runs whatever code "
+            "its files name.",
+        ),
+    ] = False
     max_skipped: Annotated[
         int, Field(gt=0), typer.Option(help="Steps skipped in a row (gradients not finite) that stop the run.")
     ] = 20

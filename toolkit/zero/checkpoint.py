@@ -14,12 +14,14 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from toolkit.checkpoint.content import OWN, PER_RANK, SCHEDULE
 from toolkit.checkpoint.files import Staging, on_host, plain
 from toolkit.checkpoint.sharding import Flat, Place, Sharding
-from toolkit.checkpoint.source import OWN, PER_RANK, SCHEDULE, Source
+from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.store import name_of
 from toolkit.checkpoint.transfer import WEIGHTS, Transfer
 from toolkit.errors import UserError
+from toolkit.masking import masked
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.rule import State
 from toolkit.zero import schedule
@@ -120,11 +122,13 @@ class _Capture(CheckpointEngine):
         raise NotImplementedError
 
     def save(self, state_dict: Any, path: str) -> None:
-        if "module" in state_dict:
-            whole = self._module(state_dict)
+        content = dict(state_dict)
+        content["ds_config"] = masked(content.get("ds_config"))
+        if "module" in content:
+            whole = self._module(content)
         else:
             whole = {PER_RANK: {**self._per_rank, OWN: self._untrained.own() if dist.get_rank() else {}}}
-        self.files[Path(path)] = plain(dict(state_dict) | whole, self._on_host)
+        self.files[Path(path)] = plain(content | whole, self._on_host)
 
     def _module(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """What the module has and the ranks' optimizer files do not, each thing once.

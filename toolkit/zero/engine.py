@@ -23,6 +23,7 @@ from torch._dynamo import OptimizedModule
 from torch.optim.lr_scheduler import LRScheduler
 
 from toolkit.errors import UserError
+from toolkit.masking import hide_in_logs
 from toolkit.models import cpu_matmul
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
 from toolkit.optim.layout import check_dtype
@@ -79,6 +80,7 @@ def initialize(
     _check_has_optimizer(settings, kwargs, origin)
     for remark in remarks(settings) if not dist.is_initialized() or dist.get_rank() == 0 else ():
         logger.warning("%s: %s", origin, remark)
+    hide_in_logs(settings, logging.getLogger("DeepSpeed"))  # which shows its configuration at level INFO
     section = settings.get("optimizer", {})
     rule = find_rule(section.get("type"))
     if rule and total_steps is not None and "total_steps" in rule.rule.model_fields:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler, swa_utils
 
-from toolkit.checkpoint.source import SCHEDULE, Source
+from toolkit.checkpoint.content import SCHEDULE
+from toolkit.checkpoint.source import Source
 from toolkit.errors import UserError
 from toolkit.sentences import shown
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from toolkit.errors import UserError
 from toolkit.memory.report.compare import build_report
 from toolkit.memory.report.data import Report
+from toolkit.paths import check_writable
 
 __all__ = ["SUFFIXES", "Report", "build_report", "render", "report_paths", "write_report"]
 
@@ -54,6 +55,7 @@ def write_report(report: Report, paths: dict[str, Path]) -> None:
     """
     for kind, path in paths.items():
         text = render(report, kind)
+        check_writable(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

@@ -25,6 +25,7 @@ from toolkit.memory.report.data import (
 )
 from toolkit.memory.report.read import Folder, RunFile
 from toolkit.memory.report.words import headline, listed, percent
+from toolkit.printable import printable
 from toolkit.run.folder import METRICS
 
 _Moment = Literal["at the peak", "between steps", "in host memory"]
@@ -50,7 +51,7 @@ def build_run(folder: Folder, name: str) -> RunReport:
     ranks_table = [_rank(rank, record) for rank, record in sorted(measured.items())]
     report = RunReport(
         name=name,
-        folder=str(folder.path),
+        folder=printable(str(folder.path)),
         headline="",
         facts=facts,
         problems=folder.problems,

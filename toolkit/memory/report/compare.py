@@ -13,6 +13,7 @@ from toolkit.memory.report.build import LAST_STEPS, build_run
 from toolkit.memory.report.data import Method, Paired, Report, RunReport
 from toolkit.memory.report.read import read_folder
 from toolkit.memory.report.words import listed, size
+from toolkit.printable import printable
 
 # What a comparison of losses takes to be equal, with the reason why it matters.
 _EQUAL: tuple[tuple[str, Callable[[RunReport], object], str], ...] = (
@@ -66,7 +67,7 @@ def _version() -> str:
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """Each folder's own name, with as many of its parents' as tell it from the others."""
-    parts = [path.resolve().parts for path in paths]
+    parts = [tuple(map(printable, path.resolve().parts)) for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):

@@ -8,7 +8,7 @@ from toolkit.memory.report.data import Report
 from toolkit.memory.report.layout import Preformatted, RunPart, Section, Table
 from toolkit.memory.report.outline import Outline, outline
 
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~&])")
 
 
 def to_markdown(report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +14,12 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolkit.errors import UserError, nearest
+from toolkit.masking import masked
 from toolkit.memory.records import FOLDER, PREDICTED, Measurement, OutOfMemory, Prediction, Timeline
 from toolkit.memory.report.data import Explanation, Part, Problem
-from toolkit.run.folder import CONFIG, METRICS, RUN, SUMMARY, read_metrics
+from toolkit.paths import read_text
+from toolkit.printable import printable, printable_tree
+from toolkit.run.folder import CONFIG, METRICS, METRICS_LIMIT, RUN, SUMMARY, read_metrics
 
 _RANK = re.compile(r"rank(\d+)\.json")
 _OUT_OF_MEMORY = re.compile(r"rank(\d+)-out-of-memory\.(json|md)")
@@ -154,15 +158,15 @@ def _read_training(folder: Folder) -> None:
 
 
 def _read_metrics(folder: Folder) -> None:
-    path = folder.path / METRICS
     try:
-        records, lines = read_metrics(path), len(path.read_text().splitlines())
-    except (OSError, ValueError, RecursionError) as error:
-        folder.note("training", f"{METRICS} is damaged: {_why(error)}.")
+        text = read_text(folder.path, METRICS, limit=METRICS_LIMIT)
+        records, lines = read_metrics(folder.path / METRICS), len(text.splitlines())
+    except UserError as error:
+        folder.note("training", f"{METRICS} is damaged: {error}.")
         return
     for number, record in enumerate(records, 1):
         try:
-            line = StepLine.model_validate(_finite(record))
+            line = StepLine.model_validate(_finite(printable_tree(record)))
         except (ValidationError, RecursionError) as error:
             folder.note("training", f"Line {number} of {METRICS} is not a step: {_why(error)}.")
             continue
@@ -196,7 +200,11 @@ def _read_memory(folder: Folder) -> None:
     for path in paths:
         match = _OUT_OF_MEMORY.fullmatch(path.name)
         if match and match[2] == "md" and int(match[1]) not in explained and path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
+            try:
+                text = printable(read_text(folder.path, f"{FOLDER}/{path.name}"), lines=True)
+            except UserError as error:
+                folder.note("out of memory", f"{FOLDER}/{path.name} is damaged: {error}.")
+                continue
             folder.out_of_memory.append(Explanation(rank=int(match[1]), record=None, text=text))
 
 
@@ -225,16 +233,15 @@ def _load(folder: Folder, part: Part, name: str, model: type[_Model]) -> _Model 
 
 
 def _load_object(folder: Folder, part: Part, name: str) -> dict[str, Any] | None:
-    path = folder.path / name
-    if not path.exists():
+    if not os.path.lexists(folder.path / name):
         return None
     try:
-        content = json.loads(
-            path.read_text(encoding="utf-8"), parse_int=_whole, parse_float=_real, parse_constant=_real
-        )
+        text = read_text(folder.path, name)
+        content = json.loads(text, parse_int=_whole, parse_float=_real, parse_constant=_real)
         # JSON can spell halves of characters, which no file of ours could hold.
         json.dumps(content, ensure_ascii=False).encode()
-    except (OSError, ValueError, RecursionError) as error:
+        content = printable_tree(masked(content))
+    except (ValueError, RecursionError) as error:  # a UserError, too
         folder.note(part, f"{name} is damaged: {_why(error)}.")
         return None
     if not isinstance(content, dict):
