@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from toolkit.errors import UserError
+from toolkit.checkpoint.wrong import is_checkpoint, not_a_checkpoint
+from toolkit.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+DTYPE_NAMES = {"bf16": "bf16", "bfloat16": "bf16"} | dict.fromkeys(("fp32", "float32", "float", "f32"), "fp32")
+"""What people call the dtypes of an export."""
 Where = Annotated[Path, typer.Argument(help="A run, its newest checkpoint then, or a checkpoint.")]
 
 
@@ -25,9 +28,12 @@ def find(path: Path) -> Path:
         if steps:
             return Store(folder).path(steps[0])
         if (folder / LATEST).is_file():
-            return folder / (folder / LATEST).read_text().strip()
-    if not path.is_dir():
-        raise UserError(f"{path}: there is no such folder.")
+            named = folder / (folder / LATEST).read_text().strip()
+            if not is_checkpoint(named):
+                raise UserError(f"{folder / LATEST} names {named.name!r}, which is no checkpoint in {folder}.")
+            return named
+    if not path.is_dir() or not is_checkpoint(path):
+        raise UserError(not_a_checkpoint(path))
     return path
 
 
@@ -137,8 +143,9 @@ def export(
     from toolkit.checkpoint.export import DTYPES
     from toolkit.checkpoint.export import export as write
 
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, but must be {' or '.join(DTYPES)}.")
+    wanted = DTYPE_NAMES.get(dtype.lower().removeprefix("torch."))
+    if wanted not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}, but must be {' or '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
     source = _open(path)
-    files = write(source, to, dtype=dtype)
-    typer.echo(f"{to}: step {source.manifest.step} in {dtype}, {len(files)} file(s)")
+    files = write(source, to, dtype=wanted)
+    typer.echo(f"{to}: step {source.manifest.step} in {wanted}, {len(files)} file(s)")
