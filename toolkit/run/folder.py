@@ -84,7 +84,6 @@ class RunFolder:
     ) -> None:
         check_free(folder, resuming=resuming)
         self.folder = folder
-        self._config = config
         self._lines = 0
         self._new = not (folder / RUN).exists()
         try:
@@ -110,11 +109,14 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be written: {error.strerror}.") from None
 
-    def go_on(self, step: int) -> list[dict[str, Any]]:
-        """Take the metrics up again after `step`; returns the records up to there, the others are dropped."""
+    def go_on(self, step: int, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Take the metrics up again after `step`; returns the records up to there, the others are dropped.
+
+        `config`: the DeepSpeed JSON that is used from here on.
+        """
         path = self.folder / METRICS
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        (self.folder / CONFIG).write_text(_pretty(self._config))
+        (self.folder / CONFIG).write_text(_pretty(config))
         self._metrics.close()
         draft = path.with_suffix(".draft")
         draft.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
@@ -166,6 +168,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def tokens_of(record: Mapping[str, Any]) -> int:
+    """Tokens of a step's record; of one without `tokens`, which older versions wrote, from speed and time."""
+    noted = record.get("tokens")
+    return int(noted) if noted is not None else round(record["tokens_per_s"] * record["step_time_s"])
 
 
 def versions() -> dict[str, str]:
