@@ -12,8 +12,9 @@ import typer
 from toolkit.checkpoint import commands as checkpoints
 from toolkit.errors import UserError, nearest
 from toolkit.memory.commands import estimate, plan
-from toolkit.printable import echo
+from toolkit.printable import echo, printable
 from toolkit.run.output import outliving
+from toolkit.usage import USAGE_ERROR, check_given, sentence
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(checkpoints.app, name="checkpoint", help="Inspect, verify and convert checkpoints.")
@@ -104,10 +105,23 @@ app.command()(plan)
 
 
 def main() -> None:
-    """Run the command; a UserError ends it with one line on stderr and exit status 2."""
+    """Run the command; what the user can mend ends it with one line on stderr and exit status 2."""
     with outliving():
         try:
-            app()
+            check_given(sys.argv[1:])
+            status = app(standalone_mode=False)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            problem = str(error)
+        except USAGE_ERROR as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # a group of commands, and none of them named
+                error.show()
+                raise SystemExit(2) from None
+            problem = sentence(error)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # what the file system refuses
+            problem = f"{error.filename or type(error).__name__}: {error.strerror or error}."
+        else:
+            raise SystemExit(status or 0)
+        print(f"error: {printable(problem)}", file=sys.stderr)
+        raise SystemExit(2)

@@ -19,7 +19,7 @@ from toolkit.run import compiling, deterministic, feed, ranks, stopping
 from toolkit.run import folder as run_folder
 from toolkit.run.memory import end_without_memory, held_now, make_explainer, watch
 from toolkit.run.output import outliving
-from toolkit.run.plan import Plan, make_plan
+from toolkit.run.plan import Plan, make_plan, settle_again
 from toolkit.run.resume import NONE, Start, facts, find_start, make_saver, take_over
 from toolkit.run.saving import Saver
 from toolkit.run.screen import Screen
@@ -80,8 +80,12 @@ def _train(
     explainer = saver = None
     try:
         start = ranks.agreed(lambda: find_start(plan))
+        ranks.agreed(lambda: settle_again(plan, start.saved))
+        settings = plan.settings
+        screen.expect(settings.steps)
         if start.step >= settings.steps:
-            screen.say(f"nothing to do: {start.source and start.source.folder} is at step {start.step}.")
+            where = start.source and start.source.folder
+            screen.say(f"nothing to do: {where} is at step {start.step} of {settings.steps}; --steps gives it more.")
             return {"interrupted": False, "diverged": False}
         plan.remarks += start.remarks
         explainer = make_explainer(plan, device)
@@ -92,7 +96,7 @@ def _train(
         with explainer:
             engine = _engine(plan)
             ranks.agreed(lambda: take_over(plan, engine, start, screen.say))
-            records = ranks.from_first(held.go_on(start.step) if held is not None else [])
+            records = ranks.from_first(held.go_on(start.step, plan.config) if held is not None else [])
             if held is not None and held.dropped:
                 screen.say(f"note: {held.dropped} line(s) of {run_folder.METRICS} were no steps and are dropped.")
             saver = make_saver(plan, engine, start, screen.say)
@@ -220,8 +224,9 @@ def _loop(
     rule = rule_optimizer(engine)
     tokens = batch.total * settings.seq_len
     skipped = 0
-    # What was waited for before this step: the compiler, or the copy of a checkpoint begun after the step before.
-    waited: dict[str, float] = {} if compile_s is None else {"compile_s": compile_s}
+    # What came before this step: the compiler, the copy of a checkpoint begun after the step before, another setting.
+    waited: dict[str, Any] = {} if compile_s is None else {"compile_s": compile_s}
+    waited |= {"changed": plan.terms.changed} if plan.terms.changed else {}
     for step in range(start.step + 1, settings.steps + 1):
         started = time.perf_counter()
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
@@ -238,6 +243,7 @@ def _loop(
             "lr": lr,
             "grad_norm": None if norm is None else float(norm),
             **(rule.report() if rule is not None else {}),
+            **{"sequences": batch.total, "tokens": tokens},
             "tokens_per_s": tokens / seconds,
             "step_time_s": seconds,
             "memory_bytes": int(memory),
@@ -339,21 +345,20 @@ def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: int
     final = [record["loss"] for record in records[-LAST_STEPS:]]
     validated = [record["val_loss"] for record in records if "val_loss" in record]
     seconds = [record["step_time_s"] for record in records]
-    tokens = plan.batch.total * plan.settings.seq_len
     return {
         "run_dir": str(plan.folder),
         "interrupted": records[-1]["step"] < plan.settings.steps,
         "diverged": _skipped_at_the_end(records) >= plan.settings.max_skipped,
         "steps": len(records),
         "skipped_steps": sum(record["skipped"] for record in records),
-        "tokens": tokens * len(records),
+        "tokens": sum(map(run_folder.tokens_of, records)),
         "seconds": sum(seconds),
         "compile_s": sum(record.get("compile_s", 0.0) for record in records),
         "loss": None if None in final else statistics.fmean(final),
         "loss_steps": len(final),
         "val_loss": validated[-1] if validated else None,
         # The median: a machine that others use has slow moments.
-        "tokens_per_s": tokens / statistics.median(seconds),
+        "tokens_per_s": statistics.median(record["tokens_per_s"] for record in records),
         "peak_memory_bytes": int(peak),
         "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
         "memory_files": str(plan.folder / MEMORY_FOLDER) if plan.settings.memory_profile != "off" else None,

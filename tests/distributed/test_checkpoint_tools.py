@@ -21,6 +21,7 @@ from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.universal import open_checkpoint, write
 from toolkit.cli import app
 from toolkit.errors import UserError
+from toolkit.memory.report import build_report
 
 AMCS, ADAMW = WAYS["amcs-2"], WAYS["adamw-2"]
 FP32_STATE = ["--set", "optimizer.params.state_format=fp32", "--set", "comet.api_key=K3Y"]
@@ -285,6 +286,15 @@ def test_commands(runs: World, tmp_path: Path) -> None:
 # ---- refusals ----
 
 
+BATCH_AND_STEPS = ("--global-batch", "--micro-batch", "--steps", "--save-every", "--keep-last", "--eval-every")
+
+
+def without(arguments: list[str], flags: tuple[str, ...]) -> list[str]:
+    """A command line that leaves `flags` and their values out."""
+    gone = {place + more for place, word in enumerate(arguments) if word in flags for more in (0, 1)}
+    return [word for place, word in enumerate(arguments) if place not in gone]
+
+
 def test_another_model_tokenizer_or_data_is_refused_by_name(runs: World, tmp_path: Path) -> None:
     model(tmp_path / "deeper", 64, num_hidden_layers=2)
     other = tmp_path / "other.jsonl"
@@ -302,11 +312,35 @@ def test_another_model_tokenizer_or_data_is_refused_by_name(runs: World, tmp_pat
     }
     fixed = {name: runs.arguments(f"refused-{name}", AMCS, 1, *resume, *more) for name, (more, _) in changes.items()}
     went_on = runs.arguments("moved", AMCS, 1, *resume, "--data", str(moved))
-    results = steps_of(runs, "refusals", 1, [*({"run": line} for line in fixed.values()), {"run": went_on}])
+    # Two ranks made 5 of 10 steps of 12 sequences. What is left open stays; what is typed holds, and is said.
+    val = ["--val-data", str(runs.data), "--eval-sequences", "6"]
+    left_open = without(runs.arguments("left-open", AMCS, 1, *val, *resume), BATCH_AND_STEPS)
+    impossible = [*without(runs.arguments("impossible", AMCS, 1, *val, *resume), BATCH_AND_STEPS), "--micro-batch", "5"]
+    auto = without(runs.arguments("mixed", AMCS, 1, *val), BATCH_AND_STEPS)
+    first = [*auto, "--resume", resume[1], "--global-batch", "6", "--steps", "7", "--lr", "2e-3"]
+    further = [{"run": line} for line in (left_open, impossible, first, [*auto, "--global-batch", "4", "--steps", "9"])]
+    lines = [*({"run": line} for line in fixed.values()), *further, {"run": went_on}]
+    results = steps_of(runs, "refusals", 1, lines)
     for (name, (_, message)), result in zip(changes.items(), results, strict=False):
         assert isinstance(result, str) and message in result and "\n" not in result, (name, result)
         assert not (runs.root / f"refused-{name}").exists()
     assert results[-1]["steps"] == 5  # the same text elsewhere
+    stayed, refused, _, mixed = results[len(fixed) : -1]
+    assert (stayed["steps"], stayed["tokens"]) == (5, 5 * 12 * 32)
+    assert "as the checkpoint has it: --steps 10, --eval-every 5, --save-every 4, --keep-last 9" in stayed["said"]
+    done, found = runs.records("done")[5:], runs.records("left-open")
+    for key in ("lr", "alpha", "step"):
+        assert [record[key] for record in found] == [record[key] for record in done]
+    assert "12 sequences a step, which cannot be kept" in refused and "give --global-batch" in refused
+    assert [record["sequences"] for record in runs.records("mixed")] == [6, 6, 4, 4]
+    assert mixed["tokens"] == (6 + 6 + 4 + 4) * 32
+    changed = {record["step"]: record["changed"] for record in runs.records("mixed") if "changed" in record}
+    assert list(changed) == [6, 8]
+    assert {"global batch 12, now 6", "optimizer.params.lr 0.0006, now 0.002"} <= set(changed[6])
+    assert "global batch 6, now 4" in changed[8] and not any("lr" in one for one in changed[8])
+    training = build_report([runs.root / "mixed"]).runs[0].training
+    assert training is not None and training.tokens == mixed["tokens"]
+    assert [(one.first, one.sequences) for one in training.batches] == [(6, 6), (8, 4)]
 
 
 # ---- trust ----

@@ -75,12 +75,15 @@ def test_the_training_command(tmp_path: Path) -> None:
     assert all(wanted <= line.keys() for line in lines)
 
 
-def test_a_run_goes_on_with_fewer_ranks_and_is_exported(tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_fewer_ranks_and_is_exported(tmp_path: Path) -> None:
     first, second = TRAINING[1:]
-    batch = ["--global-batch", "8", "--tokenizer", "python-4k"]
-    train(first.replace("--num_gpus 8", "--num_gpus 2"), tmp_path, "--steps", "2", *batch)
-    lines = train(second.replace("--num_gpus 2", "--num_gpus 1"), tmp_path, "--steps", "3", *batch)
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    tokenizer = ["--tokenizer", "python-4k"]
+    train(first.replace("--num_gpus 8", "--num_gpus 2"), tmp_path, "--steps", "2", *tokenizer)
+    lines = train(second.replace("--num_gpus 2", "--num_gpus 1"), tmp_path, "--steps", "3", *tokenizer)
+    # The lines say nothing of the batch: it is 4 x 2 ranks, and stays that on one.
+    assert [(line["step"], line["sequences"], line["tokens"]) for line in lines] == [(n, 8, 8 * 32) for n in (1, 2, 3)]
+    assert lines[2]["changed"][0] == "ranks 2, now 1" and "gradient accumulation 1, now 2" in lines[2]["changed"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["tokens"] == 3 * 8 * 32
     (export,) = (command.split("#")[0] for command in COMMANDS if command.startswith("toolkit export"))
     words = shlex.split(export.replace("runs/first", str(tmp_path / "run")).replace("exported", str(tmp_path / "out")))
     run([str(Path(sys.executable).with_name("toolkit")), *words[1:]])

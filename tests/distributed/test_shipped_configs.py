@@ -13,11 +13,11 @@ from toolkit.config import load_config, shipped_configs
 WORLD_SIZE, STEPS = 2, 16
 NAMES = list(shipped_configs())
 # Bytes per parameter over all ranks: 8-bit states with a scale per block and weights' remainders, or AdamW's two fp32
-# states.
+# states and its fp32 master weights.
 STATES = {
     "AMCS": {"m_fast": 1 + 4 / 256, "m_slow": 1 + 4 / 256, "v": 1 + 4 / 256, "remainder": 1.0},
     "SOAM": {"m": 1 + 4 / 256, "v": 1 + 4 / 256, "remainder": 1.0},
-    "AdamW": {"exp_avg": 4.0, "exp_avg_sq": 4.0},
+    "AdamW": {"exp_avg": 4.0, "exp_avg_sq": 4.0, "master weights": 4.0},
 }
 
 

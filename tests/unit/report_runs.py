@@ -224,7 +224,7 @@ def write_training(
     """run.json, ds_config.json, metrics.jsonl and summary.json."""
     folder.mkdir(parents=True, exist_ok=True)
     of = setup(optimizer, ranks)
-    parameters = {"lr": 6e-4} if optimizer == "AdamW" else {"state_format": "8bit", "weights": "bf16+8"}
+    parameters = {"lr": 6e-4} | ({} if optimizer == "AdamW" else {"state_format": "8bit", "weights": "bf16+8"})
     config = {
         "train_micro_batch_size_per_gpu": of.micro_batch,
         "optimizer": {"type": optimizer, "params": parameters},

@@ -62,7 +62,8 @@ def test_wrong_usage_ends_with_status_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     assert run(monkeypatch, *arguments) == 2
-    assert "Error: " in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1
 
 
 def test_the_version_is_the_package_version(

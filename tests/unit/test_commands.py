@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from toolkit import cli
 from toolkit.config import load_config, validate
 from toolkit.errors import UserError
+from toolkit.memory.plan import UPDATE_ERROR, Candidate
+from toolkit.memory.plan import plan as find_plan
 from toolkit.memory.records import Prediction
 from toolkit.memory.sizes import parse_size
 
@@ -119,6 +122,49 @@ def test_a_plan_that_cannot_be_says_why(
     assert "must be AMCS, AdamW, SOAM. Did you mean 'AdamW'?" in capsys.readouterr().err
 
 
+def test_a_plan_recommends_eight_bits_unless_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["plan", "--model", "qwen3-tiny", "--gpu-memory", "1.6GB", "--seq-len", "128"]
+    assert run(monkeypatch, *arguments) == 0
+    printed = capsys.readouterr().out
+    chosen = json.loads((tmp_path / "qwen3-tiny-plan.json").read_text())["optimizer"]["params"]
+    assert chosen["state_format"] == "8bit"
+    recommended, others = printed.split("is not recommended unless asked for (--state-format compact or minimal)")
+    assert "2.9 %" in recommended and "compact" not in recommended
+    assert "12.2 %" in others and "22.7 %" in others and "at 128 tokens a sequence" in recommended
+    assert run(monkeypatch, *arguments, "--state-format", "minimal", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["optimizer"]["params"]["state_format"] == "minimal"
+    assert run(monkeypatch, *arguments, "--optimizer", "soam", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["optimizer"]["params"]["state_format"] == "8bit"
+
+
+def test_update_errors_are_those_of_the_docs() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "state.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.split("|")] for line in page.splitlines() if line.count("|") == 9]
+    heading = next(row for row in rows if "all" in row)
+    measured = {row[1]: float(row[heading.index("all")]) for row in rows if row[1] in UPDATE_ERROR}
+    assert measured == UPDATE_ERROR
+
+
+def test_a_plan_counts_the_hosts_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def found(host: int, ranks: int) -> dict[tuple[str, str], Candidate]:
+        about: dict[str, Any] = {"gpu_memory": 2 * 10**9, "world_size": 2, "seq_len": 64, "optimizer": "AMCS"}
+        every = find_plan("qwen3-tiny", **about, host_memory=host, ranks_per_machine=ranks)
+        return {(one.config, one.state): one for one in every if not one.checkpointing}
+
+    offloaded, plain = ("amcs_zero2_offload", "8bit, bf16+8"), ("amcs_zero2", "8bit, bf16+8")
+    roomy, tight, apart = found(10**12, 2), found(10**6, 2), found(10**12, 1)
+    assert roomy[offloaded].fits and not tight[offloaded].fits and tight[plain].fits
+    assert roomy[offloaded].host == 2 * apart[offloaded].host > 10**6
+    arguments = ["plan", "--model", "qwen3-tiny", "--gpu-memory", "2", "--seq-len", "64", "--out", str(tmp_path / "x")]
+    assert run(monkeypatch, *arguments, "--host-memory", "1MB") == 0
+    assert "of host memory, but there are 1.00 MB (--host-memory)" in capsys.readouterr().out
+
+
 def test_a_plan_overwrites_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -128,20 +174,26 @@ def test_a_plan_overwrites_nothing(
     assert json.loads(capsys.readouterr().out)["optimizer"]["type"] == "AMCS"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "qwen3-tiny-plan.json").write_text("{}")
-    assert run(monkeypatch, *arguments[:-1]) == 2
-    assert "is there already" in capsys.readouterr().err
-    assert (tmp_path / "qwen3-tiny-plan.json").read_text() == "{}"
+    for more in ([], ["--out", "qwen3-tiny-plan.json"]):
+        assert run(monkeypatch, *arguments[:-1], *more) == 2
+        assert "is there already" in capsys.readouterr().err
+        assert (tmp_path / "qwen3-tiny-plan.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("80GB", 80 * 10**9), ("80GiB", 80 * 2**30), ("1.5tb", 1_500_000_000_000), ("512", 512), ("2 gb", 2 * 10**9)],
+    [("80GB", 80 * 10**9), ("80GiB", 80 * 2**30), ("1.5tb", 1_500_000_000_000), ("512B", 512), ("2 gb", 2 * 10**9)]
+    # A bare number is GB: nobody has a GPU of 80 bytes.
+    + [("80", 80 * 10**9), ("80G", 80 * 10**9), ("80g", 80 * 10**9), ("80Gi", 80 * 2**30), ("81559MiB", 81559 * 2**20)]
+    + [("0.5", 500_000_000), ("1T", 10**12), ("80gib", 80 * 2**30), ("24.5G", 24_500_000_000)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, where="test") == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e3", "80 bytes", "nan", "2 g"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "1e3", "80 bytes", "nan", "0", "0.0000000001", "80X", "81559", "80000000000"]
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UserError, match="--gpu-memory"):
         parse_size(text, where="--gpu-memory")

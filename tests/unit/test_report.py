@@ -304,11 +304,88 @@ def test_runs_that_are_not_alike_are_compared_with_every_gap_named(tmp_path: Pat
     assert "Different number of parameters: 134,107,392 in one; 5,049,088 in two" in text
     assert "Different data: stdlib in one; fineweb in two" in text
     assert "Different token budget: 81,920 in one; 40,960 in two" in text
-    assert "Different kind of memory: allocated in one; resident set in two" in text
+    assert "Memory allocated at the peak is not known of two." in text
+    assert [method.memory_kind for method in report.methods] == ["allocated at the peak", None]
     assert "Different seed" in text and "steps asked for" in text
     assert [method.run for method in report.methods] == ["one", "two"]
     markdown = render(report, "markdown")
     assert markdown.index("Not like for like") < markdown.index("## Methods")
+
+
+def test_rates_betas_decay_and_warm_up_are_reported_and_compared(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name) for name in ("one", "two")]
+    schedule = {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 4}}
+    for folder, rate, beta, decay, warmup, clip in zip(
+        folders, (6e-4, 1e-3), (0.9, 0.8), (0.1, 0.0), (4, 8), (1.0, 0.5), strict=True
+    ):
+        run = json.loads((folder / "run.json").read_text())
+        params = {"lr": rate, "betas": [beta, 0.95, 0.95], "weight_decay": decay}
+        run["ds_config"] |= {"optimizer": {"type": "AMCS", "params": params}, "gradient_clipping": clip}
+        run["ds_config"]["scheduler"] = {**schedule, "params": {"warmup_num_steps": warmup}}
+        (folder / "run.json").write_text(json.dumps(run))
+    report = build_report(folders)
+    text = "\n".join(report.gaps)
+    for words in (
+        "Different learning rate: 0.0006 in one; 0.001 in two",
+        "Different betas: [0.9, 0.95, 0.95] in one; [0.8, 0.95, 0.95] in two",
+        "Different weight decay: 0.1 in one; 0.0 in two",
+        "Different warm-up: 4 in one; 8 in two",
+        "Different gradient clipping: 1.0 in one; 0.5 in two",
+    ):
+        assert words in text
+    assert "scheduler" not in text
+    markdown = render(report, "markdown")
+    for row in ("| learning rate | 0.0006 |", "| betas | 0.8, 0.95, 0.95 |", "| weight decay | 0.1 |"):
+        assert row in markdown
+    assert "| warm-up | 8 steps |" in markdown and "| scheduler | WarmupCosineLR |" in markdown
+    write_run(tmp_path / "peak")
+    run = json.loads((tmp_path / "peak" / "run.json").read_text())
+    run["ds_config"]["scheduler"] = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.25}}
+    (tmp_path / "peak" / "run.json").write_text(json.dumps(run))
+    assert report_of(tmp_path / "peak").facts.learning_rate == 0.25  # which the scheduler sets over the optimizer's
+
+
+def test_runs_are_compared_by_what_the_model_holds_and_never_by_resident_sets(tmp_path: Path) -> None:
+    """Measured in summary on a CPU, where no peak is known: AdamW's process may be the smaller one."""
+    for name, process in (("AdamW", 1_000_000_000), ("AMCS", 3_000_000_000)):
+        write_run(tmp_path / name, name, steps=20)
+        for rank in (0, 1):
+            record = measurement(name, rank=rank, level="summary", peak=None, peak_phase=None, phases=[], timeline=None)
+            record.largest_resident_set = process
+            write(tmp_path / name, measured_name(rank), record)
+    report = build_report([tmp_path / "AdamW", tmp_path / "AMCS"])
+    adamw, amcs = report.methods
+    assert adamw.memory_kind == amcs.memory_kind == "held by the model between steps"
+    for method, name in ((adamw, "AdamW"), (amcs, "AMCS")):
+        held = measurement(name).resident
+        assert method.memory == sum(size for category, size in held.items() if is_model_state(category))
+        assert method.per_parameter == pytest.approx((method.memory or 0) / PARAMETERS)
+    assert "master weights" in measurement("AdamW").resident  # of which AdamW's state is a part
+    assert report.headline.startswith("AMCS takes the least memory")
+    assert report.footnotes == [
+        "Resident sets, the whole process with its libraries, which say little of the model: AdamW 1.00 GB and "
+        "AMCS 3.00 GB."
+    ]
+    for kind in ("html", "markdown"):
+        assert report.footnotes[0] in render(report, kind)
+
+
+def test_a_batch_that_changed_counts_as_what_each_step_was(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[10:]:  # older lines have no such fields
+        line |= {"sequences": 4, "tokens": 4 * 256, "tokens_per_s": 4 * 256 / line["step_time_s"]}
+    lines[10]["changed"] = ["ranks 2, now 1", "global batch 8, now 4"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = build_report([folder, write_run(tmp_path / "other")])
+    training = report.runs[0].training
+    assert training is not None and training.tokens == (10 * 8 + 30 * 4) * 256
+    assert training.tokens_per_s == pytest.approx(statistics.median(line["tokens_per_s"] for line in lines))
+    assert [(one.first, one.sequences) for one in training.batches] == [(1, 8), (11, 4)]
+    assert "Different global batch: 8; 4 from step 11 on in run; 8 in other" in "\n".join(report.gaps)
+    markdown = render(report, "markdown")
+    assert "| global batch | 8; 4 from step 11 on |" in markdown
+    assert "before step 11: ranks 2, now 1, global batch 8, now 4" in markdown
 
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:

@@ -116,6 +116,27 @@ def test_help_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
         ("--loss tiny", "'chunked'"),
         ("--memory-profile some", "'summary'"),
         ("--stepz 3", "--steps"),
+        ("--optimizer adamw", "--config amcs_zero2, soam_zero2, adamw_zero2"),
+        ("--batch-size 4", "--micro-batch (sequences per rank and forward pass) or --global-batch"),
+        ("--batch_size 4", "--micro-batch"),
+        ("--learning-rate 1", "Use --lr."),
+        ("--learning_rate=1", "Use --lr."),
+        ("--lr-rate 1", "Use --lr."),
+        ("--epochs 3", "--steps, in optimizer steps"),
+        ("--num_train_epochs 3", "--steps, in optimizer steps"),
+        ("--num_gpus 2", "goes before the script: deepspeed --num_gpus N"),
+        ("--num-gpus=2", "goes before the script"),
+        ("--master_port 1", "goes before the script"),
+        ("--hostfile h", "goes before the script"),
+        ("--seq_len 9", "Did you mean '--seq-len'?"),
+        ("--output_dir x", "Use --run-dir."),
+        ("--gradient_accumulation_steps 2", "Use --grad-accum."),
+        ("--bf16", "--set bf16.enabled=true"),
+        ("--weight_decay 0.1", "--set optimizer.params.weight_decay=0.1"),
+        ("--zero-stage 3", "--set zero_optimization.stage=2"),
+        ("--deepspeed ds.json", "a DeepSpeed JSON is given with --config"),
+        ("--zzzzzz", "--help lists what there is"),
+        ("--tokenizer=", "--tokenizer is empty"),
         ("--steps", "--steps"),
         ("extra", "extra"),
     ],
@@ -124,6 +145,23 @@ def test_wrong_settings_are_one_sentence(line: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(line.split())
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_empty_value_is_no_folder() -> None:
+    with pytest.raises(UserError, match="--run-dir is empty; is a variable of the shell not set"):
+        parse(["--run-dir", ""])
+
+
+@pytest.mark.parametrize("line", ["--resume", "--resume --steps 3", "--steps 3 --resume", "--resume auto"])
+def test_a_bare_resume_is_auto(line: str) -> None:
+    settings = parse(line.split())
+    assert settings is not None and settings.resume == "auto"
+
+
+def test_only_what_is_typed_is_set() -> None:
+    settings = parse(["--steps", "500", "--set", "a.b=1", "--set", "c=", "--deepspeed", "--local_rank", "1"])
+    assert settings is not None and settings.model_fields_set == {"steps", "overrides"}
+    assert settings.overridden() == ["a.b", "c"]
 
 
 # Batch arithmetic
@@ -157,6 +195,10 @@ def test_a_batch_that_does_not_multiply_is_refused(micro: int, accumulation: int
     [
         # A flag and the shipped JSON (micro-batch 4, accumulation 1).
         ({GLOBAL: 128}, JSON, 2, Batch(4, 16, 2)),
+        # A micro-batch of the JSON gives way, one that is typed does not.
+        ({GLOBAL: 4}, JSON, 2, Batch(2, 1, 2)),
+        ({GLOBAL: 12}, JSON, 2, Batch(3, 2, 2)),
+        ({GLOBAL: 10}, JSON, 2, Batch(1, 5, 2)),
         ({MICRO: 8}, JSON, 2, Batch(8, 1, 2)),
         ({ACCUMULATION: 3}, JSON, 2, Batch(4, 3, 2)),
         # A JSON that fixes the global batch keeps it.
@@ -176,7 +218,8 @@ def test_flags_and_json_give_a_batch(
 @pytest.mark.parametrize(
     ("flags", "config", "message"),
     [
-        ({GLOBAL: 10}, JSON, "micro-batch 4 * world size 2 = 8; nearest that fit: 8 or 16."),
+        ({GLOBAL: 10, MICRO: 4}, JSON, "micro-batch 4 * world size 2 = 8; nearest that fit: 8 or 16."),
+        ({GLOBAL: 9}, JSON, "9 is not a multiple of world size 2; nearest that fit: 8 or 10."),
         ({GLOBAL: 3, ACCUMULATION: 2}, {}, "gradient accumulation 2 * world size 2 = 4; nearest that fit: 4."),
         ({}, {}, "nothing fixes the batch"),
         ({ACCUMULATION: 2}, {}, "nothing fixes the batch"),
@@ -319,7 +362,7 @@ def test_a_run_that_keeps_checkpoints_is_gone_on_with(tmp_path: Path) -> None:
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     again = RunFolder(tmp_path / "run", {"seed": 2}, {"new": 1}, resuming=True)
-    assert again.go_on(3) == [{"step": step, **line} for step in (1, 2, 3)]
+    assert again.go_on(3, {"new": 1}) == [{"step": step, **line} for step in (1, 2, 3)]
     again.write_step({"step": 4})
     again.close()
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from toolkit.checkpoint.wrong import is_checkpoint, not_a_checkpoint
 from toolkit.errors import UserError, nearest
 from toolkit.printable import echo
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+DTYPE_NAMES = (
+    dict.fromkeys(("bf16", "bfloat16"), "bf16")
+    | dict.fromkeys(("fp16", "float16", "half", "f16"), "fp16")
+    | dict.fromkeys(("fp32", "float32", "float", "f32"), "fp32")
+)
+"""What people call the dtypes of an export."""
 Where = Annotated[Path, typer.Argument(help="A run, its newest checkpoint then, or a checkpoint.")]
 TrustPickle = Annotated[
     bool,
@@ -28,7 +35,7 @@ _SHOWN = 5
 
 def find(path: Path) -> Path:
     """The folder of the checkpoint that `path` means: itself, or the newest one of a run. Raises UserError."""
-    from toolkit.checkpoint.store import Store, pointed
+    from toolkit.checkpoint.store import LATEST, Store, pointed
 
     for folder in (path / "checkpoints", path):
         steps = Store(folder).steps()
@@ -36,9 +43,11 @@ def find(path: Path) -> Path:
             return Store(folder).path(steps[0])
         named = pointed(folder)
         if named is not None:
+            if not is_checkpoint(named):
+                raise UserError(f"{folder / LATEST} names {named.name!r}, which is no checkpoint in {folder}.")
             return named
-    if not path.is_dir():
-        raise UserError(f"{path}: there is no such folder.")
+    if not path.is_dir() or not is_checkpoint(path):
+        raise UserError(not_a_checkpoint(path))
     return path
 
 
@@ -170,9 +179,10 @@ def export(
     from toolkit.checkpoint.export import DTYPES
     from toolkit.checkpoint.export import export as write
 
-    if dtype is not None and dtype not in DTYPES:
+    wanted = None if dtype is None else DTYPE_NAMES.get(dtype.lower().removeprefix("torch."))
+    if dtype is not None and wanted not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
     source = _open(path, trust_pickle)
-    files = write(source, to, dtype=dtype)
-    kept = f"in {dtype}" if dtype is not None else "as trained"
+    files = write(source, to, dtype=wanted)
+    kept = f"in {wanted}" if wanted is not None else "as trained"
     echo(f"{to}: step {source.manifest.step} {kept}, {len(files)} file(s)")

@@ -97,6 +97,9 @@ class _Position(_Strict):
     index: Count
     offset: Count
     mixed: Count
+    skipped: Count = 0
+    named: Annotated[list[str], Field(max_length=64)] = []
+    replaced: Count = 0
 
 
 class _Part(_Facts):

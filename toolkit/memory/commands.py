@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from toolkit.errors import UserError, nearest
+from toolkit.run.settings import RunSettings
 
 Device = Literal["cuda", "cpu"]
 Model = Annotated[str, typer.Option(help="A model preset, or a folder holding a Hugging Face model's config.json.")]
@@ -18,6 +19,8 @@ Config = Annotated[
 ]
 Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Ranks on each machine.")]
 Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
+# One run is estimated, planned and trained: what all three have begins with the same value.
+_SEQ_LEN: int = RunSettings.model_fields["seq_len"].default
 SeqLen = Annotated[int, typer.Option(min=1, help="Predictions per sequence.")]
 On = Annotated[Device, typer.Option("--device", help="Whose kernels and allocator: on a cpu, host and device are one.")]
 Loss = Annotated[
@@ -44,7 +47,10 @@ def estimate(
     grad_accum: Annotated[
         int | None, typer.Option(min=1, help="Micro-batches per optimizer step. (default: the JSON's)")
     ] = None,
-    seq_len: SeqLen = 256,
+    global_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences per optimizer step, all ranks. (default: the JSON's)")
+    ] = None,
+    seq_len: SeqLen = _SEQ_LEN,
     activation_checkpointing: Annotated[
         bool | None,
         typer.Option(
@@ -81,7 +87,7 @@ def estimate(
     configs.validate(settings, origin=config)
     models.check_length(models.load_config(model)[0], model, seq_len)
     world_size = gpus * nodes
-    batch = resolve_batch({MICRO: micro_batch, ACCUMULATION: grad_accum, GLOBAL: None}, settings, world_size)
+    batch = resolve_batch({MICRO: micro_batch, ACCUMULATION: grad_accum, GLOBAL: global_batch}, settings, world_size)
     case = Case(
         model,
         settings,
@@ -109,8 +115,15 @@ def plan(
     gpu_memory: Annotated[str, typer.Option(help="Of one GPU, such as 80GB.")],
     gpus: Gpus = 1,
     nodes: Nodes = 1,
-    seq_len: SeqLen = 2048,
+    seq_len: SeqLen = _SEQ_LEN,
     optimizer: Annotated[str, typer.Option(help="AMCS, SOAM or AdamW.")] = "AMCS",
+    state_format: Annotated[
+        Literal["8bit", "compact", "minimal", "any"],
+        typer.Option(help="The state format to recommend; smaller ones change updates more. Not for AdamW."),
+    ] = "8bit",
+    host_memory: Annotated[
+        str | None, typer.Option(help="Of one machine, such as 512GB, for what is offloaded. (default: this machine's)")
+    ] = None,
     loss: Loss = None,
     device: On = "cuda",
     out: Annotated[
@@ -128,12 +141,17 @@ def plan(
     from toolkit.memory.plan import plan as find
     from toolkit.memory.show import show_plan
     from toolkit.memory.sizes import parse_size
+    from toolkit.run.screen import size_text
 
     known = sorted({shipped.optimizer for shipped in shipped_configs().values()})
     chosen = next((name for name in known if name.lower() == optimizer.lower()), None)
     if chosen is None:
         raise UserError(f"--optimizer is {optimizer!r}, but must be {', '.join(known)}.{nearest(optimizer, known)}")
     memory = parse_size(gpu_memory, where="--gpu-memory")
+    host = _host_memory() if host_memory is None else parse_size(host_memory, where="--host-memory")
+    path = out or Path(f"{Path(model).name}-plan.json")
+    if not as_json and path.exists():
+        raise UserError(f"{path} is there already; name another file with --out.")
     models.check_length(models.load_config(model)[0], model, seq_len)
     found = find(
         model,
@@ -143,30 +161,44 @@ def plan(
         optimizer=chosen,
         device=device,
         loss=loss,
+        state_format=state_format,
+        host_memory=host,
+        ranks_per_machine=gpus,
     )
     console = PlainConsole()
-    if not as_json:
-        show_plan(console, found, memory)
     best = found[0]
-    if not best.fits:
+    if not as_json:
+        about = f"{'this machine has' if host_memory is None else 'there are'} {size_text(host)}"
+        show_plan(console, found, memory, seq_len, chosen, about)
+    if not (best.fits and best.asked):
+        if as_json:
+            typer.echo(f"nothing fits with {state_format} state; without --json it is said why.", err=True)
         raise typer.Exit(1)
     if as_json:
         typer.echo(json.dumps(best.json, indent=2))
         return
-    path = out or Path(f"{Path(model).name}-plan.json")
-    if path.exists() and out is None:
-        raise UserError(f"{path} is there already; name another file with --out.")
     try:
-        path.write_text(json.dumps(best.json, indent=2) + "\n", encoding="utf-8")
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(json.dumps(best.json, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
     checkpointing = "--activation-checkpointing" if best.checkpointing else "--no-activation-checkpointing"
+    checkpointing += f" --loss {loss}" if loss else ""
     console.print(
         f"{path} written; train with: deepspeed --num_gpus {gpus} launch/train.py --model {model} --config {path} "
         f"--seq-len {seq_len} {checkpointing}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _host_memory() -> int:
+    """Bytes that this machine, or the control group that this process is in, has."""
+    import torch
+
+    from toolkit.memory.gauges import limits
+
+    return min(limits(torch.device("cpu")).values())
 
 
 def _settle_accelerator() -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toolkit.memory import categories as c
-from toolkit.memory.plan import Candidate
+from toolkit.memory.plan import MEASURED_RULE, UPDATE_ERROR, Candidate
 from toolkit.memory.records import Prediction
 from toolkit.run.screen import size_text
 
@@ -84,39 +84,60 @@ def verdict(found: Prediction, memory: int) -> str:
     return f"does not fit: {size_text(needs)} needed, {size_text(memory)} there, {size_text(needs - memory)} too much."
 
 
-def show_plan(console: Console, found: Sequence[Candidate], memory: int) -> None:
-    """Candidates in order, and why the others do not fit."""
-    table = Table("config", "state, weights", "ckpt", box=None, pad_edge=False)
-    for title in ("batch", "device", "host", "time"):
-        table.add_column(title, justify="right")
-    for column in table.columns:
-        column.no_wrap = True
+def show_plan(
+    console: Console, found: Sequence[Candidate], memory: int, seq_len: int, optimizer: str, host: str
+) -> None:
+    """Candidates in order, and why the others do not fit.
+
+    Args:
+        found: as `toolkit.memory.plan.plan` orders them.
+        memory: bytes of the device.
+        host: how much memory the host has, in words.
+    """
+    where = f"in {size_text(memory)} at {seq_len} tokens a sequence"
     fitting = [one for one in found if one.fits]
-    for one in fitting[:_SHOWN]:
-        table.add_row(
-            *(one.config, one.state, "on" if one.checkpointing else "off", str(one.micro_batch)),
-            *(size_text(one.needs), size_text(one.host) if one.host else "-", f"{one.cost / found[0].cost:.2f}"),
-        )
-    if found[0].fits:
-        console.print(
-            f"fits in {size_text(memory)}, the fastest first (batch: sequences of a pass; time: assumed, relative):"
-        )
-        console.print(table)
-        if len(fitting) > _SHOWN:
-            console.print(f"and {len(fitting) - _SHOWN} more.")
+    asked, smaller = [one for one in fitting if one.asked], [one for one in fitting if not one.asked]
+    if asked:
+        _rows(console, f"fits {where}, the fastest first:", asked, found[0].cost, optimizer)
+    if smaller:
+        names = " or ".join(dict.fromkeys(one.state_format for one in smaller))
+        title = f"fits with smaller state, which is not recommended unless asked for (--state-format {names}):"
+        _rows(console, title, smaller, found[0].cost, optimizer)
+    if fitting:
+        error = "not measured" if optimizer != MEASURED_RULE else "of an update of AMCS, against fp32 state"
+        notes = "batch: sequences of a pass; host: memory of one machine; time: assumed, relative"
+        console.print(notes if optimizer == "AdamW" else f"{notes}; error: {error}", highlight=False, soft_wrap=True)
     failed = [one for one in found if not one.fits]
     if failed:
-        console.print(f"does not fit in {size_text(memory)}, with one sequence:")
+        console.print(f"does not fit {where}, with one sequence:", highlight=False, soft_wrap=True)
         for one in failed[:_SHOWN]:
             state = f"{one.state}, checkpointing {'on' if one.checkpointing else 'off'}"
-            console.print(
-                f"  {one.config} ({state}): {size_text(one.needs)}, {size_text(one.needs - memory)} too much; "
-                f"{one.holds_most} hold most",
-                highlight=False,
-                soft_wrap=True,
-            )
+            lacks = f"{size_text(one.needs)}, {size_text(one.needs - memory)} too much; {one.holds_most} hold most"
+            if one.needs <= memory:
+                lacks = f"{size_text(one.host)} of host memory, but {host} (--host-memory)"
+            console.print(f"  {one.config} ({state}): {lacks}", highlight=False, soft_wrap=True)
         if len(failed) > _SHOWN:
             console.print(f"  and {len(failed) - _SHOWN} more.")
+
+
+def _rows(console: Console, title: str, shown: Sequence[Candidate], fastest: float, optimizer: str) -> None:
+    coded = optimizer != "AdamW"
+    table = Table("config", "state, weights", "ckpt", box=None, pad_edge=False)
+    for heading in ("batch", "device", "host", "time", *(["error"] if coded else [])):
+        table.add_column(heading, justify="right")
+    for column in table.columns:
+        column.no_wrap = True
+    for one in shown[:_SHOWN]:
+        error = f"{UPDATE_ERROR[one.state_format]} %" if optimizer == MEASURED_RULE else "?"
+        table.add_row(
+            *(one.config, one.state, "on" if one.checkpointing else "off", str(one.micro_batch)),
+            *(size_text(one.needs), size_text(one.host) if one.host else "-", f"{one.cost / fastest:.2f}"),
+            *([error] if coded else []),
+        )
+    console.print(title, highlight=False, soft_wrap=True)
+    console.print(table)
+    if len(shown) > _SHOWN:
+        console.print(f"and {len(shown) - _SHOWN} more.")
 
 
 def _size(count: int) -> str:

@@ -95,7 +95,6 @@ class RunFolder:
         for path in (folder / MEMORY).glob("rank*"):
             check_writable(path)
         self.folder = folder
-        self._config = config
         self._lines = 0
         self.dropped = 0
         """Lines of the metrics that `go_on` did not take for steps."""
@@ -123,8 +122,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be written: {error.strerror}.") from None
 
-    def go_on(self, step: int) -> list[dict[str, Any]]:
-        """Take the metrics up again after `step`; returns the records up to there, the others are dropped."""
+    def go_on(self, step: int, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Take the metrics up again after `step`; returns the records up to there, the others are dropped.
+
+        `config`: the DeepSpeed JSON that is used from here on.
+        """
         path = self.folder / METRICS
         records = _parsed(path)
         if records and records[-1] is _CUT:
@@ -132,7 +134,7 @@ class RunFolder:
         steps = [record for record in records if _is_step(record)]
         kept = [record for record in steps if record["step"] <= step]
         self.dropped = len(records) - len(steps)
-        (self.folder / CONFIG).write_text(_pretty(self._config))
+        (self.folder / CONFIG).write_text(_pretty(config))
         self._metrics.close()
         draft = path.with_suffix(".draft")
         draft.unlink(missing_ok=True)  # which may be a link
@@ -220,6 +222,12 @@ def read_metrics(path: Path) -> list[Any]:
         UserError: it cannot be read, or is a link out of its folder.
     """
     return list(takewhile(lambda record: record is not _CUT, _parsed(path)))
+
+
+def tokens_of(record: Mapping[str, Any]) -> int:
+    """Tokens of a step's record; of one without `tokens`, which older versions wrote, from speed and time."""
+    noted = record.get("tokens")
+    return int(noted) if noted is not None else round(record["tokens_per_s"] * record["step_time_s"])
 
 
 def versions() -> dict[str, str]:

@@ -27,6 +27,7 @@ DEFAULT_WARMUP = 0.1
 TORCH_DEFAULT_LENGTH = 5  # `total_iters` of torch's schedulers
 
 MICRO, ACCUMULATION, GLOBAL = "micro-batch", "gradient accumulation", "global batch"
+WORLD = "world size"
 JSON_KEYS = {
     MICRO: "train_micro_batch_size_per_gpu",
     ACCUMULATION: "gradient_accumulation_steps",
@@ -47,25 +48,48 @@ class Batch:
         return self.micro * self.accumulation * self.world_size
 
 
-def resolve_batch(flags: Mapping[str, int | None], config: Mapping[str, Any], world_size: int) -> Batch:
+@dataclass(frozen=True)
+class Kept:
+    """The batch of the run that is resumed: `total` sequences a step; `micro` where it is known."""
+
+    total: int
+    micro: int | None = None
+
+
+def resolve_batch(
+    flags: Mapping[str, int | None], config: Mapping[str, Any], world_size: int, kept: Kept | None = None
+) -> Batch:
     """The batch from flags and JSON: any two of micro-batch, accumulation and global batch give the third.
 
     A flag overrides the JSON's key. What is still open comes from the JSON, the global batch first where
     the JSON fixes one, so that changing the micro-batch or the number of ranks keeps the sequences of a
-    step; a key of the JSON that no longer fits beside the flags is replaced.
+    step; a key of the JSON that no longer fits beside the flags is replaced. A micro-batch of the JSON that is too
+    large for the global batch, or does not divide it, is lowered.
 
     Args:
         flags: MICRO, ACCUMULATION and GLOBAL to what the user typed, or None.
         config: the DeepSpeed JSON; "auto" counts as absent.
+        kept: the batch of the run that is resumed, which stays unless the flags fix another one.
 
     Raises:
-        UserError: the three contradict each other or do not divide, or nothing fixes a batch.
+        UserError: the three contradict each other or do not divide, nothing fixes a batch, or `kept` cannot stay.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     stated = {name: config[key] for name, key in JSON_KEYS.items() if config.get(key) not in (None, "auto")}
-    for name, value in stated.items():
+    for name, value in [*stated.items(), *given.items()]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{JSON_KEYS[name]} is {value!r}, but it must be a whole number above 0.")
+    if kept is not None and GLOBAL not in given and not {MICRO, ACCUMULATION} <= given.keys():
+        micro = kept.micro or stated.get(MICRO)
+        known = {} if micro is None else {JSON_KEYS[MICRO]: micro}
+        try:
+            return resolve_batch(given | {GLOBAL: kept.total}, known, world_size)
+        except UserError as error:
+            raise UserError(
+                f"the run that is resumed has {kept.total} sequences a step, which cannot be kept: "
+                f"{str(error).rstrip('.')}; give --global-batch to change it."
+            ) from None
+    typed = set(given)
     if given:
         for name in (GLOBAL, MICRO, ACCUMULATION):
             if len(given) < 2 and name in stated:
@@ -81,15 +105,19 @@ def resolve_batch(flags: Mapping[str, int | None], config: Mapping[str, Any], wo
         given = {ACCUMULATION: 1, **given}
     micro, accumulation, total = given.get(MICRO), given.get(ACCUMULATION), given.get(GLOBAL)
     if micro is None:
-        micro = _divide(total, {ACCUMULATION: accumulation, "world size": world_size})
+        micro = _divide(total, {ACCUMULATION: accumulation, WORLD: world_size})
+    elif accumulation is None and MICRO in typed:
+        accumulation = _divide(total, {MICRO: micro, WORLD: world_size})
     elif accumulation is None:
-        accumulation = _divide(total, {MICRO: micro, "world size": world_size})
+        each = _divide(total, {WORLD: world_size})
+        micro = next(size for size in range(min(micro, each), 0, -1) if each % size == 0)
+        accumulation = each // micro
     assert accumulation is not None
     batch = Batch(micro, accumulation, world_size)
     if total is not None and batch.total != total:
         raise UserError(
             f"the batch sizes do not multiply: micro-batch {micro} * gradient accumulation {accumulation} "
-            f"* world size {world_size} = {batch.total}, but the global batch is {total}."
+            f"* {WORLD} {world_size} = {batch.total}, but the global batch is {total}."
         )
     return batch
 
@@ -101,16 +129,15 @@ def _divide(total: int | None, factors: Mapping[str, int | None]) -> int:
         product *= value or 1
     if total % product:
         shown = " * ".join(f"{name} {value}" for name, value in factors.items())
+        shown += f" = {product}" if len(factors) > 1 else ""
         low, high = total // product * product, (total // product + 1) * product
         nearest = f"{low} or {high}" if low else str(high)
-        raise UserError(
-            f"the global batch {total} is not a multiple of {shown} = {product}; nearest that fit: {nearest}."
-        )
+        raise UserError(f"the global batch {total} is not a multiple of {shown}; nearest that fit: {nearest}.")
     return total // product
 
 
 def merge_flags(
-    config: Mapping[str, Any], settings: RunSettings, world_size: int
+    config: Mapping[str, Any], settings: RunSettings, world_size: int, kept: Kept | None = None
 ) -> tuple[dict[str, Any], Batch, list[str]]:
     """The JSON with the run's flags in it, the batch, and remarks for the user.
 
@@ -118,14 +145,15 @@ def merge_flags(
     length of DeepSpeed's schedulers and the warm-up to the scheduler. A scheduler of torch keeps a length that the JSON
     gives; a remark says so where it is not that of the run. Without `--warmup` the JSON's own share of the run
     is kept (`warmup_num_steps / total_num_steps`, 10 % where it says neither). "auto" values that no flag
-    filled are dropped, which leaves DeepSpeed's and the optimizer's defaults.
+    filled are dropped, which leaves DeepSpeed's and the optimizer's defaults. `kept`: as for `resolve_batch`.
 
     Raises:
         UserError: a flag contradicts the JSON or has nowhere to go.
     """
     merged = _current_names(copy.deepcopy(dict(config)))
-    flags = {MICRO: settings.micro_batch, ACCUMULATION: settings.grad_accum, GLOBAL: settings.global_batch}
-    batch = resolve_batch(flags, merged, world_size)
+    flags = batch_flags(settings, merged)
+    batch = resolve_batch(flags, merged, world_size, kept)
+    said = _lowered(flags, merged, batch, kept) + _passed_over(flags, merged, batch, kept)
     triple = {MICRO: batch.micro, ACCUMULATION: batch.accumulation, GLOBAL: batch.total}
     merged.update({JSON_KEYS[name]: value for name, value in triple.items()})
 
@@ -145,7 +173,42 @@ def merge_flags(
         raise UserError("--warmup needs a 'scheduler' section in the DeepSpeed JSON, and this one has none.")
     else:
         remarks = []
-    return without_auto(merged), batch, remarks
+    return without_auto(merged), batch, said + remarks
+
+
+def batch_flags(settings: RunSettings, config: Mapping[str, Any]) -> dict[str, int | None]:
+    """The parts of the batch that the command line gives, by flags or by `--set`; None where it does not."""
+    flags = {MICRO: settings.micro_batch, ACCUMULATION: settings.grad_accum, GLOBAL: settings.global_batch}
+    for name, key in JSON_KEYS.items():
+        if flags[name] is None and key in settings.overridden() and config.get(key) != "auto":
+            flags[name] = config.get(key)
+    return flags
+
+
+def _lowered(flags: Mapping[str, int | None], config: Mapping[str, Any], batch: Batch, kept: Kept | None) -> list[str]:
+    """A remark where the JSON's micro-batch had to give way to the global batch."""
+    stated = config.get(JSON_KEYS[MICRO])
+    if kept is not None and kept.micro == batch.micro:
+        return []
+    if flags[MICRO] is not None or stated is None or not _number(stated) or batch.micro >= stated:
+        return []
+    return [
+        f"the micro-batch is {batch.micro}, not the {stated} of the DeepSpeed JSON, so that {batch.total} sequences "
+        f"a step divide among {batch.world_size} rank(s)."
+    ]
+
+
+def _passed_over(
+    flags: Mapping[str, int | None], config: Mapping[str, Any], batch: Batch, kept: Kept | None
+) -> list[str]:
+    """A remark where the JSON fixes another global batch than the run that is resumed."""
+    stated = config.get(JSON_KEYS[GLOBAL])
+    if kept is None or flags[GLOBAL] is not None or not _number(stated) or stated == batch.total:
+        return []
+    return [
+        f"{JSON_KEYS[GLOBAL]} {stated} of the DeepSpeed JSON is not used: the run that is resumed has {batch.total} "
+        f"sequences a step; --global-batch {stated} changes that."
+    ]
 
 
 def _check_loop(config: Mapping[str, Any], batch: Batch) -> None:

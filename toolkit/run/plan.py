@@ -15,13 +15,32 @@ from toolkit.run import folder as run_folder
 from toolkit.run import ranks
 from toolkit.run.identity import identity
 from toolkit.run.merge import Batch, merge_flags
-from toolkit.run.resume import NONE, run_of
+from toolkit.run.resume import NONE, noted, run_of
 from toolkit.run.settings import RunSettings
+from toolkit.run.terms import Saved, changes, kept_settings, terms
 
 if TYPE_CHECKING:
     import torch
 
     from toolkit.data import PackedTokens, Position
+
+
+@dataclass
+class Terms:
+    """What the command line, the DeepSpeed JSON and, where a run is resumed, its checkpoint come to.
+
+    `asked` and `json` are the first two as given, `saved` what the checkpoint notes (None: there is none). `changed`:
+    what is not as in the run that saved it, in words; `remarks`: all that is to be said of it.
+    """
+
+    asked: RunSettings
+    json: Mapping[str, Any]
+    saved: Saved | None
+    settings: RunSettings
+    config: dict[str, Any]
+    batch: Batch
+    changed: list[str]
+    remarks: list[str]
 
 
 @dataclass
@@ -42,6 +61,7 @@ class Plan:
     """What checkpoints keep beside the weights; on rank 0."""
     read_to: Position
     """How far the data have been read for the steps that were made; the beginning until then."""
+    terms: Terms
 
 
 def make_plan(settings: RunSettings) -> Plan:
@@ -68,13 +88,13 @@ def make_plan(settings: RunSettings) -> Plan:
         on_gpu=get_accelerator().device_name() != "cpu",
         world_size=ranks.world_size(),
     )
-    config, batch, remarks = merge_flags(config, settings, ranks.world_size())
-    configs.validate(config, origin=settings.config, world_size=ranks.world_size(), total_steps=settings.steps)
+    folder = settings.run_dir or run_of(settings) or run_folder.default_folder(settings.model, settings.config)
+    run_folder.check_free(folder, resuming=settings.resume != NONE)
+    settled = settle_terms(settings, config, noted(settings, folder))
+    settings, config, batch, remarks = settled.settings, settled.config, settled.batch, list(settled.remarks)
     dtype = _dtype(config)
     if dtype == torch.bfloat16 and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():
         remarks.append("matrix products are computed in fp32 from bf16 operands, since this CPU is slow at bf16 ones.")
-    folder = settings.run_dir or run_of(settings) or run_folder.default_folder(settings.model, settings.config)
-    run_folder.check_free(folder, resuming=settings.resume != NONE)
 
     name = settings.tokenizer or (preset.tokenizer if preset is not None else settings.model)
     tokenizer = data.load_tokenizer(name)
@@ -116,7 +136,41 @@ def make_plan(settings: RunSettings) -> Plan:
         if ranks.rank() == 0
         else {},
         read_to=data.Position(),
+        terms=settled,
     )
+
+
+def settle_terms(settings: RunSettings, config: Mapping[str, Any], saved: Saved | None) -> Terms:
+    """The run that `settings`, the JSON `config` and the checkpoint to be resumed (None: there is none) make together.
+
+    What is typed holds, and is said where it changes the run; what is left open stays as the checkpoint has it.
+
+    Raises:
+        UserError: they contradict each other, or the global batch of the checkpoint cannot stay.
+    """
+    from toolkit import config as configs
+
+    asked, told = settings, list[str]()
+    if saved is not None:
+        settings, told = kept_settings(settings, saved, config)
+    kept = saved.batch if saved is not None else None
+    merged, batch, remarks = merge_flags(config, settings, ranks.world_size(), kept)
+    configs.validate(merged, origin=settings.config, world_size=ranks.world_size(), total_steps=settings.steps)
+    changed = changes(saved, terms(settings, merged, batch)) if saved is not None else []
+    if told:
+        remarks.append(f"as the checkpoint has it: {', '.join(told)}.")
+    if changed:
+        remarks.append(f"not as in the run that saved the checkpoint: {'; '.join(changed)}.")
+    return Terms(asked, config, saved, settings, merged, batch, changed, remarks)
+
+
+def settle_again(plan: Plan, saved: Saved | None) -> None:
+    """Give `plan` the terms of the checkpoint that was chosen, should they not be those of the newest manifest."""
+    if saved == plan.terms.saved:
+        return
+    old, new = plan.terms, settle_terms(plan.terms.asked, plan.terms.json, saved)
+    plan.terms, plan.settings, plan.config, plan.batch = new, new.settings, new.config, new.batch
+    plan.remarks = [*new.remarks, *(remark for remark in plan.remarks if remark not in old.remarks)]
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from toolkit.run.folder import CHECKPOINTS, METRICS, read_metrics
 from toolkit.run.identity import check_same
 from toolkit.run.saving import Saver, restore_random_states
 from toolkit.run.settings import RunSettings
+from toolkit.run.terms import Saved, note
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
@@ -38,12 +39,56 @@ class Start:
         noted = self.source.manifest.facts.get("position") if self.source is not None else None
         return Position(**noted) if noted else None
 
+    @property
+    def saved(self) -> Saved | None:
+        """What the checkpoint notes of its run; DeepSpeed's own say how large a step was."""
+        if self.source is None:
+            return None
+        facts = self.source.manifest.facts
+        if "global_batch" not in facts:
+            states = self.source.model_states()
+            facts = facts | {"global_batch": _stock_batch(states.get("ds_config"), states.get("dp_world_size"))}
+        return Saved.of(facts)
+
+
+def _stock_batch(config: Any, world_size: Any) -> int | None:
+    """Sequences of a step by the config in a checkpoint of DeepSpeed's; None where it leaves that open."""
+    if not isinstance(config, Mapping):
+        return None
+    total, micro = config.get("train_batch_size"), config.get("train_micro_batch_size_per_gpu")
+    if isinstance(total, int):
+        return total
+    accumulation = config.get("gradient_accumulation_steps", 1)
+    known = all(isinstance(part, int) for part in (micro, accumulation, world_size))
+    return micro * accumulation * world_size if known else None
+
 
 def run_of(settings: RunSettings) -> Path | None:
     """The folder of the run that --resume names, or None where it names a checkpoint, or nothing."""
     path = Path(settings.resume)
     named = settings.resume not in (AUTO, NONE) and (path / CHECKPOINTS).is_dir()
     return path if named else None
+
+
+def noted(settings: RunSettings, folder: Path) -> Saved | None:
+    """What the checkpoint that will be resumed says of its run; None where there is none, or it says nothing.
+
+    Reads manifests only. `find_start` compares the files with their hashes, once all else has been checked.
+    """
+    from toolkit.checkpoint import manifest as manifests
+    from toolkit.checkpoint.store import Store, pointed
+
+    if settings.resume == NONE:
+        return None
+    named = run_of(settings) or (folder if settings.resume == AUTO else None)
+    store = Store(named / CHECKPOINTS) if named is not None else None
+    path = Path(settings.resume)
+    for path in [pointed(path) or path] if store is None else map(store.path, store.steps()):
+        try:
+            return Saved.of(manifests.read(path).facts)
+        except UserError:  # damaged, or DeepSpeed's own; an older one may be whole
+            continue
+    return None
 
 
 def find_start(plan: Plan) -> Start:
@@ -65,6 +110,7 @@ def _choose(settings: RunSettings, folder: Path) -> Start:
     from toolkit.checkpoint.source import Source
     from toolkit.checkpoint.store import Store, pointed
     from toolkit.checkpoint.universal import open_checkpoint
+    from toolkit.checkpoint.wrong import is_checkpoint, not_a_checkpoint
 
     if settings.resume == NONE:
         return Start()
@@ -85,8 +131,8 @@ def _choose(settings: RunSettings, folder: Path) -> Start:
         return _from_the_start(settings, folder)
     path = Path(settings.resume)
     path = pointed(path) or path
-    if not path.is_dir():
-        raise UserError(f"--resume {settings.resume}: there is no such folder; give a run, a checkpoint, auto or none.")
+    if not path.is_dir() or not is_checkpoint(path):
+        raise UserError(f"--resume {settings.resume}: {not_a_checkpoint(Path(settings.resume))}")
     problem = _problem(path) if (path / "manifest.json").exists() else None
     if problem is not None:
         raise UserError(f"--resume {settings.resume}: {problem}.")
@@ -192,4 +238,9 @@ def make_saver(plan: Plan, engine: Any, start: Start, say: Callable[[str], None]
 
 def facts(plan: Plan, position: Position) -> dict[str, Any]:
     """What a checkpoint notes of the run."""
-    return {"position": asdict(position), "identity": plan.identity, "global_batch": plan.batch.total}
+    return {
+        "position": asdict(position),
+        "identity": plan.identity,
+        "global_batch": plan.batch.total,
+        "run": note(plan.settings, plan.config, plan.batch),
+    }

@@ -25,9 +25,8 @@ class Screen:
 
     def __init__(self, steps: int, *, shown: bool, console: Console | None = None) -> None:
         self.console = console or PlainConsole(quiet=not shown)
-        self._steps = steps
-        self._every = min(max(1, steps // PLAIN_LINES), PLAIN_STEPS)
         self._bar: Progress | None = None
+        self.expect(steps)
         if shown and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("step"),
@@ -40,6 +39,13 @@ class Screen:
                 speed_estimate_period=math.inf,
             )
             self._task = self._bar.add_task("train", total=steps, figures="")
+
+    def expect(self, steps: int) -> None:
+        """Before the first step: the run has `steps` steps, which where it is resumed may not be those asked for."""
+        self._steps = steps
+        self._every = min(max(1, steps // PLAIN_LINES), PLAIN_STEPS)
+        if self._bar is not None:
+            self._bar.update(self._task, total=steps)
 
     def __enter__(self) -> Screen:
         if self._bar is not None:

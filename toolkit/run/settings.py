@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,9 +12,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from toolkit.errors import UserError
-
-# Typer's base of every complaint about the command line; its home has moved between versions.
-USAGE_ERROR: Any = typer.BadParameter.__base__
+from toolkit.usage import USAGE_ERROR, check_given, sentence
 
 
 class RunSettings(BaseModel):
@@ -148,6 +147,10 @@ class RunSettings(BaseModel):
             raise ValueError("must be a fraction below 1 or a whole number of steps")
         return value
 
+    def overridden(self) -> list[str]:
+        """The keys of the JSON that `--set` names."""
+        return [assignment.partition("=")[0].strip() for assignment in self.overrides]
+
 
 def check_settings(**values: Any) -> RunSettings:
     """`RunSettings(**values)`, with the first complaint as one sentence that names the flag.
@@ -159,15 +162,15 @@ def check_settings(**values: Any) -> RunSettings:
         return RunSettings(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        flag = _flag(str(first["loc"][0]))
+        flag = flag_of(str(first["loc"][0]))
         problem = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         raise UserError(f"{flag} is {first['input']!r}, but it {problem}.") from None
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
     """The command-line flag of a field of `RunSettings`."""
     option = _option(name)
-    return option.default if isinstance(option.default, str) else "--" + name.replace("_", "-")
+    return option.default.split("/")[0] if isinstance(option.default, str) else "--" + name.replace("_", "-")
 
 
 def _option(name: str) -> Any:
@@ -185,12 +188,12 @@ def parse(arguments: Sequence[str] | None = None) -> RunSettings | None:
         UserError: an unknown option, a missing value, a value of the wrong type or outside its range.
     """
 
-    def train(**values: Any) -> RunSettings:
+    def train(ctx: typer.Context, **values: Any) -> RunSettings:
         """Train a language model with DeepSpeed."""
-        # The launcher's own: the rank is read from the environment, and DeepSpeed is always on.
-        values.pop("local_rank")
-        values.pop("deepspeed")
-        return check_settings(**values)
+        # What is typed is told from what is left open (`model_fields_set`): a run that is resumed keeps the latter.
+        # The launcher's own options stay out: the rank is read from the environment, and DeepSpeed is always on.
+        typed = {name for name in values if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")}
+        return check_settings(**{name: values[name] for name in RunSettings.model_fields if name in typed})
 
     options = {
         name: (field.annotation, field.get_default(call_default_factory=True), _option(name))
@@ -202,14 +205,25 @@ def parse(arguments: Sequence[str] | None = None) -> RunSettings | None:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
         for name, (kind, default, option) in options.items()
     ]
+    parameters.insert(0, inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app = typer.Typer(add_completion=False)
     app.command()(train)
+    given = _with_resume(sys.argv[1:] if arguments is None else arguments)
+    check_given(given)
     try:
-        result = typer.main.get_command(app).main(
-            list(arguments) if arguments is not None else None, standalone_mode=False
-        )
+        result = typer.main.get_command(app).main(given, standalone_mode=False)
     except USAGE_ERROR as error:
-        raise UserError(error.format_message()) from None
+        raise UserError(sentence(error)) from None
     return result if isinstance(result, RunSettings) else None
+
+
+def _with_resume(arguments: Sequence[str]) -> list[str]:
+    """The arguments with "auto" after a `--resume` that stands alone."""
+    given: list[str] = []
+    for place, argument in enumerate(arguments):
+        given.append(argument)
+        if argument == "--resume" and all(following.startswith("--") for following in arguments[place + 1 : place + 2]):
+            given.append("auto")
+    return given

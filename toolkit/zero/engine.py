@@ -349,12 +349,19 @@ def compile_step(engine: Any) -> None:
 def optimizer_state_bytes(engine: Any) -> dict[str, int]:
     """Bytes of optimizer state that this rank holds, by state name, whatever the optimizer.
 
-    Empty before the first step: state is allocated then.
+    fp32 master weights are part of it, as "master weights", wherever DeepSpeed keeps them. States are allocated at the
+    first step.
     """
+    from toolkit.memory import categories
+    from toolkit.memory.held import by_category
+    from toolkit.zero.inventory import inventory
+
+    here, on_host, _ = by_category(inventory(engine), engine.device.type)
+    master = here.get(categories.MASTER, 0) + on_host.get(categories.MASTER, 0)
+    total = {categories.MASTER: master} if master else {}
     optimizer = rule_optimizer(engine)
     if optimizer is not None:
-        return optimizer.state_bytes()
-    total: dict[str, int] = {}
+        return total | optimizer.state_bytes()
     for held in engine.basic_optimizer.state.values():
         for key, value in held.items():
             if isinstance(value, Tensor) and value.dim() > 0:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from toolkit.memory.categories import PHASES, is_model_state, ordered
-from toolkit.memory.records import Measurement, Prediction, Setup
+from toolkit.memory.records import Measurement, Prediction
 from toolkit.memory.report.data import (
+    Batch,
     Comparison,
     Curve,
     Facts,
@@ -19,11 +19,13 @@ from toolkit.memory.report.data import (
     PerParameter,
     PhasePair,
     Rank,
+    Resumed,
     RunReport,
     StepTimeline,
     Training,
 )
-from toolkit.memory.report.read import Folder, RunFile
+from toolkit.memory.report.facts import check_setups, facts_of
+from toolkit.memory.report.read import Folder, StepLine
 from toolkit.memory.report.words import headline, listed, percent
 from toolkit.printable import printable
 from toolkit.run.folder import METRICS
@@ -39,10 +41,10 @@ LAST_STEPS = 10
 def build_run(folder: Folder, name: str) -> RunReport:
     """The report of one run, called `name`."""
     predicted, measured = folder.predicted, folder.measured
-    facts = _facts(folder)
+    facts = facts_of(folder)
     training = _training(folder, facts)
     largest = _largest_rank(measured)
-    _check_setups(folder)
+    check_setups(folder)
     missing = sorted(set(range(facts.world_size or 0)) - set(measured)) if measured else []
     if missing:
         ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {listed([str(rank) for rank in missing])}"
@@ -65,6 +67,8 @@ def build_run(folder: Folder, name: str) -> RunReport:
         imbalance=_imbalance(ranks_table),
         blocks=sorted(largest.blocks, key=lambda block: -block.bytes) if largest else [],
         per_parameter=_per_parameter(predicted, largest, facts.parameters),
+        held=_held_between_steps(measured),
+        resident_set=_resident_set(folder, facts),
         changes=sorted(predicted.changes, key=lambda change: -change.saves) if predicted else [],
         predicted_peak=predicted.peak if predicted else None,
         context=predicted.context if predicted else 0,
@@ -77,78 +81,6 @@ def build_run(folder: Folder, name: str) -> RunReport:
     )
     report.headline = headline(report)
     return report
-
-
-def _facts(folder: Folder) -> Facts:
-    run = folder.run or RunFile()
-    settings, config = run.settings, run.ds_config
-    parameters = _at(config, "optimizer", "params")
-    state_format, kept = _at(parameters, "state_format"), _at(parameters, "weights")
-    data = f"{settings.data} ({settings.data_subset})" if settings.data_subset else settings.data
-    facts = Facts(
-        model=settings.model,
-        parameters=run.parameters,
-        optimizer=_text(_at(config, "optimizer", "type")),
-        state_format=_text(state_format),
-        weights=_text(kept),
-        stage=_number(_at(config, "zero_optimization", "stage")),
-        world_size=run.world_size,
-        micro_batch=run.micro_batch,
-        gradient_accumulation=run.gradient_accumulation,
-        global_batch=run.global_batch,
-        seq_len=settings.seq_len,
-        steps=settings.steps,
-        activation_checkpointing=settings.activation_checkpointing,
-        loss=settings.loss,
-        data=data,
-        tokenizer=settings.tokenizer,
-        seed=settings.seed,
-        device=run.device,
-        started=run.started,
-        versions=run.versions,
-    )
-    setup = _setup(folder)
-    if setup is None:
-        return facts
-    # The records know the defaults that were resolved, run.json the words that the user chose.
-    resolved = {name: value for name, value in setup if name in Facts.model_fields}
-    known = {name: value for name, value in facts if value is not None and name in ("model", "device")}
-    return facts.model_copy(update=resolved | known)
-
-
-def _setup(folder: Folder) -> Setup | None:
-    records: list[Measurement | Prediction | None] = [*folder.measured.values(), folder.predicted]
-    records += [explanation.record for explanation in folder.out_of_memory]  # type: ignore[misc]
-    return next((record.setup for record in records if record is not None and record.setup is not None), None)
-
-
-def _at(value: Any, *keys: str) -> Any:
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _text(value: Any) -> str | None:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {json.dumps(item).strip(chr(34))}" for key, item in value.items())
-    return None if value is None else str(value)
-
-
-def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _check_setups(folder: Folder) -> None:
-    """A prediction of something else than what was measured would make every error in the report meaningless."""
-    if folder.predicted is None or not folder.measured:
-        return
-    measured = next(iter(folder.measured.values())).setup
-    for name, predicted in folder.predicted.setup:
-        if predicted != (value := getattr(measured, name)):
-            folder.note(
-                "prediction",
-                f"The prediction is of another setup than the measurement: {name} {predicted} there, {value} here.",
-            )
 
 
 def _training(folder: Folder, facts: Facts) -> Training | None:
@@ -165,19 +97,19 @@ def _training(folder: Folder, facts: Facts) -> Training | None:
     if bad:
         shown = listed([str(step) for step in bad]) if len(bad) <= 6 else f"{bad[0]} to {bad[-1]} ({len(bad)} of them)"
         folder.note("training", f"The loss is not finite at step{'' if len(bad) == 1 else 's'} {shown}.")
-    tokens = facts.global_batch * facts.seq_len if facts.global_batch and facts.seq_len else None
+    seen = [line.seen() for line in steps]
     return Training(
         steps=len(steps),
         complete=folder.summary is not None and not folder.summary.interrupted,
-        tokens=tokens * len(steps) if tokens else None,
+        tokens=sum(count or 0 for count in seen) if None not in seen else None,
+        batches=_batches(steps, facts),
+        changes=[Resumed(first=line.step, changed=line.changed) for line in steps if line.changed],
         seconds=sum(times),
         compile_s=sum(line.compile_s for line in steps),
         loss=statistics.fmean(finite) if len(finite) == len(final) else None,
         loss_steps=len(final),
         val_loss=validated[-1].val_loss if validated else None,
-        tokens_per_s=tokens / statistics.median(times)
-        if tokens and times
-        else (statistics.median(speeds) if speeds else None),
+        tokens_per_s=statistics.median(speeds) if speeds else None,
         nonfinite_steps=bad,
         skipped_steps=sum(line.skipped for line in steps),
         curve=Curve(
@@ -187,6 +119,32 @@ def _training(folder: Folder, facts: Facts) -> Training | None:
             val_loss=[line.val_loss for line in validated],
         ),
     )
+
+
+def _batches(steps: list[StepLine], facts: Facts) -> list[Batch]:
+    """Sequences of the steps, from where they were others than before."""
+    found: list[Batch] = []
+    for line in steps:
+        seen = line.seen()
+        sequences = line.sequences or (round(seen / facts.seq_len) if seen and facts.seq_len else facts.global_batch)
+        if sequences and (not found or found[-1].sequences != sequences):
+            found.append(Batch(first=line.step, sequences=sequences))
+    return found
+
+
+def _held_between_steps(measured: Mapping[int, Measurement]) -> int | None:
+    """The model state of the rank that holds most of it: what both levels of measuring know, on every device."""
+    sizes = [
+        sum(size for name, size in record.resident.items() if is_model_state(name)) for record in measured.values()
+    ]
+    return max(sizes, default=0) or None
+
+
+def _resident_set(folder: Folder, facts: Facts) -> int | None:
+    known = [record.largest_resident_set for record in folder.measured.values() if record.largest_resident_set]
+    if not known and (facts.device or "cpu") == "cpu":
+        known = [line.memory_bytes for line in folder.steps if line.memory_bytes]
+    return max(known, default=None)
 
 
 def _largest_rank(measured: Mapping[int, Measurement]) -> Measurement | None:

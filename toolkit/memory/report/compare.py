@@ -12,7 +12,7 @@ from toolkit.errors import UserError
 from toolkit.memory.report.build import LAST_STEPS, build_run
 from toolkit.memory.report.data import Method, Paired, Report, RunReport
 from toolkit.memory.report.read import read_folder
-from toolkit.memory.report.words import listed, size
+from toolkit.memory.report.words import batch_words, listed, size
 from toolkit.printable import printable
 
 # What a comparison of losses takes to be equal, with the reason why it matters.
@@ -22,15 +22,20 @@ _EQUAL: tuple[tuple[str, Callable[[RunReport], object], str], ...] = (
     ("data", lambda run: run.facts.data, "the losses are of different text"),
     ("tokenizer", lambda run: run.facts.tokenizer, "the losses are per different tokens"),
     ("sequence length", lambda run: run.facts.seq_len, "the losses and activations are of different contexts"),
-    ("global batch", lambda run: run.facts.global_batch, "a step is not the same number of sequences"),
+    ("global batch", batch_words, "a step is not the same number of sequences"),
     ("token budget", lambda run: run.training.tokens if run.training else None, "one was trained for longer"),
     (
         "steps asked for",
         lambda run: run.facts.steps,
         "schedules of different length stand at different points at a step",
     ),
+    ("learning rate", lambda run: run.facts.learning_rate, "no optimizer is at its best at another's rate"),
+    ("betas", lambda run: run.facts.betas, "momenta average over different numbers of steps"),
+    ("weight decay", lambda run: run.facts.weight_decay, "weights are pulled towards zero differently"),
+    ("gradient clipping", lambda run: run.facts.clipping, "gradients are cut to different norms"),
+    ("scheduler", lambda run: run.facts.scheduler, "rates take different courses"),
+    ("warm-up", lambda run: run.facts.warmup, "rates rise over different numbers of steps"),
     ("seed", lambda run: run.facts.seed, "initial weights and the order of data differ, so losses pair less tightly"),
-    ("kind of memory", lambda run: run.peak.kind if run.peak else None, "the sizes are of different things"),
     ("micro-batch", lambda run: run.facts.micro_batch, "activations are of different numbers of sequences"),
     ("ranks", lambda run: run.facts.world_size, "memory is that of one rank, which shards differ in"),
     ("device", lambda run: run.facts.device, "speed and memory are of different devices"),
@@ -48,11 +53,13 @@ def build_report(paths: Sequence[Path]) -> Report:
             raise UserError(f"the run folder {path} is given twice.")
     runs = [build_run(read_folder(path), name) for path, name in zip(paths, _names(paths), strict=True)]
     several = len(runs) > 1
+    kind, sizes = _comparable(runs)
     return Report(
         title=runs[0].name if not several else f"{len(runs)} runs",
-        headline=_headline(runs) if several else runs[0].headline,
-        gaps=_gaps(runs),
-        methods=[_method(run, runs[0]) for run in runs] if several else [],
+        headline=_headline(runs, kind, sizes) if several else runs[0].headline,
+        gaps=_gaps(runs) + _unknown_memory(runs, kind, sizes),
+        methods=[_method(run, runs[0], kind, held) for run, held in zip(runs, sizes, strict=True)] if several else [],
+        footnotes=_footnotes(runs) if several else [],
         runs=runs,
         leanstate=_version(),
     )
@@ -92,17 +99,51 @@ def _gaps(runs: Sequence[RunReport]) -> list[str]:
     return gaps
 
 
-def _headline(runs: Sequence[RunReport]) -> str:
+ALLOCATED, HELD, PREDICTED, PROCESS = (
+    "allocated at the peak",
+    "held by the model between steps",
+    "predicted for the peak",
+    "of resident set, libraries included",
+)
+
+
+def _comparable(runs: Sequence[RunReport]) -> tuple[str | None, list[int | None]]:
+    """The memory of each run, all of one kind: the best that most of them have, bytes held by the model first.
+
+    A resident set is mostly libraries and what the C library keeps: it stands for memory only where nothing else does.
+    """
+    kinds: dict[str, list[int | None]] = {
+        ALLOCATED: [run.peak.bytes if run.peak and run.peak.kind == "allocated" else None for run in runs],
+        HELD: [run.held for run in runs],
+        PREDICTED: [run.predicted_peak for run in runs],
+    }
+    best = max(kinds, key=lambda kind: sum(held is not None for held in kinds[kind]))  # the first of those with most
+    if not any(held is not None for held in kinds[best]):
+        best, kinds = PROCESS, {PROCESS: [run.resident_set for run in runs]}
+    return (best if any(held is not None for held in kinds[best]) else None), kinds[best]
+
+
+def _unknown_memory(runs: Sequence[RunReport], kind: str | None, sizes: Sequence[int | None]) -> list[str]:
+    missing = [run.name for run, held in zip(runs, sizes, strict=True) if held is None]
+    return [f"Memory {kind} is not known of {listed(missing)}."] if kind and missing and len(runs) > 1 else []
+
+
+def _footnotes(runs: Sequence[RunReport]) -> list[str]:
+    known = [f"{run.name} {size(run.resident_set)}" for run in runs if run.resident_set is not None]
+    if not known:
+        return []
+    return [f"Resident sets, the whole process with its libraries, which say little of the model: {listed(known)}."]
+
+
+def _headline(runs: Sequence[RunReport], kind: str | None, sizes: Sequence[int | None]) -> str:
     parts = []
-    sizes = [run for run in runs if run.peak is not None]
-    if len(sizes) > 1:
-        least, *_, most = sorted(sizes, key=lambda run: run.peak.bytes if run.peak else 0)
-        assert least.peak is not None and most.peak is not None
-        less = most.peak.bytes - least.peak.bytes
+    known = sorted((held, run.name) for run, held in zip(runs, sizes, strict=True) if held is not None)
+    if len(known) > 1:
+        (least, name), (most, other) = known[0], known[-1]
         parts.append(
-            f"{least.name} takes the least memory, {size(least.peak.bytes)}: {size(less)} less than {most.name}."
-            if less
-            else f"All take the same memory, {size(least.peak.bytes)}."
+            f"{name} takes the least memory, {size(least)} {kind}: {size(most - least)} less than {other}."
+            if most > least
+            else f"All take the same memory, {size(least)} {kind}."
         )
     losses = sorted((run.training.loss, run.name) for run in runs if run.training and run.training.loss is not None)
     if losses:
@@ -110,20 +151,22 @@ def _headline(runs: Sequence[RunReport]) -> str:
     return " ".join(parts) or "Neither memory nor loss of these runs is known."
 
 
-def _method(run: RunReport, first: RunReport) -> Method:
-    facts, training, peak = run.facts, run.training, run.peak
+def _method(run: RunReport, first: RunReport, kind: str | None, held: int | None) -> Method:
+    facts, training = run.facts, run.training
     return Method(
         run=run.name,
         optimizer=facts.optimizer,
         loss=training.loss if training else None,
         val_loss=training.val_loss if training else None,
-        memory=peak.bytes if peak else None,
-        memory_kind=peak.kind if peak else None,
+        memory=held,
+        memory_kind=kind if held is not None else None,
+        resident_set=run.resident_set,
         state_format=facts.state_format,
         weights=facts.weights,
         stage=facts.stage,
         ranks=facts.world_size,
-        per_parameter=peak.per_parameter if peak else None,
+        # A resident set is mostly libraries: per parameter it would say nothing.
+        per_parameter=held / facts.parameters if held and facts.parameters and kind != PROCESS else None,
         tokens_per_s=training.tokens_per_s if training else None,
         seconds=training.seconds if training else None,
         against_first=_paired(run, first),

@@ -34,7 +34,16 @@ class Facts(Record):
     micro_batch: int | None = None
     gradient_accumulation: int | None = None
     global_batch: int | None = None
+    """At the start of the run; `Training.batches` says what it was at every step."""
     seq_len: int | None = None
+    learning_rate: float | None = None
+    """The base rate, of the optimizer or the scheduler's peak; None where the optimizer's default holds."""
+    betas: list[float] | None = None
+    weight_decay: float | None = None
+    clipping: float | None = None
+    scheduler: str | None = None
+    warmup: int | None = None
+    """Steps."""
     steps: int | None = None
     """As asked for; `Training.steps` says how many were made."""
     activation_checkpointing: bool | None = None
@@ -56,6 +65,20 @@ class Curve(Record):
     val_loss: list[float | None] = []
 
 
+class Batch(Record):
+    """Sequences of each step, from step `first` on."""
+
+    first: int
+    sequences: int
+
+
+class Resumed(Record):
+    """What was changed when the run was resumed, before step `first`, in words."""
+
+    first: int
+    changed: list[str]
+
+
 class Training(Record):
     """How the run went."""
 
@@ -63,6 +86,10 @@ class Training(Record):
     complete: bool
     """There is a summary that says so: the run neither crashed nor was interrupted."""
     tokens: int | None
+    """The sum over the steps of what each of them saw."""
+    batches: list[Batch]
+    """More than one where the global batch was changed when the run was resumed."""
+    changes: list[Resumed]
     seconds: float
     """Of the steps, validation aside."""
     compile_s: float
@@ -205,6 +232,10 @@ class RunReport(Record):
     blocks: list[Block]
     """The largest tensors at the peak, of the rank with the largest peak."""
     per_parameter: list[PerParameter]
+    held: int | None
+    """Weights, gradients and optimizer state of the rank that holds most of them, allocated between steps."""
+    resident_set: int | None
+    """The largest of the ranks' processes, libraries included."""
     changes: list[Change]
     predicted_peak: int | None
     context: int
@@ -236,7 +267,9 @@ class Method(Record):
     loss: float | None
     val_loss: float | None
     memory: int | None
+    """Bytes of `memory_kind`, which is the same for every run that has it."""
     memory_kind: str | None
+    resident_set: int | None
     state_format: str | None
     weights: str | None
     stage: int | None
@@ -257,6 +290,8 @@ class Report(Record):
     """In what the runs differ that the comparison takes to be equal, a sentence each."""
     methods: list[Method]
     """Empty for a single run."""
+    footnotes: list[str]
+    """Of the table of methods."""
     runs: list[RunReport]
     leanstate: str
     """The version that wrote the report."""

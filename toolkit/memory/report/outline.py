@@ -58,7 +58,7 @@ def _categories(run: RunReport) -> Iterable[str]:
 
 
 def _compare(report: Report, palette: dict[str, str]) -> list[Section]:
-    kinds = {method.memory_kind for method in report.methods}
+    kind = next((method.memory_kind for method in report.methods if method.memory_kind), "not known")
     rows = []
     for method in report.methods:
         paired = method.against_first
@@ -77,7 +77,6 @@ def _compare(report: Report, palette: dict[str, str]) -> list[Section]:
                 number(method.per_parameter),
                 number(method.tokens_per_s, 0),
                 duration(method.seconds),
-                method.memory_kind or UNKNOWN if len(kinds) > 1 else UNKNOWN,
                 method.run,
             ]
         )
@@ -94,14 +93,15 @@ def _compare(report: Report, palette: dict[str, str]) -> list[Section]:
         ("B/param", "number"),
         ("Tokens/s", "number"),
         ("Time", "number"),
-        ("Memory is", "text"),
         ("Run", "text"),
     ]
     first = report.runs[0].name
     items: list[Item] = [
-        f"Loss is the mean of a run's last {LAST_STEPS} steps; memory is the peak of the largest rank. “Loss − first” "
-        f"is paired with {first} step by step, over the last {LAST_STEPS} steps that both made, ± its standard error.",
+        f"Loss is the mean of a run's last {LAST_STEPS} steps; memory is that {kind}, of the largest rank. "
+        f"“Loss − first” is paired with {first} step by step, over the last {LAST_STEPS} steps that both made, ± its "
+        "standard error.",
         table(columns, rows),
+        *report.footnotes,
     ]
     held = [(run.name, run.peak.held) for run in report.runs if run.peak is not None and run.peak.held]
     if len(held) > 1:

@@ -77,11 +77,21 @@ class StepLine(_Written):
     loss: float | None
     tokens_per_s: float | None = None
     step_time_s: float | None = None
+    sequences: _Count | None = None
+    tokens: _Count | None = None
+    changed: list[str] = []
     compile_s: float = 0.0
     memory_bytes: _Count | None = None
     skipped: bool = False
     val_loss: float | None = None
     nonfinite: list[str] = []
+
+    def seen(self) -> int | None:
+        """Tokens of this step; older versions wrote only speed and time."""
+        if self.tokens is not None or self.tokens_per_s is None or self.step_time_s is None:
+            return self.tokens
+        seen = self.tokens_per_s * self.step_time_s
+        return round(seen) if 0 <= seen < 10**_DIGITS else None
 
 
 @dataclass

@@ -14,6 +14,7 @@ from toolkit.memory.report.data import Explanation, Part, RunReport
 from toolkit.memory.report.layout import Chart, Item, Kind, Preformatted, RunPart, Section, Table, legend, table
 from toolkit.memory.report.words import (
     UNKNOWN,
+    batch_words,
     comparison_sentence,
     duration,
     imbalance_sentence,
@@ -289,13 +290,24 @@ def _facts(run: RunReport) -> list[Item]:
         "ZeRO stage": facts.stage,
         "offload": ", ".join(facts.offload),
         "batch": " × ".join(map(str, batch)) + " (micro-batch × accumulation × ranks)" if None not in batch else None,
+        "global batch": batch_words(run),
         "sequence length": facts.seq_len,
+        "learning rate": facts.learning_rate,
+        "betas": facts.betas and ", ".join(map(str, facts.betas)),
+        "weight decay": facts.weight_decay,
+        "gradient clipping": facts.clipping,
+        "scheduler": facts.scheduler,
+        "warm-up": facts.warmup and f"{facts.warmup:,} steps",
         "activation checkpointing": {True: "on", False: "off", None: None}[facts.activation_checkpointing],
         "loss": facts.loss,
         "data": facts.data,
         "seed": facts.seed,
         "device": facts.device,
         "started": facts.started,
+        "resumed": "; ".join(
+            f"before step {one.first:,}: {', '.join(one.changed)}"
+            for one in (run.training.changes if run.training else [])
+        ),
         "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
         "folder": run.folder,
     }

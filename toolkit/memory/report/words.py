@@ -65,6 +65,15 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else list(words))
 
 
+def batch_words(run: RunReport) -> str | None:
+    """Sequences of a step, and from which step on they were others."""
+    batches = run.training.batches if run.training else []
+    if not batches:
+        return None if run.facts.global_batch is None else f"{run.facts.global_batch:,}"
+    first, *others = batches
+    return "; ".join([f"{first.sequences:,}", *(f"{one.sequences:,} from step {one.first:,} on" for one in others)])
+
+
 def headline(run: RunReport) -> str:
     """The peak, bytes per parameter and what holds most, or the end of a run that ran out of memory."""
     parts = []

@@ -1,0 +1,141 @@
+"""What is wrong with a command line, in one sentence that says what to type instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import typer
+
+from toolkit.errors import UserError, nearest
+
+# Typer's base of every complaint about the command line; its home has moved between versions.
+USAGE_ERROR: Any = typer.BadParameter.__base__
+
+_LAUNCHER = (
+    "--local_rank",
+    "that is an option of the launcher and goes before the script: deepspeed --num_gpus N [...] launch/train.py [...]",
+)
+_MICRO, _GLOBAL = (
+    "--micro-batch (sequences per rank and forward pass)",
+    "--global-batch (sequences per step, all ranks)",
+)
+
+
+def _set(*examples: str) -> tuple[str, str]:
+    return "--set", "that is part of the DeepSpeed JSON: " + " or ".join(f"--set {one}" for one in examples)
+
+
+# What other programs call it, without dashes, and what it is here: options, with what tells them apart, or a sentence
+# for commands that have the option before it. Of those that fit the command the first sentence, or all options.
+_INSTEAD: dict[tuple[str, ...], tuple[str | tuple[str, str], ...]] = {
+    ("optimizer", "optim", "opt"): (
+        ("--config", "the configuration names it: --config amcs_zero2, soam_zero2, adamw_zero2, ... (toolkit configs)"),
+    ),
+    ("batch-size", "batch", "bs", "train-batch-size", "batchsize"): (_MICRO, _GLOBAL),
+    ("per-device-train-batch-size", "micro-batch-size", "per-device-batch-size", "mbs"): ("--micro-batch",),
+    ("global-batch", "global-batch-size", "total-batch-size", "gbs"): (
+        "--global-batch",
+        ("--micro-batch", "that is --micro-batch times --grad-accum times the ranks"),
+    ),
+    ("gradient-accumulation-steps", "accumulation", "gradient-accumulation", "gas"): ("--grad-accum",),
+    ("learning-rate", "lr-rate", "rate", "max-lr", "peak-lr"): ("--lr",),
+    ("epochs", "epoch", "num-epochs", "num-train-epochs", "n-epochs"): (
+        ("--steps", "a run's length is --steps, in optimizer steps of (global batch x --seq-len) tokens"),
+    ),
+    ("max-steps", "num-steps", "iters", "iterations", "max-iters", "train-iters", "total-steps"): ("--steps",),
+    (
+        "max-length",
+        "max-seq-len",
+        "max-seq-length",
+        "block-size",
+        "context",
+        "context-length",
+        "seq-length",
+        "length",
+    ): ("--seq-len",),
+    ("output-dir", "output", "save-dir", "out-dir", "checkpoint-dir", "logdir"): ("--run-dir", "--out", "--to"),
+    ("save-steps", "save-interval", "checkpoint-every"): ("--save-every",),
+    ("eval-steps", "eval-interval", "eval-freq"): ("--eval-every",),
+    ("save-total-limit",): ("--keep-last",),
+    ("warmup-steps", "warmup-ratio", "warmup-iters"): ("--warmup",),
+    ("resume-from-checkpoint", "load", "resume-from", "load-checkpoint"): ("--resume",),
+    ("gradient-checkpointing", "checkpoint-activations", "recompute"): ("--activation-checkpointing",),
+    ("model-name-or-path", "model-name", "model-path", "pretrained"): ("--model",),
+    ("dataset", "dataset-name", "train-file", "data-path", "train-data"): ("--data",),
+    ("validation-file", "val-file", "eval-data"): ("--val-data",),
+    ("tokenizer-name", "tokenizer-path"): ("--tokenizer",),
+    ("deepspeed-config", "ds-config", "json", "config-file"): ("--config",),
+    ("bf16", "fp16", "dtype", "precision", "mixed-precision"): (
+        "--dtype",
+        _set("bf16.enabled=true", "fp16.enabled=true"),
+    ),
+    ("zero-stage", "stage", "zero"): ("--stage", _set("zero_optimization.stage=2")),
+    ("weight-decay", "wd"): (_set("optimizer.params.weight_decay=0.1"),),
+    ("betas", "beta1", "beta2", "adam-beta1", "adam-beta2"): (_set("'optimizer.params.betas=[0.9, 0.95]'"),),
+    ("max-grad-norm", "clip", "clip-grad", "gradient-clipping", "grad-clip"): (_set("gradient_clipping=1.0"),),
+    ("lr-scheduler", "scheduler", "lr-scheduler-type", "schedule"): (_set("scheduler.type=WarmupCosineLR"),),
+    ("state-format", "format", "state"): ("--state-format", "--format", _set("optimizer.params.state_format=compact")),
+    ("num-gpus", "ngpus", "n-gpus", "nproc-per-node", "num-processes", "gpus", "ranks", "world-size"): (
+        _LAUNCHER,
+        "--gpus",
+        "--ranks",
+    ),
+    ("num-nodes", "nnodes", "n-nodes", "nodes"): (_LAUNCHER, "--nodes"),
+    ("master-port", "master-addr", "hostfile", "include", "exclude", "node-rank", "no-ssh", "launcher"): (_LAUNCHER,),
+    ("gpu-mem", "memory", "vram", "gpu-memory-gb"): ("--gpu-memory",),
+    ("ram", "cpu-memory", "host-mem"): ("--host-memory",),
+}
+_BY_NAME = {name: instead for names, instead in _INSTEAD.items() for name in names}
+
+
+def sentence(error: Any) -> str:
+    """The complaint `error`, a `USAGE_ERROR`, in one line."""
+    known = _options(error.ctx)
+    if (name := getattr(error, "option_name", None)) is not None and type(error).__name__ == "NoSuchOption":
+        return f"there is no option {name}{_instead(name, known)}"
+    said = " ".join(error.format_message().split())
+    extra = said.partition("unexpected extra argument")[2]
+    if extra and ".json" in extra and "--config" in known:
+        said = f"{said.rstrip('.')}; a DeepSpeed JSON is given with --config"
+    return said if said.endswith((".", "?", ")")) else f"{said}."
+
+
+def _options(context: Any) -> list[str]:
+    """The long options of the command that was called, hidden ones too."""
+    if context is None:
+        return []
+    return [name for one in context.command.params for name in (*one.opts, *one.secondary_opts) if name[:2] == "--"]
+
+
+def _instead(name: str, known: Sequence[str]) -> str:
+    plain = name.lstrip("-").lower().replace("_", "-")
+    spelt = next((option for option in known if option.lstrip("-").lower().replace("_", "-") == plain), None)
+    if spelt is not None:
+        return f". Did you mean {spelt!r}?"
+    options: list[str] = []
+    for one in _BY_NAME.get(plain, ()):
+        if isinstance(one, str) and one.partition(" ")[0] in known:
+            options.append(one)
+        elif not isinstance(one, str) and one[0] in known and not options:
+            return f": {one[1]}."
+    if options:
+        return f". Use {' or '.join(options)}."
+    hint = nearest(f"--{plain}", known)
+    return f".{hint}" if hint else "; --help lists what there is."
+
+
+def check_given(arguments: Iterable[str]) -> None:
+    """Refuse values that are empty, as of a shell variable that is not set: "" would be taken for the folder here.
+
+    Raises:
+        UserError: names the option.
+    """
+    before = ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if argument == "" or (equals and not value and option.startswith("--")):
+            name = option or before
+            where = f"{name} is empty" if name.startswith("-") else "an argument is empty"
+            raise UserError(f"{where}; is a variable of the shell not set?")
+        before = argument
