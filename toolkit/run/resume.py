@@ -82,8 +82,8 @@ def noted(settings: RunSettings, folder: Path) -> Saved | None:
         return None
     named = run_of(settings) or (folder if settings.resume == AUTO else None)
     store = Store(named / CHECKPOINTS) if named is not None else None
-    path = Path(settings.resume)
-    for path in [pointed(path) or path] if store is None else map(store.path, store.steps()):
+    given = Path(settings.resume)
+    for path in [pointed(given) or given] if store is None else map(store.path, store.steps()):
         try:
             return Saved.of(manifests.read(path).facts)
         except UserError:  # damaged, or DeepSpeed's own; an older one may be whole

@@ -227,6 +227,7 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
     if target.stage == 3:
         zero.checkpoint_event_epilogue()
     _restore_rest(engine, source)
+    engine.leanstate_watch.accept()  # the weights that the model now has are the optimizer's
     return converted
 
 
