@@ -227,7 +227,8 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
     if target.stage == 3:
         zero.checkpoint_event_epilogue()
     _restore_rest(engine, source)
-    engine.leanstate_watch.accept()  # the weights that the model now has are the optimizer's
+    if hasattr(engine, "leanstate_watch"):
+        engine.leanstate_watch.accept()  # the weights that the model now has are the optimizer's
     return converted
 
 
