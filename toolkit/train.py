@@ -6,7 +6,6 @@ live here: the rules are in `toolkit.optim`, the sharding in `toolkit.zero`.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
-from toolkit.memory.records import FOLDER as MEMORY_FOLDER
 from toolkit.run import compiling, deterministic, feed, ranks, stopping
 from toolkit.run import folder as run_folder
 from toolkit.run.memory import end_without_memory, held_now, make_explainer, watch
@@ -25,6 +23,7 @@ from toolkit.run.saving import Saver
 from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings, parse
 from toolkit.run.stopping import INTERRUPTED, OUT_OF_MEMORY, LeftBehind, OutOfMemory, StopRequest, Watch, abandon
+from toolkit.run.summary import summarize
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
     from toolkit.memory.ledger import Ledger
 
-# Steps whose mean is the final training loss: a single batch is too noisy to report.
-LAST_STEPS = 10
 DIVERGED = 3
 
 
@@ -105,7 +102,7 @@ def _train(
                 with screen:
                     records = _loop(plan, engine, screen, held, stop, ledger, saver, start, records, compile_s)
                 ledger.close()
-                summary = _summary(plan, engine, records, ledger.largest)
+                summary = summarize(plan, engine, records, ledger.largest)
                 if held is not None:
                     held.write_summary(summary)
                     run_folder.plot_loss(records, plan.folder / run_folder.PLOT, title=plan.folder.name)
@@ -332,46 +329,6 @@ def _monitor(engine: Any, record: dict[str, Any]) -> None:
         names |= {"grad_norm": "Train/grad_norm", "tokens_per_s": "Train/tokens_per_s"}
         events = [(name, record[key], record["step"]) for key, name in names.items() if record.get(key) is not None]
         engine.monitor.write_events(events)
-
-
-def _summary(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: int) -> dict[str, Any]:
-    import torch
-
-    from toolkit.zero import optimizer_state_bytes
-
-    states = optimizer_state_bytes(engine)
-    mine = sum(states.values())
-    [mean], [largest, peak] = ranks.mean_max([mine], [mine, memory], engine.device)
-    final = [record["loss"] for record in records[-LAST_STEPS:]]
-    validated = [record["val_loss"] for record in records if "val_loss" in record]
-    seconds = [record["step_time_s"] for record in records]
-    return {
-        "run_dir": str(plan.folder),
-        "interrupted": records[-1]["step"] < plan.settings.steps,
-        "diverged": _skipped_at_the_end(records) >= plan.settings.max_skipped,
-        "steps": len(records),
-        "skipped_steps": sum(record["skipped"] for record in records),
-        "tokens": sum(map(run_folder.tokens_of, records)),
-        "seconds": sum(seconds),
-        "compile_s": sum(record.get("compile_s", 0.0) for record in records),
-        "loss": None if None in final else statistics.fmean(final),
-        "loss_steps": len(final),
-        "val_loss": validated[-1] if validated else None,
-        # The median: a machine that others use has slow moments.
-        "tokens_per_s": statistics.median(record["tokens_per_s"] for record in records),
-        "peak_memory_bytes": int(peak),
-        "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
-        "memory_files": str(plan.folder / MEMORY_FOLDER) if plan.settings.memory_profile != "off" else None,
-        "parameters": plan.parameters,
-        **feed.counted(plan.read_to),
-        "state_bytes_by_name": states,
-        "state_bytes_per_parameter": mean * plan.batch.world_size / plan.parameters,
-        "state_bytes_per_parameter_per_rank": largest / plan.parameters,
-    }
-
-
-def _skipped_at_the_end(records: list[dict[str, Any]]) -> int:
-    return next((n for n, record in enumerate(reversed(records)) if not record["skipped"]), len(records))
 
 
 @outliving("nobody reads the output of this run any more; it continues, and its metrics are in its run folder.")

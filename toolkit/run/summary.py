@@ -1,0 +1,60 @@
+"""What a run that has ended says of itself."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from toolkit.memory.records import FOLDER as MEMORY_FOLDER
+from toolkit.run import feed, ranks
+from toolkit.run import folder as run_folder
+from toolkit.run.plan import Plan
+
+# Steps whose mean is the final training loss: a single batch is too noisy to report.
+LAST_STEPS = 10
+
+
+def summarize(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: int) -> dict[str, Any]:
+    """The content of summary.json; every rank must call this.
+
+    Args:
+        records: the lines of metrics.jsonl, those of earlier starts of the run among them.
+        memory: bytes at this rank's peak.
+    """
+    import torch
+
+    from toolkit.zero import optimizer_state_bytes
+
+    states = optimizer_state_bytes(engine)
+    mine = sum(states.values())
+    [mean], [largest, peak] = ranks.mean_max([mine], [mine, memory], engine.device)
+    final = [record["loss"] for record in records[-LAST_STEPS:]]
+    validated = [record["val_loss"] for record in records if "val_loss" in record]
+    seconds = [record["step_time_s"] for record in records]
+    return {
+        "run_dir": str(plan.folder),
+        "interrupted": records[-1]["step"] < plan.settings.steps,
+        "diverged": _skipped_at_the_end(records) >= plan.settings.max_skipped,
+        "steps": len(records),
+        "skipped_steps": sum(record["skipped"] for record in records),
+        "tokens": sum(map(run_folder.tokens_of, records)),
+        "seconds": sum(seconds),
+        "compile_s": sum(record.get("compile_s", 0.0) for record in records),
+        "loss": None if None in final else statistics.fmean(final),
+        "loss_steps": len(final),
+        "val_loss": validated[-1] if validated else None,
+        # The median: a machine that others use has slow moments.
+        "tokens_per_s": statistics.median(record["tokens_per_s"] for record in records),
+        "peak_memory_bytes": int(peak),
+        "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
+        "memory_files": str(plan.folder / MEMORY_FOLDER) if plan.settings.memory_profile != "off" else None,
+        "parameters": plan.parameters,
+        **feed.counted(plan.read_to),
+        "state_bytes_by_name": states,
+        "state_bytes_per_parameter": mean * plan.batch.world_size / plan.parameters,
+        "state_bytes_per_parameter_per_rank": largest / plan.parameters,
+    }
+
+
+def _skipped_at_the_end(records: list[dict[str, Any]]) -> int:
+    return next((n for n, record in enumerate(reversed(records)) if not record["skipped"]), len(records))
