@@ -120,7 +120,14 @@ def test_nothing_compiles_on_when_the_run_has_ended(settings: list[str], tmp_pat
     more = ["--seq-len", "1000000"] if end == "error" else []
     command = [sys.executable, "-m", "toolkit.train", *settings, *more]
     run = subprocess.Popen(
-        command, cwd=REPOSITORY, env=cached_in(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=REPOSITORY,
+        env=cached_in(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not processes(plugin, "time.sleep"):
