@@ -23,7 +23,7 @@ def test_runs_pass_over_count_stop_and_resume(tmp_path: Path) -> None:
     bad.write_bytes(b"\n".join(lines))
     # The second window of documents, and so this one, is read after step 21.
     late = tmp_path / "late.jsonl"
-    texts = [json.dumps({"text": f"{n % 10} 1 2 3 4"}) for n in range(1100)]
+    texts = [json.dumps({"text": f"{n % 10} 1 2 3 4 5 6 7 8 9"}) for n in range(1100)]
     late.write_text("\n".join([*texts[:1095], '{"text": 5}', *texts[1095:]]))
     book = tmp_path / "one.txt"
     book.write_text("".join(f"Line {n} of a short book.\n" for n in range(600)))
