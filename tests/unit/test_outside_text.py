@@ -259,7 +259,7 @@ def test_a_run_does_not_write_through_links(tmp_path: Path, name: str) -> None:
     (run / "run.json").touch()
     held = RunFolder(run, {}, {}, checkpoints=True, resuming=True)
     (run / "metrics.jsonl").touch()
-    held.go_on(1, config)
+    held.go_on(1, {})
     held.close()
     assert (tmp_path / "theirs").read_text() == "theirs"
 
@@ -280,7 +280,7 @@ def test_lines_that_are_no_steps_are_dropped_and_counted(tmp_path: Path) -> None
             file.write(json.dumps(line) + "\n")
         file.write(json.dumps(STEP_LINE | {"step": 2}) + "\n")
     held = RunFolder(run, {}, {}, checkpoints=True, resuming=True)
-    assert [record["step"] for record in held.go_on(5)] == [1, 2] and held.dropped == len(BAD_LINES)
+    assert [record["step"] for record in held.go_on(5, {})] == [1, 2] and held.dropped == len(BAD_LINES)
     held.close()
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2]
     plot_loss([STEP_LINE], tmp_path / "loss.png", title="a $\\foo$ b")
