@@ -42,8 +42,10 @@ def _hidden(value: Any) -> Any:
 
 
 def masked_assignment(text: str) -> str:
-    """`text`, the "dotted.key=value" of a --set, with its secrets masked."""
-    key, equals, value = text.partition("=")
+    """`text`, the "dotted.key=value" of a --set, with its secrets masked; a word without a value stays."""
+    key, equals, value = text.partition("=" if "=" in text else " ")
+    if not equals:
+        return text
     if any(is_secret(part) for part in key.split(".")):
         return key + equals + MASK
     try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,8 @@ def rates(engine: Any, last: int) -> list[Any]:
 
 
 def schedules(folder: str) -> dict[str, Any]:
+    # Of torch, which would not see that the optimizer has made a step.
+    warnings.filterwarnings("error", "Detected call of `lr_scheduler.step")
     makers: dict[str, Maker | None] = {**TORCH, **DEEPSPEED, "none": None}
     found: dict[str, Any] = {}
     for name, maker in makers.items():

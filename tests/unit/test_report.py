@@ -375,7 +375,7 @@ def test_a_batch_that_changed_counts_as_what_each_step_was(tmp_path: Path) -> No
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines[10:]:  # older lines have no such fields
         line |= {"sequences": 4, "tokens": 4 * 256, "tokens_per_s": 4 * 256 / line["step_time_s"]}
-    lines[10]["changed"] = ["ranks 2, now 1", "global batch 8, now 4"]
+    lines[10]["changed"] = ["ranks 2, now 1", "global batch 8, now 4", "--steps 40, now 60"]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = build_report([folder, write_run(tmp_path / "other")])
     training = report.runs[0].training
@@ -385,7 +385,9 @@ def test_a_batch_that_changed_counts_as_what_each_step_was(tmp_path: Path) -> No
     assert "Different global batch: 8; 4 from step 11 on in run; 8 in other" in "\n".join(report.gaps)
     markdown = render(report, "markdown")
     assert "| global batch | 8; 4 from step 11 on |" in markdown
-    assert "before step 11: ranks 2, now 1, global batch 8, now 4" in markdown
+    assert "before step 11: ranks 2, now 1, global batch 8, now 4, --steps 40, now 60" in markdown
+    assert "40 of 60 steps, " in markdown
+    assert any(gap.startswith("Different steps asked for: 60 in run; 40 in other") for gap in report.gaps)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:

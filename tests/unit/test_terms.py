@@ -194,7 +194,7 @@ def test_a_kept_warmup_does_not_trip_a_json_without_one(monkeypatch: pytest.Monk
 
 
 def test_nothing_secret_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = saved_by('--set wandb={"enabled":true,"team":"S3CRET"}', 1, monkeypatch)
+    saved = saved_by('--set csv_monitor={"enabled":true,"job_name":"S3CRET"}', 1, monkeypatch)
     assert "S3CRET" not in str(saved)
 
 

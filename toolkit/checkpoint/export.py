@@ -219,5 +219,12 @@ class _Tensors:
             return self.source.frozen_weight(name)
         _, place = self.source.sharding.by_name[name]
         # The bf16 weight itself, where there is one: the sum of weight and remainder may round to its neighbour.
-        flat = self.source.elements(name, None, 0, place.numel)
-        return flat if flat.dtype == self.shapes[name].dtype else self.source.weights(name, 0, place.numel)
+        flat, dtype = self.source.elements(name, None, 0, place.numel), self.shapes[name].dtype
+        if flat.dtype == dtype:
+            return flat
+        whole = self.source.weights(name, 0, place.numel)
+        # The universal layout has nothing but the sum, and says how it is to be taken apart.
+        written = self.source.manifest.sharding
+        found = written.by_name.get(name)
+        kept = None if found is None else written.layout(found[0]).remainder
+        return kept.split(whole)[0] if kept is not None and dtype == torch.bfloat16 else whole

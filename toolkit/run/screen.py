@@ -98,9 +98,10 @@ class Screen:
             f"{summary['state_bytes_per_parameter_per_rank']:.2f} of them on each rank",
             "  of rank 0": ", ".join(f"{name} {size_text(count)}" for name, count in by_name),
         }
-        if summary["skipped_documents"]:
-            some = "; ".join(summary["skipped_documents_first"])
-            rows["passed over"] = f"{summary['skipped_documents']:,} documents that cannot be used, the first: {some}"
+        if count := summary["skipped_documents"]:
+            some = " ".join(summary["skipped_documents_first"])
+            documents = "document" if count == 1 else "documents"
+            rows["passed over"] = f"{count:,} {documents} that cannot be used, the first: {some}"
         if summary["replaced_characters"]:
             rows["replaced"] = (
                 f"{summary['replaced_characters']:,} characters of the text, which its encoding does not have"

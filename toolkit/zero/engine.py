@@ -146,6 +146,7 @@ def register() -> None:
     engine, zero_supports = ds_engine.DeepSpeedEngine, ds_engine.is_zero_supported_optimizer
     configure_basic, configure = engine._configure_basic_optimizer, engine._configure_optimizer
     supports, make_scheduler = engine._is_supported_optimizer, engine._scheduler_from_config
+    make_configured = engine._configure_lr_scheduler
     take, load = engine._take_model_step, engine.load_checkpoint
 
     def configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
@@ -181,15 +182,17 @@ def register() -> None:
 
     def scheduler_from_config(self: Any, optimizer: Any) -> Any:
         self._config.scheduler_params = self.scheduler_params() or {}
-        scheduler = make_scheduler(self, _schedulers_optimizer(self, optimizer))
-        if isinstance(scheduler, LRScheduler):
+        return make_scheduler(self, _schedulers_optimizer(self, optimizer))
+
+    def configure_scheduler(self: Any) -> None:
+        make_configured(self)
+        if isinstance(self.lr_scheduler, LRScheduler) and self.basic_optimizer is not None:
             # Torch warns unless it has seen `step` of this optimizer, which ZeRO does not always go through; the
-            # engine steps the optimizer first.
+            # engine steps the optimizer first. Also where the schedule was handed over.
             self.basic_optimizer._opt_called = True
-        return scheduler
 
     engine._configure_basic_optimizer = configure_basic_optimizer
-    engine._scheduler_from_config = scheduler_from_config
+    engine._scheduler_from_config, engine._configure_lr_scheduler = scheduler_from_config, configure_scheduler
     engine._configure_optimizer = configure_optimizer
     engine._is_supported_optimizer = lambda self, name: bool(find_rule(name)) or supports(self, name)
     ds_engine.is_zero_supported_optimizer = lambda opt: isinstance(opt, RuleOptimizer) or zero_supports(opt)

@@ -143,7 +143,8 @@ _FIELDS_3 = (
 )
 # What `checkpoint.py` replaces or sets while it saves and loads, and `engine.py` for good.
 _METHODS_ENGINE = (
-    "_take_model_step load_checkpoint save_checkpoint _save_checkpoint _save_zero_checkpoint _copy_recovery_script"
+    "_take_model_step load_checkpoint save_checkpoint _save_checkpoint _save_zero_checkpoint _copy_recovery_script "
+    "_configure_lr_scheduler"
 )
 _FIELDS_ENGINE = "checkpoint_engine global_steps global_samples skipped_steps micro_steps lr_scheduler"
 

@@ -63,11 +63,11 @@ def write_report(report: Report, paths: dict[str, Path]) -> None:
         UserError: a file cannot be written, or is there and no report; then none is written.
     """
     for kind, path in paths.items():
+        check_writable(path)
         if not _may_be_replaced(path, kind):
             raise UserError(f"{path} is there already and is no report; give another --out.")
     for kind, path in paths.items():
         text = render(report, kind)
-        check_writable(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

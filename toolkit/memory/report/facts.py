@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ def facts_of(folder: Folder) -> Facts:
         global_batch=run.global_batch,
         seq_len=settings.seq_len,
         **_schedule(config),
-        steps=settings.steps,
+        steps=_asked(folder, settings.steps),
         activation_checkpointing=settings.activation_checkpointing,
         loss=settings.loss,
         data=data,
@@ -49,6 +50,15 @@ def facts_of(folder: Folder) -> Facts:
     known = {name: value for name, value in facts if value is not None and name in ("model", "device")}
     return facts.model_copy(update=resolved | known)
 
+
+def _asked(folder: Folder, at_first: int | None) -> int | None:
+    """Steps that the run was to make when it was last resumed."""
+    changes = [_STEPS.fullmatch(words) for line in folder.steps for words in line.changed]
+    return next((int(found[1]) for found in reversed(changes) if found), at_first)
+
+
+_STEPS = re.compile(r"--steps \d+, now (\d{1,18})", re.ASCII)
+"""As `toolkit.run.terms.changes` has it."""
 
 # Where a scheduler keeps the peak that it sets, over the optimizer's own rate.
 _PEAKS = ("warmup_max_lr", "cycle_max_lr")
