@@ -15,12 +15,6 @@ if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-DTYPE_NAMES = (
-    dict.fromkeys(("bf16", "bfloat16"), "bf16")
-    | dict.fromkeys(("fp16", "float16", "half", "f16"), "fp16")
-    | dict.fromkeys(("fp32", "float32", "float", "f32"), "fp32")
-)
-"""What people call the dtypes of an export."""
 Where = Annotated[Path, typer.Argument(help="A run, its newest checkpoint then, or a checkpoint.")]
 TrustPickle = Annotated[
     bool,
@@ -179,9 +173,9 @@ def export(
     from toolkit.checkpoint.export import DTYPES
     from toolkit.checkpoint.export import export as write
 
-    wanted = None if dtype is None else DTYPE_NAMES.get(dtype.lower().removeprefix("torch."))
-    if dtype is not None and wanted not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
+    wanted = None if dtype is None else dtype.lower().removeprefix("torch.")
+    if wanted is not None and wanted not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}, but must be bf16, fp16 or fp32.{nearest(wanted, DTYPES)}")
     source = _open(path, trust_pickle)
     files = write(source, to, dtype=wanted)
     kept = f"in {wanted}" if wanted is not None else "as trained"

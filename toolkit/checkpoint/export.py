@@ -23,14 +23,12 @@ from toolkit.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
+DTYPES = (
+    dict.fromkeys(("bf16", "bfloat16"), torch.bfloat16)
+    | dict.fromkeys(("fp16", "float16", "half", "f16"), torch.float16)
+    | dict.fromkeys(("fp32", "float32", "float", "f32"), torch.float32)
+)
+"""By what people call them."""
 SHARD_BYTES = 2 * 10**9
 PREFIX = "hf."
 """The transformers model is this part of the module that was trained."""
