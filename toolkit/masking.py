@@ -41,6 +41,15 @@ def _hidden(value: Any) -> Any:
     return value if value is None or value == "" or isinstance(value, bool) else MASK
 
 
+def masks(value: Any, path: str = "") -> Iterator[str]:
+    """The dotted paths in `value`, a configuration, whose secret is only `MASK`: it comes from a run's folder."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if item == MASK and is_secret(key):
+                yield f"{path}{key}"
+            yield from masks(item, f"{path}{key}.")
+
+
 def masked_assignment(text: str) -> str:
     """`text`, the "dotted.key=value" of a --set, with its secrets masked; a word without a value stays."""
     key, equals, value = text.partition("=" if "=" in text else " ")

@@ -98,6 +98,16 @@ def test_sentences_quote_no_secret() -> None:
         assert "KEY" not in str(caught.value)
 
 
+def test_a_mask_is_no_secret() -> None:
+    from toolkit.config import validate
+
+    config = masked({"train_micro_batch_size_per_gpu": 1, "comet": {"enabled": True, "api_key": "12345678"}})
+    with pytest.raises(
+        UserError, match=r"run/ds_config.json: comet.api_key is '\*\*\*', which the files of a run have"
+    ):
+        validate(config, origin="run/ds_config.json")
+
+
 def test_the_run_folder_and_checkpoints_hold_no_secret(tmp_path: Path) -> None:
     config = {"comet": {"enabled": False, "api_key": "KEY-1"}, "wandb": {"token": "KEY-2"}}
     facts = {"settings": {"overrides": ["comet.api_key=KEY-3"]}, "ds_config": config}

@@ -89,7 +89,10 @@ def inspect(
         table.add_row(name, str(value))
     for name, entry in sorted(manifest.files.items()):
         table.add_row("", f"{entry['bytes']:>15,}  {name}")
-    PlainConsole().print(table)
+    console = PlainConsole()
+    if not console.is_terminal:  # what a program reads is not cut into lines
+        console.width = 1000
+    console.print(table)
 
 
 def _formats(flats: Any) -> set[str]:

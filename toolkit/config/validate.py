@@ -20,6 +20,7 @@ from toolkit.config.removed import check_removed
 from toolkit.config.schedulers import check_scheduler, rates, scheduler_arguments
 from toolkit.config.schema import DeepSpeedJson, deepspeed_models
 from toolkit.errors import UserError
+from toolkit.masking import MASK, masks
 from toolkit.sentences import dotted, explain, shown
 
 HIGHEST_USUAL_RATE = 1.0
@@ -72,6 +73,11 @@ def _validate(config: dict[str, Any], world_size: int | None, total_steps: int |
     from toolkit.optim import find_rule
 
     check_removed(config)
+    for path in masks(config):
+        raise UserError(
+            f"{path} is {MASK!r}, which the files of a run have in place of a secret; give the secret itself, or leave "
+            "the section out."
+        )
     try:
         TypeAdapter(DeepSpeedJson).validate_python(config)
     except ValidationError as error:
