@@ -243,7 +243,7 @@ def test_no_command_line_ends_in_a_traceback_or_loses_a_file(
     monkeypatch.setenv("HOME", str(tmp_path))
     before = hashes(root)
     statuses: list[int] = []
-    for line in lines(seed, 250):
+    for line in lines(seed, 120):
         status = run(monkeypatch, *line)
         printed = capsys.readouterr()
         statuses.append(status)
@@ -280,7 +280,7 @@ ALL_FLAGS += ["--optimizer", "--batch-size", "--epochs", "--num_gpus", "--lr-rat
 def test_no_training_line_ends_in_a_traceback(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(seed)
     accepted = 0
-    for _ in range(250):
+    for _ in range(120):
         line = []
         for flag in draw.sample(ALL_FLAGS, draw.randint(0, 3)):
             line += [flag, draw.choice([*NUMBERS, *WORDS, *SETS])][: draw.choice((1, 2, 2, 2))]

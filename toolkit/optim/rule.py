@@ -41,7 +41,7 @@ class Rule(BaseModel):
     A subclass declares `states`, its fields beside `lr`, and two methods:
 
     * `update(theta, g, *states, **scalars) -> (theta, *states)`: the mathematics, elementwise, fp32 in and out (`theta`
-      and `g` are fp64 where weights are); no finite element of `g` is beyond 2^63, so its square is finite;
+      and `g` are fp64 where weights are); finite elements of `g` beyond 2^63 are zeros, so its square is finite;
       `scalars` are the 0-d fp32 tensors that `scalars()` named;
     * `scalars(t)`: every number that `update` needs at step t = 1, 2, ..., computed here in Python's float64
       (bias corrections lose digits in fp32).

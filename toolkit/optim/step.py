@@ -46,7 +46,7 @@ COMPILED_ROWS = 2**22
 """Blocks per call of the compiled step: their 2^30 elements have 32-bit indices, on which the kernel counts."""
 
 LARGEST_GRADIENT = 2.0**63
-"""What a larger finite element of a gradient counts as, so that its square, a second moment, is finite."""
+"""A larger element of a gradient counts as none, so that squares, which second moments add up, are finite."""
 
 
 class StepFunction:
@@ -206,12 +206,11 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 
 
 def _bounded(g: Tensor) -> Tensor:
-    """`g` with finite elements cut to LARGEST_GRADIENT; inf becomes NaN and NaN stays: they never turn finite unseen.
+    """`g` with zeros for finite elements beyond LARGEST_GRADIENT; inf becomes NaN and NaN stays: they stay seen.
 
-    Comparisons and not `clamp`, which looks for NaN twice more.
+    A product and not `clamp` or `where`, which cost three times as much.
     """
-    cut = torch.where(g > LARGEST_GRADIENT, LARGEST_GRADIENT, torch.where(g < -LARGEST_GRADIENT, -LARGEST_GRADIENT, g))
-    return cut + 0.0 * g
+    return g * (g.abs() <= LARGEST_GRADIENT)
 
 
 def _write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
