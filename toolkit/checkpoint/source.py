@@ -137,6 +137,15 @@ class Source:
                 raise UserError(f"{self.folder} is damaged (rank {rank}, flat tensor {index}: {error})") from None
         return self._held[rank, index]
 
+    def stored(self, rank: int, index: int, key: str) -> Tensor:
+        """One tensor of `held`. Raises UserError where some flat tensors have state and this one has none."""
+        try:
+            found: Tensor = self.held(rank, index)[key]
+        except KeyError:
+            name = self.sharding.flats[index].places[0].name
+            raise UserError(f"{self.folder} is damaged ({key!r} of {name!r} is missing)") from None
+        return found
+
     def master(self, rank: int, index: int) -> Tensor:
         """A rank's flat tensor `index`: bf16 weights or fp32 master weights; it may lack padding at its end."""
         saved = self.optimizer_states(rank)["optimizer_state_dict"]
@@ -176,7 +185,7 @@ class Source:
         index, place = self.sharding.by_name[name]
         found = []
         for rank, first, last in self._ranges(index, place, start, stop):
-            tensor = self.master(rank, index) if key is None else self.held(rank, index)[key]
+            tensor = self.master(rank, index) if key is None else self.stored(rank, index, key)
             found.append(tensor.reshape(-1)[first:last])
         return torch.cat(found) if len(found) != 1 else found[0]
 
@@ -192,7 +201,7 @@ class Source:
 
     def _blocks(self, index: int, place: Place, key: str, start: int, stop: int) -> Tensor:
         ranges = self._ranges(index, place, start, stop)
-        return torch.cat([self.held(rank, index)[key][a // BLOCK : -(-b // BLOCK)] for rank, a, b in ranges])
+        return torch.cat([self.stored(rank, index, key)[a // BLOCK : -(-b // BLOCK)] for rank, a, b in ranges])
 
     def lanes(self, name: str, key: str, per_block: int, start: int, stop: int) -> Tensor:
         """Elements of a remainder's stored tensor, 4-bit ones unpacked, 1-D."""
@@ -203,7 +212,7 @@ class Source:
         # By the rank's flat tensor, whose rows are cut without regard to where a parameter begins.
         for rank, first, last in self._ranges(index, place, start, stop):
             top = first // BLOCK
-            rows = self.held(rank, index)[key][top : -(-last // BLOCK)]
+            rows = self.stored(rank, index, key)[top : -(-last // BLOCK)]
             found.append(torch.cat(unpack(rows), dim=1).reshape(-1)[first - top * BLOCK : last - top * BLOCK])
         return torch.cat(found)
 
