@@ -51,6 +51,8 @@ def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> lis
                 entries[name] = save(model_states(source, target, rank), written / name)
         entries |= {name: save(path.read_bytes(), written / name) for name, path in source.model_files().items()}
         store.commit(draft, Manifest(step, target, source.manifest.facts, entries))
+    except OSError as error:
+        raise UserError(f"{source.folder} cannot be converted: {error}") from None
     finally:
         store.discard(draft)
     return transfer.regridded()
