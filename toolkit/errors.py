@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from toolkit.printable import printable
 
@@ -24,3 +24,9 @@ def nearest(word: str, options: Iterable[str]) -> str:
     by_lower = {option.lower(): option for option in options}
     matches = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.6)
     return f" Did you mean {by_lower[matches[0]]!r}?" if matches else ""
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """The first `most` of `names`, with commas, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ranks import answer
 
 import toolkit.train
 from toolkit.errors import UserError
@@ -123,17 +123,11 @@ KINDS: dict[str, Callable[..., Any]] = {"run": run, "carry": carry, "stock": sto
 
 def main() -> None:
     ranks.prepare()
-    import torch
     from deepspeed.accelerator import get_accelerator
 
     # Half precision computes correctly on any CPU; DeepSpeed refuses it where the hardware has no fast path.
     get_accelerator().is_fp16_supported = lambda: True
-    settings = json.loads(Path(sys.argv[-1]).read_text())
-    results = []
-    for step in settings["steps"]:
-        kind = next(name for name in KINDS if name in step)
-        results.append(KINDS[kind](step.pop(kind), **step))
-    torch.save(results, Path(settings["out"]) / f"rank{ranks.rank()}.pt")
+    answer(KINDS)
     ranks.finish()
 
 

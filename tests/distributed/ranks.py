@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,19 @@ def launch(folder: Path, world_size: int, script: Path, settings: dict[str, Any]
     remove_buffers(command)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-6000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
+
+
+def answer(kinds: Mapping[str, Callable[..., Any]]) -> None:
+    """In a rank that `launch` started: do each of its settings' `steps`, which one of `kinds` names; write the results.
+
+    A step's other keys are arguments of what does it.
+    """
+    settings = json.loads(Path(sys.argv[-1]).read_text())
+    results = []
+    for step in settings["steps"]:
+        kind = next(name for name in kinds if name in step)
+        results.append(kinds[kind](step.pop(kind), **step))
+    torch.save(results, Path(settings["out"]) / f"rank{os.environ['RANK']}.pt")
 
 
 def run_ranks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from toolkit.errors import nearest
+from toolkit.errors import nearest, some
 
 _EXPECTED = "expected is a run's folder, or a checkpoint such as runs/first/checkpoints/global_step100"
 _SHOWN = 5
@@ -32,8 +32,7 @@ def not_a_checkpoint(path: Path) -> str:
     inside = sorted(other for other in path.iterdir() if other.is_dir())
     runs = [other.name for other in inside if (other / "checkpoints").is_dir() or (other / "run.json").is_file()]
     if runs:
-        more = f" and {len(runs) - _SHOWN} more" if len(runs) > _SHOWN else ""
-        return f"{path} is no run, but holds some: {', '.join(runs[:_SHOWN])}{more}; give one of them."
+        return f"{path} is no run, but holds some: {some(runs, _SHOWN)}; give one of them."
     if (path / "run.json").is_file() or (path / "checkpoints").is_dir() or path.name == "checkpoints":
         return f"the run in {path} has no checkpoint: it saved none yet, or was started with --save-every 0."
     if any(path.glob("*.safetensors")) or (path / "config.json").is_file():

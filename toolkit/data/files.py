@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from toolkit.data import documents
 from toolkit.data.documents import UNDECODED, Document, document
-from toolkit.errors import UserError, nearest
+from toolkit.errors import UserError, nearest, some
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -310,7 +310,7 @@ def no_column(where: str, column: str, columns: list[str]) -> str:
 
 def listed(words: Iterable[str]) -> str:
     shown = [repr(word) for word in words]
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
+    return some(shown, 12)
 
 
 def first_line(error: BaseException) -> str:

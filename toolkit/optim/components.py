@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, some
 from toolkit.optim.layout import check_dtype
 
 logger = logging.getLogger("toolkit")
@@ -91,8 +91,7 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
                     groups[key] = group | own
             groups[key]["params"].append(tensor)
     if unplaced:
-        shown = ", ".join(unplaced[:8]) + (f" and {len(unplaced) - 8} more" if len(unplaced) > 8 else "")
-        logger.warning('component "other" (no known component fits): %s', shown)
+        logger.warning('component "other" (no known component fits): %s', some(unplaced, 8))
     # A group without elements has nothing to train, and ZeRO cannot cut it.
     return [group for group in groups.values() if any(_whole_numel(tensor) for tensor in group["params"])]
 

@@ -7,6 +7,8 @@ import logging
 from deepspeed import comm as dist
 from torch import nn
 
+from toolkit.errors import some
+
 logger = logging.getLogger("toolkit")
 
 
@@ -61,6 +63,5 @@ class Watch:
 
 
 def _warn(names: list[str], what: str) -> None:
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     if dist.get_rank() == 0:
-        logger.warning("%s: %s", shown, what)
+        logger.warning("%s: %s", some(names, 8), what)
