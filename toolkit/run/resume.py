@@ -228,7 +228,7 @@ def make_saver(plan: Plan, engine: Any, start: Start, say: Callable[[str], None]
         say(f"note: no checkpoints are saved: {problem}.")
         return None
     store = Store(plan.folder / CHECKPOINTS, keep_last=settings.keep_last, keep_every=settings.keep_every)
-    # Those of the checkpoint that the run goes on from: what lies beside the model may have changed since.
+    # Those of the checkpoint that the run resumes from: what lies beside the model may have changed since.
     kept = start.source.model_files() if start.source is not None else {}
     files = {name: path.read_bytes() for name, path in kept.items()} or plan.model_files
     saver = Saver(engine, store, files)
