@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from toolkit.checkpoint import commands as checkpoints
+from toolkit.commands import checkpoint as checkpoints
+from toolkit.commands.estimate import estimate, plan
 from toolkit.errors import UserError, nearest
-from toolkit.memory.commands import estimate, plan
 from toolkit.printable import echo, printable
 from toolkit.run.output import outliving
 from toolkit.usage import USAGE_ERROR, check_given, sentence
@@ -85,7 +85,7 @@ def report(
     ] = None,
 ) -> None:
     """Report what runs took and why: a page, Markdown and JSON."""
-    from toolkit.memory.report import build_report, report_paths, write_report
+    from toolkit.report import build_report, report_paths, write_report
 
     paths = report_paths(runs, out, () if formats is None or Format.ALL in formats else formats)
     built = build_report(runs)

@@ -13,15 +13,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
+from toolkit.records.run import CHECKPOINTS, METRICS, PLOT, strict
 from toolkit.run import compiling, deterministic, feed, ranks, stopping
 from toolkit.run import folder as run_folder
 from toolkit.run.memory import end_without_memory, held_now, make_explainer, watch
 from toolkit.run.output import outliving
 from toolkit.run.plan import Plan, make_plan, settle_again
-from toolkit.run.resume import NONE, Start, facts, find_start, make_saver, take_over
+from toolkit.run.resume import facts, make_saver, take_over
 from toolkit.run.saving import Saver
 from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings, parse
+from toolkit.run.start import NONE, Start, find_start
 from toolkit.run.stopping import INTERRUPTED, OUT_OF_MEMORY, LeftBehind, OutOfMemory, StopRequest, Watch, abandon
 from toolkit.run.summary import summarize
 
@@ -68,7 +70,7 @@ def _train(
 ) -> dict[str, Any]:
     import torch
 
-    import toolkit.memory.exhausted  # noqa: F401 (when it is needed, there is no memory to import it)
+    import toolkit.memory.out_of_memory  # noqa: F401 (when it is needed, there is no memory to import it)
 
     screen.say(f"reading {settings.data}")
     plan = ranks.agreed(lambda: make_plan(settings))
@@ -76,7 +78,7 @@ def _train(
     held = ranks.agreed(lambda: _claim(plan, device))
     explainer = saver = None
     try:
-        start = ranks.agreed(lambda: find_start(plan))
+        start = ranks.agreed(lambda: find_start(plan.settings, plan.folder, plan.identity))
         ranks.agreed(lambda: settle_again(plan, start.saved))
         settings = plan.settings
         screen.expect(settings.steps)
@@ -95,7 +97,7 @@ def _train(
             ranks.agreed(lambda: take_over(plan, engine, start, screen.say))
             records = ranks.from_first(held.go_on(start.step, plan.config) if held is not None else [])
             if held is not None and held.dropped:
-                screen.say(f"note: {held.dropped} line(s) of {run_folder.METRICS} were no steps and are dropped.")
+                screen.say(f"note: {held.dropped} line(s) of {METRICS} were no steps and are dropped.")
             saver = make_saver(plan, engine, start, screen.say)
             compile_s = compiling.step_compiled(engine, background, screen.say)
             with stop, watch(plan, engine, explainer) as ledger:
@@ -105,7 +107,7 @@ def _train(
                 summary = summarize(plan, engine, records, ledger.largest)
                 if held is not None:
                     held.write_summary(summary)
-                    run_folder.plot_loss(records, plan.folder / run_folder.PLOT, title=plan.folder.name)
+                    run_folder.plot_loss(records, plan.folder / PLOT, title=plan.folder.name)
         screen.summary(summary)
     except UserError:
         raise
@@ -253,7 +255,7 @@ def _loop(
         diverged = skipped >= settings.max_skipped
         if plan.validation and not stopping and (last or step % settings.eval_every == 0):
             record["val_loss"] = _validate(engine, plan.validation, batch.micro)
-        record = run_folder.strict(record)
+        record = strict(record)
         records.append(record)
         if held is not None:
             held.write_step(record)
@@ -270,7 +272,7 @@ def _loop(
             elif ending:
                 saver.now(step, facts(plan, batches.position))
         if ending:
-            where = f"; a checkpoint is in {plan.folder / run_folder.CHECKPOINTS}" if saver is not None else ""
+            where = f"; a checkpoint is in {plan.folder / CHECKPOINTS}" if saver is not None else ""
             if diverged:
                 screen.say(
                     f"stopped after step {step}: the gradient was not finite in {skipped} steps in a row, which is "

@@ -30,10 +30,10 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from toolkit.optim.inductor import Launch, compile_blocks
-from toolkit.optim.layout import Layout
+from toolkit.optim.kernel import StepFunction
 from toolkit.optim.rule import Rule
-from toolkit.optim.step import StepFunction
 from toolkit.state.codecs import BLOCK
+from toolkit.state.layout import Layout
 
 TARGET = GPUTarget("cuda", 90, 32)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -18,8 +18,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from toolkit.data import PackedTokens, load_tokenizer, open_documents
 from toolkit.optim import AMCS, AMCSRule, component_of, param_groups
-from toolkit.optim.layout import layout, state_formats
 from toolkit.state.codecs import BLOCK, Codec, Residual4, Root4, Root8, Scale, Signed4, Signed8, from_parts, to_parts
+from toolkit.state.layout import layout, state_formats
 
 KINDS = ("embedding", "head", "attention", "ffn", "all")
 ROWS, SEQ_LEN = 8, 32
@@ -69,7 +69,7 @@ def square_root(codec: type[Codec]) -> type[Codec]:
 
 
 def shipped(name: str) -> tuple[type[Codec], ...]:
-    return layout(AMCSRule, state_formats(AMCSRule, name, where="here"), "fp32", torch.float32).codecs
+    return layout(AMCSRule.states, state_formats(AMCSRule.states, name, where="here"), "fp32", torch.float32).codecs
 
 
 CANDIDATES: dict[str, tuple[type[Codec], ...]] = {

@@ -23,10 +23,10 @@ from absent_gpu import MachineCode, assemble, machine_code, write
 
 from toolkit.optim import RULES, AMCSRule
 from toolkit.optim.inductor import Launch
-from toolkit.optim.layout import Layout, layout, state_formats
 from toolkit.optim.rule import Rule
 from toolkit.state.codecs import BLOCK, FORMATS, MIXES
-from toolkit.state.weights import MASTER, WEIGHTS
+from toolkit.state.layout import Layout, layout, state_formats
+from toolkit.state.remainders import MASTER, WEIGHTS
 
 ISSUE, COPY = 29e12, 3.0e12
 """Lane instructions and copied bytes a second of an H100 SXM: 132 x 4 x 32 lanes at 1.7 GHz, and what it copies."""
@@ -55,8 +55,8 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        formats = state_formats(self.rule, self.state_format, where="here")
-        return layout(self.rule, formats, self.weights, self.dtype)
+        formats = state_formats(self.rule.states, self.state_format, where="here")
+        return layout(self.rule.states, formats, self.weights, self.dtype)
 
     @property
     def bytes_moved(self) -> float:

@@ -21,8 +21,8 @@ from absent_gpu import IMPORTS, Kernel, load, step_arguments
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from toolkit.optim.layout import Layout
 from toolkit.optim.rule import Rule
+from toolkit.state.layout import Layout
 
 ROWS = 6
 

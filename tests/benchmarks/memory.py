@@ -106,7 +106,7 @@ def launch(config: dict[str, Any], world_size: int, **settings: Any) -> list[dic
 
 def predict(config: dict[str, Any], world_size: int, model: str) -> int:
     """The peak that `toolkit estimate` would give."""
-    from toolkit.memory.estimate import Case, Estimator
+    from toolkit.estimate.predict import Case, Estimator
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case = Case(model, config, world_size, 1, TOKENS, device=device, activation_checkpointing=False, loss="plain")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from toolkit.memory import categories as c
 from toolkit.memory.trace import StepTrace, count_from_here
+from toolkit.records import categories as c
 
 
 def build(settings: dict[str, Any]) -> Any:

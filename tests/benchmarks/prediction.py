@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from memory import configuration, launch
 
-from toolkit.memory.categories import is_model_state
-from toolkit.memory.estimate import Case, Estimator
+from toolkit.estimate.predict import Case, Estimator
+from toolkit.records.categories import is_model_state
 
 LIMIT, STATE_LIMIT = 0.05, 0.02
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 from memory import configuration, launch
 
-from toolkit.memory.categories import is_model_state
-from toolkit.memory.estimate import Case, Estimator
+from toolkit.estimate.predict import Case, Estimator
 from toolkit.models import cpu_matmul
+from toolkit.records.categories import is_model_state
 
 MODEL = "qwen3-tiny"
 

@@ -59,11 +59,11 @@ def run(arguments: list[str], stop_at: int | None = None, poison: tuple[int, ...
 
 
 def carry(arguments: list[str], source: str, to: str, convert: bool = False) -> Any:
-    from toolkit.checkpoint.commands import find
-    from toolkit.checkpoint.sharding import reshard
     from toolkit.checkpoint.store import Store
     from toolkit.checkpoint.universal import open_checkpoint
+    from toolkit.commands.checkpoint import find
     from toolkit.run.saving import Saver
+    from toolkit.state.sharding import reshard
     from toolkit.zero.checkpoint import load, sharding
 
     _, engine = _engine(arguments)

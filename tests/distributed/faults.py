@@ -20,7 +20,7 @@ from ranks import deepspeed_command, environment
 
 from toolkit.checkpoint import manifest as manifests
 from toolkit.checkpoint.store import LATEST, Store
-from toolkit.run.folder import read_metrics
+from toolkit.records.run import read_metrics
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 TARGETS = ("one rank", "all ranks", "the ranks' launcher", "deepspeed")

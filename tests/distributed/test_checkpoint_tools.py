@@ -15,14 +15,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from toolkit.checkpoint import manifest as manifests
-from toolkit.checkpoint.commands import find
 from toolkit.checkpoint.convert import convert
 from toolkit.checkpoint.export import export
 from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.universal import open_checkpoint, write
 from toolkit.cli import app
+from toolkit.commands.checkpoint import find
 from toolkit.errors import UserError
-from toolkit.memory.report import build_report
+from toolkit.report import build_report
 
 AMCS, ADAMW = WAYS["amcs-2"], WAYS["adamw-2"]
 FP32_STATE = ["--set", "optimizer.params.state_format=fp32", "--set", "comet.api_key=K3Y"]

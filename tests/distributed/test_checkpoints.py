@@ -11,9 +11,9 @@ import pytest
 import torch
 from ranks import launch
 
-from toolkit.checkpoint.commands import find
 from toolkit.checkpoint.universal import open_checkpoint
-from toolkit.run.folder import read_metrics
+from toolkit.commands.checkpoint import find
+from toolkit.records.run import read_metrics
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 STEPS = 10

@@ -19,7 +19,8 @@ from faults import TARGETS, TRAIN, Victim
 from ranks import deepspeed_command, environment
 from test_checkpoints import WAYS, World, steps_of
 
-from toolkit.run.folder import RunFolder, read_metrics
+from toolkit.records.run import read_metrics
+from toolkit.run.folder import RunFolder
 
 AMCS = WAYS["amcs-2"]
 SAVE_EVERY = 3

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from ranks import case, deepspeed_command, environment, run_ranks
 
-from toolkit.run.folder import read_metrics
+from toolkit.records.run import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LION = Path(__file__).with_name("lion.py")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from ranks import deepspeed_command, environment, remove_buffers
 
-from toolkit.memory import categories as c
-from toolkit.memory.records import FOLDER, PREDICTED, Measurement, OutOfMemory, Prediction, measured_name
-from toolkit.run.folder import METRICS, SUMMARY, read_metrics
+from toolkit.records import categories as c
+from toolkit.records.memory import FOLDER, PREDICTED, Measurement, OutOfMemory, Prediction, measured_name
+from toolkit.records.run import METRICS, SUMMARY, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("ledger_worker.py")

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from toolkit.memory import categories as c
-from toolkit.memory.exhausted import Explainer, asked_bytes, json_name, out_of_memory
-from toolkit.memory.gauges import CachingAllocator, limits
-from toolkit.memory.records import FOLDER, Measurement, OutOfMemory, measured_name
+from toolkit.memory.out_of_memory import Explainer, asked_bytes, json_name, out_of_memory
 from toolkit.memory.trace import StepTrace
+from toolkit.memory.watermarks import CachingAllocator, limits
+from toolkit.records import categories as c
+from toolkit.records.memory import FOLDER, Measurement, OutOfMemory, measured_name
 
 pytestmark = pytest.mark.gpu
 REPOSITORY = Path(__file__).resolve().parents[2]

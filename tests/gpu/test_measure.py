@@ -21,7 +21,7 @@ from measuring.parts import BY_NAME, CASES, PARTS, WEIGHTS, Check
 from measuring.record import Recorder, verdict
 from measuring.render import MISSING, page
 
-from toolkit.optim import step
+from toolkit.optim import kernel as step
 
 
 def rehearse(out: Path, *parts: str, minutes: float = 20) -> dict[str, Any]:

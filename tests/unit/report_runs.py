@@ -8,8 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from toolkit.memory.categories import ordered
-from toolkit.memory.records import (
+from toolkit.records.categories import ordered
+from toolkit.records.memory import (
     PREDICTED,
     Block,
     Change,

@@ -17,13 +17,13 @@ from toolkit.checkpoint import universal
 from toolkit.checkpoint.convert import convert
 from toolkit.checkpoint.files import save
 from toolkit.checkpoint.manifest import Manifest
-from toolkit.checkpoint.sharding import Flat, Place, Sharding, reshard
 from toolkit.checkpoint.source import OPTIMIZER_FILE, Source, model_file
 from toolkit.checkpoint.store import Store, name_of
 from toolkit.checkpoint.universal import open_checkpoint
 from toolkit.cli import app
 from toolkit.errors import UserError
-from toolkit.optim.amcs import AMCSRule
+from toolkit.optim.rules.amcs import AMCSRule
+from toolkit.state.sharding import Flat, Place, Sharding, reshard
 
 SHAPES = {
     "attention": {"a.weight": (48, 32), "b.weight": (16, 16)},

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from toolkit.checkpoint import files, manifest
 from toolkit.checkpoint.manifest import Manifest
-from toolkit.checkpoint.sharding import Flat, Place, Sharding, reshard
 from toolkit.checkpoint.store import Store, name_of
 from toolkit.errors import UserError
-from toolkit.optim.rule import State
+from toolkit.state.layout import State
+from toolkit.state.sharding import Flat, Place, Sharding, reshard
 
 EMPTY = Sharding(1, 1, None, (), ())
 

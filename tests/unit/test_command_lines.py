@@ -14,11 +14,11 @@ import pytest
 from report_runs import write_run, write_training
 
 from toolkit import cli
-from toolkit.checkpoint.commands import find
 from toolkit.checkpoint.export import DTYPES
+from toolkit.commands import estimate as commands
+from toolkit.commands.checkpoint import find
 from toolkit.errors import UserError
-from toolkit.memory import commands
-from toolkit.memory.report import build_report, report_paths, write_report
+from toolkit.report import build_report, report_paths, write_report
 from toolkit.run.settings import RunSettings, parse
 
 

@@ -12,10 +12,10 @@ import pytest
 from toolkit import cli
 from toolkit.config import load_config, validate
 from toolkit.errors import UserError
-from toolkit.memory.plan import UPDATE_ERROR, Candidate
-from toolkit.memory.plan import plan as find_plan
-from toolkit.memory.records import Prediction
-from toolkit.memory.sizes import parse_size
+from toolkit.estimate.plan import UPDATE_ERROR, Candidate
+from toolkit.estimate.plan import plan as find_plan
+from toolkit.records.memory import Prediction
+from toolkit.records.sizes import parse_size
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

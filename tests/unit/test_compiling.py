@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from toolkit.optim import AMCS, SOAM, step
+from toolkit.optim import AMCS, SOAM
+from toolkit.optim import kernel as step
 from toolkit.optim.warm import kinds, warm
 from toolkit.run import compiling
 from toolkit.run.settings import RunSettings

@@ -11,14 +11,14 @@ import torch
 from toolkit import models
 from toolkit.config import load_config
 from toolkit.errors import UserError
-from toolkit.memory import categories as c
-from toolkit.memory.estimate import Case, Estimator, alternatives, assumed_context, variants
-from toolkit.memory.rehearsal import Rehearsal, rehearse, scaled
-from toolkit.memory.state import stored
-from toolkit.memory.tape import curve
+from toolkit.estimate.dry_run import Rehearsal, rehearse, scaled
+from toolkit.estimate.predict import Case, Estimator, alternatives, assumed_context, variants
+from toolkit.estimate.stored import stored
+from toolkit.memory.storages import curve
 from toolkit.memory.trace import StepTrace
 from toolkit.models.build import blueprint
 from toolkit.optim import RULES, Rule, State, as_optimizer
+from toolkit.records import categories as c
 
 TINY, MIDDLE = "qwen3-tiny", "qwen3-134m"
 SCALE = 4 / 256

@@ -20,8 +20,8 @@ from absent_gpu import Source, machine_code, write  # noqa: E402
 from gpu_static import Case, shipped  # noqa: E402
 
 from toolkit.optim import AMCSRule, SOAMRule  # noqa: E402
-from toolkit.optim.amcs import AMCSSingleRule  # noqa: E402
 from toolkit.optim.inductor import Launch  # noqa: E402
+from toolkit.optim.rules.amcs import AMCSSingleRule  # noqa: E402
 
 FEW = [
     Case(AMCSRule, "8bit", "bf16+8"),

@@ -15,14 +15,15 @@ import torch
 from torch import nn
 from torch.cuda import _memory_viz
 
-from toolkit.memory import categories as c
 from toolkit.memory import snapshot
-from toolkit.memory.exhausted import CHANGES, Explainer, asked_bytes, json_name, out_of_memory
-from toolkit.memory.gauges import RESERVED_SPACE, ResidentSet, limits
-from toolkit.memory.held import by_category
-from toolkit.memory.records import FOLDER, Block, Change, OutOfMemory
+from toolkit.memory.out_of_memory import CHANGES, Explainer, asked_bytes, json_name, out_of_memory
 from toolkit.memory.trace import StepTrace
-from toolkit.run.folder import RUN, RunFolder
+from toolkit.memory.watermarks import RESERVED_SPACE, ResidentSet, limits
+from toolkit.records import categories as c
+from toolkit.records.by_category import by_category
+from toolkit.records.memory import FOLDER, Block, Change, OutOfMemory
+from toolkit.records.run import RUN
+from toolkit.run.folder import RunFolder
 
 CPU = torch.device("cpu")
 TOO_MUCH = 1 << 50
@@ -55,7 +56,7 @@ def test_the_resident_sets_peak_is_that_of_the_phase() -> None:
 def test_a_limit_on_address_space_is_found() -> None:
     lines = [
         "import resource, torch",
-        "from toolkit.memory.gauges import limits",
+        "from toolkit.memory.watermarks import limits",
         f"resource.setrlimit(resource.RLIMIT_AS, ({40 << 30}, {40 << 30}))",
         "print(limits(torch.device('cpu')))",
     ]
@@ -217,7 +218,7 @@ def test_activations_are_found_without_a_trace(tmp_path: Path) -> None:
 
 
 def _setup(checkpointing: bool) -> Any:
-    from toolkit.memory.records import Setup
+    from toolkit.records.memory import Setup
 
     return Setup(
         model="m",

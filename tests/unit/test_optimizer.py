@@ -14,7 +14,7 @@ from torch import nn
 from toolkit.errors import UserError
 from toolkit.optim import AMCS, SOAM, check_settings, find_rule
 from toolkit.state.codecs import BLOCK, Fp32, Residual4, Root4, Root8, Signed4, Signed8
-from toolkit.state.weights import WEIGHTS
+from toolkit.state.remainders import WEIGHTS
 
 SIZES = [(7,), (64, 64), (2, 256), (300, 1), (1, 1000), (33, 100), (3, 256), (513, 3)]
 

@@ -27,10 +27,11 @@ from toolkit.config.files import apply_overrides
 from toolkit.console import PlainConsole
 from toolkit.errors import UserError
 from toolkit.masking import MASK, hide_in_logs, is_secret, masked, masked_assignment
-from toolkit.memory.report import build_report, report_paths, write_report
-from toolkit.memory.report.markdown import escaped
 from toolkit.printable import printable
-from toolkit.run.folder import RunFolder, plot_loss, read_metrics
+from toolkit.records.run import read_metrics
+from toolkit.report import build_report, report_paths, write_report
+from toolkit.report.markdown import escaped
+from toolkit.run.folder import RunFolder, plot_loss
 from toolkit.run.screen import Screen
 
 EVIL = "x\x1b[31mred\x1b]0;title\x07\u202egnp\u2066\x9b2J\r\u2028[bold]b[/bold] [/] :smile: "

@@ -22,10 +22,10 @@ from report_runs import (
 )
 
 from toolkit.errors import UserError
-from toolkit.memory.categories import is_model_state
-from toolkit.memory.records import PREDICTED, Measurement, measured_name, write
-from toolkit.memory.report import build_report, render
-from toolkit.memory.report.data import RunReport
+from toolkit.records.categories import is_model_state
+from toolkit.records.memory import PREDICTED, Measurement, measured_name, write
+from toolkit.report import build_report, render
+from toolkit.report.data import RunReport
 
 
 def report_of(folder: Path) -> RunReport:

@@ -9,8 +9,8 @@ import chromium
 import pytest
 from report_runs import out_of_memory, write_run, write_training
 
-from toolkit.memory.records import write
-from toolkit.memory.report import build_report, report_paths, write_report
+from toolkit.records.memory import write
+from toolkit.report import build_report, report_paths, write_report
 
 PAGES = ("one", "several", "crashed")
 

@@ -17,10 +17,10 @@ from report_runs import out_of_memory, step, write_run, write_training
 from typer.testing import CliRunner
 
 from toolkit import cli
-from toolkit.memory.categories import MEANING
-from toolkit.memory.records import Span, Timeline, write
-from toolkit.memory.report import Report, build_report, render, report_paths, svg
-from toolkit.memory.report.words import number, signed, size
+from toolkit.records.categories import MEANING
+from toolkit.records.memory import Span, Timeline, write
+from toolkit.report import Report, build_report, render, report_paths, svg
+from toolkit.report.words import number, signed, size
 
 STYLE = Path(svg.__file__).parent / "templates" / "style.css"
 HOSTILE = 'x <script>alert("1")</script> & `|*_ ünï'
@@ -290,7 +290,7 @@ def test_the_wheel_holds_the_templates(tmp_path: Path) -> None:
         [sys.executable, "-m", "zipfile", "-l", str(next(tmp_path.glob("*.whl")))], capture_output=True, text=True
     ).stdout
     for path in STYLE.parent.iterdir():
-        assert f"toolkit/memory/report/templates/{path.name}" in names
+        assert f"toolkit/report/templates/{path.name}" in names
 
 
 def test_the_json_of_a_crashed_run_is_strict(tmp_path: Path) -> None:

@@ -19,12 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, resolve_batch
 from toolkit.errors import UserError
+from toolkit.plugins import import_plugin
+from toolkit.records.run import read_metrics, strict
+from toolkit.records.sizes import size_text
 from toolkit.run import ranks, resume
-from toolkit.run.folder import RunFolder, check_free, default_folder, plot_loss, read_metrics, strict
-from toolkit.run.merge import ACCUMULATION, GLOBAL, MICRO, Batch, merge_flags, resolve_batch
-from toolkit.run.plan import import_plugin
-from toolkit.run.screen import Screen, size_text
+from toolkit.run.folder import RunFolder, check_free, default_folder, plot_loss
+from toolkit.run.merge import merge_flags
+from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings, parse
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toolkit.optim.step as step_module
+import toolkit.optim.kernel as step_module
 from toolkit.errors import UserError
 from toolkit.optim import AMCS, RULES, SOAM, AMCSRule, Rule, State, as_optimizer, inductor
-from toolkit.optim.layout import layout_of
-from toolkit.optim.step import StepFunction, step_function
+from toolkit.optim.kernel import StepFunction, step_function
 from toolkit.state.codecs import BLOCK, Residual4, Root4, Root8, Signed8, from_parts, unpack
+from toolkit.state.layout import layout_of
 
 SIZES = [(7,), (64, 64), (2, 256), (300, 1), (1, 1000), (33, 100), (3, 256), (513, 3)]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toolkit.optim.step as step_module
+import toolkit.optim.kernel as step_module
 from toolkit.errors import UserError
 from toolkit.optim import AMCS
 from toolkit.optim.optimizer import RuleOptimizer
-from toolkit.optim.sweep import TensorStep
+from toolkit.optim.streaming import TensorStep
 from toolkit.state.codecs import BLOCK
 
 LARGE = 432_741

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.config import apply_overrides, load_config
+from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, Kept, resolve_batch
 from toolkit.errors import UserError
-from toolkit.run.folder import tokens_of
-from toolkit.run.merge import ACCUMULATION, GLOBAL, MICRO, Batch, Kept, resolve_batch
+from toolkit.records.run import tokens_of
 from toolkit.run.plan import Terms, settle_terms
-from toolkit.run.resume import Start
 from toolkit.run.settings import RunSettings, parse
+from toolkit.run.start import Start
 from toolkit.run.terms import KEPT, Saved, changes, kept_settings, note, terms
 
 SMALL = st.integers(1, 48)

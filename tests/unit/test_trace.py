@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from toolkit.memory import categories as c
-from toolkit.memory.tape import Life
+from toolkit.memory.storages import Life
 from toolkit.memory.trace import StepTrace
+from toolkit.records import categories as c
 
 ROWS, WIDE, VOCABULARY = 64, 32, 128
 FLOAT = 4

@@ -20,11 +20,11 @@ from small_checkpoints import STEP, Call, call, cut, refile, refused, rewrite, s
 
 from toolkit.checkpoint import manifest as manifests
 from toolkit.checkpoint import universal
-from toolkit.checkpoint.commands import find
 from toolkit.checkpoint.convert import convert
 from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.store import name_of
 from toolkit.checkpoint.universal import open_checkpoint
+from toolkit.commands.checkpoint import find
 from toolkit.errors import UserError
 
 LAYOUTS = [(1, 1), (2, 2), (3, 2), (0, 0)]

@@ -24,8 +24,8 @@ from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.store import name_of
 from toolkit.checkpoint.universal import open_checkpoint
 from toolkit.errors import UserError
-from toolkit.memory.report import SUFFIXES, build_report, render
 from toolkit.printable import printable
+from toolkit.report import SUFFIXES, build_report, render
 from toolkit.run.folder import RunFolder
 
 VALUES: list[Any] = [

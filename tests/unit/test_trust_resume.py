@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from toolkit.checkpoint.convert import convert
 from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.store import Store, name_of
 from toolkit.errors import UserError
-from toolkit.run.resume import Start, find_start
 from toolkit.run.settings import RunSettings
+from toolkit.run.start import Start, find_start
 
 # ---- what is not understood -----------------------------------------------------------------------------------------
 
@@ -90,8 +89,7 @@ def alone() -> Iterator[None]:
 
 
 def begin(run: Path, resume: str = "auto", **more: Any) -> Start:
-    plan: Any = SimpleNamespace(settings=RunSettings(resume=resume, **more), folder=run, identity=FACTS["identity"])
-    return find_start(plan)
+    return find_start(RunSettings(resume=resume, **more), run, FACTS["identity"])
 
 
 def sharded(**changes: Any) -> Callable[[Path], None]:

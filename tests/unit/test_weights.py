@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from toolkit.state.codecs import BLOCK, pack, unpack
-from toolkit.state.weights import (
+from toolkit.state.remainders import (
     WEIGHTS,
     Remainder,
     Remainder4,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from toolkit.checkpoint.files import squeezed_as
 from toolkit.checkpoint.schema import LARGEST, RANKS_LIMIT, Count
-from toolkit.checkpoint.sharding import Flat, Sharding
 from toolkit.errors import UserError
 from toolkit.sentences import explain
 from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import Flat, Sharding
 
 PER_RANK = "leanstate"
 """Key of what this package adds to each rank's optimizer file: the states of random number generators, and `OWN`."""

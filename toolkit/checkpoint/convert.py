@@ -12,12 +12,12 @@ from torch import Tensor
 from toolkit.checkpoint.content import OWN, PER_RANK
 from toolkit.checkpoint.files import on_host, plain, save
 from toolkit.checkpoint.manifest import Manifest
-from toolkit.checkpoint.sharding import Sharding, part_of, reshard
 from toolkit.checkpoint.source import OPTIMIZER_FILE, Source, model_file
 from toolkit.checkpoint.store import Store, name_of
 from toolkit.checkpoint.transfer import WEIGHTS, Transfer
 from toolkit.errors import UserError
 from toolkit.masking import masked
+from toolkit.state.sharding import Sharding, part_of, reshard
 
 
 def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> list[str]:

@@ -13,12 +13,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from toolkit.checkpoint.schema import ManifestFile, claimed_bytes, disagreement
-from toolkit.checkpoint.sharding import Sharding
 from toolkit.errors import UserError
 from toolkit.masking import masked
 from toolkit.paths import read_text, regular
 from toolkit.sentences import explain, shown
 from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import Sharding
 
 NAME = "manifest.json"
 FORMAT = 1

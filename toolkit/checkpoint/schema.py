@@ -8,11 +8,11 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from toolkit.checkpoint.sharding import Flat, Sharding
 from toolkit.optim.rule import COMPONENTS
 from toolkit.paths import inside
 from toolkit.state.codecs import BLOCK, FORMATS
-from toolkit.state.weights import MASTER, WEIGHTS
+from toolkit.state.remainders import MASTER, WEIGHTS
+from toolkit.state.sharding import Flat, Sharding
 
 RANKS_LIMIT = 1 << 16
 SLACK = 16 * BLOCK

@@ -19,12 +19,11 @@ from toolkit.checkpoint.files import unsqueezed
 from toolkit.checkpoint.manifest import Manifest
 from toolkit.checkpoint.opening import load_file
 from toolkit.checkpoint.schema import disagreement
-from toolkit.checkpoint.sharding import Flat, Place, Sharding, part_of
 from toolkit.errors import UserError
-from toolkit.optim.layout import REMAINDER
-from toolkit.optim.rule import State
 from toolkit.paths import regular
 from toolkit.state.codecs import BLOCK, unpack
+from toolkit.state.layout import REMAINDER, State
+from toolkit.state.sharding import Flat, Place, Sharding, part_of
 
 OPTIMIZER_FILE = "zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 PREFIXES = ("", "bf16_", "fp16_")

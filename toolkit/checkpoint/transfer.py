@@ -13,11 +13,10 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
-from toolkit.checkpoint.sharding import Place, Sharding
 from toolkit.checkpoint.source import Source
-from toolkit.optim.layout import REMAINDER, Layout
-from toolkit.optim.rule import State
 from toolkit.state.codecs import BLOCK, pack
+from toolkit.state.layout import REMAINDER, Layout, State
+from toolkit.state.sharding import Place, Sharding
 
 WEIGHTS = ""
 """Key of the flat tensor itself among the tensors of a rank."""

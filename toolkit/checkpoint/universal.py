@@ -18,12 +18,12 @@ from toolkit.checkpoint.content import PER_RANK, check_groups, check_whole, is_s
 from toolkit.checkpoint.convert import model_states
 from toolkit.checkpoint.files import on_host, plain, save
 from toolkit.checkpoint.manifest import Manifest
-from toolkit.checkpoint.sharding import Flat, Place, Sharding, reshard
 from toolkit.checkpoint.source import Source, model_file
 from toolkit.checkpoint.store import LATEST
 from toolkit.errors import UserError
-from toolkit.optim.rule import State
 from toolkit.paths import inside
+from toolkit.state.layout import State
+from toolkit.state.sharding import Flat, Place, Sharding, reshard
 
 ZERO = "zero"
 OPTIMIZER = "leanstate_optimizer.pt"

@@ -24,12 +24,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from toolkit.memory import categories as c
-from toolkit.memory import gauges, held, snapshot
-from toolkit.memory.exhausted import Explainer
-from toolkit.memory.records import FOLDER, Block, Measurement, Phase, Setup, Timeline, measured_name, write
+from toolkit.memory import snapshot
+from toolkit.memory import watermarks as gauges
+from toolkit.memory.out_of_memory import Explainer
+from toolkit.memory.storages import blocks_at
 from toolkit.memory.trace import StepTrace, counted
 from toolkit.models.build import CausalLM
+from toolkit.records import by_category as held
+from toolkit.records import categories as c
+from toolkit.records.memory import FOLDER, Block, Measurement, Phase, Setup, Timeline, measured_name, write
 
 logger = logging.getLogger("toolkit")
 
@@ -295,7 +298,7 @@ class Ledger:
             curve = trace.curve
             self._timeline = curve.timeline(trace.tape.nanoseconds)
             self._held = {phase.name: phase for phase in curve.by_phase()}
-            self._blocks = held.blocks_at(trace.tape.lives, curve, curve.peak_at)
+            self._blocks = blocks_at(trace.tape.lives, curve, curve.peak_at)
             self._resident = curve.at(len(curve.total) - 1)
             path = self._folder / FOLDER / f"rank{self._explainer.rank}-snapshot.pickle"
             if self._on_gpu:

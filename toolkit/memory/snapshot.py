@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from toolkit.memory.records import Block
-from toolkit.memory.tape import Life
+from toolkit.memory.storages import Life
+from toolkit.records.memory import Block
 
 _Entry = dict[str, Any]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from toolkit.memory import held
-from toolkit.memory.exhausted import Explainer
 from toolkit.memory.ledger import TRACED_STEP, Ledger, Level
+from toolkit.memory.out_of_memory import Explainer
+from toolkit.records import by_category as held
 
 
 def watch(

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from toolkit.memory import categories as c
-from toolkit.memory.gauges import CachingAllocator
-from toolkit.memory.tape import Curve, Life, Tape, curve
+from toolkit.memory.storages import Curve, Life, Tape, curve
 from toolkit.memory.tracker import Tracker
+from toolkit.memory.watermarks import CachingAllocator
+from toolkit.records import categories as c
 
 Named = tuple[str, str, Tensor]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolkit.memory import categories as c
-from toolkit.memory.tape import HEAD, Life, Scope, Tape
+from toolkit.memory.storages import HEAD, Life, Scope, Tape
 from toolkit.models.build import blocks
+from toolkit.records import categories as c
 
 _FRAMES = 40
 """Looked through for the line that made a tensor."""

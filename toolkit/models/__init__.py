@@ -1,8 +1,8 @@
 """Models: named shapes, configurations, parameter counts, and construction."""
 
 from toolkit.models import cpu_matmul
-from toolkit.models.build import CausalLM, build_model
-from toolkit.models.presets import PRESETS, Preset, check_length, count_parameters, load_config
+from toolkit.models.build import CausalLM, build_model, count_parameters
+from toolkit.models.presets import PRESETS, Preset, check_length, load_config
 
 __all__ = [
     "PRESETS",

@@ -163,26 +163,6 @@ def _config_of_folder(folder: Path) -> PretrainedConfig:
     return config
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """How many parameters the model of `config` has; tied matrices count once.
-
-    Pure arithmetic for Qwen3. Any other architecture is laid out on the meta device and counted, which
-    allocates nothing.
-    """
-    if config.model_type != "qwen3":
-        from toolkit.models.build import skeleton
-
-        return sum(parameter.numel() for parameter in skeleton(config).parameters())
-    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    attention = hidden * config.head_dim * (2 * heads + 2 * kv_heads) + 2 * config.head_dim
-    if config.attention_bias:
-        attention += config.head_dim * (heads + 2 * kv_heads) + hidden
-    ffn = 3 * hidden * config.intermediate_size
-    layer = attention + ffn + 2 * hidden
-    vocabulary_matrices = 1 if config.tie_word_embeddings else 2
-    return vocabulary_matrices * config.vocab_size * hidden + config.num_hidden_layers * layer + hidden
-
-
 OWN_CODE = "it needs code that comes with it, which is never run here"
 
 

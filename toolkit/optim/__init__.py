@@ -1,10 +1,10 @@
 """Optimizers with compressed state: AMCS, SOAM, and whatever rule a user adds."""
 
-from toolkit.optim.amcs import AMCS, AMCSRule
 from toolkit.optim.components import component_of, param_groups
 from toolkit.optim.optimizer import RULES, RuleOptimizer, as_optimizer, check_settings, find_rule
 from toolkit.optim.rule import COMPONENTS, Beta, NonNegative, Rule, State
-from toolkit.optim.soam import SOAM, SOAMRule
+from toolkit.optim.rules.amcs import AMCS, AMCSRule
+from toolkit.optim.rules.soam import SOAM, SOAMRule
 
 __all__ = [
     "AMCS",

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from toolkit.errors import UserError, some
-from toolkit.optim.layout import check_dtype
+from toolkit.state.layout import check_dtype
 
 logger = logging.getLogger("toolkit")
 

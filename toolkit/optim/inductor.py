@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch._inductor.choices import InductorChoices
 
 Slabs = Sequence[Sequence[Tensor]]
-"""One list of tensors for weights, gradient and each stored part: see `toolkit.optim.step`."""
+"""One list of tensors for weights, gradient and each stored part: see `toolkit.optim.kernel`."""
 
 BlockStep = Callable[..., None]
 

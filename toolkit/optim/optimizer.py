@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from toolkit.errors import UserError, nearest
 from toolkit.optim.components import whole_dim
-from toolkit.optim.layout import DEFAULT_FORMAT, REMAINDER, Layout, check_dtype, check_weights, layout, state_formats
+from toolkit.optim.kernel import step_function
 from toolkit.optim.rule import Rule, check_component
-from toolkit.optim.step import step_function
-from toolkit.optim.sweep import TensorStep, check_gradient
+from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.state.codecs import BLOCK
-from toolkit.state.weights import MASTER, Remainder8, Remainder16
+from toolkit.state.layout import DEFAULT_FORMAT, REMAINDER, Layout, check_dtype, check_weights, layout, state_formats
+from toolkit.state.remainders import MASTER, Remainder8, Remainder16
 
 RULES: dict[str, type[RuleOptimizer]] = {}
 """Every optimizer that `as_optimizer` made, by the name that `optimizer.type` of a DeepSpeed JSON selects."""
@@ -52,7 +52,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             eagerly.
         **hyper: the fields of `rule`.
 
-    The state of a tensor of n elements is kept in ceil(n / 256) blocks; `toolkit.optim.layout` names its tensors. The
+    The state of a tensor of n elements is kept in ceil(n / 256) blocks; `toolkit.state.layout` names its tensors. The
     step count lives there too (key `step`), because under ZeRO one training step is many tensors' steps.
 
     Weights may be fp32, bf16, fp16 or fp64 (updated in fp64, from states in fp32).
@@ -95,7 +95,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             group.setdefault(key, value)
         group.setdefault("lr_scale", 1.0)
         wanted = group.get("state_format", self.defaults["state_format"])
-        group["state_format"] = state_formats(self.running, wanted, where=where)
+        group["state_format"] = state_formats(self.running.states, wanted, where=where)
         check_weights(group.setdefault("weights", self.defaults["weights"]), where=where)
         if (group["weights"] == MASTER) != (self.defaults["weights"] == MASTER):
             raise UserError(
@@ -172,7 +172,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def layout(self, group: Mapping[str, Any], dtype: torch.dtype) -> Layout:
         """What is stored for a tensor of `dtype` in this parameter group."""
-        return layout(self.running, group["state_format"], group["weights"], dtype)
+        return layout(self.running.states, group["state_format"], group["weights"], dtype)
 
     def holds_weights(self) -> bool:
         """Whether bf16 weights are kept whole by their remainders, so that no master weights are needed."""
@@ -314,7 +314,7 @@ def check_settings(name: str, params: Mapping[str, Any]) -> None:
     assert optimizer is not None, name
     own, hyper = _separate(_bind(optimizer, (), {k: v for k, v in params.items() if v != "auto"}))
     rule = optimizer.rule.parse(hyper, where=name)
-    state_formats(rule.variant(dict(rule)), own["state_format"], where=name)
+    state_formats(rule.variant(dict(rule)).states, own["state_format"], where=name)
     check_weights(own["weights"], where=name)
 
 

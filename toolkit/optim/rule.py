@@ -6,7 +6,6 @@ A rule knows nothing of bits, devices, shards or checkpoints. `toolkit.optim.opt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,25 +13,13 @@ from torch import Tensor
 
 from toolkit.errors import UserError, nearest
 from toolkit.sentences import explain
+from toolkit.state.layout import State
 
 COMPONENTS = ("attention", "ffn", "embedding", "norm", "head", "other")
 """The parts of a transformer that a rule may treat differently."""
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
-
-
-@dataclass(frozen=True)
-class State:
-    """One state tensor per parameter, zero at the start.
-
-    `signed=False`: a second moment, never negative. `near` names another state of the rule that this one stays close
-    to, like a second average of the same gradients.
-    """
-
-    name: str
-    signed: bool = True
-    near: str | None = None
 
 
 class Rule(BaseModel):

@@ -114,7 +114,7 @@ def _order(settings: RunSettings) -> dict[str, Any] | None:
 
     from toolkit.config import apply_overrides, load_config
     from toolkit.optim import find_rule
-    from toolkit.state.weights import MASTER
+    from toolkit.state.remainders import MASTER
 
     config, _, _ = merge_flags(
         apply_overrides(load_config(settings.config), settings.overrides), settings, ranks.world_size()
@@ -174,8 +174,8 @@ def _carry_out(order: Mapping[str, Any]) -> None:
 
     from toolkit.optim import COMPONENTS, find_rule
     from toolkit.optim.warm import kinds, warm
+    from toolkit.plugins import import_plugin
     from toolkit.run import deterministic
-    from toolkit.run.plan import import_plugin
 
     if order["deterministic"]:  # part of the key in the compiler's cache
         deterministic.enforce()

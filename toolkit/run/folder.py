@@ -2,7 +2,7 @@
 
 Files: run.json (settings, batch, versions), ds_config.json (the DeepSpeed JSON as used), metrics.jsonl (one
 line per optimizer step), summary.json, loss.png, checkpoints/ (`toolkit.checkpoint.store`), memory/
-(`toolkit.memory.records`).
+(`toolkit.records.memory`).
 """
 
 from __future__ import annotations
@@ -17,27 +17,15 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
-from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.masking import masked
-from toolkit.memory.records import FOLDER as MEMORY
-from toolkit.paths import check_writable, read_text
+from toolkit.paths import check_writable
+from toolkit.records.memory import FOLDER as MEMORY
+from toolkit.records.run import CHECKPOINTS, CONFIG, CUT, METRICS, PLOT, RUN, SUMMARY, is_step, parse_metrics, strict
 
-RUN, CONFIG, METRICS, SUMMARY, PLOT = (
-    "run.json",
-    "ds_config.json",
-    "metrics.jsonl",
-    "summary.json",
-    "loss.png",
-)
-CHECKPOINTS = "checkpoints"
-METRICS_LIMIT = 1 << 30
-"""Bytes of a metrics.jsonl: three million steps."""
 LIBRARIES = ("leanstate", "torch", "deepspeed", "transformers", "datasets")
 
 
@@ -128,10 +116,10 @@ class RunFolder:
         `config`: the DeepSpeed JSON that is used from here on.
         """
         path = self.folder / METRICS
-        records = _parsed(path)
-        if records and records[-1] is _CUT:
+        records = parse_metrics(path)
+        if records and records[-1] is CUT:
             records.pop()
-        steps = [record for record in records if _is_step(record)]
+        steps = [record for record in records if is_step(record)]
         kept = [record for record in steps if record["step"] <= step]
         self.dropped = len(records) - len(steps)
         (self.folder / CONFIG).write_text(_pretty(config))
@@ -169,65 +157,6 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         (self.folder / SUMMARY).write_text(_pretty(summary))
-
-
-def strict(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record` as strict JSON allows it: NaN and infinities become null, and `nonfinite` names them."""
-    bad = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-    clean = {key: None if key in bad else value for key, value in record.items()}
-    return {**clean, "nonfinite": bad} if bad else clean
-
-
-class _Step(BaseModel):
-    """A line of metrics.jsonl, as far as a run that goes on relies on it."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-
-    step: Annotated[int, Field(ge=1)]
-    loss: float | None
-    tokens_per_s: Annotated[float, Field(ge=0)]
-    step_time_s: Annotated[float, Field(ge=0)]
-    skipped: bool
-    val_loss: float | None = None
-    compile_s: float = 0.0
-
-
-def _is_step(record: Any) -> bool:
-    try:
-        _Step.model_validate(record)
-        json.dumps(record, allow_nan=False)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-_CUT = object()
-"""In place of a line that is no JSON."""
-
-
-def _parsed(path: Path) -> list[Any]:
-    records: list[Any] = []
-    for line in read_text(path.parent, path.name, limit=METRICS_LIMIT, errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError):
-            records.append(_CUT)
-    return records
-
-
-def read_metrics(path: Path) -> list[Any]:
-    """The records of a metrics.jsonl up to a line that is no JSON; a crash cuts the last one short.
-
-    Raises:
-        UserError: it cannot be read, or is a link out of its folder.
-    """
-    return list(takewhile(lambda record: record is not _CUT, _parsed(path)))
-
-
-def tokens_of(record: Mapping[str, Any]) -> int:
-    """Tokens of a step's record; of one without `tokens`, which older versions wrote, from speed and time."""
-    noted = record.get("tokens")
-    return int(noted) if noted is not None else round(record["tokens_per_s"] * record["step_time_s"])
 
 
 def versions() -> dict[str, str]:

@@ -13,14 +13,14 @@ from toolkit.run.stopping import OUT_OF_MEMORY, abandon
 if TYPE_CHECKING:
     import torch
 
-    from toolkit.memory.exhausted import Explainer
     from toolkit.memory.ledger import Ledger
-    from toolkit.memory.records import Prediction
+    from toolkit.memory.out_of_memory import Explainer
+    from toolkit.records.memory import Prediction
 
 
 def make_explainer(plan: Plan, device: torch.device) -> Explainer:
     """What explains memory that runs out, with the prediction that it needs before there is none left."""
-    from toolkit.memory.exhausted import Explainer
+    from toolkit.memory.out_of_memory import Explainer
 
     predicted = ranks.from_first(_predict(plan, device) if ranks.rank() == 0 else None)
     explainer = Explainer(plan.folder, ranks.rank(), device, predicted=predicted)
@@ -32,8 +32,8 @@ def make_explainer(plan: Plan, device: torch.device) -> Explainer:
 
 def _predict(plan: Plan, device: torch.device) -> Prediction | None:
     """What this run will hold and what would change it, also written to memory/predicted.json."""
-    from toolkit.memory.estimate import Case, Estimator
-    from toolkit.memory.records import PREDICTED, write
+    from toolkit.estimate.predict import Case, Estimator
+    from toolkit.records.memory import PREDICTED, write
 
     settings, batch = plan.settings, plan.batch
     if settings.memory_profile == "off":
@@ -88,7 +88,7 @@ def held_now(ledger: Ledger) -> int:
 
 def end_without_memory(error: Exception) -> None:
     """End this rank with a line if `error` is that memory ran out before the run had a folder to explain it in."""
-    from toolkit.memory.exhausted import out_of_memory
+    from toolkit.memory.out_of_memory import out_of_memory
 
     if (cause := out_of_memory(error)) is not None:
         words = f"error: rank {ranks.rank()} ran out of memory before the run began: {type(cause).__name__}: {cause}"

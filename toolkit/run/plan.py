@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.checkpoint.model_files import model_files
+from toolkit.config.batch import Batch
 from toolkit.errors import UserError
+from toolkit.plugins import import_plugin
 from toolkit.run import folder as run_folder
 from toolkit.run import ranks
 from toolkit.run.identity import identity
-from toolkit.run.merge import Batch, merge_flags
-from toolkit.run.resume import NONE, noted, run_of
+from toolkit.run.merge import merge_flags
 from toolkit.run.settings import RunSettings
+from toolkit.run.start import NONE, noted, run_of
 from toolkit.run.terms import Saved, changes, kept_settings, terms
 
 if TYPE_CHECKING:
@@ -181,21 +181,3 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype:
         if config.get(key, {}).get("enabled", False):
             return dtype
     return torch.float32
-
-
-def import_plugin(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"--plugin {path}: there is no such file.")
-    name = f"leanstate_plugin_{path.stem}"  # a name that shadows no other module
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--plugin {path}: not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    # Classes look their own module up by name (pickle, dataclasses, torch.compile).
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--plugin {path}: {type(error).__name__}: {error}") from error

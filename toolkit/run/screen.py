@@ -14,6 +14,7 @@ from rich.text import Text
 
 from toolkit.console import PlainConsole
 from toolkit.printable import printable
+from toolkit.records.sizes import size_text
 
 # Where there is no terminal for a progress bar: about so many lines, but one at least every so many steps.
 PLAIN_LINES = 24
@@ -109,14 +110,6 @@ class Screen:
         for name, value in rows.items():
             table.add_row(name, Text(printable(value)))
         self.console.print(table)
-
-
-def size_text(count: float) -> str:
-    """A number of bytes in GB, MB or kB (powers of 1000)."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:.0f} B"
 
 
 def _figure(value: float | None) -> str:

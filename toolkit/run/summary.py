@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from toolkit.memory.records import FOLDER as MEMORY_FOLDER
+from toolkit.records.memory import FOLDER as MEMORY_FOLDER
+from toolkit.records.run import tokens_of
 from toolkit.run import feed, ranks
-from toolkit.run import folder as run_folder
 from toolkit.run.plan import Plan
 
 # Steps whose mean is the final training loss: a single batch is too noisy to report.
@@ -37,7 +37,7 @@ def summarize(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: in
         "diverged": _skipped_at_the_end(records) >= plan.settings.max_skipped,
         "steps": len(records),
         "skipped_steps": sum(record["skipped"] for record in records),
-        "tokens": sum(map(run_folder.tokens_of, records)),
+        "tokens": sum(map(tokens_of, records)),
         "seconds": sum(seconds),
         "compile_s": sum(record.get("compile_s", 0.0) for record in records),
         "loss": None if None in final else statistics.fmean(final),

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from toolkit.run.merge import ACCUMULATION, GLOBAL, MICRO, WITH_WARMUP, Batch, Kept
+from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, Kept
+from toolkit.run.merge import WITH_WARMUP
 from toolkit.run.settings import RunSettings, check_settings, flag_of
 
 # Settings that are kept unless they are typed, and keys of the JSON whose `--set` counts as typing them.

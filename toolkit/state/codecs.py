@@ -2,7 +2,7 @@
 
 A state is cut into blocks of `BLOCK` fp32 values. A codec says how one value is coded, given its block's scale; the
 block maximum, the packing of 4-bit codes two to a byte and the writing in place are done once, here and in
-`toolkit.optim.step`, for all codecs. It is pure elementwise tensor code without branches on data, so the same source
+`toolkit.optim.kernel`, for all codecs. It is pure elementwise tensor code without branches on data, so the same source
 runs eagerly and inside the compiled optimizer step. To add a codec, write one class here and name it in `FORMATS`;
 optimizers, ZeRO sharding and byte accounting read everything from it.
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from toolkit.checkpoint.content import OWN, PER_RANK, SCHEDULE
 from toolkit.checkpoint.files import Staging, on_host, plain
-from toolkit.checkpoint.sharding import Flat, Place, Sharding
 from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.store import name_of
 from toolkit.checkpoint.transfer import WEIGHTS, Transfer
 from toolkit.errors import UserError
 from toolkit.masking import masked
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.rule import State
+from toolkit.state.layout import State
+from toolkit.state.sharding import Flat, Place, Sharding
 from toolkit.zero import schedule
 from toolkit.zero.engine import rule_optimizer
 from toolkit.zero.release import RELEASED_NORM

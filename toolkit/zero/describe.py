@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from toolkit.memory.records import Setup
 from toolkit.models.loss import LossHead
 from toolkit.optim import RuleOptimizer
+from toolkit.records.memory import Setup
 
 
 def describe(engine: Any, *, model: str = "", seq_len: int = 0) -> Setup:

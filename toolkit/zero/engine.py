@@ -26,9 +26,9 @@ from toolkit.errors import UserError
 from toolkit.masking import hide_in_logs
 from toolkit.models import cpu_matmul
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
-from toolkit.optim.layout import check_dtype
 from toolkit.optim.warm import kinds, warm
 from toolkit.sentences import shown
+from toolkit.state.layout import check_dtype
 from toolkit.zero import partition
 from toolkit.zero.release import ReleasingZeroOptimizer
 from toolkit.zero.stage3 import LeanZeroOptimizer3
@@ -355,8 +355,8 @@ def optimizer_state_bytes(engine: Any) -> dict[str, int]:
     fp32 master weights are part of it, as "master weights", wherever DeepSpeed keeps them. States are allocated at the
     first step.
     """
-    from toolkit.memory import categories
-    from toolkit.memory.held import by_category
+    from toolkit.records import categories
+    from toolkit.records.by_category import by_category
     from toolkit.zero.inventory import inventory
 
     here, on_host, _ = by_category(inventory(engine), engine.device.type)

@@ -11,8 +11,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
-from toolkit.optim.layout import REMAINDER
 from toolkit.state.codecs import BLOCK
+from toolkit.state.layout import REMAINDER
 from toolkit.zero.stage3 import LeanZeroOptimizer3
 from toolkit.zero.stage12 import LeanZeroOptimizer
 

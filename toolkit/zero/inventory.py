@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.memory import categories as c
-from toolkit.optim.layout import REMAINDER
+from toolkit.records import categories as c
+from toolkit.state.layout import REMAINDER
 
 Named = tuple[str, str, Tensor]
 """Category, name and tensor."""

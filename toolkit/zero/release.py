@@ -30,7 +30,7 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.sweep import Sweep
+from toolkit.optim.streaming import Sweep
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import HostCopy, Piece, squared_norms
 from toolkit.zero.stage12 import LeanZeroOptimizer, gather_weights

@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from torch import Tensor
 
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.sweep import Sweep
+from toolkit.optim.streaming import Sweep
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import HostCopy, Piece, Reducer, Slice, clip_scale, slices, squared_norm, takes_mean
 from toolkit.zero.turns import OrderedZeroOptimizer

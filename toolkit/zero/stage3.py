@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.sweep import check_gradient
+from toolkit.optim.streaming import check_gradient
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.agreement import Order, have_nothing
 from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mean

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import _get_grad_fn_or_grad_acc
 
 from toolkit.errors import UserError
-from toolkit.optim.sweep import check_gradient
+from toolkit.optim.streaming import check_gradient
 
 _OVER = -1
 """Announced after the last parameter of the first backward pass."""

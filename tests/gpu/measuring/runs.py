@@ -94,7 +94,7 @@ def speed(recorder: Recorder, folder: Path, model: str, seq_len: int, sequences:
 
 def peaks(recorder: Recorder, folder: Path) -> None:
     """Keep the peak that was measured and the one that was predicted before."""
-    from toolkit.memory.records import FOLDER, PREDICTED, Measurement, Prediction, measured_name
+    from toolkit.records.memory import FOLDER, PREDICTED, Measurement, Prediction, measured_name
 
     predicted = Prediction.model_validate_json((folder / FOLDER / PREDICTED).read_text())
     found = Measurement.model_validate_json((folder / FOLDER / measured_name(0)).read_text())

@@ -93,7 +93,7 @@ def dtype_of(name: str) -> torch.dtype:
 def bytes_moved(name: str) -> float:
     """That a step must move, an element: weights and state read and written, the gradient read."""
     from toolkit.optim import find_rule
-    from toolkit.optim.layout import layout, state_formats
+    from toolkit.state.layout import layout, state_formats
 
     itemsize = dtype_of(name).itemsize
     if name.startswith("torch"):
@@ -106,8 +106,8 @@ def bytes_moved(name: str) -> float:
         rule_name, state_format, weights = name.replace(",", "").replace(" weights", "").split()
         rule = find_rule(rule_name)
         assert rule is not None
-        formats = state_formats(rule.rule, state_format, where=name)
-        held = sum(layout(rule.rule, formats, weights, dtype_of(name)).bytes_per_element().values())
+        formats = state_formats(rule.rule.states, state_format, where=name)
+        held = sum(layout(rule.rule.states, formats, weights, dtype_of(name)).bytes_per_element().values())
     return 3 * itemsize + 2 * held
 
 
@@ -150,7 +150,7 @@ def fixed(row: str | None) -> Iterator[None]:
     """Within it steps are compiled anew, at one configuration ("4 block(s), 1 warp(s)") or at the usual choice."""
     from torch._inductor import config
 
-    from toolkit.optim import step
+    from toolkit.optim import kernel as step
 
     forget(step.step_function)
     gc.collect()  # kernels that are gone are not `launched`

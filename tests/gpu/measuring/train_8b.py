@@ -15,7 +15,7 @@ TOY = {"model": "qwen3-tiny", "seq_len": 64, "steps": 3}  # a trace, which a CPU
 
 def measure(recorder: Recorder) -> None:
     from toolkit import memory
-    from toolkit.memory.estimate import Case, Estimator
+    from toolkit.estimate.predict import Case, Estimator
 
     name, length, steps = (TOY if recorder.rehearse else SETTINGS).values()
     assert isinstance(name, str) and isinstance(length, int) and isinstance(steps, int)
@@ -45,8 +45,8 @@ def measure(recorder: Recorder) -> None:
 
 def compare(recorder: Recorder, predicted: int) -> None:
     """The peak of the steps; what building the engine has held before is not predicted, and only said."""
-    from toolkit.memory import categories as c
-    from toolkit.memory.records import FOLDER, Measurement, measured_name
+    from toolkit.records import categories as c
+    from toolkit.records.memory import FOLDER, Measurement, measured_name
 
     found = Measurement.model_validate_json((recorder.folder / FOLDER / measured_name(0)).read_text())
     steps = [phase for phase in found.phases if phase.name != c.INIT]

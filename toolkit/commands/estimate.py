@@ -1,0 +1,208 @@
+"""`toolkit estimate` and `toolkit plan`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from toolkit.errors import UserError, nearest
+from toolkit.run.settings import RunSettings
+
+Device = Literal["cuda", "cpu"]
+Model = Annotated[str, typer.Option(help="A model preset, or a folder holding a Hugging Face model's config.json.")]
+Config = Annotated[
+    str, typer.Option("--config", help="A shipped configuration's name or the path of a DeepSpeed JSON.")
+]
+Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Ranks on each machine.")]
+Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
+# One run is estimated, planned and trained: what all three have begins with the same value.
+_SEQ_LEN: int = RunSettings.model_fields["seq_len"].default
+SeqLen = Annotated[int, typer.Option(min=1, help="Predictions per sequence.")]
+On = Annotated[Device, typer.Option("--device", help="Whose kernels and allocator: on a cpu, host and device are one.")]
+Loss = Annotated[
+    Literal["chunked", "plain"] | None,
+    typer.Option(help="chunked never builds the full logits. (default: the preset's)"),
+]
+
+
+def estimate(
+    model: Model = "qwen3-tiny",
+    config: Config = "amcs_zero2",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Overwrite one key of the JSON; repeatable."),
+    ] = None,
+    plugins: Annotated[
+        list[Path] | None, typer.Option("--plugin", help="A Python file imported first, e.g. a rule; repeatable.")
+    ] = None,
+    gpus: Gpus = 1,
+    nodes: Nodes = 1,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences per rank and forward pass. (default: the JSON's)")
+    ] = None,
+    grad_accum: Annotated[
+        int | None, typer.Option(min=1, help="Micro-batches per optimizer step. (default: the JSON's)")
+    ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences per optimizer step, all ranks. (default: the JSON's)")
+    ] = None,
+    seq_len: SeqLen = _SEQ_LEN,
+    activation_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--activation-checkpointing/--no-activation-checkpointing",
+            help="Recompute activations in the backward pass. (default: the preset's)",
+        ),
+    ] = None,
+    loss: Loss = None,
+    attention: Annotated[
+        Literal["flash", "eager"] | None, typer.Option(help="The attention kernel. (default: the model's own choice)")
+    ] = None,
+    device: On = "cuda",
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Of one GPU, such as 80GB; exit status 1 if the run does not fit.")
+    ] = None,
+    what_if: Annotated[bool, typer.Option("--what-if", help="Also what other settings would hold.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole prediction as JSON.")] = False,
+) -> None:
+    """Predict the memory of a training run, per rank, before it runs."""
+    _settle_accelerator()
+    from toolkit import config as configs
+    from toolkit import models
+    from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, resolve_batch
+    from toolkit.console import PlainConsole
+    from toolkit.estimate.predict import Case, Estimator, variants
+    from toolkit.estimate.show import show_prediction
+    from toolkit.plugins import import_plugin
+    from toolkit.records.sizes import parse_size
+
+    memory = None if gpu_memory is None else parse_size(gpu_memory, where="--gpu-memory")
+    for plugin in plugins or []:
+        import_plugin(plugin)
+    settings = configs.apply_overrides(configs.load_config(config), overrides or [])
+    configs.validate(settings, origin=config)
+    models.check_length(models.load_config(model)[0], model, seq_len)
+    world_size = gpus * nodes
+    batch = resolve_batch({MICRO: micro_batch, ACCUMULATION: grad_accum, GLOBAL: global_batch}, settings, world_size)
+    case = Case(
+        model,
+        settings,
+        world_size,
+        batch.micro,
+        seq_len,
+        accumulation=batch.accumulation,
+        device=device,
+        activation_checkpointing=activation_checkpointing,
+        loss=loss,
+        attention={"flash": "sdpa", "eager": "eager", None: None}[attention],
+    )
+    found = Estimator().predict(case, changes=what_if)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        ranks = f"{gpus} GPU(s)" if nodes == 1 else f"{nodes} x {gpus} GPUs"
+        show_prediction(PlainConsole(), found, variants(case) if what_if else found.per_block, memory, ranks)
+    if memory is not None and found.peak + found.context > memory:
+        raise typer.Exit(1)
+
+
+def plan(
+    model: Model,
+    gpu_memory: Annotated[str, typer.Option(help="Of one GPU, such as 80GB.")],
+    gpus: Gpus = 1,
+    nodes: Nodes = 1,
+    seq_len: SeqLen = _SEQ_LEN,
+    optimizer: Annotated[str, typer.Option(help="AMCS, SOAM or AdamW.")] = "AMCS",
+    state_format: Annotated[
+        Literal["8bit", "compact", "minimal", "any"],
+        typer.Option(help="The state format to recommend; smaller ones change updates more. Not for AdamW."),
+    ] = "8bit",
+    host_memory: Annotated[
+        str | None, typer.Option(help="Of one machine, such as 512GB, for what is offloaded. (default: this machine's)")
+    ] = None,
+    loss: Loss = None,
+    device: On = "cuda",
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the DeepSpeed JSON. (default: <model>-plan.json)")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the recommended DeepSpeed JSON and nothing else.")
+    ] = False,
+) -> None:
+    """Find the fastest shipped configuration, state format and micro-batch that fits, and write its JSON."""
+    _settle_accelerator()
+    from toolkit import models
+    from toolkit.config import shipped_configs
+    from toolkit.console import PlainConsole
+    from toolkit.estimate.plan import plan as find
+    from toolkit.estimate.show import show_plan
+    from toolkit.records.sizes import parse_size, size_text
+
+    known = sorted({shipped.optimizer for shipped in shipped_configs().values()})
+    chosen = next((name for name in known if name.lower() == optimizer.lower()), None)
+    if chosen is None:
+        raise UserError(f"--optimizer is {optimizer!r}, but must be {', '.join(known)}.{nearest(optimizer, known)}")
+    memory = parse_size(gpu_memory, where="--gpu-memory")
+    host = _host_memory() if host_memory is None else parse_size(host_memory, where="--host-memory")
+    path = out or Path(f"{Path(model).name}-plan.json")
+    if not as_json and path.exists():
+        raise UserError(f"{path} is there already; name another file with --out.")
+    models.check_length(models.load_config(model)[0], model, seq_len)
+    found = find(
+        model,
+        gpu_memory=memory,
+        world_size=gpus * nodes,
+        seq_len=seq_len,
+        optimizer=chosen,
+        device=device,
+        loss=loss,
+        state_format=state_format,
+        host_memory=host,
+        ranks_per_machine=gpus,
+    )
+    console = PlainConsole()
+    best = found[0]
+    if not as_json:
+        about = f"{'this machine has' if host_memory is None else 'there are'} {size_text(host)}"
+        show_plan(console, found, memory, seq_len, chosen, about)
+    if not (best.fits and best.asked):
+        if as_json:
+            typer.echo(f"nothing fits with {state_format} state; without --json it is said why.", err=True)
+        raise typer.Exit(1)
+    if as_json:
+        typer.echo(json.dumps(best.json, indent=2))
+        return
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(json.dumps(best.json, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    checkpointing = "--activation-checkpointing" if best.checkpointing else "--no-activation-checkpointing"
+    checkpointing += f" --loss {loss}" if loss else ""
+    console.print(
+        f"{path} written; train with: deepspeed --num_gpus {gpus} launch/train.py --model {model} --config {path} "
+        f"--seq-len {seq_len} {checkpointing}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _host_memory() -> int:
+    """Bytes that this machine, or the control group that this process is in, has."""
+    import torch
+
+    from toolkit.memory.watermarks import limits
+
+    return min(limits(torch.device("cpu")).values())
+
+
+def _settle_accelerator() -> None:
+    """On a machine without GPUs DeepSpeed would look for one as it is imported, and say so."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

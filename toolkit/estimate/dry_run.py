@@ -1,0 +1,272 @@
+"""A training step on the meta device: every tensor has a size, none takes memory, and no number is computed.
+
+The model's own code runs, forward and backward, and that of the loss, so any architecture is covered. What depends on
+the device is chosen as it would be there: the kernel of attention, how the chunked loss multiplies.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.estimate.meta_kernels import attention_of
+from toolkit.memory.storages import Tape
+from toolkit.memory.tracker import Tracker
+from toolkit.models import cpu_matmul
+from toolkit.models.build import CausalLM, blueprint
+from toolkit.models.loss import LossHead
+from toolkit.records import categories as c
+
+MOMENTS = 4
+"""From one birth or death to the next: between them is room for what ZeRO does at that point."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(order=True)
+class Call:
+    """One call of a module: from, until, and the numbers of its own parameters, if it has any."""
+
+    opened: int
+    closed: int | None
+    parameters: tuple[int, ...]
+
+
+@dataclass
+class Rehearsal:
+    """What one micro-batch of one rank makes and frees, without anything that ZeRO or the optimizer holds.
+
+    `tape` has the phases forward and backward; its gradients are freed as soon as they are whole, at the moments of
+    `arrivals` (number of the parameter, moment). `calls` are in order.
+    """
+
+    model: CausalLM
+    tape: Tape
+    parameters: list[Parameter]
+    arrivals: list[tuple[int, int]]
+    calls: list[Call]
+    per_block: dict[str, int]
+    loss: str
+    checkpointing: bool
+    attention: str
+    widens: bool
+    """Matrix products are computed in fp32, from tiles of bf16 operands (`toolkit.models.cpu_matmul`)."""
+
+
+def rehearse(
+    model: str,
+    *,
+    dtype: torch.dtype,
+    micro_batch: int,
+    seq_len: int,
+    device: str,
+    activation_checkpointing: bool | None = None,
+    loss: str | None = None,
+    attention: str | None = None,
+    layers: int | None = None,
+) -> Rehearsal:
+    """Rehearse a forward and a backward pass.
+
+    Args:
+        model: a preset or a folder, as for `toolkit.models.build_model`.
+        dtype: that the model computes in.
+        micro_batch, seq_len: sequences of a forward pass, and predictions per sequence.
+        device: "cuda" or "cpu", whose kernels are assumed.
+        activation_checkpointing, loss: None is the model's default.
+        attention: "sdpa", "eager" or another of transformers' names; None is the model's default.
+        layers: only so many of the model's.
+
+    Raises:
+        UserError: as `build_model`.
+    """
+    built = blueprint(
+        model,
+        dtype=dtype,
+        activation_checkpointing=activation_checkpointing,
+        loss=loss,
+        attention=attention,
+        layers=layers,
+    )
+    built.train()
+    tape = Tape()
+    tracker = _MetaTracker(tape, device)
+    for tensor in [*built.parameters(), *built.buffers()]:
+        tracker.adopt(tensor, None)
+    arrivals: list[tuple[int, int]] = []
+
+    def arrived(number: int, parameter: nn.Parameter) -> None:
+        arrivals.append((number, tape.now))
+        parameter.grad = None
+
+    head = built.hf.get_output_embeddings()
+    if isinstance(head, LossHead):
+        head.stands_for = device
+    calls: list[Call] = []
+    numbers = {id(p): number for number, p in enumerate(built.parameters())}
+    hooks = _watch_calls(built, tape, numbers, calls)
+    tracker.attach(built, head, arrived)
+    tokens = torch.zeros(micro_batch, seq_len + 1, dtype=torch.int64, device="meta")
+    tracker.adopt(tokens, None)
+    with tracker, attention_of(device):
+        tape.begin(c.FORWARD)
+        value = built(tokens)
+        tape.begin(c.BACKWARD)
+        value.backward()
+        del value
+    tracker.detach()
+    for hook in hooks:
+        hook.remove()
+    tape.classify()
+    return Rehearsal(
+        model=built,
+        tape=tape,
+        parameters=[Parameter(name, tuple(p.shape)) for name, p in built.named_parameters()],
+        arrivals=arrivals,
+        calls=calls,
+        per_block=_per_block(built, tape),
+        loss="chunked" if isinstance(head, LossHead) else "plain",
+        checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in built.modules()),
+        attention=str(built.hf.config._attn_implementation),
+        widens=tracker.widens,
+    )
+
+
+def scaled(two: Rehearsal, three: Rehearsal, micro_batch: int) -> Rehearsal | None:
+    """The rehearsal of `micro_batch` sequences, from those of two and three; None if they differ in more than size.
+
+    Every tensor's size is linear in the number of sequences, as long as the same operations run. (With one sequence
+    some copies are left out.) Not so the tiles of `cpu_matmul`.
+    """
+    if two.widens:
+        return None
+
+    def pattern(rehearsal: Rehearsal) -> list[tuple[int, int | None, str]]:
+        return [(life.born, life.died, life.what) for life in rehearsal.tape.lives]
+
+    if pattern(two) != pattern(three):
+        return None
+    lives = [
+        replace(small, bytes=small.bytes + (large.bytes - small.bytes) * (micro_batch - 2))
+        for small, large in zip(two.tape.lives, three.tape.lives, strict=True)
+    ]
+    return replace(two, tape=replace(two.tape, lives=lives))
+
+
+def _watch_calls(model: nn.Module, tape: Tape, numbers: dict[int, int], calls: list[Call]) -> list[Any]:
+    hooks = []
+    for module in model.modules():
+        own = tuple(numbers[id(p)] for p in module.parameters(recurse=False))
+        running: list[Call] = []
+
+        def opens(*_: Any, own: tuple[int, ...] = own, running: list[Call] = running) -> None:
+            running.append(Call(tape.now, None, own))
+            calls.append(running[-1])
+
+        def closes(*_: Any, running: list[Call] = running) -> None:
+            running.pop().closed = tape.now
+
+        hooks.append(module.register_forward_pre_hook(opens))
+        hooks.append(module.register_forward_hook(closes, always_call=True))
+    return hooks
+
+
+def _per_block(model: CausalLM, tape: Tape) -> dict[str, int]:
+    """Of the first transformer layer, in its forward call: what it keeps, and the most that it holds meanwhile."""
+    layers = [scope for scope in tape.scopes if scope.name.rsplit(".", 1)[-1] == "0"]
+    if not layers or layers[0].closed is None:
+        return {}
+    opened, closed = layers[0].opened, layers[0].closed
+    mine = [life for life in tape.lives if opened <= life.born < closed]
+    changes: dict[int, int] = {}
+    for life in mine:
+        changes[life.born] = changes.get(life.born, 0) + life.bytes
+        if life.died is not None and life.died < closed:
+            changes[life.died] = changes.get(life.died, 0) - life.bytes
+    held = largest = 0
+    for moment in sorted(changes):
+        held += changes[moment]
+        largest = max(largest, held)
+    return {"kept": held, "largest moment": largest}
+
+
+class _MetaTracker(Tracker):
+    """Tracks operations on the meta device as `device` would do them."""
+
+    def __init__(self, tape: Tape, device: str) -> None:
+        super().__init__(tape, sites=False)
+        self._stride = MOMENTS
+        self._on_cpu = device == "cpu"
+        self.widens = self._on_cpu and cpu_matmul.computes_in_fp32()
+        self._results: dict[Any, list[tuple[Any, Any, torch.dtype]]] = {}
+        """Shape, strides and type of what an operation returned for such arguments: layers are alike, and on the meta
+        device most operations are slow Python."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        # A CPU without bf16 products holds fp32 copies of operands beside the result.
+        if self.widens and (sizes := cpu_matmul.workspace(func, args)):
+            with self:
+                copies = [torch.empty(size, dtype=torch.float32, device="meta") for size in sizes]
+                del copies
+        return result
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        # Models look into masks to leave out those that hide nothing; training data are packed, so none does.
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 0
+        if self._on_cpu and torch.Tag.pointwise in func.tags:
+            self._cast(func, [x for x in args if isinstance(x, Tensor) and x.dim()])
+        if not _makes_new(func):
+            return func(*args, **kwargs)
+        key = (func, _signature(args), _signature(tuple(sorted(kwargs.items()))))
+        known = self._results.get(key)
+        if known is not None:
+            made = [torch.empty_strided(*sizes, dtype=dtype, device="meta") for *sizes, dtype in known]
+            return made[0] if len(made) == 1 else tuple(made)
+        result = func(*args, **kwargs)
+        outputs = result if isinstance(result, tuple) else (result,)
+        if all(isinstance(output, Tensor) and output.is_meta for output in outputs):
+            self._results[key] = [(output.shape, output.stride(), output.dtype) for output in outputs]
+        return result
+
+    def _cast(self, func: Any, operands: list[Tensor]) -> None:
+        """On a CPU operands of mixed types are copied to the common one first (ATen/TensorIterator.cpp)."""
+        if len({x.dtype for x in operands}) < 2:
+            return
+        common = functools.reduce(torch.promote_types, (x.dtype for x in operands))
+        in_place = func._schema.is_mutable and operands[0].dtype != common
+        with self:
+            copies = [torch.empty_like(x, dtype=common) for x in operands if x.dtype != common]
+            copies += [torch.empty_like(operands[0], dtype=common)] if in_place else []
+            del copies
+
+
+@functools.cache
+def _makes_new(func: Any) -> bool:
+    """Whether all that `func` returns is new, and nothing that it is given is changed."""
+    schema = func._schema
+    return not schema.is_mutable and all(value.alias_info is None for value in schema.returns)
+
+
+def _signature(value: Any) -> Any:
+    """What an operation's result depends on, without the numbers in tensors."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(_signature(item) for item in value)
+    return (type(value), value)

@@ -1,0 +1,163 @@
+"""When ZeRO-3 gathers weights and lets go of them again.
+
+Follows DeepSpeed 0.19.8's partitioned_param_coordinator.py, after it has recorded the order of modules: a module's
+weights are gathered before it runs, those of the next modules ahead of time, and freed after it unless they are needed
+again soon.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from toolkit.estimate.dry_run import Call, Rehearsal
+from toolkit.estimate.zero import Limits
+from toolkit.memory.storages import Life
+from toolkit.records import categories as c
+
+Hold = Callable[[float, str, str, int, int | None], Life]
+"""Adds a life: bytes, category, what, from, until."""
+
+
+@dataclass
+class _Flight:
+    """Weights that are gathered together: one buffer, of which each is copied at the first wait for any of them.
+
+    A single one is not copied: it is the buffer.
+    """
+
+    numbers: list[int]
+    buffer: Life
+    own: Life | None
+    """gloo's buffer."""
+    left: set[int] = field(default_factory=set)
+    arrived: bool = False
+
+
+def gather(
+    rehearsal: Rehearsal,
+    sizes: Sequence[float],
+    elements: Sequence[int],
+    limits: Limits,
+    hold: Hold,
+    *,
+    copies: bool,
+    gloo: bool,
+) -> None:
+    """Hold the weights that are gathered, for as long as they are.
+
+    Args:
+        sizes: bytes of each whole parameter, `elements` their numels.
+        hold: called for every buffer.
+        copies: weights that are gathered together are cut out of one buffer, each as a copy (more than one rank).
+        gloo: it gathers into a buffer of its own, which it holds until it is done: before the next one begins.
+    """
+
+    def gathered(number: int, moment: int) -> Life:
+        return hold(sizes[number], c.GATHERED, rehearsal.parameters[number].name, moment, None)
+
+    persistent = {number for number, numel in enumerate(elements) if numel <= limits.persistent}
+    available: dict[int, Life] = {number: gathered(number, -1) for number in sorted(persistent)}
+    uses = _uses(rehearsal)
+    order: deque[tuple[int, int]] = deque((step, number) for step, use in enumerate(uses) for number in use.parameters)
+    fetched_for = dict.fromkeys(range(len(elements)), -1)
+    flights: dict[int, _Flight] = {}
+    live = 0
+    own: Life | None = None
+
+    def submit(numbers: list[int], moment: int) -> None:
+        nonlocal live, own
+        live += sum(elements[number] for number in numbers)
+        if not copies:
+            available.update({number: gathered(number, moment) for number in numbers})
+            return
+        size = sum(sizes[number] for number in numbers)
+        what = "weights gathered together" if len(numbers) > 1 else rehearsal.parameters[numbers[0]].name
+        if own is not None:
+            own.died = min(own.died or moment, moment)
+        own = hold(size, c.TRANSIENTS, f"{what}, gloo's copy", moment, None) if gloo else None
+        flight = _Flight(numbers, hold(size, c.GATHERED, what, moment, None), own, set(numbers))
+        flights.update(dict.fromkeys(numbers, flight))
+
+    def wait(number: int, moment: int) -> None:
+        flight = flights.pop(number, None)
+        if flight is None:
+            return
+        flight.left.discard(number)
+        if len(flight.numbers) > 1 and not flight.left:
+            flight.buffer.died = moment if flight.arrived else moment + 2
+        if flight.arrived:
+            return
+        flight.arrived = True
+        if flight.own is not None:
+            done = max(moment, flight.own.born + 1)
+            flight.own.died = min(flight.own.died or done, done)
+        if len(flight.numbers) == 1:
+            available[number] = flight.buffer
+        else:
+            # After the transfer, whose own buffer is gone by then.
+            available.update({other: gathered(other, moment + 1) for other in flight.numbers})
+
+    for step, use in enumerate(uses):
+        missing = [number for number in use.parameters if number not in available and number not in flights]
+        if missing:
+            submit(missing, use.opened)
+        for number in use.parameters:
+            wait(number, use.opened)
+        new = {number for number in use.parameters if fetched_for[number] < step}
+        seen: set[int] = set()
+        while order and len(seen) < len(new):
+            used_at, number = order.popleft()
+            fetched_for[number] = used_at
+            seen.add(number)
+        ahead: list[int] = []
+        numel, most = 0, min(limits.live - live, limits.prefetch)
+        while order and numel < most:
+            used_at, number = order.popleft()
+            fetched_for[number] = max(fetched_for[number], used_at)
+            if number not in available and number not in flights and number not in ahead:
+                ahead.append(number)
+                numel += elements[number]
+        if ahead:
+            submit(ahead, use.opened)
+        closed = use.closed if use.closed is not None else rehearsal.tape.now
+        keep, distance = set(), 0
+        for later in uses[step + 1 :]:
+            if distance >= limits.reuse:
+                break
+            for number in later.parameters:
+                keep.add(number)
+                distance += elements[number]
+        for number in use.parameters:
+            if number in persistent or number in keep or number not in available:
+                continue
+            life = available.pop(number)
+            life.died = max(closed, life.born + 1)
+            live -= elements[number]
+    for flight in flights.values():
+        for left in (flight.buffer, flight.own):
+            if left is not None and left.died is None:
+                left.died = rehearsal.tape.now
+
+
+def _uses(rehearsal: Rehearsal) -> list[Call]:
+    """Every use of a module's weights, in order: its calls, and its part of the backward pass."""
+    arrived = dict(rehearsal.arrivals)
+    turn = next(moment for name, moment in rehearsal.tape.phases if name == "backward")
+    forward = [call for call in rehearsal.calls if call.opened < turn]
+    backward: list[Call] = []
+    ends = sorted(
+        (max((arrived[n] for n in call.parameters if n in arrived), default=math.inf), call.opened, call)
+        for call in forward
+    )
+    before = turn
+    for end, _, call in ends:
+        if end is math.inf:
+            continue
+        moment = int(end)
+        # Weights are gathered again before the first operation of the module's own backward pass.
+        backward.append(Call(min(before, moment), moment + 1, call.parameters))
+        before = moment + 1
+    return sorted([*rehearsal.calls, *backward], key=lambda call: call.opened)

@@ -1,0 +1,175 @@
+"""Which shipped configuration, state format and micro-batch to train a model with on given GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from toolkit.config import load_config, shipped_configs
+from toolkit.estimate.predict import Case, Estimator, assumed_context, with_section
+
+LARGEST_MICRO_BATCH = 64
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "8bit, bf16+8": {"state_format": "8bit", "weights": "bf16+8"},
+    "8bit, bf16+8, released": {"state_format": "8bit", "weights": "bf16+8", "release_gradients": True},
+    "compact, bf16+4": {"state_format": "compact", "weights": "bf16+4"},
+    "compact, bf16+4, released": {"state_format": "compact", "weights": "bf16+4", "release_gradients": True},
+    "minimal, bf16+4": {"state_format": "minimal", "weights": "bf16+4"},
+}
+"""What is tried for this package's rules, in order of preference."""
+
+UPDATE_ERROR = {"8bit": 2.9, "compact": 12.2, "minimal": 22.7}
+"""How far an update of AMCS with coded state is from the exact one: norm of the difference over the norm, in %.
+
+Measured: `python tests/benchmarks/codec_error.py --hidden 256`, all tensors; docs/state.md ("Why these roots") has the
+table. Other rules were not measured.
+"""
+MEASURED_RULE = "AMCS"
+
+ANY = "any"
+DEFAULT_FORMAT = "8bit"
+
+# How much longer a token takes than without, for ranking only: assumed, not measured.
+_CHECKPOINTING = 4 / 3  # one more forward pass
+_STAGE = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.15}
+_OFFLOAD = {(): 1.0, ("optimizer",): 1.6, ("optimizer", "param"): 3.0}
+_FORMAT = 0.01  # for each further one of FORMATS
+_OVERHEAD_TOKENS = 1024  # of a pass that take as long as its launches and communication
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of training: `micro_batch` is the largest that fits, or 1 where none does."""
+
+    config: str
+    state: str
+    checkpointing: bool
+    micro_batch: int
+    needs: int
+    """Bytes of the device at the peak, the context included."""
+    fits: bool
+    """On the device and, with what is offloaded, on the host."""
+    host: int
+    """Bytes of host memory of one machine, all its ranks together."""
+    cost: float
+    """Assumed time of a token against that of the plainest way."""
+    state_format: str
+    asked: bool
+    """Whether its state format is the one that was asked for."""
+    host_fits: bool
+    holds_most: str
+    """The category that takes most at the peak."""
+    json: Mapping[str, Any]
+
+
+def plan(
+    model: str,
+    *,
+    gpu_memory: int,
+    world_size: int,
+    seq_len: int,
+    optimizer: str,
+    device: str = "cuda",
+    loss: str | None = None,
+    state_format: str = DEFAULT_FORMAT,
+    host_memory: int,
+    ranks_per_machine: int,
+) -> list[Candidate]:
+    """All candidates: first what fits in the state format asked for, the fastest of them first, then what else fits.
+
+    Args:
+        model: a preset or a folder with a config.json.
+        gpu_memory: bytes of one device.
+        optimizer: of the shipped configurations to try ("AMCS", "SOAM" or "AdamW").
+        state_format: "8bit", "compact", "minimal", or "any" of them; AdamW has only its own.
+        host_memory: bytes of one machine, which what is offloaded by its `ranks_per_machine` must fit into.
+
+    Raises:
+        UserError: as `Estimator.predict`.
+    """
+    estimator = Estimator(several=True)
+    found = [
+        _fit(estimator, case, gpu_memory, name, state, state_format, host_memory, ranks_per_machine)
+        for name, state, case in _cases(model, world_size, seq_len, optimizer, device, loss)
+    ]
+
+    def order(one: Candidate) -> tuple[Any, ...]:
+        # Where ranks do not matter stages 1 and 2 are the same: the usual choice comes first.
+        return not one.fits, one.fits and not one.asked, one.cost if one.fits else one.needs, "zero2" not in one.config
+
+    return sorted(found, key=order)
+
+
+def _cases(
+    model: str, world_size: int, seq_len: int, optimizer: str, device: str, loss: str | None
+) -> Iterator[tuple[str, str, Case]]:
+    for name, shipped in shipped_configs().items():
+        if shipped.optimizer != optimizer:
+            continue
+        formats = FORMATS if optimizer != "AdamW" else {"fp32": {}}
+        for state, params in formats.items():
+            if params.get("release_gradients") and (shipped.stage == 3 or shipped.offload):
+                continue
+            config = with_section(load_config(name), ["optimizer", "params"], params)
+            for checkpointing in (False, True):
+                yield (
+                    name,
+                    state,
+                    Case(
+                        model,
+                        config,
+                        world_size,
+                        1,
+                        seq_len,
+                        device=device,
+                        activation_checkpointing=checkpointing,
+                        loss=loss,
+                    ),
+                )
+
+
+def _fit(
+    estimator: Estimator,
+    case: Case,
+    memory: int,
+    name: str,
+    state: str,
+    wanted: str,
+    host_memory: int,
+    ranks_per_machine: int,
+) -> Candidate:
+    """The largest micro-batch, a power of 2, with which `case` fits."""
+    context = assumed_context(case.world_size) if case.device == "cuda" else 0
+    micro_batch, best = 1, case
+    while micro_batch <= LARGEST_MICRO_BATCH:
+        tried = replace(case, micro_batch=micro_batch)
+        if estimator.peak(tried) + context > memory:
+            break
+        best, micro_batch = tried, 2 * micro_batch
+    prediction = estimator.predict(best)
+    needs = prediction.peak + context
+    peak = next(phase.held for phase in prediction.phases if phase.name == prediction.peak_phase)
+    setup = prediction.setup
+    tokens = best.micro_batch * best.seq_len
+    cost = _STAGE[setup.stage] * _OFFLOAD[tuple(setup.offload)] * (1 + _OVERHEAD_TOKENS / tokens)
+    cost *= _CHECKPOINTING if setup.activation_checkpointing else 1.0
+    cost *= 1 + _FORMAT * (list(FORMATS).index(state) if state in FORMATS else 0)
+    state_format = FORMATS[state]["state_format"] if state in FORMATS else state
+    host = sum(prediction.host.values()) * ranks_per_machine
+    return Candidate(
+        config=name,
+        state=state,
+        checkpointing=setup.activation_checkpointing,
+        micro_batch=best.micro_batch,
+        needs=needs,
+        fits=needs <= memory and host <= host_memory,
+        host=host,
+        cost=cost,
+        state_format=state_format,
+        asked=wanted in (ANY, state_format) or state not in FORMATS,
+        host_fits=host <= host_memory,
+        holds_most=max(peak, key=lambda category: peak[category]),
+        json={**best.config, "train_micro_batch_size_per_gpu": best.micro_batch},
+    )

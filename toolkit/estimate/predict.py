@@ -1,0 +1,369 @@
+"""What a run will hold, before it runs: a rehearsal of the model's pass, and ZeRO and the optimizer around it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from toolkit.config.automatic import Shape, automatic, settle
+from toolkit.config.files import without_auto
+from toolkit.errors import UserError
+from toolkit.estimate.dry_run import Rehearsal, rehearse, scaled
+from toolkit.estimate.stored import Stored, stored
+from toolkit.estimate.zero import Zero
+from toolkit.estimate.zero_step import Step, simulate
+from toolkit.memory.storages import curve
+from toolkit.optim import find_rule
+from toolkit.records.memory import Change, Prediction, Setup
+from toolkit.records.sizes import size_text
+
+_CONTEXT = 1_000_000_000
+_COMMUNICATOR = 200_000_000
+_PEERS = 8
+
+
+def assumed_context(world_size: int) -> int:
+    """Bytes of a GPU that nothing here predicts: CUDA context, cuBLAS's workspaces and other libraries, and NCCL.
+
+    An assumption, not a measurement, which differs by driver, GPU and network: 1 GB, and with several ranks 0.2 GB for
+    each of up to 8, after which NCCL's buffers hardly grow. Its users report 1.6 GB of buffers for one communicator
+    (https://github.com/NVIDIA/nccl/issues/864) and, on 8 H100, 1.06 GB in all before the first all-to-all and 4.34 GB
+    after it (https://github.com/NVIDIA/nccl/issues/1685).
+    """
+    return _CONTEXT + (_COMMUNICATOR * min(world_size, _PEERS) if world_size > 1 else 0)
+
+
+_SIMULATED = 4
+"""Ranks of a large run whose shares are looked at, evenly spread, the first and the last among them."""
+
+_MATTERS = 0.005
+"""Share of the peak below which a change is not worth a line."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run whose memory is asked for.
+
+    Args:
+        model: a preset or a folder with a config.json.
+        config: a DeepSpeed JSON that has been validated.
+        world_size: ranks in all.
+        micro_batch, accumulation: sequences of a forward pass; micro-batches of a step.
+        seq_len: predictions per sequence.
+        device: "cuda" or "cpu".
+        activation_checkpointing, loss, attention: None is the model's default.
+    """
+
+    model: str
+    config: Mapping[str, Any]
+    world_size: int
+    micro_batch: int
+    seq_len: int
+    accumulation: int = 1
+    device: str = "cuda"
+    activation_checkpointing: bool | None = None
+    loss: str | None = None
+    attention: str | None = None
+    defaults: tuple[str, ...] = field(default=(), init=False)
+    """Keys that are "auto" in the JSON and have no rule, and are counted with DeepSpeed's default."""
+
+    def __post_init__(self) -> None:
+        zero = self.config.get("zero_optimization", {})
+        if isinstance(zero, bool):  # DeepSpeed's old spelling of stages 0 and 1
+            zero = {"stage": int(zero)}
+        auto = sorted(_auto(self.config))
+        if "zero_optimization.stage" in auto:
+            raise UserError('zero_optimization.stage is "auto", which fixes no memory; give a stage.')
+        config = {**self.config, "zero_optimization": zero}
+        later = {key: "auto" for key in automatic(config)}  # which follow from the model
+        settled = without_auto(config)
+        settled["zero_optimization"] |= later
+        defaults = [path for path in auto if path.removeprefix("zero_optimization.") not in later]
+        object.__setattr__(self, "config", settled)
+        object.__setattr__(self, "defaults", tuple(defaults))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return computed_in(self.config)
+
+
+def _auto(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _auto(value, f"{path}{key}.")
+        elif value == "auto":
+            yield path + key
+
+
+def computed_in(config: Mapping[str, Any]) -> torch.dtype:
+    """What a DeepSpeed JSON has the model compute in."""
+    for key, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(key, {}).get("enabled", False) is True:
+            return dtype
+    return torch.float32
+
+
+@dataclass
+class Estimator:
+    """Predicts cases; passes that several of them share are rehearsed once.
+
+    Args:
+        several: many micro-batches will be asked for, so it pays to scale the rehearsals of two.
+    """
+
+    several: bool = False
+    _passes: dict[tuple[Any, ...], Rehearsal] = field(default_factory=dict)
+
+    def predict(self, case: Case, *, changes: bool = False) -> Prediction:
+        """The step of the rank that holds most.
+
+        Args:
+            changes: also what other settings would hold, which takes a few more rehearsals.
+
+        Raises:
+            UserError: an unknown model or optimizer, or settings that exclude each other.
+        """
+        rehearsal, kept, step = self._simulate(case)
+        found = self._describe(case, rehearsal, kept, step)
+        if changes:
+            found.changes = self._changes(case, found.peak)
+        return found
+
+    def peak(self, case: Case) -> int:
+        """Bytes of the device, the context left out, at the peak of the rank that holds most."""
+        _, _, step = self._simulate(case)
+        return int(step.curve.total.max())
+
+    def _simulate(self, case: Case) -> tuple[Rehearsal, Stored, Step]:
+        rehearsal = self._rehearsal(case)
+        on_gpu = case.device == "cuda"
+        config = settle(case.config, lambda: Shape.of(rehearsal.model), on_gpu=on_gpu, world_size=case.world_size)
+        zero = Zero.read(config, world_size=case.world_size, accumulation=case.accumulation)
+        offloaded = zero.optimizer_on != "none"
+        kept = stored(rehearsal.model, case.config, dtype=case.dtype, stage=zero.stage, on_host=offloaded)
+        steps = [
+            simulate(rehearsal, zero, kept, dtype=case.dtype, rank=rank, on_gpu=on_gpu)
+            for rank in _ranks(case.world_size, zero.stage)
+        ]
+        return rehearsal, kept, max(steps, key=lambda step: int(step.curve.total.max()))
+
+    def _rehearsal(self, case: Case) -> Rehearsal:
+        key = (
+            *(case.model, case.dtype, case.micro_batch, case.seq_len, case.device),
+            *(case.activation_checkpointing, case.loss, case.attention),
+        )
+        if key not in self._passes:
+            found = None
+            if self.several and case.micro_batch > 3:
+                two, three = (self._rehearsal(replace(case, micro_batch=size)) for size in (2, 3))
+                found = scaled(two, three, case.micro_batch)
+            self._passes[key] = found or rehearse(
+                case.model,
+                dtype=case.dtype,
+                micro_batch=case.micro_batch,
+                seq_len=case.seq_len,
+                device=case.device,
+                activation_checkpointing=case.activation_checkpointing,
+                loss=case.loss,
+                attention=case.attention,
+            )
+        return self._passes[key]
+
+    def _describe(self, case: Case, rehearsal: Rehearsal, kept: Stored, step: Step) -> Prediction:
+        at = step.curve.peak_at
+        remarks = [*kept.remarks, *_unknown(case.config)]
+        if counted := [key for key in case.defaults if key.startswith(("zero_optimization.", "bf16.", "fp16."))]:
+            remarks.append(f'{", ".join(counted)}: "auto" is counted as DeepSpeed\'s default.')
+        if case.device == "cuda":
+            remarks.append(
+                f"{size_text(assumed_context(case.world_size))} are assumed for the CUDA context, its libraries and "
+                "NCCL; what the caching allocator reserves beyond what is allocated is not predicted."
+            )
+        return Prediction(
+            setup=setup_of(case, rehearsal),
+            peak=int(step.curve.total[at]),
+            peak_phase=step.curve.phase_at(at),
+            phases=step.curve.by_phase(),
+            timeline=step.curve.timeline(),
+            resident=step.resident,
+            host=step.host,
+            nvme=step.nvme,
+            context=assumed_context(case.world_size) if case.device == "cuda" else 0,
+            per_block=rehearsal.per_block,
+            remarks=remarks,
+        )
+
+    def _changes(self, case: Case, peak: int) -> list[Change]:
+        found = []
+        for words, changed in alternatives(case):
+            other = self.peak(changed)
+            found.append(Change(change=words, peak=other, saves=peak - other))
+        found = [change for change in found if abs(change.saves) >= _MATTERS * peak]
+        return sorted(found, key=lambda change: -change.saves)
+
+
+# What changes memory in ways that are not modelled.
+_NOT_MODELLED = (
+    ("zero_optimization.contiguous_gradients", False),
+    ("zero_optimization.zero_hpz_partition_size", None),
+    ("zero_optimization.zero_quantized_weights", True),
+    ("zero_optimization.zero_quantized_gradients", True),
+    ("zero_optimization.offload_optimizer.ratio", None),
+    ("zero_optimization.round_robin_gradients", True),
+    ("bf16.bf16_master_weights_and_grads", True),
+    ("bf16.bf16_optimizer_states", True),
+    ("data_types.grad_accum_dtype", None),
+    ("tensor_parallel", None),
+    ("sequence_parallel_size", None),
+    ("pipeline", None),
+)
+
+
+def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
+    """A remark for each setting that this prediction passes over; None stands for any value."""
+    for path, value in _NOT_MODELLED:
+        at: Any = config
+        for key in path.split("."):
+            at = at.get(key) if isinstance(at, Mapping) else None
+        if at is not None and (value is None or at is value):
+            yield f"{path} is not modelled: the prediction is that without it."
+
+
+def _ranks(world_size: int, stage: int) -> list[int]:
+    """Ranks that are simulated: parts of a group differ at stages 1 and 2, and are alike otherwise."""
+    if stage not in (1, 2):
+        return [0]
+    return sorted({round(i * (world_size - 1) / (_SIMULATED - 1)) for i in range(_SIMULATED)})
+
+
+def setup_of(case: Case, rehearsal: Rehearsal) -> Setup:
+    """`case` as it is written down."""
+    section = case.config.get("optimizer", {})
+    params = section.get("params", {})
+    zero = case.config.get("zero_optimization", {})
+    ours = _rule_name(case.config)
+    narrow = case.dtype == torch.bfloat16
+    default_weights = "bf16+8" if ours and narrow else "fp32"
+    formats = params.get("state_format", "8bit" if ours else "fp32")
+    return Setup(
+        model=case.model,
+        parameters=sum(parameter.numel for parameter in rehearsal.parameters),
+        optimizer=ours or str(section.get("type")),
+        stage=int(zero.get("stage", 0)),
+        state_format=formats if isinstance(formats, str) else ", ".join(f"{k} {v}" for k, v in formats.items()),
+        weights=str(params.get("weights", default_weights)) if ours else "fp32",
+        offload=[part for part in ("optimizer", "param") if _offloads(zero, part)],
+        world_size=case.world_size,
+        micro_batch=case.micro_batch,
+        gradient_accumulation=case.accumulation,
+        seq_len=case.seq_len,
+        activation_checkpointing=rehearsal.checkpointing,
+        attention=rehearsal.attention,
+        loss=rehearsal.loss,
+        device="cuda" if case.device == "cuda" else "cpu",
+    )
+
+
+def _rule_name(config: Mapping[str, Any]) -> str | None:
+    """The name of the rule of this package that `config` selects, or None."""
+    rule = find_rule(config.get("optimizer", {}).get("type"))
+    return rule.__name__ if rule else None
+
+
+def _offloads(zero: Mapping[str, Any], part: str) -> bool:
+    place = zero.get(f"offload_{part}")
+    return isinstance(place, Mapping) and str(place.get("device", "none")) != "none"
+
+
+def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
+    """Settings that change one thing of `case`, in a user's words; only what the rest of it allows."""
+    config = case.config
+    ours = _rule_name(config) is not None
+    params = config.get("optimizer", {}).get("params", {})
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    lean = ours and case.dtype == torch.bfloat16 and stage > 0 and params.get("weights") != "fp32"
+    offloaded = _offloads(config.get("zero_optimization", {}), "optimizer")
+
+    def params_with(**changed: Any) -> Case:
+        return replace(case, config=with_section(config, ["optimizer", "params"], changed))
+
+    def zero_with(**changed: Any) -> Case:
+        return replace(case, config=with_section(config, ["zero_optimization"], changed))
+
+    for other in (1, 2, 3):
+        if other > stage and (case.world_size > 1 or stage == 0) and not (other == 3 and _released(params)):
+            yield f"zero_optimization.stage {other}", zero_with(stage=other)
+    if ours:
+        for name in ("8bit", "compact", "minimal"):
+            if params.get("state_format", "8bit") != name:
+                yield f"optimizer.params.state_format {name}", params_with(state_format=name)
+    if lean and params.get("weights", "bf16+8") != "bf16+4":
+        yield "optimizer.params.weights bf16+4", params_with(weights="bf16+4")
+    if ours and not lean and stage > 0 and case.dtype == torch.bfloat16:
+        yield "optimizer.params.weights bf16+8", params_with(weights="bf16+8")
+    if lean and stage in (1, 2) and case.accumulation == 1 and not offloaded and not _released(params):
+        yield "optimizer.params.release_gradients true", params_with(release_gradients=True)
+    if not ours and case.dtype == torch.bfloat16:
+        own = {"lr": params.get("lr", 1e-4), "total_steps": 1, **({} if stage else {"weights": "fp32"})}
+        optimizer = {"type": "AMCS", "params": own}
+        yield "optimizer.type AMCS (8bit)", replace(case, config={**config, "optimizer": optimizer})
+    if not offloaded and stage > 0 and not _released(params) and case.device == "cuda":
+        yield "zero_optimization.offload_optimizer", zero_with(offload_optimizer={"device": "cpu"})
+    if case.activation_checkpointing is not True:
+        yield "--activation-checkpointing", replace(case, activation_checkpointing=True)
+    if case.loss == "plain":
+        yield "--loss chunked", replace(case, loss="chunked")
+    if case.micro_batch > 1:
+        half = case.micro_batch // 2
+        yield f"--micro-batch {half}", replace(case, micro_batch=half)
+    if case.seq_len > 256:
+        half = case.seq_len // 2
+        yield f"--seq-len {half}", replace(case, seq_len=half)
+
+
+def _released(params: Mapping[str, Any]) -> bool:
+    return params.get("release_gradients") is True
+
+
+def with_section(config: Mapping[str, Any], path: list[str], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `config` with keys changed in the section at `path`."""
+    result = copy.deepcopy(dict(config))
+    section = result
+    for key in path:
+        section = section.setdefault(key, {})
+    section.update(changed)
+    return result
+
+
+def variants(case: Case) -> dict[str, int]:
+    """Bytes of one transformer block's activations and of the loss, under every choice that a run has for them.
+
+    From a model of one layer: "kept" stays between the block's forward and its backward pass, "while it runs" is the
+    most that it holds, "logits" the most between the head and the gradient of its input.
+    """
+    found: dict[str, int] = {}
+    for attention, words in (("sdpa", "flash attention"), ("eager", "eager attention")):
+        for checkpointing in (False, True):
+            small = rehearse(
+                case.model,
+                dtype=case.dtype,
+                micro_batch=case.micro_batch,
+                seq_len=case.seq_len,
+                device=case.device,
+                activation_checkpointing=checkpointing,
+                loss="plain" if checkpointing else "chunked",
+                attention=attention,
+                layers=1,
+            )
+            if checkpointing:
+                found["kept, with checkpointing"] = small.per_block.get("kept", 0)
+            else:
+                found[f"kept, {words}"] = small.per_block.get("kept", 0)
+                found[f"while it runs, {words}"] = small.per_block.get("largest moment", 0)
+            held = curve(small.tape.lives, small.tape.now, small.tape.phases).held.get("logits")
+            found[f"logits, {small.loss} loss"] = 0 if held is None else int(held.max())
+    return found

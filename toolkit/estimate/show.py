@@ -1,0 +1,148 @@
+"""Estimates and plans on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from toolkit.estimate.plan import MEASURED_RULE, UPDATE_ERROR, Candidate
+from toolkit.records import categories as c
+from toolkit.records.memory import Prediction
+from toolkit.records.sizes import size_text
+
+_ATTENTION = {"sdpa": "flash"}
+"""transformers' names in the words of `--attention`."""
+
+_SHOWN = 12
+"""Candidates of a plan that fit, and that do not, at most."""
+
+
+def show_prediction(
+    console: Console, found: Prediction, variants: Mapping[str, int], memory: int | None, total_ranks: str
+) -> None:
+    """The table of one rank, what holds the peak, and whether it fits."""
+    s = found.setup
+    attention = _ATTENTION.get(s.attention, s.attention)
+    console.print(
+        f"{s.model}: {s.parameters:,} parameters; {s.optimizer}, state {s.state_format}, weights {s.weights}, ZeRO "
+        f"{s.stage}{' + offload of ' + ' and '.join(s.offload) if s.offload else ''}; {total_ranks}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"micro-batch {s.micro_batch} x {s.seq_len} tokens, accumulation {s.gradient_accumulation}, activation "
+        f"checkpointing {'on' if s.activation_checkpointing else 'off'}, {attention} attention, {s.loss} loss",
+        highlight=False,
+        soft_wrap=True,
+    )
+    at_peak = next(phase.held for phase in found.phases if phase.name == found.peak_phase)
+    table = Table("per rank", box=None, title_justify="left")
+    table.add_column("at the peak", justify="right")
+    table.add_column("between steps", justify="right")
+    table.add_column("bytes a parameter", justify="right")
+    for category in c.ordered({*at_peak, *found.resident}):
+        held = at_peak.get(category, 0)
+        resident = found.resident.get(category, 0)
+        table.add_row(category, _size(held), _size(resident), f"{held / s.parameters:.2f}" if held else "-")
+    total = sum(found.resident.values())
+    if found.context:
+        table.add_row(c.CONTEXT, size_text(found.context), size_text(found.context), "assumed")
+    sums = [size_text(amount + found.context) for amount in (found.peak, total)]
+    table.add_row("all", *sums, f"{(found.peak + found.context) / s.parameters:.2f}", style="bold")
+    console.print(table)
+    peaks = ", ".join(f"{phase.name} {size_text(phase.peak or 0)}" for phase in found.phases)
+    console.print(f"peak in the phase: {found.peak_phase} ({peaks})", highlight=False, soft_wrap=True)
+    for title, held_there in (("host memory of a rank", found.host), ("NVMe of a rank", found.nvme)):
+        if any(held_there.values()):
+            parts = ", ".join(f"{name} {size_text(size)}" for name, size in held_there.items())
+            console.print(f"{title}: {size_text(sum(held_there.values()))} ({parts})", highlight=False, soft_wrap=True)
+    if variants:
+        console.print("one transformer block, and the loss:" if len(variants) > 2 else "one transformer block:")
+        for name, size in variants.items():
+            console.print(f"  {name}: {size_text(size)}", highlight=False, soft_wrap=True)
+    if found.changes:
+        console.print("what would change the peak:", highlight=False, soft_wrap=True)
+        for change in found.changes:
+            console.print(
+                f"  {change.change}: {size_text(change.peak)} ({_signed(-change.saves)})",
+                highlight=False,
+                soft_wrap=True,
+            )
+    for remark in found.remarks:
+        console.print(f"note: {remark}", highlight=False, soft_wrap=True)
+    if memory is not None:
+        console.print(verdict(found, memory), highlight=False, soft_wrap=True, style="bold")
+
+
+def verdict(found: Prediction, memory: int) -> str:
+    """Whether it fits, and by how much."""
+    needs = found.peak + found.context
+    if needs <= memory:
+        return f"fits: {size_text(needs)} of {size_text(memory)}, {size_text(memory - needs)} to spare."
+    return f"does not fit: {size_text(needs)} needed, {size_text(memory)} there, {size_text(needs - memory)} too much."
+
+
+def show_plan(
+    console: Console, found: Sequence[Candidate], memory: int, seq_len: int, optimizer: str, host: str
+) -> None:
+    """Candidates in order, and why the others do not fit.
+
+    Args:
+        found: as `toolkit.estimate.plan.plan` orders them.
+        memory: bytes of the device.
+        host: how much memory the host has, in words.
+    """
+    where = f"in {size_text(memory)} at {seq_len} tokens a sequence"
+    fitting = [one for one in found if one.fits]
+    asked, smaller = [one for one in fitting if one.asked], [one for one in fitting if not one.asked]
+    if asked:
+        _rows(console, f"fits {where}, the fastest first:", asked, found[0].cost, optimizer)
+    if smaller:
+        names = " or ".join(dict.fromkeys(one.state_format for one in smaller))
+        title = f"fits with smaller state, which is not recommended unless asked for (--state-format {names}):"
+        _rows(console, title, smaller, found[0].cost, optimizer)
+    if fitting:
+        error = "not measured" if optimizer != MEASURED_RULE else "of an update of AMCS, against fp32 state"
+        notes = "batch: sequences of a pass; host: memory of one machine; time: assumed, relative"
+        console.print(notes if optimizer == "AdamW" else f"{notes}; error: {error}", highlight=False, soft_wrap=True)
+    failed = [one for one in found if not one.fits]
+    if failed:
+        console.print(f"does not fit {where}, with one sequence:", highlight=False, soft_wrap=True)
+        for one in failed[:_SHOWN]:
+            state = f"{one.state}, checkpointing {'on' if one.checkpointing else 'off'}"
+            lacks = f"{size_text(one.needs)}, {size_text(one.needs - memory)} too much; {one.holds_most} hold most"
+            if one.needs <= memory:
+                lacks = f"{size_text(one.host)} of host memory, but {host} (--host-memory)"
+            console.print(f"  {one.config} ({state}): {lacks}", highlight=False, soft_wrap=True)
+        if len(failed) > _SHOWN:
+            console.print(f"  and {len(failed) - _SHOWN} more.")
+
+
+def _rows(console: Console, title: str, shown: Sequence[Candidate], fastest: float, optimizer: str) -> None:
+    coded = optimizer != "AdamW"
+    table = Table("config", "state, weights", "ckpt", box=None, pad_edge=False)
+    for heading in ("batch", "device", "host", "time", *(["error"] if coded else [])):
+        table.add_column(heading, justify="right")
+    for column in table.columns:
+        column.no_wrap = True
+    for one in shown[:_SHOWN]:
+        error = f"{UPDATE_ERROR[one.state_format]} %" if optimizer == MEASURED_RULE else "?"
+        table.add_row(
+            *(one.config, one.state, "on" if one.checkpointing else "off", str(one.micro_batch)),
+            *(size_text(one.needs), size_text(one.host) if one.host else "-", f"{one.cost / fastest:.2f}"),
+            *([error] if coded else []),
+        )
+    console.print(title, highlight=False, soft_wrap=True)
+    console.print(table)
+    if len(shown) > _SHOWN:
+        console.print(f"and {len(shown) - _SHOWN} more.")
+
+
+def _size(count: int) -> str:
+    return size_text(count) if count else "-"
+
+
+def _signed(count: int) -> str:
+    return ("+" if count > 0 else "-") + size_text(abs(count))

@@ -1,0 +1,232 @@
+"""The optimizer step on blocks: decode -> rule -> encode, one function, compiled or eager.
+
+Inductor makes it one Triton kernel on a GPU and one vectorised, threaded C++ loop on a CPU. The same source runs
+eagerly as reference and fallback. The number of blocks is dynamic: one graph serves every size.
+
+Where a code takes 4 bits, lane i of a block shares a byte with lane i + BLOCK/2. The function then gets the halves of
+every block as tensors of their own and works on both at once, so that packing is elementwise too: written on whole
+blocks, it would be a second loop with an intermediate of full size.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.optim.inductor import BlockStep, Launch, compile_blocks
+from toolkit.optim.rule import Rule
+from toolkit.state.codecs import BLOCK, decode_slabs, encode_slabs, pack, unpack
+from toolkit.state.layout import Layout
+from toolkit.state.remainders import rounding_phase, thresholds
+
+logger = logging.getLogger("toolkit")
+
+LAUNCH = Launch()
+"""How a GPU runs the kernel of every StepFunction made from now on."""
+
+PATIENCE_SECONDS = 10.0
+"""After so long the first call says that it compiles; what is in the compiler's cache takes less."""
+
+EAGER_ROWS = {"cpu": 2**12}
+"""Blocks per slice of the eager step, by kind of device. It bounds the temporaries, which take up to 56 bytes for each
+element of a slice: 59 MB on a CPU."""
+
+EAGER_ROWS_ELSEWHERE = 2**14
+"""On a GPU a slice must be worth the launches of a hundred kernels; temporaries take up to 235 MB."""
+
+COMPILED_ROWS = 2**22
+"""Blocks per call of the compiled step: their 2^30 elements have 32-bit indices, on which the kernel counts."""
+
+LARGEST_GRADIENT = 2.0**63
+"""A larger element of a gradient counts as none, so that squares, which second moments add up, are finite."""
+
+
+class StepFunction:
+    """One step of one rule on tensors of one layout, in place. `rounds`: weights are rounded stochastically."""
+
+    def __init__(self, rule: type[Rule], names: tuple[str, ...], layout: Layout) -> None:
+        stored = [codec.name for codec in layout.codecs] + ([layout.remainder.name] if layout.remainder else [])
+        self.name = "_".join([rule.__name__, *stored])
+        self._parts = [part for _, part in layout.parts()]
+        narrow = [codec.bits for codec in layout.codecs] + ([layout.remainder.bits] if layout.remainder else [])
+        self._lanes = BLOCK // 2 if 4 in narrow else BLOCK
+        self.rounds = layout.remainder is not None and layout.remainder.bits < 16
+        self.eager = _block_step(rule, names, layout)
+        self._launch = LAUNCH
+        self._compiled: dict[tuple[torch.device, torch.dtype, torch.dtype], BlockStep | None] = {}
+        self.fallback_reason: str | None = None
+
+    def __call__(
+        self,
+        compiled: bool,
+        theta: Tensor,
+        g: Tensor,
+        scalars: Tensor,
+        scale: Tensor,
+        parts: Sequence[Tensor],
+        rounding: tuple[int, int, int],
+    ) -> None:
+        """Update `theta` and `parts`.
+
+        Args:
+            compiled: as Inductor compiles it, where that works.
+            theta: weights, [blocks, BLOCK], blocks >= 2 (the compiler counts on that).
+            g: gradient, same shape, any float dtype.
+            scalars: fp32 [k], in the order of `rule.scalars()`.
+            scale: fp32, 0-d; multiplies the gradient.
+            parts: one tensor for each of `layout.parts()`, of as many blocks.
+            rounding: seed, optimizer step and number of the first block in its parameter group.
+        """
+        run = self._prepare(theta, g, scalars, scale, parts) if compiled else None
+        most = COMPILED_ROWS if run else EAGER_ROWS.get(theta.device.type, EAGER_ROWS_ELSEWHERE)
+        seed, step, block = rounding
+        for rows in _slices(theta.shape[0], most):
+            inputs = self._inputs(theta[rows], g[rows], [part[rows] for part in parts])
+            phase = self._phase(theta, (seed, step, block + rows.start))
+            (run or self.eager)(*inputs, scalars, scale, phase)
+
+    def _prepare(
+        self, theta: Tensor, g: Tensor, scalars: Tensor, scale: Tensor, parts: Sequence[Tensor]
+    ) -> BlockStep | None:
+        """The step compiled for tensors like these, or None where it runs eagerly.
+
+        Nothing runs before it is compiled and loaded, so whatever fails in here, the eager step starts from untouched
+        tensors. What fails later, in a launch, may have written: that is no case for another try.
+        """
+        kind = (theta.device, theta.dtype, g.dtype)
+        if kind not in self._compiled:
+            try:
+                rest = (scalars, scale, self._phase(theta, (0, 0, 0)))
+                with _patience(self.name):
+                    inputs = self._inputs(theta, g, parts)
+                    self._compiled[kind] = compile_blocks(self.eager, inputs, rest, self._launch)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # the compilers below raise many kinds
+                self._compiled[kind] = None
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                self.fallback_reason = lines[0]
+                logger.warning(
+                    "%s runs eagerly, with the same numbers but slower and with more temporary memory, because "
+                    "compiling it failed: %s",
+                    self.name,
+                    self.fallback_reason,
+                )
+        return self._compiled[kind]
+
+    def _inputs(self, theta: Tensor, g: Tensor, parts: Sequence[Tensor]) -> list[list[Tensor]]:
+        whole = [theta, g, *parts]
+        # Scales and packed codes are taken whole, what has a value for every lane in slabs.
+        wide = [True, True, *(part.per_block == BLOCK for part in self._parts)]
+        return [list(x.split(self._lanes, dim=1)) if cut else [x] for x, cut in zip(whole, wide, strict=True)]
+
+    def _phase(self, theta: Tensor, rounding: tuple[int, int, int]) -> Tensor | None:
+        return torch.full((), float(rounding_phase(*rounding)), device=theta.device) if self.rounds else None
+
+
+def _slices(rows: int, most: int) -> list[slice]:
+    """Cuts of `rows` blocks into as few parts of `most` at most as it takes, all of about one size."""
+    count = -(-rows // most)
+    size = -(-rows // count)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+@functools.cache
+def step_function(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> StepFunction:
+    """The one StepFunction of this rule and this layout, shared by all optimizers of the process."""
+    return StepFunction(rule, names, layout)
+
+
+def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> BlockStep:
+    codecs, remainder = layout.codecs, layout.remainder
+    place = {state.name: index for index, state in enumerate(layout.states)}
+    # By state, the one that its codes are relative to.
+    anchors = [
+        place[state.near] if codec.relative and state.near is not None else None
+        for state, codec in zip(layout.states, codecs, strict=True)
+    ]
+
+    def step(*inputs: Any) -> None:
+        theta, g, *parts = inputs[:-3]
+        scalars, scale, phase = inputs[-3:]
+        stored = iter(parts)
+        named = dict(zip(names, scalars.unbind(), strict=True))
+        held = [[next(stored) for _ in codec.parts()] for codec in codecs]
+        low = list(stored)
+        states = [decode_slabs(codec, *tensors) for codec, tensors in zip(codecs, held, strict=True)]
+        for index, anchor in enumerate(anchors):
+            if anchor is not None:
+                states[index] = [x + near for x, near in zip(states[index], states[anchor], strict=True)]
+        weights = [_at_least_fp32(slab) for slab in theta]
+        if remainder is not None:
+            rests = zip(*([unpack(low[0][0])] if remainder.bits == 4 else low), strict=True)
+            weights = [remainder.join(slab, *rest) for slab, rest in zip(theta, rests, strict=True)]
+
+        results = [
+            rule.update(
+                weights[i], _bounded(g[i].to(weights[i].dtype) * scale), *(state[i] for state in states), **named
+            )
+            for i in range(len(theta))
+        ]
+        new_theta, *new_states = (list(slabs) for slabs in zip(*results, strict=True))
+
+        for index, codec in enumerate(codecs):
+            slabs, anchor = [slab.float() for slab in new_states[index]], anchors[index]
+            if anchor is not None:
+                slabs = [x - near.float() for x, near in zip(slabs, new_states[anchor], strict=True)]
+            for target, source in zip(held[index], encode_slabs(codec, slabs), strict=True):
+                _write(target, source)
+        if remainder is None:
+            _write(theta, new_theta)
+            return
+        cut, lane = [], 0
+        for slab in new_theta:
+            rows, lanes = slab.shape
+            cut.append(remainder.split(slab, None if phase is None else thresholds(phase, rows, lane, lanes)))
+            lane += lanes
+        written, *rest_parts = zip(*cut, strict=True)
+        _write(theta, written)
+        for target, new_rests in zip(low, rest_parts, strict=True):
+            _write(target, [pack(new_rests)] if remainder.bits == 4 else new_rests)
+
+    return step
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    """fp64 weights are updated in fp64, from states in fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _bounded(g: Tensor) -> Tensor:
+    """`g` with zeros for finite elements beyond LARGEST_GRADIENT; inf becomes NaN and NaN stays: they stay seen.
+
+    A product and not `clamp` or `where`, which cost three times as much.
+    """
+    return g * (g.abs() <= LARGEST_GRADIENT)
+
+
+def _write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+@contextmanager
+def _patience(name: str) -> Iterator[None]:
+    """Say, once for each machine, what takes so long when the first call does."""
+    words = "compiling the optimizer step %s, which takes about a minute on two cores; later runs take it from a cache"
+    timer = threading.Timer(PATIENCE_SECONDS, logger.warning, (words, name))
+    timer.daemon = True
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,157 @@
+"""One optimizer step of one tensor, whose gradient comes in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import UserError
+from toolkit.optim.kernel import StepFunction
+from toolkit.state.codecs import BLOCK
+
+STAGED = 2**16
+"""Elements below which pieces are joined before they are used: norms are small and many."""
+
+
+def check_gradient(gradient: Tensor, name: str = "a parameter") -> None:
+    """Raise UserError for a gradient that is not dense."""
+    if gradient.layout != torch.strided:
+        raise UserError(f"{name} has a sparse gradient, which is not supported; use dense embeddings (sparse=False)")
+
+
+class Sweep:
+    """Runs `function` over a tensor, as far as its gradient has been given.
+
+    Args:
+        function, compiled: the step and how to run it.
+        theta: the weights, flat and contiguous; updated in place.
+        parts: the state tensors, each [ceil(numel / BLOCK), per_block]; updated in place.
+        scalars: fp32 [k], see `StepFunction`.
+        rounding: seed, optimizer step and number of the tensor's first block.
+
+    A block is updated as a whole. What ends in the middle of one goes through a padded copy of its last blocks.
+    """
+
+    def __init__(
+        self,
+        function: StepFunction,
+        compiled: bool,
+        theta: Tensor,
+        parts: Sequence[Tensor],
+        scalars: Tensor,
+        rounding: tuple[int, int, int],
+    ) -> None:
+        self._function, self._compiled = function, compiled
+        self._theta, self._parts, self._scalars, self._rounding = theta, list(parts), scalars, rounding
+        self._waiting: list[Tensor] = []
+        self._size = 0
+        self._start = 0
+        self._dtype = theta.dtype
+
+    def add(self, gradient: Tensor, scale: Tensor) -> None:
+        """Take the gradient of the elements that follow those given so far, flat; it may be freed afterwards."""
+        rest, self._dtype = gradient, gradient.dtype
+        if self._size and gradient.numel() > STAGED:
+            # A long piece is used where it lies, from the next block on.
+            head = -self._size % BLOCK
+            self._stage(rest[:head])
+            self._flush(scale, keep=False)
+            rest = rest[head:]
+        if rest.numel() > STAGED:
+            whole = rest.numel() // BLOCK * BLOCK
+            self.apply(self._start, rest[:whole], scale)
+            self._start += whole
+            rest = rest[whole:]
+        if rest.numel():
+            self._stage(rest.clone())
+        if self._size > STAGED:
+            self._flush(scale, keep=True)
+
+    def finish(self, scale: Tensor) -> None:
+        """Update what is left; the gradient of what was never given is zero."""
+        left = self._theta.numel() - self._start - self._size
+        while left > 0:
+            # Of the type that the others had: another would be another function to compile.
+            zeros = self._theta.new_zeros(min(left, STAGED), dtype=self._dtype)
+            self._stage(zeros)
+            self._flush(scale, keep=True)
+            left -= zeros.numel()
+        self._flush(scale, keep=False)
+
+    def _stage(self, piece: Tensor) -> None:
+        self._waiting.append(piece)
+        self._size += piece.numel()
+
+    def _flush(self, scale: Tensor, *, keep: bool) -> None:
+        """Use what is waiting; `keep`: but for an unfinished block."""
+        if not self._size:
+            return
+        joined = torch.cat(self._waiting)
+        used = self._size // BLOCK * BLOCK if keep else self._size
+        self._waiting = [joined[used:].clone()] if used < self._size else []
+        self._size -= used
+        if used:
+            self.apply(self._start, joined[:used], scale)
+            self._start += used
+
+    def apply(self, start: int, gradient: Tensor, scale: Tensor) -> None:
+        """Update elements from `start`, a multiple of BLOCK, on; to the end of a block or of the tensor."""
+        check_gradient(gradient)
+        size, first = gradient.numel(), start // BLOCK
+        assert start % BLOCK == 0 and (size % BLOCK == 0 or start + size == self._theta.numel())
+        theta = self._theta[start : start + size]
+        blocks = -(-size // BLOCK)
+        parts = [part[first : first + blocks] for part in self._parts]
+        # The compiled step takes two blocks or more.
+        padded = 0 if size % BLOCK == 0 and blocks > 1 else min(blocks, 3 if blocks == 3 else 2)
+        head = blocks - padded
+        if head:
+            view, cut = (head, BLOCK), slice(0, head * BLOCK)
+            self._run(theta[cut].view(view), gradient[cut].view(view), scale, [part[:head] for part in parts], first)
+        if padded:
+            tail, rows = slice(head * BLOCK, None), max(padded, 2)
+            theta_copy, gradient_copy = theta.new_zeros(rows * BLOCK), gradient.new_zeros(rows * BLOCK)
+            part_copies = [part.new_zeros(rows, part.shape[1]) for part in parts]
+            theta_copy[: size - head * BLOCK], gradient_copy[: size - head * BLOCK] = theta[tail], gradient[tail]
+            for copied, part in zip(part_copies, parts, strict=True):
+                copied[:padded] = part[head:]
+            view = (rows, BLOCK)
+            self._run(theta_copy.view(view), gradient_copy.view(view), scale, part_copies, first + head)
+            theta[tail] = theta_copy[: size - head * BLOCK]
+            for copied, part in zip(part_copies, parts, strict=True):
+                part[head:] = copied[:padded]
+
+    def _run(self, theta: Tensor, gradient: Tensor, scale: Tensor, parts: list[Tensor], block: int) -> None:
+        seed, step, base = self._rounding
+        self._function(self._compiled, theta, gradient, self._scalars, scale, parts, (seed, step, base + block))
+
+
+@dataclass(frozen=True)
+class TensorStep:
+    """A step of one tensor that has been counted; `sweep` takes its gradient. Fields as of `Sweep`."""
+
+    function: StepFunction
+    compiled: bool
+    theta: Tensor
+    parts: list[Tensor]
+    scalars: Tensor
+    seed: int
+    step: int
+
+    def sweep(self, start: int = 0, stop: int | None = None, *, first_block: int) -> Sweep:
+        """For the elements from `start` to `stop`; `start` is a multiple of BLOCK.
+
+        `first_block` is the number, in the whole parameter group and over all ranks, of the block at `start`.
+        """
+        theta = self.theta[start:stop]
+        first = start // BLOCK
+        parts = [part[first : first + -(-theta.numel() // BLOCK)] for part in self.parts]
+        return Sweep(self.function, self.compiled, theta, parts, self.scalars, (self.seed, self.step, first_block))
+
+    def write_back(self, tensor: Tensor) -> None:
+        """Copy the weights into `tensor`, if they could not be viewed as flat."""
+        if self.theta.data_ptr() != tensor.data_ptr():
+            tensor.copy_(self.theta.view_as(tensor))

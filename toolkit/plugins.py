@@ -1,0 +1,27 @@
+"""Python files that a user names with --plugin: a rule, a codec."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from toolkit.errors import UserError
+
+
+def import_plugin(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"--plugin {path}: there is no such file.")
+    name = f"leanstate_plugin_{path.stem}"  # a name that shadows no other module
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--plugin {path}: not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    # Classes look their own module up by name (pickle, dataclasses, torch.compile).
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--plugin {path}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,160 @@
+"""What is stored for one tensor: the codec of each state, the remainder of its weights, and the keys they go by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import UserError, nearest
+from toolkit.state.codecs import BLOCK, FORMATS, MIXES, Codec, Part, from_parts, to_parts
+from toolkit.state.remainders import MASTER, WEIGHTS, Remainder
+
+REMAINDER = "remainder"
+"""Key of the lower bits of bf16 weights in a tensor's state."""
+
+DEFAULT_FORMAT = "8bit"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types of weights that can be trained. fp64 weights are updated in fp64, from states in fp32."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One state tensor per parameter, zero at the start.
+
+    `signed=False`: a second moment, never negative. `near` names another state of the rule that this one stays close
+    to, like a second average of the same gradients.
+    """
+
+    name: str
+    signed: bool = True
+    near: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The codec of each of `states`, in their order, and the remainder, or None for weights that are whole."""
+
+    states: tuple[State, ...]
+    codecs: tuple[type[Codec], ...]
+    remainder: type[Remainder] | None
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """The stored tensors by key, in the order that the compiled step takes them."""
+        held = [(s.name, codec.parts()) for s, codec in zip(self.states, self.codecs, strict=True)]
+        if self.remainder is not None:
+            held.append((REMAINDER, self.remainder.parts()))
+        for name, parts in held:
+            for part in parts:
+                yield (f"{name}.{part.suffix}" if part.suffix else name), part
+
+    def allocate(self, numel: int, device: torch.device) -> dict[str, Tensor]:
+        """Zeros for a tensor of `numel` elements: each part as [ceil(numel / BLOCK), per_block]."""
+        blocks = -(-numel // BLOCK)
+        return {key: torch.zeros(blocks, part.per_block, dtype=part.dtype, device=device) for key, part in self.parts()}
+
+    def keys(self, name: str) -> list[str]:
+        """The keys of the stored tensors of a state, or of the remainder."""
+        return [key for key, _ in self.parts() if key.split(".")[0] == name]
+
+    def decode(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every state as fp32 [blocks, BLOCK], from its stored tensors by key."""
+        states = {}
+        for state, codec in zip(self.states, self.codecs, strict=True):
+            states[state.name] = from_parts(codec, *(stored[key] for key in self.keys(state.name)))
+        for state, codec in zip(self.states, self.codecs, strict=True):
+            if codec.relative and state.near is not None:
+                states[state.name] = states[state.name] + states[state.near]
+        return states
+
+    def encode(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `decode`, as far as the codes go."""
+        stored: dict[str, Tensor] = {}
+        for state, codec in zip(self.states, self.codecs, strict=True):
+            values = states[state.name]
+            if codec.relative and state.near is not None:
+                values = values - states[state.near]
+            stored.update(zip(self.keys(state.name), to_parts(codec, values), strict=True))
+        return stored
+
+    def bytes_per_element(self) -> dict[str, float]:
+        """Stored bytes per element, scales included, by state and for the remainder."""
+        held = {s.name: codec.bytes_per_element() for s, codec in zip(self.states, self.codecs, strict=True)}
+        return held | ({REMAINDER: self.remainder.bytes_per_element()} if self.remainder is not None else {})
+
+
+def layout(states: tuple[State, ...], formats: Mapping[str, str], weights: str, dtype: torch.dtype) -> Layout:
+    """The layout of a tensor of `dtype`. Remainders belong to bf16 tensors; all others hold their weights whole.
+
+    Raises UserError for bf16 tensors without remainder, and for types that are none of DTYPES.
+    """
+    check_dtype(dtype, "optimizer")
+    if dtype == torch.bfloat16 and weights == MASTER:
+        raise UserError(
+            f"weights is {MASTER!r}, but the parameters are bf16; use 'bf16+16', which holds the same 32 bits, or "
+            "parameters in fp32"
+        )
+    return layout_of(states, formats, weights if dtype == torch.bfloat16 else MASTER)
+
+
+def check_dtype(dtype: torch.dtype, where: str, allowed: Sequence[torch.dtype] = DTYPES) -> None:
+    """Raise UserError unless weights of `dtype` can be trained."""
+    if dtype not in allowed:
+        names = [str(one).removeprefix("torch.") for one in (dtype, *allowed)]
+        raise UserError(f"{where}: trainable weights are {names[0]}, but must be one of {', '.join(names[1:])}")
+
+
+def layout_of(states: tuple[State, ...], formats: Mapping[str, str], weights: str) -> Layout:
+    """The layout of a tensor with these `states`; `weights` "fp32": without remainder."""
+    codecs = tuple(_codec(state, formats[state.name]) for state in states)
+    return Layout(states, codecs, WEIGHTS.get(weights))
+
+
+def _codec(state: State, name: str) -> type[Codec]:
+    entry = FORMATS[name]
+    if not state.signed:
+        return entry.second
+    return entry.near if state.near is not None and entry.near is not None else entry.signed
+
+
+def state_formats(states: tuple[State, ...], wanted: str | Mapping[str, str], *, where: str) -> dict[str, str]:
+    """The format of each of `states`, from one name or a mapping from state to name. Raises UserError."""
+    names = [state.name for state in states]
+    if not isinstance(wanted, (str, Mapping)):
+        raise UserError(f"{where}: state_format is {wanted!r}, but must be a name or a mapping from state to name")
+    if isinstance(wanted, str) and wanted in MIXES:
+        return {state.name: MIXES[wanted][_role(state, states)] for state in states}
+    given = dict.fromkeys(names, wanted) if isinstance(wanted, str) else dict(wanted)
+    for state in given:
+        if state not in names:
+            raise UserError(
+                f"{where}: state_format names the unknown state {state!r}; its states are "
+                f"{', '.join(names)}.{nearest(state, names)}"
+            )
+    known = [*FORMATS, *MIXES] if isinstance(wanted, str) else list(FORMATS)
+    for value in given.values():
+        if str(value) not in known:
+            what = "state_format" if isinstance(wanted, str) else "the format of a single state,"
+            raise UserError(
+                f"{where}: {what} {value!r} is unknown; known are {', '.join(known)}.{nearest(str(value), known)}"
+            )
+    return {name: given.get(name, DEFAULT_FORMAT) for name in names}
+
+
+def _role(state: State, states: tuple[State, ...]) -> str:
+    if not state.signed:
+        return "second"
+    if state.near is not None:
+        return "near"
+    return "anchor" if any(other.near == state.name for other in states) else "signed"
+
+
+def check_weights(value: object, *, where: str) -> None:
+    """Raise UserError unless `value` names a way of holding weights."""
+    known = [*WEIGHTS, MASTER]
+    if value not in known:
+        hint = nearest(value, known) if isinstance(value, str) else ""
+        raise UserError(f"{where}: weights is {value!r}, but must be one of {', '.join(known)}.{hint}")
