@@ -1,4 +1,4 @@
-"""The optimizer class: layouts, formats, groups, saving. The step that it runs: `test_step.py`, `test_sweep.py`."""
+"""The optimizer class: layouts, formats, groups, saving. The step that it runs: `test_step.py`, `test_streaming.py`."""
 
 from __future__ import annotations
 

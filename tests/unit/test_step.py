@@ -99,9 +99,9 @@ def test_one_compilation_serves_every_size_and_place(monkeypatch: pytest.MonkeyP
     p = nn.Parameter(torch.randn(40, BLOCK).bfloat16())
     optimizer.add_param_group({"params": [p]})
     for start, stop in ((0, 20), (3, 20), (20, 40), (1, 4), (38, 40)):
-        sweep = optimizer.begin(optimizer.param_groups[-1], p).sweep(start * BLOCK, stop * BLOCK, first_block=start)
-        sweep.add(torch.randn((stop - start) * BLOCK).bfloat16(), torch.ones(()))
-        sweep.finish(torch.ones(()))
+        stream = optimizer.begin(optimizer.param_groups[-1], p).stream(start * BLOCK, stop * BLOCK, first_block=start)
+        stream.add(torch.randn((stop - start) * BLOCK).bfloat16(), torch.ones(()))
+        stream.finish(torch.ones(()))
     blocks = {-(-p.numel() // BLOCK) for group in optimizer.param_groups for p in group["params"]}
     assert len(blocks) > 5 and len(compiled) == 2, "matrices, and vectors with fp32 state"
 
@@ -131,7 +131,7 @@ def test_a_call_never_needs_64_bit_indices() -> None:
     rows = [inputs[0][0].shape[0] for inputs in calls]
     assert sum(rows) == blocks and max(rows) * BLOCK < 2**31 and min(rows) > 1
     assert all(
-        slab.shape[0] == n for inputs, n in zip(calls, rows, strict=True) for part in inputs[:-3] for slab in part
+        half.shape[0] == n for inputs, n in zip(calls, rows, strict=True) for part in inputs[:-3] for half in part
     )
     starts = [sum(rows[:number]) for number in range(len(rows))]
     assert phases == [(7, 3, 11 + start) for start in starts]

@@ -124,7 +124,7 @@ class StepFunction:
 
     def _inputs(self, theta: Tensor, g: Tensor, parts: Sequence[Tensor]) -> list[list[Tensor]]:
         whole = [theta, g, *parts]
-        # Scales and packed codes are taken whole, what has a value for every lane in slabs.
+        # Scales and packed codes are taken whole, what has a value for every lane in halves.
         wide = [True, True, *(part.per_block == BLOCK for part in self._parts)]
         return [list(x.split(self._lanes, dim=1)) if cut else [x] for x, cut in zip(whole, wide, strict=True)]
 
@@ -165,10 +165,10 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> Blo
         for index, anchor in enumerate(anchors):
             if anchor is not None:
                 states[index] = [x + near for x, near in zip(states[index], states[anchor], strict=True)]
-        weights = [_at_least_fp32(slab) for slab in theta]
+        weights = [_at_least_fp32(half) for half in theta]
         if remainder is not None:
             rests = zip(*([unpack(low[0][0])] if remainder.bits == 4 else low), strict=True)
-            weights = [remainder.join(slab, *rest) for slab, rest in zip(theta, rests, strict=True)]
+            weights = [remainder.join(half, *rest) for half, rest in zip(theta, rests, strict=True)]
 
         results = [
             rule.update(
@@ -176,21 +176,21 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> Blo
             )
             for i in range(len(theta))
         ]
-        new_theta, *new_states = (list(slabs) for slabs in zip(*results, strict=True))
+        new_theta, *new_states = (list(halves) for halves in zip(*results, strict=True))
 
         for index, codec in enumerate(codecs):
-            slabs, anchor = [slab.float() for slab in new_states[index]], anchors[index]
+            halves, anchor = [half.float() for half in new_states[index]], anchors[index]
             if anchor is not None:
-                slabs = [x - near.float() for x, near in zip(slabs, new_states[anchor], strict=True)]
-            for target, source in zip(held[index], encode_slabs(codec, slabs), strict=True):
+                halves = [x - near.float() for x, near in zip(halves, new_states[anchor], strict=True)]
+            for target, source in zip(held[index], encode_slabs(codec, halves), strict=True):
                 _write(target, source)
         if remainder is None:
             _write(theta, new_theta)
             return
         cut, lane = [], 0
-        for slab in new_theta:
-            rows, lanes = slab.shape
-            cut.append(remainder.split(slab, None if phase is None else thresholds(phase, rows, lane, lanes)))
+        for half in new_theta:
+            rows, lanes = half.shape
+            cut.append(remainder.split(half, None if phase is None else thresholds(phase, rows, lane, lanes)))
             lane += lanes
         written, *rest_parts = zip(*cut, strict=True)
         _write(theta, written)

@@ -138,9 +138,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                     begun = self.begin(group, parameter, known)
                     if begun is not None:
                         scale = torch.ones((), device=parameter.device)
-                        sweep = begun.sweep(first_block=blocks)
-                        sweep.add(parameter.grad.detach().reshape(-1), scale)
-                        sweep.finish(scale)
+                        stream = begun.stream(first_block=blocks)
+                        stream.add(parameter.grad.detach().reshape(-1), scale)
+                        stream.finish(scale)
                         begun.write_back(parameter)
                 blocks += -(-parameter.numel() // BLOCK)
         return loss
