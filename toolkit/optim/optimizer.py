@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from toolkit.errors import UserError, nearest
 from toolkit.optim.components import whole_dim
 from toolkit.optim.kernel import step_function
+from toolkit.optim.purity import check_pure, with_defaults
 from toolkit.optim.rule import Rule, check_component
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.state.codecs import BLOCK
@@ -91,6 +92,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         rule.check_ready()
         if self.rule.variant(merged) is not self.running:
             raise UserError(f"{where}: it keeps other states than the first group; all groups must run the same rule")
+        check_pure(self.running.parse(_fields(self.running, merged), where=where))
         for key, value in rule.for_component(component).items():
             group.setdefault(key, value)
         group.setdefault("lr_scale", 1.0)
@@ -278,7 +280,14 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 def as_optimizer(rule: type[Rule]) -> type[RuleOptimizer]:
-    """The optimizer class for `rule`, named after it without "Rule", and registered under that name."""
+    """The optimizer class for `rule`, named after it without "Rule", and registered under that name.
+
+    Raises UserError for a rule whose functions are not elementwise (see `toolkit.optim.purity`); one that needs
+    hyper-parameters to be made is looked at when it is.
+    """
+    made = with_defaults(rule)
+    if made is not None:
+        check_pure(made)
     name = rule.__name__.removesuffix("Rule")
     anchors = {state.name for state in rule.states if state.near is None}
     for state in rule.states:
