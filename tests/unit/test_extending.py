@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_documented_rule_is_the_tested_one() -> None:
     """docs/extending.md shows the very file that the multi-rank tests load."""
-    code = (ROOT / "tests" / "distributed" / "lion.py").read_text()
+    code = (ROOT / "tests" / "plugins" / "lion.py").read_text()
     body = code[code.index("from torch import Tensor") :]
     assert body in (ROOT / "docs" / "extending.md").read_text()
     rule = body[body.index("class LionRule") : body.index("Lion = ")].rstrip()

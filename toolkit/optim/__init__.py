@@ -2,7 +2,7 @@
 
 from toolkit.optim.components import component_of, param_groups
 from toolkit.optim.optimizer import RULES, RuleOptimizer, as_optimizer, check_settings, find_rule
-from toolkit.optim.rule import COMPONENTS, Beta, NonNegative, Rule, State
+from toolkit.optim.rule import COMPONENTS, Beta, Matrix, Mean, NonNegative, Rule, State
 from toolkit.optim.rules.amcs import AMCS, AMCSRule
 from toolkit.optim.rules.soam import SOAM, SOAMRule
 
@@ -13,6 +13,8 @@ __all__ = [
     "SOAM",
     "AMCSRule",
     "Beta",
+    "Matrix",
+    "Mean",
     "NonNegative",
     "Rule",
     "RuleOptimizer",

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from toolkit.errors import UserError, nearest
 from toolkit.optim.components import whole_dim
 from toolkit.optim.kernel import step_function
-from toolkit.optim.purity import check_pure, with_defaults
+from toolkit.optim.purity import check_declared, check_pure, with_defaults
 from toolkit.optim.rule import Rule, check_component
+from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states, step_together
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import DEFAULT_FORMAT, REMAINDER, Layout, check_dtype, check_weights, layout, state_formats
@@ -130,6 +131,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 "toolkit.initialize or toolkit.register"
             )
         known: KnownScalars = {}
+        together: list[tuple[Tensor, Member]] = []
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter.grad is not None:
                 check_gradient(parameter.grad)
@@ -138,13 +140,22 @@ class RuleOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.numel():
                     begun = self.begin(group, parameter, known)
-                    if begun is not None:
+                    gradient = parameter.grad.detach().reshape(-1)
+                    if begun is not None and self.running.statistics:
+                        own = Parameter(tuple(parameter.shape), group["component"])
+                        small = small_states(self.running, [own], self.state[parameter], parameter.device)[0]
+                        share = Share(0, 0, gradient, blocks)
+                        together.append((parameter, Member(own, begun, small, share, [(0, 0, own.numel)])))
+                    elif begun is not None:
                         scale = torch.ones((), device=parameter.device)
                         stream = begun.stream(first_block=blocks)
-                        stream.add(parameter.grad.detach().reshape(-1), scale)
+                        stream.add(gradient, scale)
                         stream.finish(scale)
                         begun.write_back(parameter)
                 blocks += -(-parameter.numel() // BLOCK)
+        step_together([member for _, member in together], torch.ones(()), Alone())
+        for parameter, member in together:
+            member.step.write_back(parameter)
         return loss
 
     def begin(self, group: dict[str, Any], tensor: Tensor, known: KnownScalars | None = None) -> TensorStep | None:
@@ -256,6 +267,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 continue
             self.state.pop(parameter, None)
             state = self._allocate(parameter, self.layout(group, parameter.dtype))
+            for small in (one.name for one in self.running.states if one.of is not None and one.name in saved[number]):
+                state[small] = saved[number][small].to(parameter.device, copy=True)
             surplus = sorted(saved[number].keys() - state.keys())
             if surplus:
                 raise ValueError(
@@ -285,6 +298,7 @@ def as_optimizer(rule: type[Rule]) -> type[RuleOptimizer]:
     Raises UserError for a rule whose functions are not elementwise (see `toolkit.optim.purity`); one that needs
     hyper-parameters to be made is looked at when it is.
     """
+    check_declared(rule)
     made = with_defaults(rule)
     if made is not None:
         check_pure(made)

@@ -7,8 +7,7 @@ milliseconds, before anything is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import ValidationError
@@ -16,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from toolkit.errors import UserError
-from toolkit.optim.rule import Rule
+from toolkit.optim.rule import Matrix, Mean, Rule
+from toolkit.state.layout import elementwise
 
 SHAPE = (2, 64)
 TOLERANCE = 1e-5
@@ -47,31 +47,66 @@ def check_pure(rule: Rule) -> None:
         torch.manual_seed(0)
         scalars = {key: torch.tensor(value, dtype=torch.float32) for key, value in rule.scalars(1).items()}
         # Of very different size, so that whatever is summed over both is far from what is summed over one.
-        tensors = [_draw(kind, 1.0), _draw(kind, 100.0)]
-        _check(kind, "update", kind.update, tensors, scalars, 1 + len(kind.states))
+        matrix = kind.matrix()
+        results = {by: len(means) for by, means in kind.passes().items()} | ({matrix.by: 1} if matrix else {})
+        results["update"] = 1 + len(elementwise(kind.states))
+        for name, count in results.items():
+            numbers, wide = kind.given(name)
+            tensors = [_draw(kind, len(wide), 1.0), _draw(kind, len(wide), 100.0)]
+            _check(kind, name, tensors, scalars | {number: torch.tensor(0.5) for number in numbers}, wide, count)
     _checked.add(kind)
 
 
-def _draw(rule: type[Rule], size: float) -> list[Tensor]:
-    """Weights, gradient and states."""
-    signed = [True, True, *(state.signed for state in rule.states)]
+def check_declared(rule: type[Rule]) -> None:
+    """Raise UserError if what `rule` declares does not fit together."""
+    names = [state.name for state in rule.states] + [one.name for one in rule.statistics]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{rule.__name__}: {twice!r} names two of its states and statistics")
+    if sum(isinstance(one, Matrix) for one in rule.statistics) > 1:
+        raise UserError(f"{rule.__name__}: statistics has two matrices, but a rule can have one")
+    for one in rule.statistics:
+        for function in (one.by, *([one.transform] if isinstance(one, Matrix) else [])):
+            if not callable(getattr(rule, function, None)):
+                raise UserError(f"{rule.__name__}: {one.name!r} needs a function {function!r}, which it does not have")
+        if isinstance(one, Mean) and one.over not in OVER:
+            raise UserError(f"{rule.__name__}: {one.name!r} is over {one.over!r}, but must be over {_or(OVER)}")
+    for state in rule.states:
+        if state.of is not None and state.of not in OF:
+            raise UserError(f"{rule.__name__}: state {state.name!r} is of {state.of!r}, but must be of {_or(OF)}")
+        if state.of is not None and not rule.passes():
+            raise UserError(f"{rule.__name__}: state {state.name!r} is of {state.of}, but there are no means to follow")
+
+
+OVER = ("parameter", "row", "column", "component", "model")
+OF = ("rows", "columns")
+
+
+def _or(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _draw(rule: type[Rule], wide: int, size: float) -> list[Tensor]:
+    """Weights, gradient and states, and what else there is for each element."""
+    signed = [True, True, *(state.signed for state in elementwise(rule.states)), *[False] * wide]
     return [size * (torch.randn(SHAPE) if either else torch.rand(SHAPE)) for either in signed]
 
 
 def _check(
     rule: type[Rule],
     name: str,
-    function: Callable[..., Any],
     tensors: Sequence[Sequence[Tensor]],
     named: Mapping[str, Tensor],
+    wide: Sequence[str],
     results: int,
 ) -> None:
-    where = f"{rule.__name__}.{name}"
+    where, function = f"{rule.__name__}.{name}", getattr(rule, name)
 
     def run(given: Sequence[Tensor]) -> list[Tensor]:
         before = [*given, *named.values()]
         copies = [x.clone() for x in before]
-        made = function(*given, **named)
+        plain = given[: len(given) - len(wide)]
+        made = function(*plain, **named, **dict(zip(wide, given[len(plain) :], strict=True)))
         found = [made] if isinstance(made, Tensor) else list(made)
         if len(found) != results:
             raise UserError(f"{where} returns {len(found)} tensors, but must return {results}")
