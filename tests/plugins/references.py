@@ -72,7 +72,7 @@ def adafactor(lr: float) -> Update:
     return update
 
 
-def muon(lr: float) -> Update:
+def muon(lr: float, decay: float = 0.1) -> Update:
     m = np.zeros(1)
 
     def update(theta: Array, g: Array, t: int) -> Array:
@@ -80,7 +80,7 @@ def muon(lr: float) -> Update:
         m = 0.95 * m + 0.05 * g
         d = 0.95 * m + 0.05 * g
         if d.ndim == 1:
-            return theta - lr * 0.1 * theta - lr * np.sign(d)
+            return theta - lr * decay * theta - lr * np.sign(d)
         matrix = d.reshape(len(d), -1)
         rows, columns = matrix.shape
         # On singular values alone, so as to share nothing with the plug-in but its polynomial.
@@ -88,12 +88,12 @@ def muon(lr: float) -> Update:
         for _ in range(5):
             values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
         o = ((u * values) @ w).reshape(d.shape)
-        return theta - lr * 0.1 * theta - lr * np.sqrt(max(1.0, rows / columns)) * o
+        return theta - lr * decay * theta - lr * np.sqrt(max(1.0, rows / columns)) * o
 
     return update
 
 
-REFERENCES: dict[str, Callable[[float], Update]] = {
+REFERENCES: dict[str, Callable[..., Update]] = {
     "Lion": lion,
     "QHAdam": qhadam,
     "StableAdamW": stableadamw,
@@ -102,9 +102,9 @@ REFERENCES: dict[str, Callable[[float], Update]] = {
 }
 
 
-def follow(name: str, lr: float, start: Array, gradients: Sequence[Array]) -> Array:
+def follow(name: str, lr: float, start: Array, gradients: Sequence[Array], **options: float) -> Array:
     """One parameter after steps on these gradients."""
-    update, theta = REFERENCES[name](lr), start.astype(np.float64)
+    update, theta = REFERENCES[name](lr, **options), start.astype(np.float64)
     for t, gradient in enumerate(gradients, 1):
         theta = update(theta, gradient.astype(np.float64), t)
     return theta

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from toolkit.optim.optimizer import RuleOptimizer
+from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states, step_together
 from toolkit.state.codecs import BLOCK
 
 BLOCKS = 1024
@@ -44,7 +45,13 @@ def warm(
     del optimizer.state[tensor]
     assert begun is not None, "state is not only allocated here"
     scale = torch.ones((), device=device)
-    stream = begun.stream(first_block=0)
-    stream.add(torch.zeros_like(tensor, dtype=gradient), scale)
-    stream.finish(scale)
+    zeros = torch.zeros_like(tensor, dtype=gradient)
+    if optimizer.running.statistics:
+        whole = Parameter((BLOCKS, BLOCK), group["component"])
+        small = small_states(optimizer.running, [whole], {}, tensor.device)[0]
+        step_together([Member(whole, begun, small, Share(0, 0, zeros, 0), [(0, 0, zeros.numel())])], scale, Alone())
+    else:
+        stream = begun.stream(first_block=0)
+        stream.add(zeros, scale)
+        stream.finish(scale)
     return begun.function.fallback_reason
