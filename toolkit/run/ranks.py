@@ -118,10 +118,10 @@ def start() -> torch.device:
 
     import deepspeed
 
+    from toolkit.zero import shared_memory
+
     _quiet()
-    # On CPUs: an extension that inference alone calls, and whose build takes a minute at a machine's first run.
-    # (The attribute `torch` of deepspeed.comm is PyTorch.)
-    vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
+    shared_memory.leave_out()
     deepspeed.init_distributed(verbose=False)
     accelerator = torch.accelerator.current_accelerator() if devices else None
     return torch.device(accelerator.type, local_rank) if accelerator is not None else torch.device("cpu")

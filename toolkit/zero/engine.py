@@ -29,7 +29,7 @@ from toolkit.optim import RuleOptimizer, find_rule, param_groups
 from toolkit.optim.warm import kinds, warm
 from toolkit.sentences import shown
 from toolkit.state.layout import check_dtype
-from toolkit.zero import partition
+from toolkit.zero import partition, shared_memory
 from toolkit.zero.release import ReleasingZeroOptimizer
 from toolkit.zero.stage3 import LeanZeroOptimizer3
 from toolkit.zero.stage12 import LeanZeroOptimizer
@@ -196,6 +196,7 @@ def register() -> None:
     engine._configure_optimizer = configure_optimizer
     engine._is_supported_optimizer = lambda self, name: bool(find_rule(name)) or supports(self, name)
     ds_engine.is_zero_supported_optimizer = lambda opt: isinstance(opt, RuleOptimizer) or zero_supports(opt)
+    shared_memory.leave_out()
     if not torch.accelerator.is_available():
         cpu_matmul.install()
     _registered = True
