@@ -54,15 +54,15 @@ def compare(rule: type[Rule], kept: Layout, dtype: torch.dtype, kernel: Kernel, 
         rest[0] = torch.tensor(list(made.scalars(step).values()))
         rest[2] = function._phase(inputs[0][0], (1, step, 5))
         if step == 3:
-            for slabs, copies in zip(inputs, others, strict=True):
-                for x, copied in zip(slabs, copies, strict=True):
+            for halves, copies in zip(inputs, others, strict=True):
+                for x, copied in zip(halves, copies, strict=True):
                     copied.copy_(x)
         function.eager(*inputs, *rest)
     run(kernel, pytree.arg_tree_leaves(*others, *rest), folder)
     names = ["weights", "gradient", *(key for key, _ in kept.parts())]
     found: dict[str, Any] = {}
     for name, eager, other in zip(names, inputs, others, strict=True):
-        a, b = (torch.cat(slabs, dim=1) for slabs in (eager, other))
+        a, b = (torch.cat(halves, dim=1) for halves in (eager, other))
         apart = (_whole(a) - _whole(b)).abs()
         found[name] = [int((apart > 0).sum()), int(apart.max())]
     return found

@@ -81,9 +81,9 @@ def weight_contenders(numel: int, device: str) -> dict[str, Callable[[], None]]:
 
         def step(optimizer: AMCS = optimizer, held: nn.Parameter = held, model: nn.Parameter = model) -> None:
             with torch.no_grad():
-                sweep = optimizer.begin(optimizer.param_groups[0], held).sweep(first_block=0)
-                sweep.add(gradient, scale)
-                sweep.finish(scale)
+                stream = optimizer.begin(optimizer.param_groups[0], held).stream(first_block=0)
+                stream.add(gradient, scale)
+                stream.finish(scale)
                 if held is not model:
                     model.copy_(held)
 

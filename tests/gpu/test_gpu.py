@@ -88,11 +88,11 @@ def test_pieces_give_what_the_whole_gives(dtype: torch.dtype, settings: dict[str
             gradient = torch.randn(numel, generator=generator).to(dtype).cuda()
             begun = optimizer.begin(optimizer.param_groups[0], p)
             assert begun is not None
-            sweep, start = begun.sweep(first_block=0), 0
+            stream, start = begun.stream(first_block=0), 0
             for size in sizes:
-                sweep.add(gradient[start : start + size], one)
+                stream.add(gradient[start : start + size], one)
                 start += size
-            sweep.finish(one)
+            stream.finish(one)
         results.append({"weight": p.detach()} | optimizer.state[p])
     for key, value in results[0].items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(results[1][key])), key

@@ -62,7 +62,7 @@ def scales(case: Case) -> set[str]:
     from absent_gpu import step_arguments
 
     _, inputs, _ = step_arguments(case.rule, case.layout, case.dtype, 4, "cpu")
-    flat = [x for slabs in inputs for x in slabs]
+    flat = [x for halves in inputs for x in halves]
     return {f"arg{number}_1" for number, x in enumerate(flat) if x.shape[1] == 1}
 
 

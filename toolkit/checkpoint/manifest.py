@@ -21,8 +21,8 @@ from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import Sharding
 
 NAME = "manifest.json"
-FORMAT = 1
-"""Version of the format. Readers refuse a newer one by name."""
+FORMAT = 2
+"""Version of the format. Readers refuse a newer one by name; `_update` says what an older one lacks."""
 
 
 @dataclass
@@ -85,6 +85,7 @@ def read(folder: Path) -> Manifest:
         claimed = body.pop("sha256", None)
         if claimed != _digest(body):
             raise ValueError("its content has changed since it was saved")
+        _update(body)
         if body.get("block") != BLOCK:
             raise NotUnderstood(f"{path} is of blocks of {shown(body.get('block'))}, this version of {BLOCK}")
         checked = ManifestFile.model_validate(body)
@@ -110,10 +111,19 @@ def _check_format(path: Path, body: Mapping[str, Any]) -> None:
     newer = isinstance(written, int | float) and not isinstance(written, bool) and written > FORMAT
     if newer or (isinstance(written, str) and written):
         raise NotUnderstood(
-            f"{path} is of format {shown(written)}, which a newer version wrote; this one reads format {FORMAT}"
+            f"{path} is of format {shown(written)}, which a newer version wrote; this one reads formats up to {FORMAT}"
         )
-    if written != FORMAT:
+    if written not in range(1, FORMAT + 1):
         raise ValueError(f"its format is {shown(written)}")
+
+
+def _update(body: dict[str, Any]) -> None:
+    """Bring the content of an older format to that of `FORMAT`."""
+    sharding = body.get("sharding")
+    states = sharding.get("states") if body["format"] == 1 and isinstance(sharding, dict) else None
+    for state in states if isinstance(states, list) else ():
+        if isinstance(state, dict) and "near" in state:
+            state["residual_of"] = state.pop("near")
 
 
 def _more_than_there_is(sharding: Sharding, files: Mapping[str, Any]) -> str | None:

@@ -93,7 +93,7 @@ def stored(model: nn.Module, config: Mapping[str, Any], *, dtype: torch.dtype, s
 
 def _per_element(kept: Layout) -> dict[str, float]:
     found: dict[str, float] = {}
-    for key, part in kept.parts():
+    for key, part in kept.specs():
         name, _, suffix = key.partition(".")
         category = c.REMAINDER if name == REMAINDER else c.SCALES if suffix == "scale" else name
         found[category] = found.get(category, 0.0) + part.per_block * part.dtype.itemsize / BLOCK

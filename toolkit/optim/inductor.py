@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 if TYPE_CHECKING:
     from torch._inductor.choices import InductorChoices
 
-Slabs = Sequence[Sequence[Tensor]]
+Halves = Sequence[Sequence[Tensor]]
 """One list of tensors for weights, gradient and each stored part: see `toolkit.optim.kernel`."""
 
 BlockStep = Callable[..., None]
@@ -89,7 +89,7 @@ class Launch:
         return Choices()
 
 
-def compile_blocks(function: BlockStep, inputs: Slabs, rest: Sequence[Tensor | None], launch: Launch) -> BlockStep:
+def compile_blocks(function: BlockStep, inputs: Halves, rest: Sequence[Tensor | None], launch: Launch) -> BlockStep:
     """`function(*inputs, *rest)` compiled for tensors of these types, strides and device and any number of blocks.
 
     Whatever it raises, nothing has run: tensors are read for their properties only. Scales may begin at any address
@@ -118,8 +118,8 @@ def compile_blocks(function: BlockStep, inputs: Slabs, rest: Sequence[Tensor | N
     count = len(inputs)  # what `call` refers to lives as long as it does: no tensors
 
     def call(*arguments: Any) -> None:
-        slabs, others = arguments[:count], arguments[count:]
-        compiled(*(x for part in slabs for x in part), *others)
+        halves, others = arguments[:count], arguments[count:]
+        compiled(*(x for part in halves for x in part), *others)
 
     return call
 

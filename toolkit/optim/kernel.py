@@ -23,7 +23,7 @@ from torch import Tensor
 
 from toolkit.optim.inductor import BlockStep, Launch, compile_blocks
 from toolkit.optim.rule import Rule
-from toolkit.state.codecs import BLOCK, decode_slabs, encode_slabs, pack, unpack
+from toolkit.state.codecs import BLOCK, decode_halves, encode_halves, pack, unpack
 from toolkit.state.layout import Layout
 from toolkit.state.remainders import rounding_phase, thresholds
 
@@ -55,7 +55,7 @@ class StepFunction:
     def __init__(self, rule: type[Rule], names: tuple[str, ...], layout: Layout) -> None:
         stored = [codec.name for codec in layout.codecs] + ([layout.remainder.name] if layout.remainder else [])
         self.name = "_".join([rule.__name__, *stored])
-        self._parts = [part for _, part in layout.parts()]
+        self._parts = [spec for _, spec in layout.specs()]
         narrow = [codec.bits for codec in layout.codecs] + ([layout.remainder.bits] if layout.remainder else [])
         self._lanes = BLOCK // 2 if 4 in narrow else BLOCK
         self.rounds = layout.remainder is not None and layout.remainder.bits < 16
@@ -82,7 +82,7 @@ class StepFunction:
             g: gradient, same shape, any float dtype.
             scalars: fp32 [k], in the order of `rule.scalars()`.
             scale: fp32, 0-d; multiplies the gradient.
-            parts: one tensor for each of `layout.parts()`, of as many blocks.
+            parts: one tensor for each of `layout.specs()`, of as many blocks.
             rounding: seed, optimizer step and number of the first block in its parameter group.
         """
         run = self._prepare(theta, g, scalars, scale, parts) if compiled else None
@@ -124,7 +124,7 @@ class StepFunction:
 
     def _inputs(self, theta: Tensor, g: Tensor, parts: Sequence[Tensor]) -> list[list[Tensor]]:
         whole = [theta, g, *parts]
-        # Scales and packed codes are taken whole, what has a value for every lane in slabs.
+        # Scales and packed codes are taken whole, what has a value for every lane in halves.
         wide = [True, True, *(part.per_block == BLOCK for part in self._parts)]
         return [list(x.split(self._lanes, dim=1)) if cut else [x] for x, cut in zip(whole, wide, strict=True)]
 
@@ -150,7 +150,7 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> Blo
     place = {state.name: index for index, state in enumerate(layout.states)}
     # By state, the one that its codes are relative to.
     anchors = [
-        place[state.near] if codec.relative and state.near is not None else None
+        place[state.residual_of] if codec.relative and state.residual_of is not None else None
         for state, codec in zip(layout.states, codecs, strict=True)
     ]
 
@@ -159,16 +159,16 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> Blo
         scalars, scale, phase = inputs[-3:]
         stored = iter(parts)
         named = dict(zip(names, scalars.unbind(), strict=True))
-        held = [[next(stored) for _ in codec.parts()] for codec in codecs]
+        held = [[next(stored) for _ in codec.specs()] for codec in codecs]
         low = list(stored)
-        states = [decode_slabs(codec, *tensors) for codec, tensors in zip(codecs, held, strict=True)]
+        states = [decode_halves(codec, *tensors) for codec, tensors in zip(codecs, held, strict=True)]
         for index, anchor in enumerate(anchors):
             if anchor is not None:
-                states[index] = [x + near for x, near in zip(states[index], states[anchor], strict=True)]
-        weights = [_at_least_fp32(slab) for slab in theta]
+                states[index] = [x + base for x, base in zip(states[index], states[anchor], strict=True)]
+        weights = [_at_least_fp32(half) for half in theta]
         if remainder is not None:
             rests = zip(*([unpack(low[0][0])] if remainder.bits == 4 else low), strict=True)
-            weights = [remainder.join(slab, *rest) for slab, rest in zip(theta, rests, strict=True)]
+            weights = [remainder.join(half, *rest) for half, rest in zip(theta, rests, strict=True)]
 
         results = [
             rule.update(
@@ -176,21 +176,21 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> Blo
             )
             for i in range(len(theta))
         ]
-        new_theta, *new_states = (list(slabs) for slabs in zip(*results, strict=True))
+        new_theta, *new_states = (list(halves) for halves in zip(*results, strict=True))
 
         for index, codec in enumerate(codecs):
-            slabs, anchor = [slab.float() for slab in new_states[index]], anchors[index]
+            halves, anchor = [half.float() for half in new_states[index]], anchors[index]
             if anchor is not None:
-                slabs = [x - near.float() for x, near in zip(slabs, new_states[anchor], strict=True)]
-            for target, source in zip(held[index], encode_slabs(codec, slabs), strict=True):
+                halves = [x - base.float() for x, base in zip(halves, new_states[anchor], strict=True)]
+            for target, source in zip(held[index], encode_halves(codec, halves), strict=True):
                 _write(target, source)
         if remainder is None:
             _write(theta, new_theta)
             return
         cut, lane = [], 0
-        for slab in new_theta:
-            rows, lanes = slab.shape
-            cut.append(remainder.split(slab, None if phase is None else thresholds(phase, rows, lane, lanes)))
+        for half in new_theta:
+            rows, lanes = half.shape
+            cut.append(remainder.split(half, None if phase is None else thresholds(phase, rows, lane, lanes)))
             lane += lanes
         written, *rest_parts = zip(*cut, strict=True)
         _write(theta, written)

@@ -17,15 +17,24 @@ from toolkit.optim.kernel import step_function
 from toolkit.optim.rule import Rule, check_component
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.state.codecs import BLOCK
-from toolkit.state.layout import DEFAULT_FORMAT, REMAINDER, Layout, check_dtype, check_weights, layout, state_formats
-from toolkit.state.remainders import MASTER, Remainder8, Remainder16
+from toolkit.state.layout import (
+    DEFAULT_FORMAT,
+    REMAINDER,
+    Layout,
+    check_dtype,
+    check_weights,
+    layout,
+    state_formats,
+    state_of,
+)
+from toolkit.state.remainders import MASTER, Remainder
 
 RULES: dict[str, type[RuleOptimizer]] = {}
 """Every optimizer that `as_optimizer` made, by the name that `optimizer.type` of a DeepSpeed JSON selects."""
 
 _OPTIONS: dict[str, Any] = {
     "state_format": DEFAULT_FORMAT,
-    "weights": Remainder8.name,
+    "weights": Remainder(8).name,
     "seed": 0,
     "release_gradients": False,
     "compile": True,
@@ -103,7 +112,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"all groups have {MASTER!r} weights or none"
             )
         plain = dict.fromkeys(group["state_format"], "fp32")
-        exact = {"state_format": plain, "weights": MASTER if group["weights"] == MASTER else Remainder16.name}
+        exact = {"state_format": plain, "weights": MASTER if group["weights"] == MASTER else Remainder(16).name}
         small: list[Any] = []
         large: list[Any] = []
         for item in group["params"]:
@@ -138,9 +147,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                     begun = self.begin(group, parameter, known)
                     if begun is not None:
                         scale = torch.ones((), device=parameter.device)
-                        sweep = begun.sweep(first_block=blocks)
-                        sweep.add(parameter.grad.detach().reshape(-1), scale)
-                        sweep.finish(scale)
+                        stream = begun.stream(first_block=blocks)
+                        stream.add(parameter.grad.detach().reshape(-1), scale)
+                        stream.finish(scale)
                         begun.write_back(parameter)
                 blocks += -(-parameter.numel() // BLOCK)
         return loss
@@ -164,7 +173,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             function=step_function(self.running, names, kept),
             compiled=group["compile"],
             theta=tensor.detach().reshape(-1),
-            parts=[state[key] for key, _ in kept.parts()],
+            parts=[state[key] for key, _ in kept.specs()],
             scalars=scalars,
             seed=self.defaults["seed"] * len(self.param_groups) + number,
             step=state["step"],
@@ -183,7 +192,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """After weights have been replaced: their bf16 values are all there is."""
         for held in self.state.values():
             for key, value in held.items():
-                if key.split(".")[0] == REMAINDER:
+                if state_of(key) == REMAINDER:
                     value.zero_()
 
     def _allocate(self, tensor: Tensor, kept: Layout) -> dict[str, Any]:
@@ -232,7 +241,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for held in self.state.values():
             for key, value in held.items():
                 if isinstance(value, Tensor):
-                    name = key.split(".")[0]
+                    name = state_of(key)
                     total[name] = total.get(name, 0) + value.untyped_storage().nbytes()
         return total
 
@@ -280,11 +289,12 @@ class RuleOptimizer(torch.optim.Optimizer):
 def as_optimizer(rule: type[Rule]) -> type[RuleOptimizer]:
     """The optimizer class for `rule`, named after it without "Rule", and registered under that name."""
     name = rule.__name__.removesuffix("Rule")
-    anchors = {state.name for state in rule.states if state.near is None}
+    anchors = {state.name for state in rule.states if state.residual_of is None}
     for state in rule.states:
-        if state.near is not None and state.near not in anchors:
+        if state.residual_of is not None and state.residual_of not in anchors:
             raise ValueError(
-                f"{rule.__name__}: state {state.name!r} is near {state.near!r}, which must be a state that is near none"
+                f"{rule.__name__}: state {state.name!r} is a residual of {state.residual_of!r}, which must be a state "
+                "of the rule that is itself a residual of none"
             )
     parameters = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     defaults = {key: field.get_default() for key, field in rule.model_fields.items()} | _OPTIONS

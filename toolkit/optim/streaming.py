@@ -22,7 +22,7 @@ def check_gradient(gradient: Tensor, name: str = "a parameter") -> None:
         raise UserError(f"{name} has a sparse gradient, which is not supported; use dense embeddings (sparse=False)")
 
 
-class Sweep:
+class StreamedStep:
     """Runs `function` over a tensor, as far as its gradient has been given.
 
     Args:
@@ -131,7 +131,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class TensorStep:
-    """A step of one tensor that has been counted; `sweep` takes its gradient. Fields as of `Sweep`."""
+    """A step of one tensor that has been counted; `stream` takes its gradient. Fields as of `StreamedStep`."""
 
     function: StepFunction
     compiled: bool
@@ -141,7 +141,7 @@ class TensorStep:
     seed: int
     step: int
 
-    def sweep(self, start: int = 0, stop: int | None = None, *, first_block: int) -> Sweep:
+    def stream(self, start: int = 0, stop: int | None = None, *, first_block: int) -> StreamedStep:
         """For the elements from `start` to `stop`; `start` is a multiple of BLOCK.
 
         `first_block` is the number, in the whole parameter group and over all ranks, of the block at `start`.
@@ -149,7 +149,9 @@ class TensorStep:
         theta = self.theta[start:stop]
         first = start // BLOCK
         parts = [part[first : first + -(-theta.numel() // BLOCK)] for part in self.parts]
-        return Sweep(self.function, self.compiled, theta, parts, self.scalars, (self.seed, self.step, first_block))
+        return StreamedStep(
+            self.function, self.compiled, theta, parts, self.scalars, (self.seed, self.step, first_block)
+        )
 
     def write_back(self, tensor: Tensor) -> None:
         """Copy the weights into `tensor`, if they could not be viewed as flat."""

@@ -44,7 +44,7 @@ def warm(
     del optimizer.state[tensor]
     assert begun is not None, "state is not only allocated here"
     scale = torch.ones((), device=device)
-    sweep = begun.sweep(first_block=0)
-    sweep.add(torch.zeros_like(tensor, dtype=gradient), scale)
-    sweep.finish(scale)
+    stream = begun.stream(first_block=0)
+    stream.add(torch.zeros_like(tensor, dtype=gradient), scale)
+    stream.finish(scale)
     return begun.function.fallback_reason

@@ -31,8 +31,8 @@ from toolkit.sentences import shown
 from toolkit.state.layout import check_dtype
 from toolkit.zero import partition, shared_memory
 from toolkit.zero.release import ReleasingZeroOptimizer
-from toolkit.zero.stage3 import LeanZeroOptimizer3
-from toolkit.zero.stage12 import LeanZeroOptimizer
+from toolkit.zero.stage3 import ShardedZeroOptimizer3
+from toolkit.zero.stage12 import ShardedZeroOptimizer
 from toolkit.zero.turns import OrderedZeroOptimizer
 from toolkit.zero.watch import Watch
 
@@ -211,12 +211,12 @@ def _install_optimizers() -> None:
     def make_stage_1_or_2(init_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         kind: type[OrderedZeroOptimizer] = OrderedZeroOptimizer
         if isinstance(init_optimizer, RuleOptimizer):
-            kind = ReleasingZeroOptimizer if init_optimizer.defaults["release_gradients"] else LeanZeroOptimizer
+            kind = ReleasingZeroOptimizer if init_optimizer.defaults["release_gradients"] else ShardedZeroOptimizer
         return kind(init_optimizer, *args, **kwargs)
 
     def make_stage_3(module: nn.Module, init_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         lean = isinstance(init_optimizer, RuleOptimizer)
-        return (LeanZeroOptimizer3 if lean else stage_3)(module, init_optimizer, *args, **kwargs)
+        return (ShardedZeroOptimizer3 if lean else stage_3)(module, init_optimizer, *args, **kwargs)
 
     ds_engine.DeepSpeedZeroOptimizer = make_stage_1_or_2
     ds_stage3.DeepSpeedZeroOptimizer_Stage3 = make_stage_3
@@ -285,9 +285,9 @@ def _check_model(engine: Any, client_optimizer: Any) -> None:
 def _steps_copies(engine: Any) -> bool:
     """Whether the optimizer's tensors are others than the model's weights."""
     zero = engine.optimizer
-    if isinstance(zero, LeanZeroOptimizer):
+    if isinstance(zero, ShardedZeroOptimizer):
         return not zero.holds_weights or bool(zero.cpu_offload)
-    if isinstance(zero, LeanZeroOptimizer3):
+    if isinstance(zero, ShardedZeroOptimizer3):
         return not zero.holds_weights or bool(zero.offload_optimizer)
     return zero is not engine.basic_optimizer
 

@@ -1,8 +1,8 @@
 """Shards that are whole blocks, so that the block grid is the same at every world size.
 
 DeepSpeed 0.19 cuts partitions anywhere. Stages 1 and 2 flatten each parameter group and split it evenly:
-`stage12.LeanZeroOptimizer` pads the group to blocks times world size. Stage 3 splits each parameter: `install()` pads
-parameters likewise, which takes four small replacements in DeepSpeed's modules, since each of them works out a
+`stage12.ShardedZeroOptimizer` pads the group to blocks times world size. Stage 3 splits each parameter: `install()`
+pads parameters likewise, which takes four small replacements in DeepSpeed's modules, since each of them works out a
 partition's size for itself.
 """
 

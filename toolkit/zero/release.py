@@ -30,10 +30,10 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.streaming import Sweep
+from toolkit.optim.streaming import StreamedStep
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import HostCopy, Piece, squared_norms
-from toolkit.zero.stage12 import LeanZeroOptimizer, gather_weights
+from toolkit.zero.stage12 import ShardedZeroOptimizer, gather_weights
 
 RELEASED_NORM = "released_norm"
 """Key in the first parameter group of the norm that the next step is clipped by; checkpoints keep it."""
@@ -52,7 +52,7 @@ class _Measured:
         return sum(piece.gradient.numel() for piece in self.pieces)
 
 
-class ReleasingZeroOptimizer(LeanZeroOptimizer):
+class ReleasingZeroOptimizer(ShardedZeroOptimizer):
     """Stages 1 and 2 with `release_gradients`, for one micro-batch a step in bf16 or fp32.
 
     Groups whose parameters are not all whole blocks (norms; they are small) are updated at the end of the step.
@@ -78,7 +78,7 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
         self._seen: set[int] = set()
         self._squares = 0.0
         self._broken = False
-        self._sweeps: dict[int, Sweep] = {}
+        self._streams: dict[int, StreamedStep] = {}
         self._measured: deque[_Measured] = deque()
 
     def _deliver(self, params: Sequence[Tensor], pieces: list[Piece]) -> None:
@@ -136,13 +136,13 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
         factor = 1.0 / max(1.0, *((norm + 1e-6) / clip for norm in norms)) if clip > 0.0 else 1.0
         return torch.full((), factor, device=self.single_partition_of_fp32_groups[0].device)
 
-    def _begun(self, i: int) -> Sweep:
-        """The sweep of group `i` in this step."""
-        if i not in self._sweeps:
-            sweep = self._sweep(i)
-            assert sweep is not None
-            self._sweeps[i] = sweep
-        return self._sweeps[i]
+    def _begun(self, i: int) -> StreamedStep:
+        """The step of group `i`, as far as it has come."""
+        if i not in self._streams:
+            stream = self._stream(i)
+            assert stream is not None
+            self._streams[i] = stream
+        return self._streams[i]
 
     def _publish(self) -> None:
         """Most gradients are gone; there is nothing to show."""
@@ -182,7 +182,7 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
                     self._begun(i).apply(place.offset, zeros, zero_scale)
 
 
-def _refusal(zero: LeanZeroOptimizer) -> str | None:
+def _refusal(zero: ShardedZeroOptimizer) -> str | None:
     """What `toolkit.config` cannot know that gradients cannot be released with, or None."""
     if zero.gradient_accumulation_dtype != zero.dtype:
         return "needs data_types.grad_accum_dtype to be that of the model; leave that out"

@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from torch import Tensor
 
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.streaming import Sweep
+from toolkit.optim.streaming import StreamedStep
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import HostCopy, Piece, Reducer, Slice, clip_scale, slices, squared_norm, takes_mean
 from toolkit.zero.turns import OrderedZeroOptimizer
@@ -46,7 +46,7 @@ def gather_weights(zero: DeepSpeedZeroOptimizer) -> None:
             zero._update_model_bit16_weights(i)
 
 
-class LeanZeroOptimizer(OrderedZeroOptimizer):
+class ShardedZeroOptimizer(OrderedZeroOptimizer):
     """DeepSpeed's stage 1/2 optimizer around a `RuleOptimizer`.
 
     Every partition is whole blocks, the same at every world size. `weights` of the `RuleOptimizer` decides whether
@@ -284,27 +284,27 @@ class LeanZeroOptimizer(OrderedZeroOptimizer):
         dist.all_reduce(total, group=self.dp_process_group)
         return total.sqrt().float()
 
-    def _sweep(self, i: int) -> Sweep | None:
+    def _stream(self, i: int) -> StreamedStep | None:
         """Count a step of group `i` and begin it; None while state is only allocated."""
         begun = self.optimizer.begin(self.optimizer.param_groups[i], self.single_partition_of_fp32_groups[i])
         if begun is None:
             return None
         rank = dist.get_rank(group=self.real_dp_process_group[i])
-        return begun.sweep(first_block=rank * int(self.partition_size[i]) // BLOCK)
+        return begun.stream(first_block=rank * int(self.partition_size[i]) // BLOCK)
 
     def _step_group(self, i: int, scale: Tensor) -> None:
         held, self._held[i], self.averaged_gradients[i] = self._held[i], {}, None
-        sweep = self._sweep(i)
-        if sweep is not None:
+        stream = self._stream(i)
+        if stream is not None:
             at = 0
             for offset in sorted(held):
                 gradient = held.pop(offset)
                 if offset > at:  # alignment of single parameters
-                    sweep.add(gradient.new_zeros(offset - at), scale)
+                    stream.add(gradient.new_zeros(offset - at), scale)
                 at = offset + gradient.numel()
-                sweep.add(gradient, scale)
+                stream.add(gradient, scale)
                 del gradient
-            sweep.finish(scale)
+            stream.finish(scale)
         self._show(i)
 
     def _show(self, i: int) -> None:

@@ -33,7 +33,7 @@ from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mea
 logger = logging.getLogger("toolkit")
 
 
-class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
+class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
     """DeepSpeed's stage 3 optimizer around a `RuleOptimizer`."""
 
     optimizer: RuleOptimizer
@@ -186,14 +186,14 @@ class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
             for param in self.fp16_groups[i]:
                 size = param.partition_numel()
                 first = self._first_block[param.ds_id] + self._get_param_partition_rank(param) * size // BLOCK
-                sweep = begun.sweep(start, start + size, first_block=first)
-                sweep.add(gradient[start : start + size], scale)
-                sweep.finish(scale)
+                stream = begun.stream(start, start + size, first_block=first)
+                stream.add(gradient[start : start + size], scale)
+                stream.finish(scale)
                 start += size
         elif begun is not None:
-            sweep = begun.sweep(first_block=0)
-            sweep.add(gradient, scale)
-            sweep.finish(scale)
+            stream = begun.stream(first_block=0)
+            stream.add(gradient, scale)
+            stream.finish(scale)
         own = self.fp16_partitioned_groups_flat[i]
         if own is None or own.data_ptr() != master.data_ptr():  # None: the weights lie on NVMe
             self._reassign_or_swap_out_partitioned_parameters(i)

@@ -175,13 +175,13 @@ def different_in_pieces(rule: str, dtype: torch.dtype, device: str, settings: di
         one = torch.ones((), device=device)
         for _ in range(2):
             gradient = (torch.randn(numel, generator=generator) * 1e-2).to(dtype).to(device)
-            sweep, start = optimizer.begin(optimizer.param_groups[0], parameter).sweep(first_block=0), 0
+            stream, start = optimizer.begin(optimizer.param_groups[0], parameter).stream(first_block=0), 0
             for size in sizes:
-                sweep.add(gradient[start : start + size], one)
+                stream.add(gradient[start : start + size], one)
                 start = min(start + size, numel)
                 if start == numel:
                     break
-            sweep.finish(one)
+            stream.finish(one)
         results.append({"weight": parameter.detach()} | optimizer.state[parameter])
     whole, pieces = results
     return [key for key in whole if not torch.equal(torch.as_tensor(whole[key]), torch.as_tensor(pieces[key]))]

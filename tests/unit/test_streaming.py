@@ -75,12 +75,12 @@ def pieces(gradient: Tensor, sizes: Iterable[int]) -> list[Tensor]:
 
 def train(model: Model, sizes: Iterable[int], steps: int = 2, first_block: int = 0) -> dict[str, Tensor]:
     for _ in range(steps):
-        sweep = model.begin().sweep(first_block=first_block)
+        stream = model.begin().stream(first_block=first_block)
         for piece in pieces(model.gradient(), sizes):
             given = piece.clone()
-            sweep.add(given, ONE)
+            stream.add(given, ONE)
             given.fill_(torch.nan)  # whoever gave it may use its memory again
-        sweep.finish(ONE)
+        stream.finish(ONE)
     return model.everything()
 
 
@@ -148,16 +148,16 @@ def test_compiled_small_tensors_are_like_parts_of_large_ones(dtype: torch.dtype,
     """The compiled step takes two blocks or more: where there are fewer, or an end, it works on a copy."""
     large = Model(4096, dtype, state_format, True)
     start, gradient = large.weight.detach().clone().flatten(), large.gradient()
-    sweep = large.begin().sweep(first_block=3)
-    sweep.add(gradient, ONE)
-    sweep.finish(ONE)
+    stream = large.begin().stream(first_block=3)
+    stream.add(gradient, ONE)
+    stream.finish(ONE)
     want = large.everything()
     for numel in SIZES:
         small = Model(numel, dtype, state_format, True)
         small.weight.data.copy_(start[:numel])
-        sweep = small.begin().sweep(first_block=3)
-        sweep.add(gradient[:numel], ONE)
-        sweep.finish(ONE)
+        stream = small.begin().stream(first_block=3)
+        stream.add(gradient[:numel], ONE)
+        stream.finish(ONE)
         whole = numel // BLOCK  # blocks of which nothing is missing
         for key, value in small.everything().items():
             cut = slice(whole * BLOCK) if key == "weight" else slice(whole)
@@ -171,11 +171,11 @@ def test_a_gradient_that_is_not_given_is_zero(given: int, one_thread: None) -> N
     for padded in (True, False):
         model = Model(numel, torch.bfloat16, "compact", False)
         gradient = model.gradient()
-        sweep = model.begin().sweep(first_block=0)
-        sweep.add(gradient[:given], ONE)
+        stream = model.begin().stream(first_block=0)
+        stream.add(gradient[:given], ONE)
         if padded:
-            sweep.add(torch.zeros(numel - given, dtype=torch.bfloat16), ONE)
-        sweep.finish(ONE)
+            stream.add(torch.zeros(numel - given, dtype=torch.bfloat16), ONE)
+        stream.finish(ONE)
         results.append(model.everything())
     assert_same(results[1], results[0])
     assert results[0]["remainder"].count_nonzero() > numel / 4, "weights decay without a gradient, too"
@@ -189,10 +189,10 @@ def test_scale_multiplies_the_gradient(gradient_dtype: torch.dtype, one_thread: 
         model = Model(LARGE, torch.bfloat16, "compact", False)
         gradient = model.draw(LARGE).to(gradient_dtype)
         scale = torch.tensor(0.123)
-        sweep = model.begin().sweep(first_block=0)
+        stream = model.begin().stream(first_block=0)
         for piece in pieces(gradient, CUTTINGS["odd sizes"]):
-            sweep.add(piece if scaled else piece.float() * scale, scale if scaled else ONE)
-        sweep.finish(scale if scaled else ONE)
+            stream.add(piece if scaled else piece.float() * scale, scale if scaled else ONE)
+        stream.finish(scale if scaled else ONE)
         results.append(model.everything())
     assert_same(results[0], results[1])
 
@@ -203,9 +203,9 @@ def in_halves(cut: int, first_blocks: tuple[int, int], dtype: torch.dtype = torc
     for _ in range(2):
         begun, gradient = model.begin(), model.gradient()
         for start, stop, first in ((cut, None, first_blocks[1]), (0, cut, first_blocks[0])):
-            sweep = begun.sweep(start, stop, first_block=first)
-            sweep.add(gradient[start:stop], ONE)
-            sweep.finish(ONE)
+            stream = begun.stream(start, stop, first_block=first)
+            stream.add(gradient[start:stop], ONE)
+            stream.finish(ONE)
     return model.everything()
 
 
@@ -226,4 +226,4 @@ def test_only_rounding_depends_on_where_a_block_is(one_thread: None) -> None:
 def test_a_sparse_gradient_is_refused() -> None:
     model = Model(1024, torch.float32, "8bit", False)
     with pytest.raises(UserError, match="sparse"):
-        model.begin().sweep(first_block=0).apply(0, torch.zeros(1024).to_sparse(), ONE)
+        model.begin().stream(first_block=0).apply(0, torch.zeros(1024).to_sparse(), ONE)
