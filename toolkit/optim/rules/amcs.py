@@ -42,6 +42,7 @@ class AMCSRule(Rule):
     """
 
     states: ClassVar[tuple[State, ...]] = (State("m_fast", near="m_slow"), State("m_slow"), State("v", signed=False))
+    needs = ("total_steps",)
 
     lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta, Beta] = (0.9, 0.95, 0.95)
