@@ -91,7 +91,7 @@ def _train(
         _announce(plan, screen, device)
         screen.say(explainer.words())
         torch.manual_seed(settings.seed)
-        screen.say(compiling.building(plan.config))
+        screen.say(compiling.building(plan.ds))
         with explainer:
             engine = _engine(plan)
             ranks.agreed(lambda: take_over(plan, engine, start, screen.say))
@@ -146,8 +146,7 @@ def _claim(plan: Plan, device: torch.device) -> run_folder.RunFolder | None:
         ds_config=plan.config,
     )
     settings = plan.settings
-    sharded = plan.config.get("zero_optimization", {}).get("stage", 0) > 0
-    keeps, resuming = settings.save_every > 0 and sharded, settings.resume != NONE
+    keeps, resuming = settings.save_every > 0 and plan.ds.stage > 0, settings.resume != NONE
     return run_folder.RunFolder(plan.folder, facts, plan.config, checkpoints=keeps, resuming=resuming)
 
 
@@ -185,12 +184,11 @@ def _engine(plan: Plan) -> Any:
         memory.count_from_here()
     # At stage 3 the model is partitioned while it is built, so the layout of partitions must be in place.
     toolkit.register()
-    stage = config.get("zero_optimization", {}).get("stage", 0)
     model: nn.Module = models.build_model(
         settings.model,
-        dtype=plan.dtype,
+        dtype=plan.ds.dtype,
         seed=settings.seed,
-        zero3_config=config if stage == 3 else None,
+        zero3_config=config if plan.ds.stage == 3 else None,
         from_checkpoint=settings.from_checkpoint,
         activation_checkpointing=settings.activation_checkpointing,
         loss=settings.loss,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from toolkit import models
-from toolkit.config import load_config
+from toolkit.config import DeepSpeedSettings, load_config
 from toolkit.errors import UserError
 from toolkit.estimate.dry_run import Rehearsal, rehearse, scaled
 from toolkit.estimate.predict import Case, Estimator, alternatives, assumed_context, variants
@@ -235,8 +235,8 @@ def test_optimizers_of_torch_are_tried_on_a_small_tensor() -> None:
     model = blueprint(TINY, dtype=torch.bfloat16)
 
     def states(kind: str, **params: Any) -> dict[str, float]:
-        settings = {"optimizer": {"type": kind, "params": {"lr": 0.1} | params}}
-        [group] = stored(model, settings, dtype=torch.bfloat16, stage=2, on_host=False).groups
+        config = {"optimizer": {"type": kind, "params": {"lr": 0.1} | params}}
+        [group] = stored(model, DeepSpeedSettings.read(config)).groups
         return dict(group.per_element)
 
     assert states("SGD") == {}
@@ -250,7 +250,7 @@ def test_optimizers_of_torch_are_tried_on_a_small_tensor() -> None:
         with pytest.raises(UserError, match=unknown):
             states(unknown)
     with pytest.raises(UserError, match="no optimizer.type"):
-        stored(model, {}, dtype=torch.bfloat16, stage=2, on_host=False)
+        stored(model, DeepSpeedSettings())
 
 
 def test_auto_and_what_is_not_modelled_are_said(estimator: Estimator) -> None:

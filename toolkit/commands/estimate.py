@@ -31,7 +31,7 @@ Loss = Annotated[
 
 def estimate(
     model: Model = "qwen3-tiny",
-    config: Config = "amcs_zero2",
+    name: Config = "amcs_zero2",
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Overwrite one key of the JSON; repeatable."),
@@ -83,14 +83,14 @@ def estimate(
     memory = None if gpu_memory is None else parse_size(gpu_memory, where="--gpu-memory")
     for plugin in plugins or []:
         import_plugin(plugin)
-    settings = configs.apply_overrides(configs.load_config(config), overrides or [])
-    configs.validate(settings, origin=config)
+    config = configs.apply_overrides(configs.load_config(name), overrides or [])
+    configs.validate(config, origin=name)
     models.check_length(models.load_config(model)[0], model, seq_len)
     world_size = gpus * nodes
-    batch = resolve_batch({MICRO: micro_batch, ACCUMULATION: grad_accum, GLOBAL: global_batch}, settings, world_size)
+    batch = resolve_batch({MICRO: micro_batch, ACCUMULATION: grad_accum, GLOBAL: global_batch}, config, world_size)
     case = Case(
         model,
-        settings,
+        config,
         world_size,
         batch.micro,
         seq_len,

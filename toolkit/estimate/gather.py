@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from toolkit.config.deepspeed import Buckets
 from toolkit.estimate.dry_run import Call, Rehearsal
-from toolkit.estimate.zero import Limits
 from toolkit.memory.storages import Life
 from toolkit.records import categories as c
 
@@ -40,7 +40,7 @@ def gather(
     rehearsal: Rehearsal,
     sizes: Sequence[float],
     elements: Sequence[int],
-    limits: Limits,
+    buckets: Buckets,
     hold: Hold,
     *,
     copies: bool,
@@ -58,7 +58,7 @@ def gather(
     def gathered(number: int, moment: int) -> Life:
         return hold(sizes[number], c.GATHERED, rehearsal.parameters[number].name, moment, None)
 
-    persistent = {number for number, numel in enumerate(elements) if numel <= limits.persistent}
+    persistent = {number for number, numel in enumerate(elements) if numel <= buckets.persistent}
     available: dict[int, Life] = {number: gathered(number, -1) for number in sorted(persistent)}
     uses = _uses(rehearsal)
     order: deque[tuple[int, int]] = deque((step, number) for step, use in enumerate(uses) for number in use.parameters)
@@ -113,7 +113,7 @@ def gather(
             fetched_for[number] = used_at
             seen.add(number)
         ahead: list[int] = []
-        numel, most = 0, min(limits.live - live, limits.prefetch)
+        numel, most = 0, min(buckets.live - live, buckets.prefetch)
         while order and numel < most:
             used_at, number = order.popleft()
             fetched_for[number] = max(fetched_for[number], used_at)
@@ -125,7 +125,7 @@ def gather(
         closed = use.closed if use.closed is not None else rehearsal.tape.now
         keep, distance = set(), 0
         for later in uses[step + 1 :]:
-            if distance >= limits.reuse:
+            if distance >= buckets.reuse:
                 break
             for number in later.parameters:
                 keep.add(number)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolkit.config import DeepSpeedSettings
 from toolkit.errors import UserError
-from toolkit.optim import find_rule, param_groups
+from toolkit.optim import param_groups
 from toolkit.records import categories as c
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import REMAINDER, Layout
@@ -49,41 +50,37 @@ class Stored:
     remarks: tuple[str, ...] = ()
 
 
-def stored(model: nn.Module, config: Mapping[str, Any], *, dtype: torch.dtype, stage: int, on_host: bool) -> Stored:
-    """What the optimizer that `config` names keeps for the parameters of `model`.
+def stored(model: nn.Module, ds: DeepSpeedSettings) -> Stored:
+    """What the optimizer that `ds` names keeps for the parameters of `model`.
 
     A rule's states are counted from its declaration, an optimizer of torch is tried on one small tensor.
 
     Raises:
         UserError: no optimizer is named, or it is one that cannot be counted.
     """
-    section = config.get("optimizer") or {}
-    kind, params = section.get("type"), dict(section.get("params", {}))
-    if kind is None:
+    rule = ds.rule
+    if ds.optimizer is None:
         raise UserError("the DeepSpeed JSON has no optimizer.type; it must name the optimizer to train with.")
-    rule = find_rule(kind)
     numbers = {id(p): number for number, p in enumerate(model.parameters())}
-    narrow = dtype != torch.float32
+    # DeepSpeed keeps fp32 weights beside the model's; without ZeRO only if the model's are narrower.
+    masters = 4.0 if ds.stage or ds.dtype != torch.float32 else 0.0
     if rule is None:
-        states, working = _probe(str(kind), params, on_host)
-        # DeepSpeed keeps fp32 weights beside the model's; without ZeRO only if the model's are narrower.
-        master = 4.0 if stage or narrow else 0.0
+        states, working = _probe(ds.optimizer, ds.params, ds.offload_optimizer != "none")
         every = tuple(numbers[id(p)] for p in model.parameters() if p.requires_grad)
-        remarks = () if working is not None else (f"temporaries of {kind}'s step are not known.",)
-        return Stored((Group(every, states, master, False, False),), False, working or 0.0, remarks)
-    if "total_steps" in rule.rule.model_fields and params.get("total_steps") is None:
-        params["total_steps"] = 1
+        remarks = () if working is not None else (f"temporaries of {ds.optimizer}'s step are not known.",)
+        return Stored((Group(every, states, masters, False, False),), False, working or 0.0, remarks)
+    params = rule.rule.supply(ds.params, total_steps=1)
     optimizer = rule(param_groups(model, [p for p in model.parameters() if p.requires_grad]), **params)
-    whole = stage > 0 and optimizer.holds_weights()
+    whole = ds.stage > 0 and optimizer.holds_weights()
     groups = []
     for group in optimizer.param_groups:
-        kept = optimizer.layout(group, dtype if whole else torch.float32)
+        kept = optimizer.layout(group, ds.dtype if whole else torch.float32)
         sizes = [p.numel() for p in group["params"]]
         groups.append(
             Group(
                 numbers=tuple(numbers[id(p)] for p in group["params"]),
                 per_element=_per_element(kept),
-                master=4.0 if not whole and (stage or narrow) else 0.0,
+                master=0.0 if whole else masters,
                 whole_blocks=any(p.dim() > 1 for p in group["params"]),
                 released=optimizer.defaults["release_gradients"] and all(size % BLOCK == 0 for size in sizes),
             )

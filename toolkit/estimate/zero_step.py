@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
+from toolkit.config import DeepSpeedSettings
+from toolkit.config.batch import Batch
 from toolkit.estimate.dry_run import Rehearsal
 from toolkit.estimate.gather import gather
 from toolkit.estimate.stored import Group, Stored
-from toolkit.estimate.zero import Zero
 from toolkit.memory.storages import Curve, Life, curve
 from toolkit.records import categories as c
 from toolkit.state.codecs import BLOCK
@@ -33,20 +32,25 @@ class Step:
     nvme: dict[str, int]
 
 
-def simulate(rehearsal: Rehearsal, zero: Zero, stored: Stored, *, dtype: torch.dtype, rank: int, on_gpu: bool) -> Step:
+def simulate(
+    rehearsal: Rehearsal, ds: DeepSpeedSettings, stored: Stored, batch: Batch, *, rank: int, on_gpu: bool
+) -> Step:
     """Put what ZeRO and the optimizer hold around a rehearsed pass.
 
     Args:
         rank: whose shards are held; the last one gets its gradients earliest in the backward pass.
         on_gpu: else host and device are one memory, and everything is on `curve`.
     """
-    return _Simulation(rehearsal, zero, stored, dtype.itemsize, rank, on_gpu).run()
+    return _Simulation(rehearsal, ds, stored, batch, rank, on_gpu).run()
 
 
 class _Simulation:
-    def __init__(self, rehearsal: Rehearsal, zero: Zero, stored: Stored, width: int, rank: int, on_gpu: bool) -> None:
-        self.rehearsal, self.zero, self.stored = rehearsal, zero, stored
-        self.width, self.rank, self.on_gpu = width, rank, on_gpu
+    def __init__(
+        self, rehearsal: Rehearsal, ds: DeepSpeedSettings, stored: Stored, batch: Batch, rank: int, on_gpu: bool
+    ) -> None:
+        self.rehearsal, self.ds, self.stored = rehearsal, ds, stored
+        self.world_size, self.accumulation = batch.world_size, batch.accumulation
+        self.buckets, self.width, self.rank, self.on_gpu = ds.buckets, ds.dtype.itemsize, rank, on_gpu
         # Only gradients live on differently under ZeRO; everything else is the rehearsal's own.
         self.lives = [life if life.parameter is None else replace(life) for life in rehearsal.tape.lives]
         self.host: dict[str, int] = {}
@@ -96,12 +100,12 @@ class _Simulation:
 
     def _shares(self) -> dict[int, int]:
         """Elements of each parameter's gradient that this rank keeps."""
-        ranks = self.zero.world_size
-        if self.zero.stage == 0 or ranks == 1:
+        ranks = self.world_size
+        if self.ds.stage == 0 or ranks == 1:
             return dict(enumerate(self.numels))
         own: dict[int, int] = {}
         for group in self.stored.groups:
-            if self.zero.stage == 3:
+            if self.ds.stage == 3:
                 own.update({number: -(-self.numels[number] // ranks) for number in group.numbers})
                 continue
             share, start = self.group_share(group), 0
@@ -113,10 +117,10 @@ class _Simulation:
 
     def group_share(self, group: Group) -> int:
         """Elements of `group` on one rank, padding included."""
-        ranks, sizes = self.zero.world_size, [self.numels[number] for number in group.numbers]
-        if self.zero.stage == 0:
+        ranks, sizes = self.world_size, [self.numels[number] for number in group.numbers]
+        if self.ds.stage == 0:
             return sum(sizes)
-        if self.zero.stage == 3:
+        if self.ds.stage == 3:
             unit = BLOCK * ranks if group.whole_blocks or not self.stored.ours else ranks
             return sum(-(-size // unit) * unit // ranks for size in sizes)
         unit = BLOCK * ranks if self.stored.ours else 2 * ranks
@@ -125,11 +129,10 @@ class _Simulation:
     # ---- the step -------------------------------------------------------------------------------------------------
 
     def run(self) -> Step:
-        zero = self.zero
         self._model_state()
-        if zero.stage == 3:
+        if self.ds.stage == 3:
             self._stage_3()
-        elif zero.stage == 0:
+        elif self.ds.stage == 0:
             self._unsharded()
         elif self.stored.ours:
             self._lean()
@@ -145,21 +148,21 @@ class _Simulation:
         return Step(found, {name: resident[name] for name in c.ordered(resident)}, self.host, self.nvme)
 
     def _model_state(self) -> None:
-        zero, held_by = self.zero, {}
+        held_by = {}
         for group in self.stored.groups:
             share = self.group_share(group)
             held_by.update(dict.fromkeys(group.numbers, group))
             for category, size in group.per_element.items():
-                self.store(size * share, category, category, zero.optimizer_on)
-            self.store(group.master * share, c.MASTER, "fp32 weights", zero.optimizer_on)
+                self.store(size * share, category, category, self.ds.offload_optimizer)
+            self.store(group.master * share, c.MASTER, "fp32 weights", self.ds.offload_optimizer)
             # The step runs on the host, on its own copy of the weights, unless those are there anyway.
-            on_host = zero.weights_on != "none" or (zero.stage == 3 and not self.on_gpu)
-            if zero.optimizer_on != "none" and not group.master and not on_host:
-                self.store(self.width * share, c.WEIGHTS, "weights to step on", zero.optimizer_on)
-            if zero.stage == 3:
-                self.store(self.width * share, c.WEIGHTS, "this rank's weights", zero.weights_on)
+            on_host = self.ds.offload_param != "none" or (self.ds.stage == 3 and not self.on_gpu)
+            if self.ds.offload_optimizer != "none" and not group.master and not on_host:
+                self.store(self.width * share, c.WEIGHTS, "weights to step on", self.ds.offload_optimizer)
+            if self.ds.stage == 3:
+                self.store(self.width * share, c.WEIGHTS, "this rank's weights", self.ds.offload_param)
         for number, parameter in enumerate(self.rehearsal.parameters):
-            if zero.stage < 3 or number not in held_by:
+            if self.ds.stage < 3 or number not in held_by:
                 self.hold(self.width * parameter.numel, c.WEIGHTS, parameter.name, -1, None)
         for name, buffer in self.rehearsal.model.named_buffers():
             self.hold(buffer.numel() * buffer.element_size(), c.WEIGHTS, name, -1, None)
@@ -172,7 +175,7 @@ class _Simulation:
     def _unsharded(self) -> None:
         for number, _ in self.rehearsal.arrivals:
             self.gradients[number].died = self.end
-            if self.zero.accumulation > 1:
+            if self.accumulation > 1:
                 self._accumulated(number, self.numels[number] * self.width)
         size = self.width * min(self.total, _UNSHARDED_REDUCTION)
         self.hold(size, c.BUCKETS, "gradients, flattened", self.reduced, self.step)
@@ -189,15 +192,14 @@ class _Simulation:
 
     def _lean(self) -> None:
         """toolkit/zero/stage12.py and gradients.py."""
-        zero = self.zero
         released = {number for group in self.stored.groups if group.released for number in group.numbers}
         waiting: list[int] = []
         for number, moment in self.rehearsal.arrivals:
-            if zero.stage == 1 and zero.accumulation > 1:
+            if self.ds.stage == 1 and self.accumulation > 1:
                 # Autograd adds this micro-batch's gradient to what is there.
                 self.gradients[number] = self._accumulated(number, self.width * self.numels[number])
-            if zero.world_size == 1 and zero.optimizer_on == "none":
-                if number not in released and (zero.stage == 1 or zero.accumulation == 1):
+            if self.world_size == 1 and self.ds.offload_optimizer == "none":
+                if number not in released and (self.ds.stage == 1 or self.accumulation == 1):
                     self.gradients[number].died = self.end
                 elif number not in released:
                     self._accumulated(number, self.width * self.numels[number])
@@ -205,17 +207,17 @@ class _Simulation:
                     self._apply_later([self.gradients[number]], self.numels[number], moment)
                     self.staging(self.numels[number], moment)
                 continue
-            if self.numels[number] >= zero.reduce_bucket and waiting:
+            if self.numels[number] >= self.buckets.reduce and waiting:
                 self._flush(waiting, moment, released)
                 moment += 2
             waiting.append(number)
-            full = sum(self.numels[n] for n in waiting) >= zero.reduce_bucket
-            if full or zero.world_size == 1:
+            full = sum(self.numels[n] for n in waiting) >= self.buckets.reduce
+            if full or self.world_size == 1:
                 self._flush(waiting, moment, released)
             else:
                 self.gradients[number].died = self.reduced
         self._flush(waiting, self.last, released)
-        if zero.optimizer_on != "none":
+        if self.ds.offload_optimizer != "none":
             share = sum(self.group_share(group) for group in self.stored.groups)
             self.store(self.width * share, c.GRADIENTS, "gradients to step on", "cpu")
         self.staging(self.total, self.step)
@@ -225,7 +227,7 @@ class _Simulation:
         if not waiting:
             return
         self._finish(moment)
-        joined = len(waiting) > 1 and self.zero.world_size > 1
+        joined = len(waiting) > 1 and self.world_size > 1
         if joined:
             others = self.width * sum(self.numels[number] - self.own[number] for number in waiting)
             self.busy.append(self.hold(others, c.BUCKETS, "gradients that are reduced together", moment, moment + 1))
@@ -241,11 +243,11 @@ class _Simulation:
                 held = self.gradients[number] if alone else self.hold(size, c.GRADIENTS, name, moment, moment + 1)
                 unapplied.append(held)
                 continue
-            goes = number in released or self.zero.optimizer_on != "none"
-            if self.zero.world_size == 1 or (goes and not joined):
+            goes = number in released or self.ds.offload_optimizer != "none"
+            if self.world_size == 1 or (goes and not joined):
                 continue
             # A copy: what was joined, or cut out of a gradient of which other ranks have parts.
-            adds = not goes and self.zero.accumulation > 1 and self.zero.stage == 2
+            adds = not goes and self.accumulation > 1 and self.ds.stage == 2
             if adds:
                 self._accumulated(number, size)
             if number in released:
@@ -255,7 +257,7 @@ class _Simulation:
             else:
                 self.hold(size, c.GRADIENTS, name, moment, self.end)
         self._apply_later(unapplied, sum(self.own[number] for number in waiting), moment)
-        if self.zero.overlap:
+        if self.buckets.overlap:
             for life in self.busy:
                 life.died = self.reduced
         else:
@@ -275,36 +277,35 @@ class _Simulation:
         if not self.on_gpu:
             return
         self.unapplied.append((released, elements))
-        while len(self.unapplied) > 1 and sum(size for _, size in self.unapplied) > self.zero.reduce_bucket:
+        while len(self.unapplied) > 1 and sum(size for _, size in self.unapplied) > self.buckets.reduce:
             for life in self.unapplied.pop(0)[0]:
                 life.died = moment + 1
 
     def _stock(self) -> None:
         """DeepSpeed's stage_1_and_2.py, contiguous_gradients."""
-        zero = self.zero
         share = sum(self.group_share(group) for group in self.stored.groups)
         waiting: list[int] = []
         first = min((moment for _, moment in self.rehearsal.arrivals), default=self.reduced)
-        copies = 2 if zero.overlap else 1
-        self.hold(self.width * zero.reduce_bucket * copies, c.BUCKETS, "reduction bucket", first, self.step)
+        copies = 2 if self.buckets.overlap else 1
+        self.hold(self.width * self.buckets.reduce * copies, c.BUCKETS, "reduction bucket", first, self.step)
         kept = self.last  # from the first reduction of something that this rank keeps
         for number, moment in self.rehearsal.arrivals:
-            if zero.stage == 1 and zero.accumulation > 1:
+            if self.ds.stage == 1 and self.accumulation > 1:
                 self._accumulated(number, self.width * self.numels[number])
                 continue
             numel = self.numels[number]
             # It is copied into the bucket, after what is there has made room.
             self.gradients[number].died = moment + 2
-            if sum(self.numels[n] for n in waiting) + numel > zero.reduce_bucket:
+            if sum(self.numels[n] for n in waiting) + numel > self.buckets.reduce:
                 if any(self.own[n] for n in waiting):
                     kept = min(kept, moment + 1)
                 self._reduce_bucket(waiting, moment)
-            if numel > zero.reduce_bucket:
+            if numel > self.buckets.reduce:
                 kept = min(kept, moment) if self.own[number] else kept
             else:
                 waiting.append(number)
         self._reduce_bucket(waiting, self.last)
-        offloaded = zero.optimizer_on != "none"
+        offloaded = self.ds.offload_optimizer != "none"
         if offloaded:
             self.store(4 * share, c.GRADIENTS, "fp32 gradients to step on", "cpu")
             largest = max(self.numels)
@@ -313,7 +314,7 @@ class _Simulation:
             self.store(self.width * share, c.BUCKETS, "weights on their way back", "cpu")
             return
         self.hold(self.width * share, c.GRADIENTS, "this rank's gradients", kept, self.end)
-        if zero.accumulation > 1 and zero.stage == 2:
+        if self.accumulation > 1 and self.ds.stage == 2:
             # A micro-batch's gradients have a buffer of their own, and are added to the earlier ones' at its end.
             self.hold(self.width * share, c.GRADIENTS, "gradients of earlier micro-batches", -1, self.step)
         self.hold(self.width * share, c.TRANSIENTS, "gradients, flattened", self.step, self.step + 1)
@@ -322,7 +323,7 @@ class _Simulation:
         self.hold(self.stored.step_per_element * share, c.TRANSIENTS, "the step's own", self.step + 1, self.end)
 
     def _reduce_bucket(self, waiting: list[int], moment: int) -> None:
-        if waiting and self.zero.world_size > 1:
+        if waiting and self.world_size > 1:
             size = self.width * sum(self.numels[number] for number in waiting)
             self.hold(size, c.BUCKETS, "gradients that are reduced together", moment, moment + 1)
         waiting.clear()
@@ -331,34 +332,33 @@ class _Simulation:
 
     def _stage_3(self) -> None:
         """DeepSpeed's stage3.py, and toolkit/zero/stage3.py, whose step uses gradients where they lie."""
-        zero = self.zero
         share = sum(self.group_share(group) for group in self.stored.groups)
-        self.hold(self.width * zero.reduce_bucket, c.BUCKETS, "reduction bucket", -1, None)
-        offloaded = zero.optimizer_on != "none"
+        self.hold(self.width * self.buckets.reduce, c.BUCKETS, "reduction bucket", -1, None)
+        offloaded = self.ds.offload_optimizer != "none"
         self.store(self.width * share, c.GRADIENTS, "this rank's gradients", "cpu" if offloaded else "none")
-        if zero.world_size > 1 or zero.weights_on != "none":
+        if self.world_size > 1 or self.ds.offload_param != "none":
             gather(
                 self.rehearsal,
                 [self.width * numel for numel in self.numels],
                 self.numels,
-                zero.limits,
+                self.buckets,
                 self.hold,
-                copies=zero.world_size > 1,
+                copies=self.world_size > 1,
                 gloo=not self.on_gpu,
             )
         waiting: list[int] = []
         for number, moment in self.rehearsal.arrivals:
             numel = self.numels[number]
-            if waiting and sum(self.numels[n] for n in waiting) + numel > zero.reduce_bucket:
+            if waiting and sum(self.numels[n] for n in waiting) + numel > self.buckets.reduce:
                 self._scatter(waiting, moment)
             waiting.append(number)
-            self.gradients[number].died = moment + 1 if numel <= zero.reduce_bucket else self.step
+            self.gradients[number].died = moment + 1 if numel <= self.buckets.reduce else self.step
         self._scatter(waiting, self.last)
         if self.stored.ours:
             self.staging(self.total, self.step)
             return
         if offloaded:
-            self.store(4 * share, c.GRADIENTS, "fp32 gradients to step on", zero.optimizer_on)
+            self.store(4 * share, c.GRADIENTS, "fp32 gradients to step on", self.ds.offload_optimizer)
             return
         largest = self._largest_sub_group()
         self.hold(self.width * largest, c.TRANSIENTS, "gradients of a sub-group, flattened", self.step, self.end)
@@ -369,10 +369,10 @@ class _Simulation:
         if not waiting:
             return
         size = self.width * sum(self.numels[number] for number in waiting)
-        if len(waiting) > 1 or self.numels[waiting[0]] % self.zero.world_size:
+        if len(waiting) > 1 or self.numels[waiting[0]] % self.world_size:
             self.hold(size, c.BUCKETS, "gradients that are reduced together", moment, moment + 1)
         if self.on_gpu:
-            self.hold(size / self.zero.world_size, c.BUCKETS, "result of the reduction", moment, moment + 1)
+            self.hold(size / self.world_size, c.BUCKETS, "result of the reduction", moment, moment + 1)
         else:
             # gloo has no reduce-scatter: it sums a copy of everything.
             self.hold(size, c.TRANSIENTS, "gradients that are reduced together, gloo's copy", moment, moment + 1)
@@ -386,8 +386,8 @@ class _Simulation:
         for group in self.stored.groups:
             size = 0
             for number in group.numbers:
-                size += -(-self.numels[number] // self.zero.world_size)
-                if size >= self.zero.sub_group:
+                size += -(-self.numels[number] // self.world_size)
+                if size >= self.buckets.sub_group:
                     largest, size = max(largest, size), 0
             largest = max(largest, size)
         return largest

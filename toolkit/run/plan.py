@@ -22,6 +22,7 @@ from toolkit.run.terms import Saved, changes, kept_settings, terms
 if TYPE_CHECKING:
     import torch
 
+    from toolkit.config import DeepSpeedSettings
     from toolkit.data import PackedTokens, Position
 
 
@@ -38,6 +39,7 @@ class Terms:
     saved: Saved | None
     settings: RunSettings
     config: dict[str, Any]
+    ds: DeepSpeedSettings
     batch: Batch
     changed: list[str]
     remarks: list[str]
@@ -49,7 +51,8 @@ class Plan:
 
     settings: RunSettings
     config: dict[str, Any]
-    dtype: torch.dtype
+    ds: DeepSpeedSettings
+    """`config`, read."""
     batch: Batch
     folder: Path
     remarks: list[str]
@@ -91,9 +94,8 @@ def make_plan(settings: RunSettings) -> Plan:
     folder = settings.run_dir or run_of(settings) or run_folder.default_folder(settings.model, settings.config)
     run_folder.check_free(folder, resuming=settings.resume != NONE)
     settled = settle_terms(settings, config, noted(settings, folder))
-    settings, config, batch, remarks = settled.settings, settled.config, settled.batch, list(settled.remarks)
-    dtype = _dtype(config)
-    if dtype == torch.bfloat16 and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():
+    settings, ds, batch, remarks = settled.settings, settled.ds, settled.batch, list(settled.remarks)
+    if ds.computed == "bf16" and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():
         remarks.append("matrix products are computed in fp32 from bf16 operands, since this CPU is slow at bf16 ones.")
 
     name = settings.tokenizer or (preset.tokenizer if preset is not None else settings.model)
@@ -123,8 +125,8 @@ def make_plan(settings: RunSettings) -> Plan:
         remarks += [f"passed over in the validation text: {problem}" for problem in source.position.named]
     return Plan(
         settings=settings,
-        config=config,
-        dtype=dtype,
+        config=settled.config,
+        ds=ds,
         batch=batch,
         folder=folder,
         remarks=remarks,
@@ -161,7 +163,9 @@ def settle_terms(settings: RunSettings, config: Mapping[str, Any], saved: Saved 
         remarks.append(f"as the checkpoint has it: {', '.join(told)}.")
     if changed:
         remarks.append(f"not as in the run that saved the checkpoint: {'; '.join(changed)}.")
-    return Terms(asked, config, saved, settings, merged, batch, changed, remarks)
+    return Terms(
+        asked, config, saved, settings, merged, configs.DeepSpeedSettings.read(merged), batch, changed, remarks
+    )
 
 
 def settle_again(plan: Plan, saved: Saved | None) -> None:
@@ -169,15 +173,6 @@ def settle_again(plan: Plan, saved: Saved | None) -> None:
     if saved == plan.terms.saved:
         return
     old, new = plan.terms, settle_terms(plan.terms.asked, plan.terms.json, saved)
-    plan.terms, plan.settings, plan.config, plan.batch = new, new.settings, new.config, new.batch
+    plan.terms, plan.settings, plan.batch = new, new.settings, new.batch
+    plan.config, plan.ds = new.config, new.ds
     plan.remarks = [*new.remarks, *(remark for remark in plan.remarks if remark not in old.remarks)]
-
-
-def _dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that the JSON has the model compute in."""
-    import torch
-
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if config.get(key, {}).get("enabled", False):
-            return dtype
-    return torch.float32
