@@ -115,7 +115,7 @@ def test_ranks_leave_no_shared_buffers() -> None:
     script = """
 import os, torch
 from toolkit.run import ranks
-ranks.prepare()
+ranks.prepare_environment()
 ranks.start()
 from deepspeed import comm
 x = torch.full((1000,), 3.0)

@@ -40,7 +40,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def prepare() -> None:
+def prepare_environment() -> None:
     """Set what libraries read from the environment when they are imported; call it first of all.
 
     The cores are shared among this machine's ranks: otherwise each rank starts a thread for every core, and
