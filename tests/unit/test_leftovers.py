@@ -107,7 +107,7 @@ def test_each_environment_builds_in_its_own_folder(lock: Path, monkeypatch: pyte
     lock.touch()
     (first / "cpu_adam").mkdir(parents=True)
     (first / "cpu_adam" / "lock").touch()
-    assert set(leftovers._locks()) == {lock, first / "cpu_adam" / "lock"}
+    assert set(leftovers.find_locks()) == {lock, first / "cpu_adam" / "lock"}
 
 
 def test_ranks_leave_no_shared_buffers() -> None:
