@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from toolkit.commands import checkpoint as checkpoints
+from toolkit.commands.doctor import doctor
 from toolkit.commands.estimate import estimate, plan
 from toolkit.errors import UserError, nearest
 from toolkit.printable import echo, printable
@@ -102,6 +103,7 @@ def report(
 
 app.command()(estimate)
 app.command()(plan)
+app.command()(doctor)
 
 
 def main() -> None:

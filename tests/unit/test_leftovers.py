@@ -107,10 +107,10 @@ def test_each_environment_builds_in_its_own_folder(lock: Path, monkeypatch: pyte
     lock.touch()
     (first / "cpu_adam").mkdir(parents=True)
     (first / "cpu_adam" / "lock").touch()
-    assert set(leftovers._locks()) == {lock, first / "cpu_adam" / "lock"}
+    assert set(leftovers.find_locks()) == {lock, first / "cpu_adam" / "lock"}
 
 
-RUN = "from toolkit.run import ranks; ranks.prepare(); ranks.start()"
+RUN = "from toolkit.run import ranks; ranks.prepare_environment(); ranks.start()"
 OWN_LOOP = "import toolkit, deepspeed; toolkit.register(); deepspeed.init_distributed(auto_mpi_discovery=False)"
 
 

@@ -24,7 +24,8 @@ from toolkit.errors import UserError
 from toolkit.plugins import import_plugin
 from toolkit.records.run import read_metrics, strict
 from toolkit.records.sizes import size_text
-from toolkit.run import ranks, resume
+from toolkit.run import ranks
+from toolkit.run import start as starts
 from toolkit.run.folder import RunFolder, check_free, default_folder, plot_loss
 from toolkit.run.merge import merge_flags
 from toolkit.run.screen import Screen
@@ -365,7 +366,7 @@ def test_a_run_that_keeps_checkpoints_is_gone_on_with(tmp_path: Path) -> None:
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     again = RunFolder(tmp_path / "run", {"seed": 2}, {"new": 1}, resuming=True)
-    assert again.go_on(3, {"new": 1}) == [{"step": step, **line} for step in (1, 2, 3)]
+    assert again.continue_after(3, {"new": 1}) == [{"step": step, **line} for step in (1, 2, 3)]
     again.write_step({"step": 4})
     again.close()
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -382,11 +383,11 @@ def test_a_run_without_checkpoints_is_never_gone_on_with(tmp_path: Path) -> None
     # Somebody has removed the checkpoints of a longer run than one interval.
     (tmp_path / "checkpoints").mkdir()
     check_free(tmp_path, resuming=True)
-    assert resume._from_the_start(RunSettings(save_every=1), tmp_path).step == 0
+    assert starts._from_the_start(RunSettings(save_every=1), tmp_path).step == 0
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2}\n')
     with pytest.raises(UserError, match="has made 2 steps and has no checkpoint"):
-        resume._from_the_start(RunSettings(save_every=1), tmp_path)
+        starts._from_the_start(RunSettings(save_every=1), tmp_path)
 
 
 def test_folders_that_cannot_hold_a_run(tmp_path: Path) -> None:
@@ -520,7 +521,7 @@ def test_rank_zero_prints_an_error_once(capsys: pytest.CaptureFixture[str], monk
 def test_segments_can_grow_unless_the_user_says_otherwise(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {} if name is None else {name: "max_split_size_mb:512"}
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"], **given})
-    ranks.prepare()
+    ranks.prepare_environment()
     found = {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")}
     assert found == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 

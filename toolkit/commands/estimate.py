@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from toolkit.errors import UserError, nearest
+from toolkit.run.ranks import settle_accelerator
 from toolkit.run.settings import RunSettings
 
 Device = Literal["cuda", "cpu"]
@@ -70,7 +70,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole prediction as JSON.")] = False,
 ) -> None:
     """Predict the memory of a training run, per rank, before it runs."""
-    _settle_accelerator()
+    settle_accelerator()
     from toolkit import config as configs
     from toolkit import models
     from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, resolve_batch
@@ -134,7 +134,7 @@ def plan(
     ] = False,
 ) -> None:
     """Find the fastest shipped configuration, state format and micro-batch that fits, and write its JSON."""
-    _settle_accelerator()
+    settle_accelerator()
     from toolkit import models
     from toolkit.config import shipped_configs
     from toolkit.console import PlainConsole
@@ -198,11 +198,3 @@ def _host_memory() -> int:
     from toolkit.memory.watermarks import limits
 
     return min(limits(torch.device("cpu")).values())
-
-
-def _settle_accelerator() -> None:
-    """On a machine without GPUs DeepSpeed would look for one as it is imported, and say so."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -161,9 +161,9 @@ class DeepSpeedSettings:
     @property
     def weights(self) -> str:
         """How the optimizer keeps weights: with a remainder ("bf16+8"), or as master weights ("fp32")."""
-        from toolkit.state.remainders import MASTER, Remainder8
+        from toolkit.state.remainders import DEFAULT_WEIGHTS, MASTER
 
-        default = Remainder8.name if self.computed == "bf16" else MASTER
+        default = DEFAULT_WEIGHTS if self.computed == "bf16" else MASTER
         return str(self.params.get("weights", default)) if self.rule else MASTER
 
     @property

@@ -27,14 +27,14 @@ from toolkit.state.layout import (
     state_formats,
     state_of,
 )
-from toolkit.state.remainders import MASTER, Remainder
+from toolkit.state.remainders import DEFAULT_WEIGHTS, MASTER, Remainder
 
 RULES: dict[str, type[RuleOptimizer]] = {}
 """Every optimizer that `as_optimizer` made, by the name that `optimizer.type` of a DeepSpeed JSON selects."""
 
 _OPTIONS: dict[str, Any] = {
     "state_format": DEFAULT_FORMAT,
-    "weights": Remainder(8).name,
+    "weights": DEFAULT_WEIGHTS,
     "seed": 0,
     "release_gradients": False,
     "compile": True,
