@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from toolkit.records.memory import Block, Change, OutOfMemory, Record, Timeline
+from toolkit.records.memory import Change, LargeTensor, OutOfMemoryRecord, Record, Timeline
 
-Part = Literal["run", "training", "prediction", "measurement", "out of memory"]
+Topic = Literal["run", "training", "prediction", "measurement", "out of memory"]
 
 
 class Problem(Record):
     """What could not be read, or does not fit together."""
 
-    part: Part
-    """The part of the report that lacks something for it."""
+    part: Topic
+    """What the report lacks something of."""
     sentence: str
 
 
@@ -56,7 +56,7 @@ class Facts(Record):
     versions: dict[str, str] = {}
 
 
-class Curve(Record):
+class LossCurve(Record):
     """Loss over steps; None where it was not finite."""
 
     steps: list[int]
@@ -102,7 +102,7 @@ class Training(Record):
     """Of the median step."""
     nonfinite_steps: list[int]
     skipped_steps: int
-    curve: Curve
+    curve: LossCurve
 
 
 class Peak(Record):
@@ -209,7 +209,7 @@ class Explanation(Record):
     """What a rank left behind that ran out of memory: the record, or its page of text where that is all there is."""
 
     rank: int | None
-    record: OutOfMemory | None
+    record: OutOfMemoryRecord | None
     text: str | None = None
 
 
@@ -229,7 +229,7 @@ class RunReport(Record):
     ranks: list[Rank]
     missing_ranks: list[int]
     imbalance: Imbalance | None
-    blocks: list[Block]
+    blocks: list[LargeTensor]
     """The largest tensors at the peak, of the rank with the largest peak."""
     per_parameter: list[PerParameter]
     held: int | None

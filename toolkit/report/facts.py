@@ -17,14 +17,14 @@ def facts_of(folder: Folder) -> Facts:
     run = folder.run or RunFile()
     settings, config = run.settings, run.ds_config
     parameters = _at(config, "optimizer", "params")
-    state_format, kept = _at(parameters, "state_format"), _at(parameters, "weights")
+    state_format, weights = _at(parameters, "state_format"), _at(parameters, "weights")
     data = f"{settings.data} ({settings.data_subset})" if settings.data_subset else settings.data
     facts = Facts(
         model=settings.model,
         parameters=run.parameters,
         optimizer=_text(_at(config, "optimizer", "type")),
         state_format=_text(state_format),
-        weights=_text(kept),
+        weights=_text(weights),
         stage=_number(_at(config, "zero_optimization", "stage")),
         world_size=run.world_size,
         micro_batch=run.micro_batch,

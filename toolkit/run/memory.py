@@ -88,9 +88,9 @@ def memory_now(ledger: Ledger) -> int:
 
 def end_if_out_of_memory(error: Exception) -> None:
     """End this rank with a line if `error` is that memory ran out before the run had a folder to explain it in."""
-    from toolkit.memory.out_of_memory import out_of_memory
+    from toolkit.memory.out_of_memory import failed_allocation
 
-    if (cause := out_of_memory(error)) is not None:
+    if (cause := failed_allocation(error)) is not None:
         words = f"error: rank {ranks.rank()} ran out of memory before the run began: {type(cause).__name__}: {cause}"
         print(words.splitlines()[0], file=sys.stderr)
         abandon(OUT_OF_MEMORY)
