@@ -21,7 +21,7 @@ from toolkit.records.memory import (
     Span,
     Timeline,
     measured_name,
-    write,
+    write_record,
 )
 
 PARAMETERS = 134_107_392
@@ -266,7 +266,7 @@ def write_training(
 def write_run(folder: Path, optimizer: str = "AMCS", ranks: int = 2, **training: Any) -> Path:
     """A whole run with its memory folder; returns `folder`."""
     write_training(folder, optimizer, ranks, **training)
-    write(folder, PREDICTED, prediction(optimizer, ranks))
+    write_record(folder, PREDICTED, prediction(optimizer, ranks))
     for rank in range(ranks):
-        write(folder, measured_name(rank), measurement(optimizer, rank, ranks))
+        write_record(folder, measured_name(rank), measurement(optimizer, rank, ranks))
     return folder

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["count_from_here", "watch"]
 
 if TYPE_CHECKING:
-    from toolkit.memory.start import watch
+    from toolkit.memory.attach import watch
     from toolkit.memory.trace import count_from_here
 
 
 def __getattr__(name: str) -> Any:
     # `import toolkit` stays quick: torch is loaded where memory is measured.
     if name == "watch":
-        from toolkit.memory.start import watch
+        from toolkit.memory.attach import watch
 
         return watch
     if name == "count_from_here":

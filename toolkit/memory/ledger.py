@@ -33,7 +33,7 @@ from toolkit.memory.watermarks import CachingAllocator, host, watermark
 from toolkit.models.build import CausalLM
 from toolkit.records import categories as c
 from toolkit.records.by_category import Named, by_category
-from toolkit.records.memory import FOLDER, LargeTensor, Measurement, Phase, Setup, Timeline, measured_name, write
+from toolkit.records.memory import FOLDER, LargeTensor, Measurement, Phase, Setup, Timeline, measured_name, write_record
 
 logger = logging.getLogger("toolkit")
 
@@ -336,7 +336,7 @@ class Ledger:
     def _write(self) -> None:
         self._written = time.perf_counter()
         with contextlib.suppress(OSError):
-            write(self._folder, measured_name(self._explainer.rank), self.record())
+            write_record(self._folder, measured_name(self._explainer.rank), self.record())
 
     def record(self) -> Measurement:
         """What has been measured so far."""

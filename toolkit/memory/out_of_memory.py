@@ -25,7 +25,16 @@ from toolkit.memory.saved_tensors import reachable_tensors
 from toolkit.memory.watermarks import RESERVED_SPACE, address_space, limits, watermark
 from toolkit.records import categories as c
 from toolkit.records.by_category import Named, by_category
-from toolkit.records.memory import FOLDER, Change, LargeTensor, OutOfMemoryRecord, Phase, Prediction, Setup, write
+from toolkit.records.memory import (
+    FOLDER,
+    Change,
+    LargeTensor,
+    OutOfMemoryRecord,
+    Phase,
+    Prediction,
+    Setup,
+    write_record,
+)
 from toolkit.records.sizes import size_text
 
 RESERVE = 64 << 20
@@ -210,7 +219,7 @@ class Explainer:
         return path
 
     def _write(self, record: OutOfMemoryRecord) -> Path:
-        write(self.folder, json_name(self.rank), record)
+        write_record(self.folder, json_name(self.rank), record)
         path = self.folder / FOLDER / f"rank{self.rank}-out-of-memory.md"
         path.write_text(self._page(record), encoding="utf-8")
         return path

@@ -201,7 +201,7 @@ class OutOfMemoryRecord(Record):
     message: str
 
 
-def write(folder: Path, name: str, record: Record) -> Path:
+def write_record(folder: Path, name: str, record: Record) -> Path:
     """Write `record` into the run folder's memory folder, whole or not at all."""
     path = folder / FOLDER / name
     path.parent.mkdir(parents=True, exist_ok=True)

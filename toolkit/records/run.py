@@ -46,7 +46,7 @@ class MetricsLine(BaseModel):
     compile_s: float = 0.0
 
 
-def is_step(record: Any) -> bool:
+def is_step_line(record: Any) -> bool:
     try:
         MetricsLine.model_validate(record)
         json.dumps(record, allow_nan=False)

@@ -20,7 +20,7 @@ class Problem(Record):
     sentence: str
 
 
-class Facts(Record):
+class RunFacts(Record):
     """What was trained and how: from run.json, and what that does not say from the memory records."""
 
     model: str | None = None
@@ -65,7 +65,7 @@ class LossCurve(Record):
     val_loss: list[float | None] = []
 
 
-class Batch(Record):
+class BatchChange(Record):
     """Sequences of each step, from step `first` on."""
 
     first: int
@@ -87,7 +87,7 @@ class Training(Record):
     """There is a summary that says so: the run neither crashed nor was interrupted."""
     tokens: int | None
     """The sum over the steps of what each of them saw."""
-    batches: list[Batch]
+    batches: list[BatchChange]
     """More than one where the global batch was changed when the run was resumed."""
     changes: list[Resumed]
     seconds: float
@@ -219,7 +219,7 @@ class RunReport(Record):
     name: str
     folder: str
     headline: str
-    facts: Facts
+    facts: RunFacts
     problems: list[Problem]
     training: Training | None
     peak: Peak | None

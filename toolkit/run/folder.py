@@ -23,7 +23,18 @@ from toolkit.errors import UserError
 from toolkit.masking import masked
 from toolkit.paths import check_writable, replace_text
 from toolkit.records.memory import FOLDER as MEMORY
-from toolkit.records.run import CHECKPOINTS, CONFIG, CUT, METRICS, PLOT, RUN, SUMMARY, is_step, parse_metrics, strict
+from toolkit.records.run import (
+    CHECKPOINTS,
+    CONFIG,
+    CUT,
+    METRICS,
+    PLOT,
+    RUN,
+    SUMMARY,
+    is_step_line,
+    parse_metrics,
+    strict,
+)
 
 LIBRARIES = ("leanstate", "torch", "deepspeed", "transformers", "datasets")
 
@@ -118,7 +129,7 @@ class RunFolder:
         records = parse_metrics(path)
         if records and records[-1] is CUT:
             records.pop()
-        steps = [record for record in records if is_step(record)]
+        steps = [record for record in records if is_step_line(record)]
         kept = [record for record in steps if record["step"] <= step]
         self.dropped = len(records) - len(steps)
         (self.folder / CONFIG).write_text(_pretty(config))

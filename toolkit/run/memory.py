@@ -33,7 +33,7 @@ def make_explainer(prepared: PreparedRun, device: torch.device) -> Explainer:
 def _predict(prepared: PreparedRun, device: torch.device) -> Prediction | None:
     """What this run will hold and what would change it, also written to memory/predicted.json."""
     from toolkit.estimate.predict import Case, Estimator
-    from toolkit.records.memory import PREDICTED, write
+    from toolkit.records.memory import PREDICTED, write_record
 
     settings, batch = prepared.settings, prepared.batch
     if settings.memory_profile == "off":
@@ -55,7 +55,7 @@ def _predict(prepared: PreparedRun, device: torch.device) -> Prediction | None:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         prepared.remarks.append(f"the memory of this run could not be predicted: {reason}")
         return None
-    write(prepared.folder, PREDICTED, predicted)
+    write_record(prepared.folder, PREDICTED, predicted)
     return predicted
 
 

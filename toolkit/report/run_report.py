@@ -11,9 +11,8 @@ from toolkit.records.categories import PHASES, model_state, ordered
 from toolkit.records.memory import Measurement, Prediction
 from toolkit.records.run import METRICS
 from toolkit.report.data import (
-    Batch,
+    BatchChange,
     Comparison,
-    Facts,
     Imbalance,
     LossCurve,
     Pair,
@@ -22,6 +21,7 @@ from toolkit.report.data import (
     PhasePair,
     Rank,
     Resumed,
+    RunFacts,
     RunReport,
     StepTimeline,
     Training,
@@ -83,7 +83,7 @@ def build_run(folder: Folder, name: str) -> RunReport:
     return report
 
 
-def _training(folder: Folder, facts: Facts) -> Training | None:
+def _training(folder: Folder, facts: RunFacts) -> Training | None:
     if not folder.steps:
         if folder.run is not None and not any(METRICS in problem.sentence for problem in folder.problems):
             folder.note("training", f"{METRICS} holds no step.")
@@ -121,14 +121,14 @@ def _training(folder: Folder, facts: Facts) -> Training | None:
     )
 
 
-def _batches(steps: list[StepLine], facts: Facts) -> list[Batch]:
+def _batches(steps: list[StepLine], facts: RunFacts) -> list[BatchChange]:
     """Sequences of the steps, from where they were others than before."""
-    found: list[Batch] = []
+    found: list[BatchChange] = []
     for line in steps:
         seen = line.seen()
         sequences = line.sequences or (round(seen / facts.seq_len) if seen and facts.seq_len else facts.global_batch)
         if sequences and (not found or found[-1].sequences != sequences):
-            found.append(Batch(first=line.step, sequences=sequences))
+            found.append(BatchChange(first=line.step, sequences=sequences))
     return found
 
 
@@ -137,7 +137,7 @@ def _held_between_steps(measured: Mapping[int, Measurement]) -> int | None:
     return max((model_state(record.resident) for record in measured.values()), default=0) or None
 
 
-def _resident_set(folder: Folder, facts: Facts) -> int | None:
+def _resident_set(folder: Folder, facts: RunFacts) -> int | None:
     known = [record.largest_resident_set for record in folder.measured.values() if record.largest_resident_set]
     if not known and (facts.device or "cpu") == "cpu":
         known = [line.memory_bytes for line in folder.steps if line.memory_bytes]
@@ -153,7 +153,7 @@ def _largest_rank(measured: Mapping[int, Measurement]) -> Measurement | None:
     )
 
 
-def _peak(folder: Folder, facts: Facts, largest: Measurement | None) -> Peak | None:
+def _peak(folder: Folder, facts: RunFacts, largest: Measurement | None) -> Peak | None:
     predicted, summary = folder.predicted, folder.summary
     lines = [line.memory_bytes for line in folder.steps if line.memory_bytes]
     peak: Peak | None = None
