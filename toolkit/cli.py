@@ -66,7 +66,7 @@ def configs(
     PlainConsole().print(table)
 
 
-class Format(StrEnum):
+class ReportFormat(StrEnum):
     HTML = "html"
     MARKDOWN = "markdown"
     JSON = "json"
@@ -82,13 +82,13 @@ def report(
         Path | None, typer.Option(help="A folder, or a file where it is one format. (default: the first run's folder)")
     ] = None,
     formats: Annotated[
-        list[Format] | None, typer.Option("--format", help="What to write; repeatable. (default: all)")
+        list[ReportFormat] | None, typer.Option("--format", help="What to write; repeatable. (default: all)")
     ] = None,
 ) -> None:
     """Report what runs took and why: a page, Markdown and JSON."""
     from toolkit.report import build_report, report_paths, write_report
 
-    paths = report_paths(runs, out, () if formats is None or Format.ALL in formats else formats)
+    paths = report_paths(runs, out, () if formats is None or ReportFormat.ALL in formats else formats)
     built = build_report(runs)
     write_report(built, paths)
     echo(built.headline)

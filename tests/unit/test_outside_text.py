@@ -266,7 +266,7 @@ def test_a_run_does_not_write_through_links(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="is a link"):
         RunFolder(run, {}, {}, checkpoints=True, resuming=True)
     (run / name).unlink()
-    (run / "metrics.draft").symlink_to(tmp_path / "theirs")
+    (run / f".metrics.jsonl.{os.getpid()}").symlink_to(tmp_path / "theirs")
     (run / "run.json").touch()
     held = RunFolder(run, {}, {}, checkpoints=True, resuming=True)
     (run / "metrics.jsonl").touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -106,7 +107,7 @@ def estimate(
     else:
         ranks = f"{gpus} GPU(s)" if nodes == 1 else f"{nodes} x {gpus} GPUs"
         show_prediction(PlainConsole(), found, variants(case) if what_if else found.per_block, memory, ranks)
-    if memory is not None and found.peak + found.context > memory:
+    if memory is not None and found.needed > memory:
         raise typer.Exit(1)
 
 
@@ -127,7 +128,8 @@ def plan(
     loss: Loss = None,
     device: On = "cuda",
     out: Annotated[
-        Path | None, typer.Option(help="Where to write the DeepSpeed JSON. (default: <model>-plan.json)")
+        Path | None,
+        typer.Option(help="Where to write the DeepSpeed JSON. (default: <model>-plan.json, or -plan-2.json and so on)"),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the recommended DeepSpeed JSON and nothing else.")
@@ -138,8 +140,8 @@ def plan(
     from toolkit import models
     from toolkit.config import shipped_configs
     from toolkit.console import PlainConsole
-    from toolkit.estimate.plan import plan as find
-    from toolkit.estimate.show import show_plan
+    from toolkit.estimate.recommend import recommend
+    from toolkit.estimate.show import show_candidates
     from toolkit.records.sizes import parse_size, size_text
 
     known = sorted({shipped.optimizer for shipped in shipped_configs().values()})
@@ -148,11 +150,10 @@ def plan(
         raise UserError(f"--optimizer is {optimizer!r}, but must be {', '.join(known)}.{nearest(optimizer, known)}")
     memory = parse_size(gpu_memory, where="--gpu-memory")
     host = _host_memory() if host_memory is None else parse_size(host_memory, where="--host-memory")
-    path = out or Path(f"{Path(model).name}-plan.json")
-    if not as_json and path.exists():
-        raise UserError(f"{path} is there already; name another file with --out.")
+    if not as_json and out is not None and out.exists():
+        raise UserError(f"{out} is there already; name another file with --out.")
     models.check_length(models.load_config(model)[0], model, seq_len)
-    found = find(
+    found = recommend(
         model,
         gpu_memory=memory,
         world_size=gpus * nodes,
@@ -168,7 +169,7 @@ def plan(
     best = found[0]
     if not as_json:
         about = f"{'this machine has' if host_memory is None else 'there are'} {size_text(host)}"
-        show_plan(console, found, memory, seq_len, chosen, about)
+        show_candidates(console, found, memory, seq_len, chosen, about)
     if not (best.fits and best.asked):
         if as_json:
             typer.echo(f"nothing fits with {state_format} state; without --json it is said why.", err=True)
@@ -176,6 +177,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(best.json, indent=2))
         return
+    path = out or _unused(Path(f"{Path(model).name}-plan.json"))
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(json.dumps(best.json, indent=2) + "\n")
@@ -183,12 +185,19 @@ def plan(
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
     checkpointing = "--activation-checkpointing" if best.checkpointing else "--no-activation-checkpointing"
     checkpointing += f" --loss {loss}" if loss else ""
-    console.print(
+    console.print_line(
         f"{path} written; train with: deepspeed --num_gpus {gpus} launch/train.py --model {model} --config {path} "
-        f"--seq-len {seq_len} {checkpointing}",
-        highlight=False,
-        soft_wrap=True,
+        f"--seq-len {seq_len} {checkpointing}"
     )
+
+
+def _unused(path: Path) -> Path:
+    """`path`, with a number where there is such a file already: plans are edited, so none is written over."""
+    found, number = path, 1
+    while os.path.lexists(found):
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found
 
 
 def _host_memory() -> int:

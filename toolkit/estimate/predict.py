@@ -1,4 +1,4 @@
-"""What a run will hold, before it runs: a rehearsal of the model's pass, and ZeRO and the optimizer around it."""
+"""What a run will hold, before it runs: a dry run of the model's pass, and ZeRO and the optimizer around it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from toolkit.config.batch import Batch
 from toolkit.config.deepspeed import current
 from toolkit.config.files import without_auto
 from toolkit.errors import UserError
-from toolkit.estimate.dry_run import Rehearsal, rehearse, scaled
-from toolkit.estimate.stored import Stored, stored
+from toolkit.estimate.dry_run import DryRun, dry_run, scaled
+from toolkit.estimate.optimizer_memory import OptimizerMemory, optimizer_memory
 from toolkit.estimate.zero_step import Step, simulate
-from toolkit.memory.storages import curve
+from toolkit.records.categories import LOGITS
 from toolkit.records.memory import Change, Prediction, Setup
 from toolkit.records.sizes import size_text
 
@@ -95,26 +95,26 @@ def _auto(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
 
 @dataclass
 class Estimator:
-    """Predicts cases; passes that several of them share are rehearsed once.
+    """Predicts cases; passes that several of them share are run once.
 
     Args:
-        several: many micro-batches will be asked for, so it pays to scale the rehearsals of two.
+        several: many micro-batches will be asked for, so it pays to scale the dry runs of two.
     """
 
     several: bool = False
-    _passes: dict[tuple[Any, ...], Rehearsal] = field(default_factory=dict)
+    _passes: dict[tuple[Any, ...], DryRun] = field(default_factory=dict)
 
     def predict(self, case: Case, *, changes: bool = False) -> Prediction:
         """The step of the rank that holds most.
 
         Args:
-            changes: also what other settings would hold, which takes a few more rehearsals.
+            changes: also what other settings would hold, which takes a few more dry runs.
 
         Raises:
             UserError: an unknown model or optimizer, or settings that exclude each other.
         """
-        rehearsal, kept, step = self._simulate(case)
-        found = self._describe(case, rehearsal, kept, step)
+        run, optimizer, step = self._simulate(case)
+        found = self._prediction(case, run, optimizer, step)
         if changes:
             found.changes = self._changes(case, found.peak)
         return found
@@ -124,18 +124,18 @@ class Estimator:
         _, _, step = self._simulate(case)
         return int(step.curve.total.max())
 
-    def _simulate(self, case: Case) -> tuple[Rehearsal, Stored, Step]:
-        rehearsal = self._rehearsal(case)
+    def _simulate(self, case: Case) -> tuple[DryRun, OptimizerMemory, Step]:
+        run = self._dry_run(case)
         on_gpu = case.device == "cuda"
-        config = settle(case.config, lambda: Shape.of(rehearsal.model), on_gpu=on_gpu, world_size=case.world_size)
+        config = settle(case.config, lambda: Shape.of(run.model), on_gpu=on_gpu, world_size=case.world_size)
         ds, batch = DeepSpeedSettings.read(config), Batch(case.micro_batch, case.accumulation, case.world_size)
-        kept = stored(rehearsal.model, ds)
+        optimizer = optimizer_memory(run.model, ds)
         steps = [
-            simulate(rehearsal, ds, kept, batch, rank=rank, on_gpu=on_gpu) for rank in _ranks(case.world_size, ds.stage)
+            simulate(run, ds, optimizer, batch, rank=rank, on_gpu=on_gpu) for rank in _ranks(case.world_size, ds.stage)
         ]
-        return rehearsal, kept, max(steps, key=lambda step: int(step.curve.total.max()))
+        return run, optimizer, max(steps, key=lambda step: int(step.curve.total.max()))
 
-    def _rehearsal(self, case: Case) -> Rehearsal:
+    def _dry_run(self, case: Case) -> DryRun:
         key = (
             *(case.model, case.ds.computed, case.micro_batch, case.seq_len, case.device),
             *(case.activation_checkpointing, case.loss, case.attention),
@@ -143,9 +143,9 @@ class Estimator:
         if key not in self._passes:
             found = None
             if self.several and case.micro_batch > 3:
-                two, three = (self._rehearsal(replace(case, micro_batch=size)) for size in (2, 3))
+                two, three = (self._dry_run(replace(case, micro_batch=size)) for size in (2, 3))
                 found = scaled(two, three, case.micro_batch)
-            self._passes[key] = found or rehearse(
+            self._passes[key] = found or dry_run(
                 case.model,
                 dtype=case.ds.dtype,
                 micro_batch=case.micro_batch,
@@ -157,9 +157,9 @@ class Estimator:
             )
         return self._passes[key]
 
-    def _describe(self, case: Case, rehearsal: Rehearsal, kept: Stored, step: Step) -> Prediction:
+    def _prediction(self, case: Case, run: DryRun, optimizer: OptimizerMemory, step: Step) -> Prediction:
         at = step.curve.peak_at
-        remarks = [*kept.remarks, *_unknown(case.config)]
+        remarks = [*optimizer.remarks, *_unknown(case.config)]
         if counted := [key for key in case.defaults if key.startswith(("zero_optimization.", "bf16.", "fp16."))]:
             remarks.append(f'{", ".join(counted)}: "auto" is counted as DeepSpeed\'s default.')
         if case.device == "cuda":
@@ -168,7 +168,7 @@ class Estimator:
                 "NCCL; what the caching allocator reserves beyond what is allocated is not predicted."
             )
         return Prediction(
-            setup=setup_of(case, rehearsal),
+            setup=setup_of(case, run),
             peak=int(step.curve.total[at]),
             peak_phase=step.curve.phase_at(at),
             phases=step.curve.by_phase(),
@@ -177,7 +177,7 @@ class Estimator:
             host=step.host,
             nvme=step.nvme,
             context=assumed_context(case.world_size) if case.device == "cuda" else 0,
-            per_block=rehearsal.per_block,
+            per_block=run.per_block,
             remarks=remarks,
         )
 
@@ -224,13 +224,13 @@ def _ranks(world_size: int, stage: int) -> list[int]:
     return sorted({round(i * (world_size - 1) / (_SIMULATED - 1)) for i in range(_SIMULATED)})
 
 
-def setup_of(case: Case, rehearsal: Rehearsal) -> Setup:
+def setup_of(case: Case, run: DryRun) -> Setup:
     """`case` as it is written down."""
     ds, rule, formats = case.ds, case.ds.rule, case.ds.state_format
     places = {"optimizer": ds.offload_optimizer, "param": ds.offload_param}
     return Setup(
         model=case.model,
-        parameters=sum(parameter.numel for parameter in rehearsal.parameters),
+        parameters=sum(parameter.numel for parameter in run.parameters),
         optimizer=rule.__name__ if rule else str(ds.optimizer),
         stage=ds.stage,
         state_format=formats if isinstance(formats, str) else ", ".join(f"{k} {v}" for k, v in formats.items()),
@@ -240,9 +240,9 @@ def setup_of(case: Case, rehearsal: Rehearsal) -> Setup:
         micro_batch=case.micro_batch,
         gradient_accumulation=case.accumulation,
         seq_len=case.seq_len,
-        activation_checkpointing=rehearsal.checkpointing,
-        attention=rehearsal.attention,
-        loss=rehearsal.loss,
+        activation_checkpointing=run.checkpointing,
+        attention=run.attention,
+        loss=run.loss,
         device="cuda" if case.device == "cuda" else "cpu",
     )
 
@@ -251,7 +251,7 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
     """Settings that change one thing of `case`, in a user's words; only what the rest of it allows."""
     config, ds, stage = case.config, case.ds, case.ds.stage
     ours, in_bf16 = ds.rule is not None, ds.computed == "bf16"
-    lean = ours and ds.without_masters
+    without_masters = ours and ds.without_masters
     offloaded, released = ds.offload_optimizer != "none", ds.releases_gradients
 
     def params_with(**changed: Any) -> Case:
@@ -267,11 +267,11 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
         for name in ("8bit", "compact", "minimal"):
             if ds.state_format != name:
                 yield f"optimizer.params.state_format {name}", params_with(state_format=name)
-    if lean and ds.weights != "bf16+4":
+    if without_masters and ds.weights != "bf16+4":
         yield "optimizer.params.weights bf16+4", params_with(weights="bf16+4")
-    if ours and not lean and stage > 0 and in_bf16:
+    if ours and not without_masters and stage > 0 and in_bf16:
         yield "optimizer.params.weights bf16+8", params_with(weights="bf16+8")
-    if lean and stage in (1, 2) and case.accumulation == 1 and not offloaded and not released:
+    if without_masters and stage in (1, 2) and case.accumulation == 1 and not offloaded and not released:
         yield "optimizer.params.release_gradients true", params_with(release_gradients=True)
     if not ours and in_bf16:
         own = {"lr": ds.params.get("lr", 1e-4), **({} if stage else {"weights": "fp32"})}
@@ -310,7 +310,7 @@ def variants(case: Case) -> dict[str, int]:
     found: dict[str, int] = {}
     for attention, words in (("sdpa", "flash attention"), ("eager", "eager attention")):
         for checkpointing in (False, True):
-            small = rehearse(
+            small = dry_run(
                 case.model,
                 dtype=case.ds.dtype,
                 micro_batch=case.micro_batch,
@@ -326,6 +326,6 @@ def variants(case: Case) -> dict[str, int]:
             else:
                 found[f"kept, {words}"] = small.per_block.get("kept", 0)
                 found[f"while it runs, {words}"] = small.per_block.get("largest moment", 0)
-            held = curve(small.tape.lives, small.tape.now, small.tape.phases).held.get("logits")
-            found[f"logits, {small.loss} loss"] = 0 if held is None else int(held.max())
+            logits = small.storages.curve().by_category.get(LOGITS)
+            found[f"logits, {small.loss} loss"] = 0 if logits is None else int(logits.max())
     return found

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,20 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.masking import masked
-from toolkit.paths import check_writable
+from toolkit.paths import check_writable, replace_text
 from toolkit.records.memory import FOLDER as MEMORY
-from toolkit.records.run import CHECKPOINTS, CONFIG, CUT, METRICS, PLOT, RUN, SUMMARY, is_step, parse_metrics, strict
+from toolkit.records.run import (
+    CHECKPOINTS,
+    CONFIG,
+    CUT,
+    METRICS,
+    PLOT,
+    RUN,
+    SUMMARY,
+    is_step_line,
+    parse_metrics,
+    strict,
+)
 
 LIBRARIES = ("leanstate", "torch", "deepspeed", "transformers", "datasets")
 
@@ -119,15 +129,12 @@ class RunFolder:
         records = parse_metrics(path)
         if records and records[-1] is CUT:
             records.pop()
-        steps = [record for record in records if is_step(record)]
+        steps = [record for record in records if is_step_line(record)]
         kept = [record for record in steps if record["step"] <= step]
         self.dropped = len(records) - len(steps)
         (self.folder / CONFIG).write_text(_pretty(config))
         self._metrics.close()
-        draft = path.with_suffix(".draft")
-        draft.unlink(missing_ok=True)  # which may be a link
-        draft.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
-        os.replace(draft, path)
+        replace_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
         self._metrics = open(path, "a")  # noqa: SIM115
         self._lines = len(kept)
         return kept

@@ -33,7 +33,7 @@ def make_explainer(prepared: PreparedRun, device: torch.device) -> Explainer:
 def _predict(prepared: PreparedRun, device: torch.device) -> Prediction | None:
     """What this run will hold and what would change it, also written to memory/predicted.json."""
     from toolkit.estimate.predict import Case, Estimator
-    from toolkit.records.memory import PREDICTED, write
+    from toolkit.records.memory import PREDICTED, write_record
 
     settings, batch = prepared.settings, prepared.batch
     if settings.memory_profile == "off":
@@ -55,7 +55,7 @@ def _predict(prepared: PreparedRun, device: torch.device) -> Prediction | None:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         prepared.remarks.append(f"the memory of this run could not be predicted: {reason}")
         return None
-    write(prepared.folder, PREDICTED, predicted)
+    write_record(prepared.folder, PREDICTED, predicted)
     return predicted
 
 
@@ -88,9 +88,9 @@ def memory_now(ledger: Ledger) -> int:
 
 def end_if_out_of_memory(error: Exception) -> None:
     """End this rank with a line if `error` is that memory ran out before the run had a folder to explain it in."""
-    from toolkit.memory.out_of_memory import out_of_memory
+    from toolkit.memory.out_of_memory import failed_allocation
 
-    if (cause := out_of_memory(error)) is not None:
+    if (cause := failed_allocation(error)) is not None:
         words = f"error: rank {ranks.rank()} ran out of memory before the run began: {type(cause).__name__}: {cause}"
         print(words.splitlines()[0], file=sys.stderr)
         abandon(OUT_OF_MEMORY)
