@@ -18,80 +18,65 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from toolkit.data import PackedTokens, load_tokenizer, open_documents
 from toolkit.optim import AMCS, AMCSRule, component_of, param_groups
-from toolkit.state.codecs import BLOCK, Codec, Residual4, Root4, Root8, Scale, Signed4, Signed8, from_parts, to_parts
+from toolkit.state.codecs import BLOCK, Codec, Root, Scale, Signed, decode_blocks, encode_blocks
 from toolkit.state.layout import layout, state_formats
 
 KINDS = ("embedding", "head", "attention", "ffn", "all")
 ROWS, SEQ_LEN = 8, 32
 
 
-class Linear8(Signed8):
-    """code = 127 x / max|x|, right on average."""
+class Linear(Signed):
+    """Momentum in linear codes, right on average: code = 127 x / max|x|, or in 4 bits code = 7 x / max|x| + 8."""
 
-    @staticmethod
-    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
-        return torch.floor(127.0 * (x * scale.inverse) + dither).to(torch.int8)
+    def encode(self, x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        zero = 8.0 if self.bits == 4 else 0.0
+        return torch.floor(self.largest * (x * scale.inverse) + dither + zero).to(self.dtype)
 
-    @staticmethod
-    def decode(codes: Tensor, scale: Tensor) -> Tensor:
-        return codes.float() / 127.0 * scale
-
-
-class Linear4(Signed4):
-    @staticmethod
-    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
-        return torch.floor(7.0 * (x * scale.inverse) + dither + 8.0).to(torch.uint8)
-
-    @staticmethod
-    def decode(codes: Tensor, scale: Tensor) -> Tensor:
-        return (codes.float() - 8.0) / 7.0 * scale
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        zero = 8.0 if self.bits == 4 else 0.0
+        return (codes.float() - zero) / self.largest * scale
 
 
-class LinearResidual4(Linear4):
-    relative = True
+class SquareRoot(Root):
+    """v as a square root: `Root`, which takes the fourth, of its square."""
+
+    def scale_of(self, largest: Tensor) -> Tensor:
+        return largest.sqrt()
+
+    def encode(self, x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        return super().encode(x * x, scale, dither)
+
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return super().decode(codes, scale).sqrt()
 
 
-def square_root(codec: type[Codec]) -> type[Codec]:
-    """v as a square root: `codec`, which takes the fourth, of its square."""
-
-    class Square(codec):  # type: ignore[misc, valid-type]
-        scale_of = torch.sqrt
-
-        @staticmethod
-        def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
-            return codec.encode(x * x, scale, dither)
-
-        @staticmethod
-        def decode(codes: Tensor, scale: Tensor) -> Tensor:
-            return codec.decode(codes, scale).sqrt()
-
-    return Square
+RESIDUAL = Signed(4, relative=True)
 
 
-def shipped(name: str) -> tuple[type[Codec], ...]:
+def shipped(name: str) -> tuple[Codec, ...]:
     return layout(AMCSRule.states, state_formats(AMCSRule.states, name, where="here"), "fp32", torch.float32).codecs
 
 
-CANDIDATES: dict[str, tuple[type[Codec], ...]] = {
+CANDIDATES: dict[str, tuple[Codec, ...]] = {
     "exact": shipped("fp32"),
     **{name: shipped(name) for name in ("8bit", "compact", "minimal", "4bit")},
-    "8bit, momenta linear": (Linear8, Linear8, Root8),
-    "8bit, v as square root": (Signed8, Signed8, square_root(Root8)),
-    "compact, m_fast linear": (LinearResidual4, Signed8, Root8),
-    "compact, m_fast without m_slow": (Signed4, Signed8, Root8),
-    "compact, without it and linear": (Linear4, Signed8, Root8),
-    "minimal, v as square root": (Residual4, Signed8, square_root(Root4)),
-    "8bit, v 4 bits": (Signed8, Signed8, Root4),
+    "8bit, momenta linear": (Linear(8), Linear(8), Root(8)),
+    "8bit, v as square root": (Signed(8), Signed(8), SquareRoot(8)),
+    "compact, m_fast linear": (Linear(4, relative=True), Signed(8), Root(8)),
+    "compact, m_fast without m_slow": (Signed(4), Signed(8), Root(8)),
+    "compact, without it and linear": (Linear(4), Signed(8), Root(8)),
+    "minimal, v as square root": (RESIDUAL, Signed(8), SquareRoot(4)),
+    "8bit, v 4 bits": (Signed(8), Signed(8), Root(4)),
 }
 """Codecs of m_fast, m_slow and v."""
 
 
-def coded(states: list[Tensor], codecs: tuple[type[Codec], ...]) -> list[Tensor]:
+def coded(states: list[Tensor], codecs: tuple[Codec, ...]) -> list[Tensor]:
     """The states of AMCS as `codecs` give them back."""
     fast, slow, v = states
     base = slow if codecs[0].relative else 0.0
     residual, slow, v = (
-        from_parts(codec, *to_parts(codec, x)) for codec, x in zip(codecs, (fast - base, slow, v), strict=True)
+        decode_blocks(codec, *encode_blocks(codec, x)) for codec, x in zip(codecs, (fast - base, slow, v), strict=True)
     )
     return [residual + slow if codecs[0].relative else residual, slow, v]
 

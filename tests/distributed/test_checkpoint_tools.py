@@ -67,7 +67,7 @@ def states(source: Source) -> dict[str, dict[str, Tensor]]:
 def test_an_export_has_the_loss_of_the_run(runs: World, tmp_path: Path, dtype: str, shard_bytes: int) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from toolkit.run.plan import make_plan
+    from toolkit.run.prepare import prepare
     from toolkit.run.settings import parse
 
     source = source_of(runs, "done")
@@ -84,7 +84,7 @@ def test_an_export_has_the_loss_of_the_run(runs: World, tmp_path: Path, dtype: s
         assert torch.equal(value, expected), name
     settings = parse(runs.arguments("new", AMCS, 1, "--val-data", str(runs.data), "--eval-every", "5"))
     assert settings is not None
-    tokens = torch.stack(make_plan(settings).validation[:6])
+    tokens = torch.stack(prepare(settings).validation[:6])
     with torch.no_grad():
         loss = loaded(input_ids=tokens[:, :-1]).logits.float().flatten(0, 1)
         mean = torch.nn.functional.cross_entropy(loss, tokens[:, 1:].flatten())

@@ -132,10 +132,9 @@ def test_a_rank_that_is_stopped_ends_the_run(tmp_path: Path) -> None:
 
 ENDS = """
 import ctypes, os, signal
-import toolkit.train
-from toolkit.run import ranks
+from toolkit.run import ranks, training
 
-step = toolkit.train._step
+step = training.optimizer_step
 
 def out_of_memory():
     bytearray(1 << 60)
@@ -155,7 +154,7 @@ def waiting(engine, *rest):
             ctypes.CDLL(None).pthread_mutex_lock(mutex)
     return step(engine, *rest)
 
-toolkit.train._step = waiting
+training.optimizer_step = waiting
 """
 
 

@@ -88,10 +88,10 @@ def test_every_damage_is_seen(tmp_path: Path, at: float) -> None:
 
 
 def test_a_newer_format_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "FORMAT", 2)
+    monkeypatch.setattr(manifest, "FORMAT", 3)
     save(Store(tmp_path), 1)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="of format 2, which a newer version wrote; this one reads format 1"):
+    with pytest.raises(UserError, match="of format 3, which a newer version wrote; this one reads formats up to 2"):
         manifest.read(tmp_path / name_of(1))
 
 

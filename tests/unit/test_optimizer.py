@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from toolkit.errors import UserError
-from toolkit.optim import AMCS, SOAM, check_settings, find_rule
-from toolkit.state.codecs import BLOCK, Fp32, Residual4, Root4, Root8, Signed4, Signed8
+from toolkit.optim import AMCS, SOAM, check_params, find_rule
+from toolkit.state.codecs import BLOCK, Fp32, Root, Signed
 from toolkit.state.remainders import WEIGHTS
 
 SIZES = [(7,), (64, 64), (2, 256), (300, 1), (1, 1000), (33, 100), (3, 256), (513, 3)]
@@ -42,6 +42,7 @@ def test_any_layout_of_memory() -> None:
     torch.testing.assert_close(plain.detach(), transposed.detach())
 
 
+RESIDUAL = Signed(4, relative=True)
 S4, S8 = 0.5 + 4 / BLOCK, 1 + 4 / BLOCK
 """Bytes per element of 4-bit and of 8-bit codes, with their scales."""
 
@@ -49,14 +50,14 @@ S4, S8 = 0.5 + 4 / BLOCK, 1 + 4 / BLOCK
 @pytest.mark.parametrize(
     ("rule", "state_format", "codecs", "per_element"),
     [
-        (AMCS, "8bit", (Signed8, Signed8, Root8), (S8, S8, S8)),
-        (AMCS, "compact", (Residual4, Signed8, Root8), (S4, S8, S8)),
-        (AMCS, "minimal", (Residual4, Signed8, Root4), (S4, S8, S4)),
-        (AMCS, "4bit", (Residual4, Signed4, Root4), (S4, S4, S4)),
-        (AMCS, {"m_fast": "4bit", "v": "fp32"}, (Residual4, Signed8, Fp32), (S4, S8, 4)),
-        (SOAM, "8bit", (Signed8, Root8), (S8, S8)),
-        (SOAM, "compact", (Signed4, Root8), (S4, S8)),
-        (SOAM, "minimal", (Signed4, Root4), (S4, S4)),
+        (AMCS, "8bit", (Signed(8), Signed(8), Root(8)), (S8, S8, S8)),
+        (AMCS, "compact", (RESIDUAL, Signed(8), Root(8)), (S4, S8, S8)),
+        (AMCS, "minimal", (RESIDUAL, Signed(8), Root(4)), (S4, S8, S4)),
+        (AMCS, "4bit", (RESIDUAL, Signed(4), Root(4)), (S4, S4, S4)),
+        (AMCS, {"m_fast": "4bit", "v": "fp32"}, (RESIDUAL, Signed(8), Fp32()), (S4, S8, 4)),
+        (SOAM, "8bit", (Signed(8), Root(8)), (S8, S8)),
+        (SOAM, "compact", (Signed(4), Root(8)), (S4, S8)),
+        (SOAM, "minimal", (Signed(4), Root(4)), (S4, S4)),
     ],
 )
 @pytest.mark.parametrize(("weights", "remainder"), [("bf16+16", 2), ("bf16+8", 1), ("bf16+4", 0.5)])
@@ -74,7 +75,7 @@ def test_what_is_stored_of_a_matrix(
     want = dict(zip(names, per_element, strict=True)) | {"remainder": remainder}
     assert kept.bytes_per_element() == want
     assert {key: value / p.numel() for key, value in optimizer.state_bytes().items()} == want
-    parts = {key: (part.dtype, (1024, part.per_block)) for key, part in kept.parts()}
+    parts = {key: (spec.dtype, (1024, spec.per_block)) for key, spec in kept.specs()}
     held = {key: (t.dtype, tuple(t.shape)) for key, t in optimizer.state[p].items() if isinstance(t, torch.Tensor)}
     assert held == parts
 
@@ -102,8 +103,8 @@ def test_one_dimension_is_kept_exactly(state_format: str) -> None:
     matrix, vector = (nn.Parameter(torch.ones(*size, dtype=torch.bfloat16)) for size in ((64, 64), (64,)))
     optimizer = AMCS([matrix, vector], alpha=0.5, state_format=state_format, weights="bf16+4", compile=False)
     large, small = (optimizer.layout(group, torch.bfloat16) for group in optimizer.param_groups)
-    assert (large.codecs[0], large.remainder) == (Residual4, WEIGHTS["bf16+4"])
-    assert (small.codecs, small.remainder) == ((Fp32, Fp32, Fp32), WEIGHTS["bf16+16"])
+    assert (large.codecs[0], large.remainder) == (RESIDUAL, WEIGHTS["bf16+4"])
+    assert (small.codecs, small.remainder) == ((Fp32(), Fp32(), Fp32()), WEIGHTS["bf16+16"])
     for p in (matrix, vector):
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -123,7 +124,7 @@ def test_bf16_parameters_need_a_remainder() -> None:
 @pytest.mark.parametrize(("given", "says"), [("bf16+9", "Did you mean 'bf16+"), ("bf16", "Did you mean"), (8, "is 8,")])
 def test_unknown_weights_are_refused(given: Any, says: str) -> None:
     groups = [{"params": [nn.Parameter(torch.ones(4, 4))], "weights": given}]
-    for make in (lambda: SOAM(groups), lambda: check_settings("SOAM", {"weights": given})):
+    for make in (lambda: SOAM(groups), lambda: check_params("SOAM", {"weights": given})):
         with pytest.raises(UserError, match="weights is .* must be one of bf16") as caught:
             make()
         assert says in str(caught.value) and "\n" not in str(caught.value)
@@ -261,9 +262,9 @@ def test_signature_names_every_hyper_parameter() -> None:
 def test_names_resolve_in_any_case() -> None:
     assert find_rule("amcs") is AMCS
     assert find_rule("AdamW") is None
-    check_settings("SOAM", {"lr": "auto", "betas": [0.9, 0.95]})
+    check_params("SOAM", {"lr": "auto", "betas": [0.9, 0.95]})
     with pytest.raises(UserError, match="Did you mean 'lr'"):
-        check_settings("SOAM", {"lrr": 1e-3})
+        check_params("SOAM", {"lrr": 1e-3})
 
 
 @pytest.mark.parametrize(

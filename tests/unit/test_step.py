@@ -16,7 +16,7 @@ import toolkit.optim.kernel as step_module
 from toolkit.errors import UserError
 from toolkit.optim import AMCS, RULES, SOAM, AMCSRule, Rule, State, as_optimizer, inductor
 from toolkit.optim.kernel import StepFunction, step_function
-from toolkit.state.codecs import BLOCK, Residual4, Root4, Root8, Signed8, from_parts, unpack
+from toolkit.state.codecs import BLOCK, Root, Signed, decode_blocks, unpack
 from toolkit.state.layout import layout_of
 
 SIZES = [(7,), (64, 64), (2, 256), (300, 1), (1, 1000), (33, 100), (3, 256), (513, 3)]
@@ -123,7 +123,7 @@ def test_a_call_never_needs_64_bit_indices() -> None:
     function = StepFunction(AMCSRule, ("lr",), layout_of(AMCSRule.states, dict.fromkeys(FORMAT, "8bit"), "bf16+8"))
     blocks, calls = (2**31 + 512) // BLOCK, []
     theta = torch.empty(blocks, BLOCK, dtype=torch.bfloat16, device="meta")
-    parts = [torch.empty(blocks, part.per_block, dtype=part.dtype, device="meta") for part in function._parts]
+    parts = [torch.empty(blocks, spec.per_block, dtype=spec.dtype, device="meta") for spec in function._parts]
     function._compiled[theta.device, theta.dtype, theta.dtype] = lambda *inputs: calls.append(inputs)
     phases = []
     function._phase = lambda theta, rounding: phases.append(rounding)  # type: ignore[method-assign, assignment, func-returns-value]
@@ -193,17 +193,17 @@ def decoded(optimizer: Any, p: nn.Parameter, second: Any) -> dict[str, np.ndarra
     """The states of AMCS with a residual, in float64 [blocks, BLOCK], and the scales of their codes [blocks, 1]."""
     held = optimizer.state[p]
     parts = {name: (held[name], held[f"{name}.scale"]) for name in ("m_fast", "m_slow", "v")}
-    m_slow = from_parts(Signed8, *parts["m_slow"])
+    m_slow = decode_blocks(Signed(8), *parts["m_slow"])
     values = {
-        "m_fast": m_slow.double() + from_parts(Residual4, *parts["m_fast"]).double(),
+        "m_fast": m_slow.double() + decode_blocks(Signed(4, relative=True), *parts["m_fast"]).double(),
         "m_slow": m_slow,
-        "v": from_parts(second, *parts["v"]),
+        "v": decode_blocks(second, *parts["v"]),
         **{f"{name}.scale": scale for name, (_, scale) in parts.items()},
     }
     return {name: value.double().numpy() for name, value in values.items()}
 
 
-@pytest.mark.parametrize(("state_format", "second", "largest"), [("compact", Root8, 255), ("minimal", Root4, 15)])
+@pytest.mark.parametrize(("state_format", "second", "largest"), [("compact", Root(8), 255), ("minimal", Root(4), 15)])
 def test_a_step_continues_from_what_was_stored(state_format: str, second: Any, largest: int) -> None:
     """m_fast is m_slow and a residual: decoded, updated by the equations, and coded to within a code."""
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from toolkit.config import apply_overrides, load_config
 from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, Kept, resolve_batch
 from toolkit.errors import UserError
 from toolkit.records.run import tokens_of
-from toolkit.run.plan import Terms, settle_terms
+from toolkit.run.resolve import ResolvedSettings, resolve
 from toolkit.run.settings import RunSettings, parse
 from toolkit.run.start import Start
 from toolkit.run.terms import KEPT, Saved, changes, kept_settings, note, terms
@@ -21,11 +21,11 @@ from toolkit.run.terms import KEPT, Saved, changes, kept_settings, note, terms
 SMALL = st.integers(1, 48)
 
 
-def settled(line: str, saved: Saved | None = None) -> Terms:
-    """The terms of a command line on WORLD_SIZE ranks."""
+def settled(line: str, saved: Saved | None = None) -> ResolvedSettings:
+    """The settings of a command line on WORLD_SIZE ranks."""
     settings = parse(line.split())
     assert settings is not None
-    return settle_terms(settings, apply_overrides(load_config(settings.config), settings.overrides), saved)
+    return resolve(settings, apply_overrides(load_config(settings.config), settings.overrides), saved)
 
 
 def saved_by(line: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> Saved:

@@ -13,9 +13,6 @@ from toolkit.state.codecs import BLOCK, pack, unpack
 from toolkit.state.remainders import (
     WEIGHTS,
     Remainder,
-    Remainder4,
-    Remainder8,
-    Remainder16,
     rounding_phase,
     thresholds,
 )
@@ -25,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 INF = 0x7F800000
 """The pattern of infinity; what is above it, without the sign, is a NaN."""
 
-each = pytest.mark.parametrize("kind", [Remainder16, Remainder8, Remainder4])
-rounded = pytest.mark.parametrize("kind", [Remainder8, Remainder4])
+each = pytest.mark.parametrize("kind", [Remainder(16), Remainder(8), Remainder(4)])
+rounded = pytest.mark.parametrize("kind", [Remainder(8), Remainder(4)])
 
 
 def fp32(patterns: Tensor) -> Tensor:
@@ -43,7 +40,7 @@ def magnitudes(x: Tensor) -> Tensor:
     return bits(x) & 0x7FFFFFFF
 
 
-def join_split(kind: type[Remainder], x: Tensor, threshold: Tensor | None = None) -> Tensor:
+def join_split(kind: Remainder, x: Tensor, threshold: Tensor | None = None) -> Tensor:
     return kind.join(*kind.split(x, threshold))
 
 
@@ -58,8 +55,8 @@ def strata(lower: Tensor) -> Iterator[Tensor]:
 
 def check_exact(x: Tensor) -> None:
     """Finite `x`: the pair is the number, and its bf16 half is that of torch but in ties."""
-    weight, *rest = Remainder16.split(x)
-    assert torch.equal(bits(Remainder16.join(weight, *rest)), bits(x))
+    weight, *rest = Remainder(16).split(x)
+    assert torch.equal(bits(Remainder(16).join(weight, *rest)), bits(x))
     tie = (bits(x) & 0xFFFF) == 0x8000
     differs = weight.view(torch.int16) != x.to(torch.bfloat16).view(torch.int16)
     assert not (differs & ~tie).any()
@@ -86,8 +83,8 @@ def test_ends_of_the_range() -> None:
     largest, least = torch.finfo(torch.float32).max, 2.0**-149
     x = torch.tensor([0.0, least, 2.0**-133, 2.0**-126, 1.0, largest, torch.inf])
     x = torch.cat([x, -x])
-    assert torch.equal(bits(join_split(Remainder16, x)), bits(x)), "-0 and infinities too"
-    for kind in (Remainder8, Remainder4):
+    assert torch.equal(bits(join_split(Remainder(16), x)), bits(x)), "-0 and infinities too"
+    for kind in (Remainder(8), Remainder(4)):
         stored = torch.tensor([0.0, -0.0, 2.0**-126, 1.0, torch.inf, -torch.inf])
         assert torch.equal(bits(join_split(kind, stored)), bits(stored))
         assert join_split(kind, torch.tensor([largest, -largest])).tolist() == [torch.inf, -torch.inf]
@@ -102,13 +99,13 @@ def test_16_bits_give_every_pattern_back() -> None:
         if number.all():
             check_exact(x)
         else:
-            back = join_split(Remainder16, x)
+            back = join_split(Remainder(16), x)
             assert torch.equal(bits(back)[number], bits(x)[number])
             assert back[~number].isnan().all()
 
 
 @each
-def test_nan_stays_nan(kind: type[Remainder]) -> None:
+def test_nan_stays_nan(kind: Remainder) -> None:
     """Whatever its payload: rounding up the largest one would carry into the sign and give a number."""
     for sign in (0, 2**31):
         x = fp32(sign + torch.cat([torch.arange(INF + 1, INF + 2**17), torch.arange(2**31 - 2**17, 2**31)]))
@@ -119,9 +116,9 @@ def test_nan_stays_nan(kind: type[Remainder]) -> None:
 
 
 @each
-def test_no_remainder_means_the_bf16_weight_itself(kind: type[Remainder]) -> None:
+def test_no_remainder_means_the_bf16_weight_itself(kind: Remainder) -> None:
     weight = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    fresh = [torch.zeros(2**16 // BLOCK, part.per_block, dtype=part.dtype) for part in kind.parts()]
+    fresh = [torch.zeros(2**16 // BLOCK, spec.per_block, dtype=spec.dtype) for spec in kind.specs()]
     if kind.bits == 4:
         fresh = [torch.cat(unpack(fresh[0]), dim=1)]
     joined = kind.join(weight, *(part.view(-1) for part in fresh))
@@ -129,7 +126,7 @@ def test_no_remainder_means_the_bf16_weight_itself(kind: type[Remainder]) -> Non
 
 
 @rounded
-def test_the_nearest_is_at_most_half_a_step_away(kind: type[Remainder]) -> None:
+def test_the_nearest_is_at_most_half_a_step_away(kind: Remainder) -> None:
     mantissa = kind.bits + 7
     lower = torch.cat([torch.arange(0, 2**16, 97), torch.tensor([0x7FFF, 0x8000, 0x8001, 0xFFFF])]).to(torch.int32)
     for x in strata(lower):
@@ -142,7 +139,7 @@ def test_the_nearest_is_at_most_half_a_step_away(kind: type[Remainder]) -> None:
 
 
 @rounded
-def test_what_can_be_stored_is_stored_at_every_threshold(kind: type[Remainder]) -> None:
+def test_what_can_be_stored_is_stored_at_every_threshold(kind: Remainder) -> None:
     stored = fp32((torch.arange(2**20) << 12) & ~((1 << (16 - kind.bits)) - 1))
     stored = stored[~stored.isnan()]
     for threshold in (0.0, 0.3, 0.5, 1 - 2.0**-24):
@@ -151,7 +148,7 @@ def test_what_can_be_stored_is_stored_at_every_threshold(kind: type[Remainder]) 
 
 
 @rounded
-def test_rounding_takes_one_of_the_two_neighbours(kind: type[Remainder]) -> None:
+def test_rounding_takes_one_of_the_two_neighbours(kind: Remainder) -> None:
     """And the upper one, in magnitude, with the probability that is the fraction of the way to it."""
     dropped = 16 - kind.bits
     step = 1 << dropped
@@ -171,7 +168,7 @@ def test_rounding_takes_one_of_the_two_neighbours(kind: type[Remainder]) -> None
 
 
 @rounded
-def test_small_updates_add_up(kind: type[Remainder]) -> None:
+def test_small_updates_add_up(kind: Remainder) -> None:
     """A weight that moves by a fraction of its last bit at every step gets there; to the nearest it never moves."""
     steps, blocks = 1000, 4
     update = 2.0 ** -(kind.bits + 7) * 5 / 256  # a whole number of the last bits of fp32
@@ -188,16 +185,16 @@ def test_small_updates_add_up(kind: type[Remainder]) -> None:
 
 
 @each
-def test_stored_parts_are_the_bytes_that_are_counted(kind: type[Remainder]) -> None:
-    assert WEIGHTS[kind.name] is kind
-    assert sum(part.per_block * part.dtype.itemsize for part in kind.parts()) == kind.bytes_per_element() * BLOCK
+def test_stored_parts_are_the_bytes_that_are_counted(kind: Remainder) -> None:
+    assert WEIGHTS[kind.name] == kind
+    assert sum(spec.per_block * spec.dtype.itemsize for spec in kind.specs()) == kind.bytes_per_element() * BLOCK
     weight, *rest = kind.split(torch.randn(3, BLOCK))
     assert weight.dtype == torch.bfloat16
     if kind.bits == 4:
         assert int(rest[0].max()) <= 15
         rest = [pack(list(rest[0].split(BLOCK // 2, dim=1)))]
-    for part, tensor in zip(kind.parts(), rest, strict=True):
-        assert (tensor.dtype, tensor.shape) == (part.dtype, (3, part.per_block))
+    for spec, tensor in zip(kind.specs(), rest, strict=True):
+        assert (tensor.dtype, tensor.shape) == (spec.dtype, (3, spec.per_block))
 
 
 def rows(seed: int, step: int, first: int, blocks: int) -> Tensor:

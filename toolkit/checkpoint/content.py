@@ -152,7 +152,7 @@ def _state_problem(held: Mapping[str, Any], sharding: Sharding, index: int, nume
     if not is_step(held.get("step", 0)):
         return "its step is no number of steps"
     kept = sharding.layout(index)
-    for key, part in kept.parts():
+    for key, part in kept.specs():
         value = held.get(key)
         if sharding.rule is None:  # optimizers of torch and DeepSpeed have flat state
             if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < numel:

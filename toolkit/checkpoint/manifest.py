@@ -15,14 +15,14 @@ from pydantic import ValidationError
 from toolkit.checkpoint.schema import ManifestFile, claimed_bytes, disagreement
 from toolkit.errors import UserError
 from toolkit.masking import masked
-from toolkit.paths import read_text, regular
+from toolkit.paths import read_text, regular, replace_text
 from toolkit.sentences import explain, shown
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import Sharding
 
 NAME = "manifest.json"
-FORMAT = 1
-"""Version of the format. Readers refuse a newer one by name."""
+FORMAT = 2
+"""Version of the format. Readers refuse a newer one by name; `_update` says what an older one lacks."""
 
 
 @dataclass
@@ -85,6 +85,7 @@ def read(folder: Path) -> Manifest:
         claimed = body.pop("sha256", None)
         if claimed != _digest(body):
             raise ValueError("its content has changed since it was saved")
+        _update(body)
         if body.get("block") != BLOCK:
             raise NotUnderstood(f"{path} is of blocks of {shown(body.get('block'))}, this version of {BLOCK}")
         checked = ManifestFile.model_validate(body)
@@ -110,10 +111,19 @@ def _check_format(path: Path, body: Mapping[str, Any]) -> None:
     newer = isinstance(written, int | float) and not isinstance(written, bool) and written > FORMAT
     if newer or (isinstance(written, str) and written):
         raise NotUnderstood(
-            f"{path} is of format {shown(written)}, which a newer version wrote; this one reads format {FORMAT}"
+            f"{path} is of format {shown(written)}, which a newer version wrote; this one reads formats up to {FORMAT}"
         )
-    if written != FORMAT:
+    if written not in range(1, FORMAT + 1):
         raise ValueError(f"its format is {shown(written)}")
+
+
+def _update(body: dict[str, Any]) -> None:
+    """Bring the content of an older format to that of `FORMAT`."""
+    sharding = body.get("sharding")
+    states = sharding.get("states") if body["format"] == 1 and isinstance(sharding, dict) else None
+    for state in states if isinstance(states, list) else ():
+        if isinstance(state, dict) and "near" in state:
+            state["residual_of"] = state.pop("near")
 
 
 def _more_than_there_is(sharding: Sharding, files: Mapping[str, Any]) -> str | None:
@@ -165,26 +175,6 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names in `folder` survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by a file of `text`, at once and for good."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    sync_folder(path.parent)
-
-
 def write(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of the checkpoint in `folder`."""
-    write_text(folder / NAME, json.dumps(manifest.to_json(), indent=1) + "\n")
+    replace_text(folder / NAME, json.dumps(manifest.to_json(), indent=1) + "\n", durable=True)

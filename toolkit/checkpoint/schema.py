@@ -58,7 +58,7 @@ class _Facts(BaseModel):
 class _State(_Strict):
     name: Word
     signed: bool
-    near: Word | None
+    residual_of: Word | None
 
 
 class _Place(_Strict):
@@ -145,8 +145,8 @@ def disagreement(sharding: Sharding) -> str | None:
     names = [state.name for state in sharding.states]
     if len(set(names)) != len(names):
         return "a state appears twice"
-    if any(state.near is not None and state.near not in names for state in sharding.states):
-        return "a state is near one that there is not"
+    if any(state.residual_of is not None and state.residual_of not in names for state in sharding.states):
+        return "a state is a residual of one that there is not"
     seen: set[str] = set()
     for number, flat in enumerate(sharding.flats):
         if flat.dtype not in DTYPES:

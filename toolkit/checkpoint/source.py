@@ -231,7 +231,7 @@ class Source:
         weights = self.elements(name, None, start, stop)
         if kept.remainder is None or not self.saved_state(0, index):
             return weights.float()
-        parts = zip(kept.keys(REMAINDER), kept.remainder.parts(), strict=True)
+        parts = zip(kept.keys(REMAINDER), kept.remainder.specs(), strict=True)
         low = [self.lanes(name, key, part.per_block, start, stop) for key, part in parts]
         joined: Tensor = kept.remainder.join(weights, *low)
         return joined

@@ -66,7 +66,7 @@ class Transfer:
                 codecs = dict(zip((s.name for s in before.states), before.codecs, strict=True))
                 for state, codec in zip(kept.states, kept.codecs, strict=True):
                     was = codecs.get(self._origin(state) or "")
-                    if was is not None and was is not codec:
+                    if was is not None and was != codec:
                         said[f"{state.name} was kept as {was.name} and is now {codec.name}"] = None
                 if _weights(before, old.dtype) != _weights(kept, flat.dtype):
                     said[f"weights were {_weights(before, old.dtype)} and are {_weights(kept, flat.dtype)}"] = None
@@ -107,14 +107,14 @@ class Transfer:
     def _fill_weights(self, made: dict[str, Tensor], index: int, rank: int, kept: Layout) -> None:
         flat, source = self.target.flats[index], self.source
         keys = kept.keys(REMAINDER) if kept.remainder is not None and len(made) > 1 else []
-        parts = kept.remainder.parts() if kept.remainder is not None else ()
+        parts = kept.remainder.specs() if kept.remainder is not None else ()
         rows = -(-flat.size // BLOCK)
         low = [torch.zeros(rows * BLOCK, dtype=made[key].dtype) for key in keys]
         for piece in self.target.pieces(index, rank):
             old_index, _ = source.sharding.by_name[piece.name]
             here, between = slice(piece.offset, piece.offset + piece.stop - piece.start), (piece.start, piece.stop)
             same_dtype = source.sharding.flats[old_index].dtype == flat.dtype
-            if source.sharding.layout(old_index).remainder is kept.remainder and same_dtype:
+            if source.sharding.layout(old_index).remainder == kept.remainder and same_dtype:
                 made[WEIGHTS][here] = source.elements(piece.name, None, *between)
                 for key, part, lanes in zip(keys, parts, low, strict=False):
                     lanes[here] = source.lanes(piece.name, key, part.per_block, *between)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from toolkit.optim.inductor import BlockStep, Launch, compile_blocks
 from toolkit.optim.rule import Rule
-from toolkit.state.codecs import BLOCK, decode_slabs, encode_slabs, pack, unpack
+from toolkit.state.codecs import BLOCK, decode_halves, encode_halves, pack, unpack
 from toolkit.state.layout import Layout
 from toolkit.state.remainders import rounding_phase, thresholds
 
@@ -66,7 +66,7 @@ class StepFunction:
         self.wide = (*results, *([False] if counts else []), *(True for _ in spread))
         stored = [codec.name for codec in layout.codecs] + ([layout.remainder.name] if layout.remainder else [])
         self.name = "_".join([rule.__name__, *([] if function == "update" else [function]), *stored])
-        self._wide = [*(part.per_block == BLOCK for _, part in layout.parts()), *self.wide]
+        self._wide = [*(part.per_block == BLOCK for _, part in layout.specs()), *self.wide]
         narrow = [codec.bits for codec in layout.codecs] + ([layout.remainder.bits] if layout.remainder else [])
         self._lanes = BLOCK // 2 if 4 in narrow else BLOCK
         self.rounds = function == "update" and layout.remainder is not None and layout.remainder.bits < 16
@@ -96,7 +96,7 @@ class StepFunction:
             g: gradient, same shape, any float dtype.
             scalars: fp32 [k], in the order of `rule.scalars()`, then the numbers that `rule.given` names.
             scale: fp32, 0-d; multiplies the gradient.
-            parts: one tensor for each of `layout.parts()`, of as many blocks, and what `wide` says.
+            parts: one tensor for each of `layout.specs()`, of as many blocks, and what `wide` says.
             rounding: seed, optimizer step and number of the first block in its parameter group.
         """
         run = self._prepare(theta, g, scalars, scale, parts) if compiled else None
@@ -173,17 +173,17 @@ class _Opened:
         place = {state.name: index for index, state in enumerate(layout.states)}
         # By state, the one that its codes are relative to.
         self.anchors = [
-            place[state.near] if codec.relative and state.near is not None else None
+            place[state.residual_of] if codec.relative and state.residual_of is not None else None
             for state, codec in zip(layout.states, codecs, strict=True)
         ]
         stored = iter(parts)
-        self.held = [[next(stored) for _ in codec.parts()] for codec in codecs]
-        self.low = [next(stored) for _ in remainder.parts()] if remainder is not None else []
+        self.held = [[next(stored) for _ in codec.specs()] for codec in codecs]
+        self.low = [next(stored) for _ in remainder.specs()] if remainder is not None else []
         self.rest = list(stored)
-        self.states = [decode_slabs(codec, *tensors) for codec, tensors in zip(codecs, self.held, strict=True)]
+        self.states = [decode_halves(codec, *tensors) for codec, tensors in zip(codecs, self.held, strict=True)]
         for index, anchor in enumerate(self.anchors):
             if anchor is not None:
-                self.states[index] = [x + near for x, near in zip(self.states[index], self.states[anchor], strict=True)]
+                self.states[index] = [x + base for x, base in zip(self.states[index], self.states[anchor], strict=True)]
         self.weights = [_at_least_fp32(half) for half in theta]
         if remainder is not None:
             rests = zip(*([unpack(self.low[0][0])] if remainder.bits == 4 else self.low), strict=True)
@@ -215,8 +215,8 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], spread: tuple[str, ...
         for index, codec in enumerate(codecs):
             halves, anchor = [half.float() for half in new_states[index]], opened.anchors[index]
             if anchor is not None:
-                halves = [x - near.float() for x, near in zip(halves, new_states[anchor], strict=True)]
-            for target, source in zip(opened.held[index], encode_slabs(codec, halves), strict=True):
+                halves = [x - base.float() for x, base in zip(halves, new_states[anchor], strict=True)]
+            for target, source in zip(opened.held[index], encode_halves(codec, halves), strict=True):
                 _write(target, source)
         if remainder is None:
             _write(theta, new_theta)

@@ -19,15 +19,24 @@ from toolkit.optim.rule import Rule, check_component
 from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states, step_together
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.state.codecs import BLOCK
-from toolkit.state.layout import DEFAULT_FORMAT, REMAINDER, Layout, check_dtype, check_weights, layout, state_formats
-from toolkit.state.remainders import MASTER, Remainder8, Remainder16
+from toolkit.state.layout import (
+    DEFAULT_FORMAT,
+    REMAINDER,
+    Layout,
+    check_dtype,
+    check_weights,
+    layout,
+    state_formats,
+    state_of,
+)
+from toolkit.state.remainders import DEFAULT_WEIGHTS, MASTER, Remainder
 
 RULES: dict[str, type[RuleOptimizer]] = {}
 """Every optimizer that `as_optimizer` made, by the name that `optimizer.type` of a DeepSpeed JSON selects."""
 
 _OPTIONS: dict[str, Any] = {
     "state_format": DEFAULT_FORMAT,
-    "weights": Remainder8.name,
+    "weights": DEFAULT_WEIGHTS,
     "seed": 0,
     "release_gradients": False,
     "compile": True,
@@ -106,7 +115,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"all groups have {MASTER!r} weights or none"
             )
         plain = dict.fromkeys(group["state_format"], "fp32")
-        exact = {"state_format": plain, "weights": MASTER if group["weights"] == MASTER else Remainder16.name}
+        exact = {"state_format": plain, "weights": MASTER if group["weights"] == MASTER else Remainder(16).name}
         small: list[Any] = []
         large: list[Any] = []
         for item in group["params"]:
@@ -177,7 +186,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             function=step_function(self.running, names, kept),
             compiled=group["compile"],
             theta=tensor.detach().reshape(-1),
-            parts=[state[key] for key, _ in kept.parts()],
+            parts=[state[key] for key, _ in kept.specs()],
             scalars=scalars,
             seed=self.defaults["seed"] * len(self.param_groups) + number,
             step=state["step"],
@@ -196,7 +205,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """After weights have been replaced: their bf16 values are all there is."""
         for held in self.state.values():
             for key, value in held.items():
-                if key.split(".")[0] == REMAINDER:
+                if state_of(key) == REMAINDER:
                     value.zero_()
 
     def _allocate(self, tensor: Tensor, kept: Layout) -> dict[str, Any]:
@@ -245,7 +254,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for held in self.state.values():
             for key, value in held.items():
                 if isinstance(value, Tensor):
-                    name = key.split(".")[0]
+                    name = state_of(key)
                     total[name] = total.get(name, 0) + value.untyped_storage().nbytes()
         return total
 
@@ -303,12 +312,6 @@ def as_optimizer(rule: type[Rule]) -> type[RuleOptimizer]:
     if made is not None:
         check_pure(made)
     name = rule.__name__.removesuffix("Rule")
-    anchors = {state.name for state in rule.states if state.near is None}
-    for state in rule.states:
-        if state.near is not None and state.near not in anchors:
-            raise ValueError(
-                f"{rule.__name__}: state {state.name!r} is near {state.near!r}, which must be a state that is near none"
-            )
     parameters = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     defaults = {key: field.get_default() for key, field in rule.model_fields.items()} | _OPTIONS
     parameters += [
@@ -327,7 +330,7 @@ def find_rule(name: str | None) -> type[RuleOptimizer] | None:
     return {key.lower(): value for key, value in RULES.items()}.get((name or "").lower())
 
 
-def check_settings(name: str, params: Mapping[str, Any]) -> None:
+def check_params(name: str, params: Mapping[str, Any]) -> None:
     """Check `optimizer.params` of a JSON for the rule `name` without building anything.
 
     Values "auto" (filled in later by a trainer) are passed over, and what only the run knows may be missing.

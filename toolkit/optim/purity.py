@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from toolkit.errors import UserError
-from toolkit.optim.rule import Matrix, Mean, Rule
+from toolkit.errors import UserError, nearest
+from toolkit.optim.rule import NEEDS, Matrix, Mean, Rule
 from toolkit.state.layout import elementwise
 
 SHAPE = (2, 64)
@@ -26,8 +26,8 @@ _checked: set[type[Rule]] = set()
 
 
 def with_defaults(rule: type[Rule]) -> Rule | None:
-    """The rule with its defaults, and a number of steps where it takes one; None if that is not enough."""
-    known = {"total_steps": 100} if "total_steps" in rule.model_fields else {}
+    """The rule with its defaults, and a number for what the run fills in; None if that is not enough."""
+    known = dict.fromkeys(rule.needs, 100)
     try:
         made = rule.model_validate(known)
         made.check_ready()
@@ -58,7 +58,22 @@ def check_pure(rule: Rule) -> None:
 
 
 def check_declared(rule: type[Rule]) -> None:
-    """Raise UserError if what `rule` declares does not fit together."""
+    """Raise UserError, or ValueError, if what `rule` declares does not fit together."""
+    anchors = {state.name for state in rule.states if state.residual_of is None}
+    for state in rule.states:
+        if state.residual_of is not None and state.residual_of not in anchors:
+            raise ValueError(
+                f"{rule.__name__}: state {state.name!r} is a residual of {state.residual_of!r}, which must be a state "
+                "of the rule that is itself a residual of none"
+            )
+    for need in rule.needs:
+        if need not in NEEDS:
+            hint = nearest(need, NEEDS)
+            raise UserError(
+                f"{rule.__name__}: needs names {need!r}, which no run knows; known is {', '.join(NEEDS)}.{hint}"
+            )
+        if need not in rule.model_fields:
+            raise UserError(f"{rule.__name__}: needs names {need!r}, for which the rule must have a field.")
     names = [state.name for state in rule.states] + [one.name for one in rule.statistics]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -142,7 +142,7 @@ class Saver:
 
 def _write_files(files: Mapping[Path, Any]) -> dict[str, dict[str, Any]]:
     from toolkit.checkpoint.files import save
-    from toolkit.checkpoint.manifest import sync_folder
+    from toolkit.paths import sync_folder
 
     written = {}
     for path, content in files.items():

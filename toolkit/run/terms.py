@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from toolkit.config import DeepSpeedSettings
 from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, Kept
 from toolkit.run.merge import WITH_WARMUP
 from toolkit.run.settings import RunSettings, check_settings, flag_of
@@ -141,7 +142,7 @@ def kept_settings(settings: RunSettings, saved: Saved, config: Mapping[str, Any]
         for name, paths in KEPT.items()
         if saved.settings.get(name) is not None and not _typed(settings, name, paths)
     }
-    if "warmup" in taken and (config.get("scheduler") or {}).get("type") not in WITH_WARMUP:
+    if "warmup" in taken and DeepSpeedSettings.read(config).scheduler not in WITH_WARMUP:
         del taken["warmup"]
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     kept = check_settings(**(given | taken))

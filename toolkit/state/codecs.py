@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,17 @@ _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill an interval most
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSpec:
     """One stored tensor: shape [blocks, `per_block`], `dtype`; `suffix` completes its state key."""
 
     suffix: str
     dtype: torch.dtype
     per_block: int
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Of the state that it is stored for."""
+        return self.per_block * self.dtype.itemsize / BLOCK
 
 
 class Scale(NamedTuple):
@@ -48,75 +53,78 @@ class Codec(ABC):
     """How one value of a block is coded. Tensors are fp32 [blocks, w], w lanes of each block.
 
     `dtype` is that of a code. `bits` is 4 where codes are 0 to 15 in uint8 and stored two to a byte; else it is the
-    width of `dtype`. A codec that is `relative` codes the difference from the state that its state is near to.
+    width of `dtype`. A codec that is `relative` codes the difference to the state that its state is a residual of.
     """
 
-    name: ClassVar[str]
-    dtype: ClassVar[torch.dtype]
-    bits: ClassVar[int]
-    scaled: ClassVar[bool] = True
-    relative: ClassVar[bool] = False
+    name: str
+    dtype: torch.dtype
+    bits: int
+    scaled: bool = True
+    relative: bool = False
 
-    @staticmethod
-    def measure(x: Tensor) -> Tensor:
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def measure(self, x: Tensor) -> Tensor:
         """Non-negative; a block's scale is made of its largest value in the block."""
         return x.abs()
 
-    @staticmethod
-    def scale_of(largest: Tensor) -> Tensor:
+    def scale_of(self, largest: Tensor) -> Tensor:
         """The scales of blocks, [blocks, 1], from their largest measures."""
         return largest
 
-    @staticmethod
     @abstractmethod
-    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+    def encode(self, x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
         """Codes of `x`, in `dtype`. `dither`: thresholds in (0, 1), of the shape of `x`, for unbiased rounding."""
 
-    @staticmethod
     @abstractmethod
-    def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Codes to fp32; `scale` is `Scale.value`. Codes of zero under a scale of zero decode to zeros."""
 
-    @classmethod
-    def parts(cls) -> tuple[Part, ...]:
+    def specs(self) -> tuple[TensorSpec, ...]:
         """The stored tensors: codes, and scales where there are any."""
-        codes = Part("", cls.dtype, BLOCK * cls.bits // (8 * cls.dtype.itemsize))
-        return (codes, Part("scale", torch.float32, 1)) if cls.scaled else (codes,)
+        codes = TensorSpec("", self.dtype, BLOCK * self.bits // (8 * self.dtype.itemsize))
+        return (codes, TensorSpec("scale", torch.float32, 1)) if self.scaled else (codes,)
 
-    @classmethod
-    def bytes_per_element(cls) -> float:
+    def bytes_per_element(self) -> float:
         """Stored bytes per element, scales included."""
-        return sum(part.per_block * part.dtype.itemsize for part in cls.parts()) / BLOCK
+        return sum(spec.bytes_per_element for spec in self.specs())
 
 
-def encode_slabs(codec: type[Codec], slabs: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Code whole blocks, given as slabs of lanes, fp32 [blocks, w], that make up BLOCK lanes.
+def encode_halves(codec: Codec, halves: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Code whole blocks, given as halves of lanes, fp32 [blocks, w], that make up BLOCK lanes.
 
-    Returns one list for each of `codec.parts()`: the codes of each slab (of 4 bits, packed: one tensor), the scales.
+    Returns one list for each of `codec.specs()`: the codes of each half (of 4 bits, packed: one tensor), the scales.
     """
-    scale = Scale(slabs[0], slabs[0])  # not looked at, if it stays
+    scale = Scale(halves[0], halves[0])  # not looked at, if it stays
     if codec.scaled:
-        size = codec.measure(slabs[0])
-        for slab in slabs[1:]:
-            size = torch.maximum(size, codec.measure(slab))
+        size = codec.measure(halves[0])
+        for half in halves[1:]:
+            size = torch.maximum(size, codec.measure(half))
         scale = _block_scale(codec, size)
     codes, lane = [], 0
-    for slab in slabs:
-        dither = _dither(scale.value, lane, slab.shape[1]) if codec.scaled else slab
-        codes.append(codec.encode(slab, scale, dither))
-        lane += slab.shape[1]
+    for half in halves:
+        dither = _dither(scale.value, lane, half.shape[1]) if codec.scaled else half
+        codes.append(codec.encode(half, scale, dither))
+        lane += half.shape[1]
     stored = [pack(codes)] if codec.bits == 4 else codes
     return [stored, [scale.value]] if codec.scaled else [stored]
 
 
-def decode_slabs(codec: type[Codec], stored: Sequence[Tensor], scale: Sequence[Tensor] = ()) -> list[Tensor]:
-    """The inverse of `encode_slabs`, as far as the codes go."""
+def decode_halves(codec: Codec, stored: Sequence[Tensor], scale: Sequence[Tensor] = ()) -> list[Tensor]:
+    """The inverse of `encode_halves`, as far as the codes go."""
     codes = unpack(stored[0]) if codec.bits == 4 else stored
-    return [codec.decode(slab, scale[0] if codec.scaled else slab) for slab in codes]
+    return [codec.decode(half, scale[0] if codec.scaled else half) for half in codes]
 
 
 def pack(codes: Sequence[Tensor]) -> Tensor:
-    """Two slabs of 4-bit codes [blocks, w] to bytes [blocks, w]: the first slab in the low halves."""
+    """Two halves of 4-bit codes [blocks, w] to bytes [blocks, w]: the first half in the low halves."""
     low, high = codes
     return low | (high << 4)
 
@@ -126,17 +134,17 @@ def unpack(packed: Tensor) -> list[Tensor]:
     return [packed & 15, packed >> 4]
 
 
-def to_parts(codec: type[Codec], x: Tensor) -> tuple[Tensor, ...]:
-    """fp32 [blocks, BLOCK] to one tensor for each of `codec.parts()`."""
-    return tuple(torch.cat(slabs, dim=1) for slabs in encode_slabs(codec, x.split(BLOCK // 2, dim=1)))
+def encode_blocks(codec: Codec, x: Tensor) -> tuple[Tensor, ...]:
+    """fp32 [blocks, BLOCK] to one tensor for each of `codec.specs()`."""
+    return tuple(torch.cat(halves, dim=1) for halves in encode_halves(codec, x.split(BLOCK // 2, dim=1)))
 
 
-def from_parts(codec: type[Codec], *parts: Tensor) -> Tensor:
-    """The tensors of `codec.parts()` to fp32 [blocks, BLOCK]."""
-    return torch.cat(decode_slabs(codec, *([part] for part in parts)), dim=1)
+def decode_blocks(codec: Codec, *parts: Tensor) -> Tensor:
+    """The tensors of `codec.specs()` to fp32 [blocks, BLOCK]."""
+    return torch.cat(decode_halves(codec, *([part] for part in parts)), dim=1)
 
 
-def _block_scale(codec: type[Codec], size: Tensor) -> Scale:
+def _block_scale(codec: Codec, size: Tensor) -> Scale:
     """The scale of each block and its inverse, from the measures of its values.
 
     A block whose values are all denormal counts as zero: the inverse of its scale would overflow.
@@ -157,66 +165,43 @@ class Fp32(Codec):
     bits = 32
     scaled = False
 
-    @staticmethod
-    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+    def encode(self, x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
         return x
 
-    @staticmethod
-    def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         return codes
 
 
-class Signed8(Codec):
-    """Momentum in int8: code = sign(x) 127 sqrt(|x| / max|x|), rounded down or up so as to be right on average.
+class Signed(Codec):
+    """Momentum: code = sign(x) c sqrt(|x| / max|x|), rounded down or up so as to be right on average.
+
+    8 bits are int8 with c = 127. 4 bits have c = 7 and are stored as code + 8; 0 stands for zero too.
 
     The root spends codes near zero, where most of a heavy-tailed block lies: gradients of vocabulary matrices
     and of down projections have columns hundreds of times larger than their neighbours. It is odd, so zero is
-    exact, and decoding then encoding gives the same codes. Decode: z |z| max|x| with z = code / 127.
+    exact, and decoding then encoding gives the same codes. Decode: z |z| max|x| with z = code / c.
 
     Rounded to the nearest code a small momentum would never decay, while its second moment does: the update of
-    an embedding row whose token is not seen any more would grow for ever.
+    an embedding row whose token is not seen any more would grow for ever. In 4 bits the error is that of a coin
+    tossed between two codes, right on average.
     """
 
-    name = "signed8"
-    dtype = torch.int8
-    bits = 8
+    def __init__(self, bits: int, *, relative: bool = False) -> None:
+        self.name = f"{'residual' if relative else 'signed'}{bits}"
+        self.dtype = torch.uint8 if bits == 4 else torch.int8
+        self.bits = bits
+        self.relative = relative
+        self.largest = 2.0 ** (bits - 1) - 1.0
 
-    @staticmethod
-    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
-        return _signed_root(x, scale, dither, 127.0).to(torch.int8)
+    def encode(self, x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        code = _signed_root(x, scale, dither, self.largest)
+        # In 4 bits cut towards zero before the sign is lost.
+        return (torch.trunc(code) + 8.0 if self.bits == 4 else code).to(self.dtype)
 
-    @staticmethod
-    def decode(codes: Tensor, scale: Tensor) -> Tensor:
-        z = codes.to(torch.float32) * (1.0 / 127.0)
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        code = codes.to(torch.float32)
+        z = (code - 8.0 if self.bits == 4 else code) * (1.0 / self.largest)
         return z * z.abs() * scale
-
-
-class Signed4(Codec):
-    """Momentum in 4 bits: `Signed8` with 7 codes for each sign, stored as code + 8; 0 stands for zero too.
-
-    Its error is that of a coin tossed between two codes, right on average.
-    """
-
-    name = "signed4"
-    dtype = torch.uint8
-    bits = 4
-
-    @staticmethod
-    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
-        # Cut towards zero before the sign is lost.
-        return (torch.trunc(_signed_root(x, scale, dither, 7.0)) + 8.0).to(torch.uint8)
-
-    @staticmethod
-    def decode(codes: Tensor, scale: Tensor) -> Tensor:
-        z = (codes.to(torch.float32) - 8.0) * (1.0 / 7.0)
-        return z * z.abs() * scale
-
-
-class Residual4(Signed4):
-    """`Signed4` of the difference from the state that this one is near to."""
-
-    name = "residual4"
-    relative = True
 
 
 def _signed_root(x: Tensor, scale: Scale, dither: Tensor, largest: float) -> Tensor:
@@ -230,8 +215,10 @@ def _signed_root(x: Tensor, scale: Scale, dither: Tensor, largest: float) -> Ten
     return (torch.sqrt(torch.relu(square - dither * (1.0 - dither))) + (1.0 - dither)) * x.sign()
 
 
-class Root8(Codec):
-    """Second moment in uint8: code = 255 (v / max v)^(1/4), rounded down or up by a dither, never below 1.
+class Root(Codec):
+    """Second moment in uint8: code = c (v / max v)^(1/4), rounded down or up by a dither, never below 1.
+
+    8 bits have c = 255, 4 bits c = 15: the least v of a block is a 50,625th of the largest.
 
     Linear codes for v diverge and square roots lose the small elements of heavy-tailed blocks. A code of zero
     would decode to v = 0 beside a non-zero momentum, an update hundreds of times too large, hence the floor
@@ -243,49 +230,25 @@ class Root8(Codec):
     most of the time, and updates far too large.
     """
 
-    name = "root8"
     dtype = torch.uint8
-    bits = 8
 
-    @staticmethod
-    def scale_of(largest: Tensor) -> Tensor:
+    def __init__(self, bits: int) -> None:
+        self.name = f"root{bits}"
+        self.bits = bits
+        self.largest = 2.0**bits - 1.0
+
+    def scale_of(self, largest: Tensor) -> Tensor:
         root = torch.sqrt(torch.sqrt(largest))
         return torch.where(root < torch.inf, root.clamp(max=_LARGEST_ROOT), root)
 
-    @staticmethod
-    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
-        return _fourth_root(x, scale, dither, 255.0)
+    def encode(self, x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
+        root = torch.sqrt(torch.sqrt(x))
+        code = self.largest * (root * scale.inverse) + dither
+        return code.clamp(min=1.0).to(torch.uint8)  # cut to a whole number
 
-    @staticmethod
-    def decode(codes: Tensor, scale: Tensor) -> Tensor:
-        return _fourth_power(codes, scale, 255.0)
-
-
-class Root4(Codec):
-    """Second moment in 4 bits: `Root8` with codes 1 to 15. The least v of a block is a 50,625th of the largest."""
-
-    name = "root4"
-    dtype = torch.uint8
-    bits = 4
-    scale_of = Root8.scale_of
-
-    @staticmethod
-    def encode(x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
-        return _fourth_root(x, scale, dither, 15.0)
-
-    @staticmethod
-    def decode(codes: Tensor, scale: Tensor) -> Tensor:
-        return _fourth_power(codes, scale, 15.0)
-
-
-def _fourth_root(x: Tensor, scale: Scale, dither: Tensor, largest: float) -> Tensor:
-    root = torch.sqrt(torch.sqrt(x))
-    return (largest * (root * scale.inverse) + dither).clamp(min=1.0).to(torch.uint8)  # cut to a whole number
-
-
-def _fourth_power(codes: Tensor, scale: Tensor, largest: float) -> Tensor:
-    square = (codes.to(torch.float32) * (1.0 / largest) * scale) ** 2
-    return square * square
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        square = (codes.to(torch.float32) * (1.0 / self.largest) * scale) ** 2
+        return square * square
 
 
 def _dither(scale: Tensor, first: int, lanes: int) -> Tensor:
@@ -307,21 +270,21 @@ def spread(shift: Tensor, first: int, lanes: int) -> Tensor:
 
 
 class Format(NamedTuple):
-    """The codecs that one name of a format means: for a signed state, a second moment, a state near another."""
+    """The codecs that one name of a format means: for a signed state, a second moment, a residual of another state."""
 
-    signed: type[Codec]
-    second: type[Codec]
-    near: type[Codec] | None = None
+    signed: Codec
+    second: Codec
+    residual: Codec | None = None
 
 
 FORMATS: dict[str, Format] = {
-    "fp32": Format(Fp32, Fp32),
-    "8bit": Format(Signed8, Root8),
-    "4bit": Format(Signed4, Root4, near=Residual4),
+    "fp32": Format(Fp32(), Fp32()),
+    "8bit": Format(Signed(8), Root(8)),
+    "4bit": Format(Signed(4), Root(4), residual=Signed(4, relative=True)),
 }
 
 MIXES: dict[str, dict[str, str]] = {
-    "compact": {"signed": "4bit", "anchor": "8bit", "near": "4bit", "second": "8bit"},
-    "minimal": {"signed": "4bit", "anchor": "8bit", "near": "4bit", "second": "4bit"},
+    "compact": {"signed": "4bit", "anchor": "8bit", "residual": "4bit", "second": "8bit"},
+    "minimal": {"signed": "4bit", "anchor": "8bit", "residual": "4bit", "second": "4bit"},
 }
-"""Formats of whole rules: that of each state by the part it plays. "anchor": a state that another is near to."""
+"""Formats of whole rules: that of each state by its role. "anchor": a state that another is a residual of."""

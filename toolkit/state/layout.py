@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import UserError, nearest
-from toolkit.state.codecs import BLOCK, FORMATS, MIXES, Codec, Part, from_parts, to_parts
+from toolkit.state.codecs import BLOCK, FORMATS, MIXES, Codec, TensorSpec, decode_blocks, encode_blocks
 from toolkit.state.remainders import MASTER, WEIGHTS, Remainder
 
 REMAINDER = "remainder"
@@ -25,15 +25,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class State:
     """One state tensor per parameter, zero at the start.
 
-    `signed=False`: a second moment, never negative. `near` names another state of the rule that this one stays close
-    to, like a second average of the same gradients.
+    `signed=False`: a second moment, never negative. `residual_of` names another state of the rule that this one stays
+    close to, like a second average of the same gradients: formats that can store the difference.
 
     `of` "rows" or "columns": one fp32 number for each row or column of a parameter, whole on every rank.
     """
 
     name: str
     signed: bool = True
-    near: str | None = None
+    residual_of: str | None = None
     of: str | None = None
 
 
@@ -47,35 +47,35 @@ class Layout:
     """The codec of each of `states`, in their order, and the remainder, or None for weights that are whole."""
 
     states: tuple[State, ...]
-    codecs: tuple[type[Codec], ...]
-    remainder: type[Remainder] | None
+    codecs: tuple[Codec, ...]
+    remainder: Remainder | None
 
-    def parts(self) -> Iterator[tuple[str, Part]]:
+    def specs(self) -> Iterator[tuple[str, TensorSpec]]:
         """The stored tensors by key, in the order that the compiled step takes them."""
-        held = [(s.name, codec.parts()) for s, codec in zip(self.states, self.codecs, strict=True)]
+        held = [(s.name, codec.specs()) for s, codec in zip(self.states, self.codecs, strict=True)]
         if self.remainder is not None:
-            held.append((REMAINDER, self.remainder.parts()))
-        for name, parts in held:
-            for part in parts:
-                yield (f"{name}.{part.suffix}" if part.suffix else name), part
+            held.append((REMAINDER, self.remainder.specs()))
+        for name, specs in held:
+            for spec in specs:
+                yield (f"{name}.{spec.suffix}" if spec.suffix else name), spec
 
     def allocate(self, numel: int, device: torch.device) -> dict[str, Tensor]:
-        """Zeros for a tensor of `numel` elements: each part as [ceil(numel / BLOCK), per_block]."""
+        """Zeros for a tensor of `numel` elements: each stored tensor as [ceil(numel / BLOCK), per_block]."""
         blocks = -(-numel // BLOCK)
-        return {key: torch.zeros(blocks, part.per_block, dtype=part.dtype, device=device) for key, part in self.parts()}
+        return {key: torch.zeros(blocks, spec.per_block, dtype=spec.dtype, device=device) for key, spec in self.specs()}
 
     def keys(self, name: str) -> list[str]:
         """The keys of the stored tensors of a state, or of the remainder."""
-        return [key for key, _ in self.parts() if key.split(".")[0] == name]
+        return [key for key, _ in self.specs() if state_of(key) == name]
 
     def decode(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every state as fp32 [blocks, BLOCK], from its stored tensors by key."""
         states = {}
         for state, codec in zip(self.states, self.codecs, strict=True):
-            states[state.name] = from_parts(codec, *(stored[key] for key in self.keys(state.name)))
+            states[state.name] = decode_blocks(codec, *(stored[key] for key in self.keys(state.name)))
         for state, codec in zip(self.states, self.codecs, strict=True):
-            if codec.relative and state.near is not None:
-                states[state.name] = states[state.name] + states[state.near]
+            if codec.relative and state.residual_of is not None:
+                states[state.name] = states[state.name] + states[state.residual_of]
         return states
 
     def encode(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,15 +83,25 @@ class Layout:
         stored: dict[str, Tensor] = {}
         for state, codec in zip(self.states, self.codecs, strict=True):
             values = states[state.name]
-            if codec.relative and state.near is not None:
-                values = values - states[state.near]
-            stored.update(zip(self.keys(state.name), to_parts(codec, values), strict=True))
+            if codec.relative and state.residual_of is not None:
+                values = values - states[state.residual_of]
+            stored.update(zip(self.keys(state.name), encode_blocks(codec, values), strict=True))
         return stored
 
     def bytes_per_element(self) -> dict[str, float]:
         """Stored bytes per element, scales included, by state and for the remainder."""
         held = {s.name: codec.bytes_per_element() for s, codec in zip(self.states, self.codecs, strict=True)}
         return held | ({REMAINDER: self.remainder.bytes_per_element()} if self.remainder is not None else {})
+
+
+def state_of(key: str) -> str:
+    """The state, or `REMAINDER`, that the stored tensor `key` belongs to."""
+    return key.partition(".")[0]
+
+
+def is_scale(key: str) -> bool:
+    """Whether the stored tensor `key` holds scales of blocks."""
+    return key.partition(".")[2] == "scale"
 
 
 def layout(states: tuple[State, ...], formats: Mapping[str, str], weights: str, dtype: torch.dtype) -> Layout:
@@ -122,11 +132,11 @@ def layout_of(states: tuple[State, ...], formats: Mapping[str, str], weights: st
     return Layout(kept, codecs, WEIGHTS.get(weights))
 
 
-def _codec(state: State, name: str) -> type[Codec]:
+def _codec(state: State, name: str) -> Codec:
     entry = FORMATS[name]
     if not state.signed:
         return entry.second
-    return entry.near if state.near is not None and entry.near is not None else entry.signed
+    return entry.residual if state.residual_of is not None and entry.residual is not None else entry.signed
 
 
 def state_formats(states: tuple[State, ...], wanted: str | Mapping[str, str], *, where: str) -> dict[str, str]:
@@ -157,9 +167,9 @@ def state_formats(states: tuple[State, ...], wanted: str | Mapping[str, str], *,
 def _role(state: State, states: tuple[State, ...]) -> str:
     if not state.signed:
         return "second"
-    if state.near is not None:
-        return "near"
-    return "anchor" if any(other.near == state.name for other in states) else "signed"
+    if state.residual_of is not None:
+        return "residual"
+    return "anchor" if any(other.residual_of == state.name for other in states) else "signed"
 
 
 def check_weights(value: object, *, where: str) -> None:

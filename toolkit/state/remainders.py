@@ -13,57 +13,59 @@ value more than 16 bits have.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from toolkit.state.codecs import BLOCK, Part, spread, unpack
+from toolkit.state.codecs import BLOCK, TensorSpec, spread, unpack
 
 _ROW = 40503
 """Odd, 2^16 over the golden ratio: multiples of it, modulo 2^16, spread the rounding of consecutive blocks."""
 
 
+@dataclass(frozen=True)
 class Remainder:
     """The lower bits of fp32 weights as state: signed whole numbers in `bits` bits, zero at the start.
+
+    With 16 bits the weights are exactly fp32; 8 keep sign, exponent and 15 bits of mantissa, 4 keep 11 of them.
 
     Zero means the bf16 weight itself. 4-bit remainders are held as 0 to 15 in uint8, two to a byte in memory; of 16
     bits the upper and the lower byte are tensors of their own (vectorised CPU code has no 16-bit integers).
     """
 
-    name: ClassVar[str]
-    bits: ClassVar[int]
+    bits: int
 
-    @classmethod
-    def parts(cls) -> tuple[Part, ...]:
+    @property
+    def name(self) -> str:
+        """As the option `weights` has it."""
+        return f"bf16+{self.bits}"
+
+    def specs(self) -> tuple[TensorSpec, ...]:
         """The stored tensors."""
-        if cls.bits == 4:
-            return (Part("", torch.uint8, BLOCK // 2),)
-        upper = Part("", torch.int8, BLOCK)
-        return (upper, Part("low", torch.uint8, BLOCK)) if cls.bits == 16 else (upper,)
+        if self.bits == 4:
+            return (TensorSpec("", torch.uint8, BLOCK // 2),)
+        upper = TensorSpec("", torch.int8, BLOCK)
+        return (upper, TensorSpec("low", torch.uint8, BLOCK)) if self.bits == 16 else (upper,)
 
-    @classmethod
-    def bytes_per_element(cls) -> float:
+    def bytes_per_element(self) -> float:
         """Stored bytes per element."""
-        return cls.bits / 8
+        return self.bits / 8
 
-    @classmethod
-    def unpacked(cls, *parts: Tensor) -> tuple[Tensor, ...]:
-        """The tensors of `parts()` with a value for every lane, [blocks, BLOCK]."""
-        return (torch.cat(unpack(parts[0]), dim=1),) if cls.bits == 4 else parts
+    def unpacked(self, *stored: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of `specs()` with a value for every lane, [blocks, BLOCK]."""
+        return (torch.cat(unpack(stored[0]), dim=1),) if self.bits == 4 else stored
 
-    @classmethod
-    def join(cls, weight: Tensor, *stored: Tensor) -> Tensor:
+    def join(self, weight: Tensor, *stored: Tensor) -> Tensor:
         """The fp32 weight of a bf16 weight and its remainder (4-bit codes unpacked), tensors of one shape."""
         low = stored[0].to(torch.int32)
-        if cls.bits == 4:
+        if self.bits == 4:
             low = (low ^ 8) - 8  # two's complement of 4 bits
-        elif cls.bits == 16:
+        elif self.bits == 16:
             low = (low << 8) + stored[1].to(torch.int32)
-        return (weight.to(torch.float32).view(torch.int32) + (low << (16 - cls.bits))).view(torch.float32)
+        return (weight.to(torch.float32).view(torch.int32) + (low << (16 - self.bits))).view(torch.float32)
 
-    @classmethod
-    def split(cls, theta: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, ...]:
+    def split(self, theta: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, ...]:
         """fp32 to (bf16 weight, *remainder), the inverse of `join` as far as the bits go.
 
         `threshold`: in [0, 1), of the shape of `theta`; a value that lies a fraction f above the one below it that
@@ -71,45 +73,26 @@ class Remainder:
         """
         # A NaN of any payload, since adding to the pattern of some would turn them into numbers.
         bits = torch.where(theta == theta, theta, torch.nan).view(torch.int32)
-        dropped = 16 - cls.bits
+        dropped = 16 - self.bits
         if dropped:
             half = 1 << (dropped - 1)
             bits = bits + (half if threshold is None else (threshold * float(1 << dropped)).to(torch.int32))
-        kept = (bits >> dropped) + (1 << (cls.bits - 1))
-        weight = ((kept >> cls.bits) << 16).view(torch.float32).to(torch.bfloat16)
-        if cls.bits == 4:
+        kept = (bits >> dropped) + (1 << (self.bits - 1))
+        weight = ((kept >> self.bits) << 16).view(torch.float32).to(torch.bfloat16)
+        if self.bits == 4:
             return weight, ((kept & 15) ^ 8).to(torch.uint8)
-        if cls.bits == 16:
+        if self.bits == 16:
             return weight, (((kept >> 8) & 255) - 128).to(torch.int8), (bits & 255).to(torch.uint8)
         return weight, ((kept & 255) - 128).to(torch.int8)
-
-
-class Remainder16(Remainder):
-    """bf16+16: exactly fp32."""
-
-    name = "bf16+16"
-    bits = 16
-
-
-class Remainder8(Remainder):
-    """bf16+8: sign, exponent and 15 bits of mantissa."""
-
-    name = "bf16+8"
-    bits = 8
-
-
-class Remainder4(Remainder):
-    """bf16+4: sign, exponent and 11 bits of mantissa."""
-
-    name = "bf16+4"
-    bits = 4
 
 
 MASTER = "fp32"
 """The `weights` that keeps no remainder: tensors are fp32 themselves, or DeepSpeed hands over its fp32 copy."""
 
-WEIGHTS: dict[str, type[Remainder]] = {cls.name: cls for cls in (Remainder8, Remainder16, Remainder4)}
+WEIGHTS: dict[str, Remainder] = {kind.name: kind for kind in map(Remainder, (8, 16, 4))}
 """Every other value of `weights`."""
+
+DEFAULT_WEIGHTS = Remainder(8).name
 
 
 def rounding_phase(seed: int, step: int, block: int) -> int:

@@ -129,7 +129,7 @@ class Sharding:
             "stage": self.stage,
             "world_size": self.world_size,
             "rule": self.rule,
-            "states": [{"name": s.name, "signed": s.signed, "near": s.near} for s in self.states],
+            "states": [{"name": s.name, "signed": s.signed, "residual_of": s.residual_of} for s in self.states],
             "flat_tensors": [
                 {
                     "group": flat.group,
@@ -189,7 +189,7 @@ def reshard(sharding: Sharding, *, stage: int, world_size: int) -> Sharding:
             part = part_of(place.shape, world_size) if stage == 3 else 0
             places.append(Place(place.name, place.shape, at, part))
             at += part or place.numel
-        # As `LeanZeroOptimizer`: DeepSpeed aligns to 2 N elements, this package to whole blocks for each rank.
+        # As `ShardedZeroOptimizer`: DeepSpeed aligns to 2 N elements, this package to whole blocks for each rank.
         unit = math.lcm(2 * world_size, BLOCK * world_size)
         size = at if stage == 3 else -(-at // unit) * unit // world_size
         flats.append(

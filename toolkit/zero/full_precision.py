@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from toolkit.errors import UserError
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import REMAINDER
-from toolkit.zero.stage3 import LeanZeroOptimizer3
-from toolkit.zero.stage12 import LeanZeroOptimizer
+from toolkit.zero.stage3 import ShardedZeroOptimizer3
+from toolkit.zero.stage12 import ShardedZeroOptimizer
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def full_precision_state_dict(engine: Any, *, gather: bool = True) -> dict[str, 
         UserError: `engine` does not run one of this package's optimizers at ZeRO stage 1, 2 or 3.
     """
     zero = engine.optimizer
-    if not isinstance(zero, LeanZeroOptimizer | LeanZeroOptimizer3):
+    if not isinstance(zero, ShardedZeroOptimizer | ShardedZeroOptimizer3):
         raise UserError(
             "full_precision_state_dict needs an engine that runs AMCS, SOAM or another rule at ZeRO stage 1, 2 or 3, "
             f"not {type(zero).__name__}"
@@ -39,7 +39,7 @@ def full_precision_state_dict(engine: Any, *, gather: bool = True) -> dict[str, 
     names = {id(param): name for name, param in module.named_parameters()}
     found: dict[str, Tensor] = {}
     trained = set()
-    parts = _parts_3(zero) if isinstance(zero, LeanZeroOptimizer3) else _parts_12(zero)
+    parts = _parts_3(zero) if isinstance(zero, ShardedZeroOptimizer3) else _parts_12(zero)
     for param, group, pieces in parts:
         trained.add(id(param))
         if not gather:
@@ -76,7 +76,7 @@ def _saved(module: nn.Module, name: str) -> bool:
 _Part = tuple[Any, Any, list[tuple[int, Tensor]]]
 
 
-def _parts_12(zero: LeanZeroOptimizer) -> Iterator[_Part]:
+def _parts_12(zero: ShardedZeroOptimizer) -> Iterator[_Part]:
     """Each parameter, its process group, and what this rank holds of it: (start, fp32 values)."""
     for i, params in enumerate(zero.bit16_groups):
         group = zero.real_dp_process_group[i]
@@ -91,7 +91,7 @@ def _parts_12(zero: LeanZeroOptimizer) -> Iterator[_Part]:
             )
 
 
-def _parts_3(zero: LeanZeroOptimizer3) -> Iterator[_Part]:
+def _parts_3(zero: ShardedZeroOptimizer3) -> Iterator[_Part]:
     for i, params in enumerate(zero.fp16_groups):
         master, offset = zero.fp32_partitioned_groups_flat[i], 0
         for param in params:
@@ -114,7 +114,7 @@ def _values(zero: Any, group: int, master: Tensor, start: int, stop: int) -> Ten
     if not state:  # nothing has been trained yet
         return weights.float()
     first, last = start // BLOCK, -(-stop // BLOCK)
-    keys = [key for key, _ in kept.parts() if key.split(".")[0] == REMAINDER]
+    keys = kept.keys(REMAINDER)
     low = kept.remainder.unpacked(*(state[key][first:last] for key in keys))
     inside = slice(start - first * BLOCK, stop - first * BLOCK)
     joined: Tensor = kept.remainder.join(weights, *(part.reshape(-1)[inside] for part in low))

@@ -1,8 +1,8 @@
 """Shards that are whole blocks, so that the block grid is the same at every world size.
 
 DeepSpeed 0.19 cuts partitions anywhere. Stages 1 and 2 flatten each parameter group and split it evenly:
-`stage12.LeanZeroOptimizer` pads the group to blocks times world size. Stage 3 splits each parameter: `install()` pads
-parameters likewise, which takes four small replacements in DeepSpeed's modules, since each of them works out a
+`stage12.ShardedZeroOptimizer` pads the group to blocks times world size. Stage 3 splits each parameter: `install()`
+pads parameters likewise, which takes four small replacements in DeepSpeed's modules, since each of them works out a
 partition's size for itself.
 """
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.state.codecs import BLOCK
+from toolkit.zero import shared_memory
 from toolkit.zero.agreement import check_first_gathers
 
 
@@ -159,6 +160,7 @@ def _missing(kind: type, methods: str, fields: str) -> list[str]:
 def incompatibilities() -> list[str]:
     """What this package relies on inside DeepSpeed and does not find; empty on a DeepSpeed that fits."""
     checks = {
+        "comm.torch.build_shm_op": shared_memory.found(),
         "runtime.engine.DeepSpeedZeroOptimizer": hasattr(ds_engine, "DeepSpeedZeroOptimizer"),
         "DeepSpeedEngine._configure_basic_optimizer": hasattr(ds_engine.DeepSpeedEngine, "_configure_basic_optimizer"),
         "DeepSpeedEngine._scheduler_from_config(optimizer)": (

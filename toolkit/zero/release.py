@@ -34,7 +34,7 @@ from toolkit.optim.streaming import StreamedStep
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.exchange import names
 from toolkit.zero.gradients import HostCopy, Piece, squared_norms
-from toolkit.zero.stage12 import LeanZeroOptimizer, gather_weights
+from toolkit.zero.stage12 import ShardedZeroOptimizer, gather_weights
 
 RELEASED_NORM = "released_norm"
 """Key in the first parameter group of the norm that the next step is clipped by; checkpoints keep it."""
@@ -53,7 +53,7 @@ class _Measured:
         return sum(piece.gradient.numel() for piece in self.pieces)
 
 
-class ReleasingZeroOptimizer(LeanZeroOptimizer):
+class ReleasingZeroOptimizer(ShardedZeroOptimizer):
     """Stages 1 and 2 with `release_gradients`, for one micro-batch a step in bf16 or fp32.
 
     Groups whose parameters are not all whole blocks (norms; they are small) are updated at the end of the step.
@@ -183,7 +183,7 @@ class ReleasingZeroOptimizer(LeanZeroOptimizer):
                     self._begun(i).apply(place.offset, zeros, zero_scale)
 
 
-def _refusal(zero: LeanZeroOptimizer) -> str | None:
+def _refusal(zero: ShardedZeroOptimizer) -> str | None:
     """What `toolkit.config` cannot know that gradients cannot be released with, or None."""
     if zero.optimizer.running.statistics:
         return f"does not fit a rule that looks at whole parameters ({names(zero.optimizer)}); leave it out"

@@ -48,7 +48,7 @@ def gather_weights(zero: DeepSpeedZeroOptimizer) -> None:
             zero._update_model_bit16_weights(i)
 
 
-class LeanZeroOptimizer(OrderedZeroOptimizer):
+class ShardedZeroOptimizer(OrderedZeroOptimizer):
     """DeepSpeed's stage 1/2 optimizer around a `RuleOptimizer`.
 
     Every partition is whole blocks, the same at every world size. `weights` of the `RuleOptimizer` decides whether

@@ -35,7 +35,7 @@ from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mea
 logger = logging.getLogger("toolkit")
 
 
-class LeanZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
+class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
     """DeepSpeed's stage 3 optimizer around a `RuleOptimizer`."""
 
     optimizer: RuleOptimizer

@@ -39,7 +39,12 @@ class AMCSRule(Rule):
     `mode` "single" is an approximation that keeps one momentum, whose beta follows a(t) (`AMCSSingleRule`).
     """
 
-    states: ClassVar[tuple[State, ...]] = (State("m_fast", near="m_slow"), State("m_slow"), State("v", signed=False))
+    states: ClassVar[tuple[State, ...]] = (
+        State("m_fast", residual_of="m_slow"),
+        State("m_slow"),
+        State("v", signed=False),
+    )
+    needs = ("total_steps",)
 
     lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta, Beta] = (0.9, 0.95, 0.95)

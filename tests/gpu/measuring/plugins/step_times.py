@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from toolkit.zero.stage12 import LeanZeroOptimizer
+from toolkit.zero.stage12 import ShardedZeroOptimizer
 
 _spans: list[tuple[Any, Any]] = []
-_step = LeanZeroOptimizer.step
+_step = ShardedZeroOptimizer.step
 
 
 def _now() -> Any:
@@ -41,5 +41,5 @@ def _write() -> None:
     Path(os.environ["LEANSTATE_STEP_TIMES"]).write_text(json.dumps(seconds))
 
 
-LeanZeroOptimizer.step = _timed  # type: ignore[method-assign]
+ShardedZeroOptimizer.step = _timed  # type: ignore[method-assign]
 atexit.register(_write)
