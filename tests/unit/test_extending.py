@@ -16,13 +16,12 @@ from toolkit.state.codecs import BLOCK, FORMATS, Codec, from_parts, to_parts
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_documented_rule_is_the_tested_one() -> None:
-    """docs/extending.md shows the very file that the multi-rank tests load."""
-    code = (ROOT / "tests" / "plugins" / "lion.py").read_text()
-    body = code[code.index("from torch import Tensor") :]
-    assert body in (ROOT / "docs" / "extending.md").read_text()
-    rule = body[body.index("class LionRule") : body.index("Lion = ")].rstrip()
-    assert len(rule.splitlines()) < 30
+@pytest.mark.parametrize("plugin", ["lion", "qhadam", "stableadamw", "adafactor", "muon"])
+def test_the_documented_rules_are_the_tested_ones(plugin: str) -> None:
+    """docs/extending.md shows the very files that the tests of one and of several ranks load."""
+    code = (ROOT / "tests" / "plugins" / f"{plugin}.py").read_text()
+    body = code[code.index('"""\n\n') + len('"""\n\n') :]
+    assert f"```python\n{body}```" in (ROOT / "docs" / "extending.md").read_text()
 
 
 @pytest.fixture

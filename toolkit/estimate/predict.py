@@ -217,6 +217,16 @@ def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path} is not modelled: the prediction is that without it."
 
 
+def _whole_parameters(case: Case) -> Iterator[str]:
+    """A remark for a rule that looks at more than single elements."""
+    rule = case.ds.rule
+    if rule is not None and rule.rule.variant({}).statistics:
+        yield (
+            f"what {rule.__name__} holds of whole parameters in a step is not modelled: buffers for means over rows "
+            "and columns, their states, and matrices at their owners with what goes over the wire."
+        )
+
+
 def _ranks(world_size: int, stage: int) -> list[int]:
     """Ranks that are simulated: parts of a group differ at stages 1 and 2, and are alike otherwise."""
     if stage not in (1, 2):
