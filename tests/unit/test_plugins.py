@@ -64,3 +64,14 @@ def test_a_plugin_is_short(name: str) -> None:
     text = (PLUGINS / f"{name.lower()}.py").read_text()
     assert len(text[text.index("class ") :].rstrip().splitlines()) <= LINES[name]
     assert name in REFERENCES
+
+
+def test_a_prediction_says_what_it_leaves_out() -> None:
+    from toolkit.estimate.predict import Case, Estimator
+
+    for name, says in (("Lion", False), ("Adafactor", True), ("Muon", True)):
+        config = {"optimizer": {"type": name, "params": {"lr": 1e-3}}, "zero_optimization": {"stage": 2}}
+        settings = config | {"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}
+        case = Case("qwen3-tiny", settings, 2, 1, 8, device="cpu", activation_checkpointing=False, loss="plain")
+        remarks = Estimator().predict(case).remarks
+        assert any("whole parameters" in remark for remark in remarks) == says, remarks

@@ -60,10 +60,10 @@ class StepFunction:
 
     def __init__(self, rule: type[Rule], names: tuple[str, ...], layout: Layout, function: str = "update") -> None:
         self.rule, self.names, self.layout = rule, names, layout
-        numbers, spread = rule.given(function)
-        results = () if function == "update" else measured_by_element(rule, function)
-        counts = not all(results)
-        self.wide = (*results, *([False] if counts else []), *(True for _ in spread))
+        self.numbers, self.spread = rule.given(function)
+        self.results = () if function == "update" else _measured_by_element(rule, function)
+        counts = not all(self.results)
+        self.wide = (*self.results, *([False] if counts else []), *(True for _ in self.spread))
         stored = [codec.name for codec in layout.codecs] + ([layout.remainder.name] if layout.remainder else [])
         self.name = "_".join([rule.__name__, *([] if function == "update" else [function]), *stored])
         self._wide = [*(part.per_block == BLOCK for _, part in layout.specs()), *self.wide]
@@ -71,9 +71,9 @@ class StepFunction:
         self._lanes = BLOCK // 2 if 4 in narrow else BLOCK
         self.rounds = function == "update" and layout.remainder is not None and layout.remainder.bits < 16
         if function == "update":
-            self.eager = _block_step(rule, names + numbers, spread, layout)
+            self.eager = _block_step(rule, names + self.numbers, self.spread, layout)
         else:
-            self.eager = _block_measure(rule, function, names + numbers, spread, layout, results)
+            self.eager = _block_measure(rule, function, names + self.numbers, self.spread, layout, self.results)
         self._launch = LAUNCH
         self._compiled: dict[tuple[torch.device, torch.dtype, torch.dtype], BlockStep | None] = {}
         self.fallback_reason: str | None = None
@@ -159,7 +159,7 @@ def step_function(rule: type[Rule], names: tuple[str, ...], layout: Layout, func
     return StepFunction(rule, names, layout, function)
 
 
-def measured_by_element(rule: type[Rule], function: str) -> tuple[bool, ...]:
+def _measured_by_element(rule: type[Rule], function: str) -> tuple[bool, ...]:
     """Of each result of a measuring function, whether every element is wanted, and not the sum over each block."""
     means = rule.passes().get(function)
     return tuple(mean.over in ("row", "column") for mean in means) if means is not None else (True,)

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from toolkit.optim.kernel import StepFunction, measured_by_element, step_function
+from toolkit.optim.kernel import StepFunction, step_function
 from toolkit.optim.rule import Mean, Rule
 from toolkit.optim.streaming import StreamedStep, TensorStep
 from toolkit.state.codecs import BLOCK
@@ -254,18 +254,16 @@ def run(member: Member, function: str, scale: Tensor) -> Iterator[tuple[int, lis
     kernel: StepFunction = (
         first if function == "update" else step_function(first.rule, first.names, first.layout, function)
     )
-    numbers, spread = first.rule.given(function)
-    given = [member.numbers[name].float() for name in numbers]
+    given = [member.numbers[name] for name in kernel.numbers]
     scalars = torch.cat([step.scalars, torch.stack(given)]) if given else step.scalars
-    by_element = () if function == "update" else measured_by_element(first.rule, function)
     total = share.gradient.numel()
     most = CHUNK if any(kernel.wide) else total
     for at, size in _stretches(total, most):
         blocks = -(-size // BLOCK)
         theta = step.theta[share.offset + at : share.offset + at + size]
-        results = [theta.new_zeros(blocks, BLOCK if one else 1, dtype=torch.float32) for one in by_element]
-        lanes = [] if all(by_element) else [_lanes(size, blocks, theta.device)]
-        wide = [_spread(member, name, share.start + at, size, blocks) for name in spread]
+        results = [theta.new_zeros(blocks, BLOCK if one else 1, dtype=torch.float32) for one in kernel.results]
+        lanes = [] if all(kernel.results) else [_lanes(size, blocks, theta.device)]
+        wide = [_spread(member, name, share.start + at, size, blocks) for name in kernel.spread]
         parts = _Parts(step, share.offset + at, size)
         rounding = (step.seed, step.step, share.first_block + at // BLOCK)
         stretch = StreamedStep(kernel, step.compiled, theta, [*parts.held, *results, *lanes, *wide], scalars, rounding)
