@@ -135,7 +135,7 @@ def check_rank(content: Mapping[str, Any], sharding: Sharding, rank: int, path: 
 def _needed(sharding: Sharding, flat: Flat, rank: int) -> int:
     """Elements of a rank's flat tensor without padding at its end, which DeepSpeed leaves out."""
     if sharding.stage == 3:
-        return max((place.offset + place.part for place in flat.places), default=0)
+        return max((place.offset + place.share for place in flat.places), default=0)
     end = max((place.offset + place.numel for place in flat.places), default=0)
     return min(max(end - rank * flat.size, 0), flat.size)
 

@@ -59,6 +59,11 @@ class Layout:
             for spec in specs:
                 yield (f"{name}.{spec.suffix}" if spec.suffix else name), spec
 
+    @property
+    def blocked(self) -> bool:
+        """Whether elements of a block are stored together: under one scale, or two to a byte."""
+        return any(spec.per_block != BLOCK for _, spec in self.specs())
+
     def allocate(self, numel: int, device: torch.device) -> dict[str, Tensor]:
         """Zeros for a tensor of `numel` elements: each stored tensor as [ceil(numel / BLOCK), per_block]."""
         blocks = -(-numel // BLOCK)

@@ -214,12 +214,6 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
             f"{source.folder} cannot be taken over as it is: {converted[0]}; --convert-state (convert=True) takes over "
             "what it can, and encodes state anew"
         )
-    moved = transfer.regridded()
-    if moved:
-        converted.append(
-            f"stages 1 and 2 and stage 3 begin blocks at other elements of {len(moved)} parameters whose size is no "
-            f"multiple of 256 or that follow such a one, {moved[0]} for one: their state was decoded and encoded again"
-        )
     converted += schedule.resume(engine, source)  # which may refuse: until here nothing has changed
     zero = engine.optimizer
     if target.stage == 3:

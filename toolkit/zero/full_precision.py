@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from toolkit.errors import UserError
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import REMAINDER
+from toolkit.state.sharding import whole_shape
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
 from toolkit.zero.stage12 import ShardedZeroOptimizer
 
@@ -46,7 +47,7 @@ def full_precision_state_dict(engine: Any, *, gather: bool = True) -> dict[str, 
             for start, values in pieces:
                 found[f"{names[id(param)]}[{start}:{start + values.numel()}]"] = values.cpu()
             continue
-        shape = getattr(param, "ds_shape", param.shape)
+        shape = whole_shape(param)
         # Bit patterns of one rank beside zeros of all others: their sum is exact, the sign of zero included.
         bits = torch.zeros(shape.numel(), dtype=torch.int32, device=get_accelerator().current_device_name())
         for start, values in pieces:

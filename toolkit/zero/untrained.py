@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from toolkit.checkpoint.files import is_plain
 from toolkit.checkpoint.source import Source
+from toolkit.state.sharding import whole_shape
 
 
 class Untrained:
@@ -46,7 +47,7 @@ class Untrained:
 
     def shapes(self) -> dict[str, torch.Size]:
         """Shapes of the frozen parameters."""
-        return {name: _shape(param) for name, param in self.parameters.items()}
+        return {name: whole_shape(param) for name, param in self.parameters.items()}
 
     def parts(self) -> dict[str, Tensor]:
         """Of each frozen parameter what this rank holds: its part at stage 3, else all of it."""
@@ -64,8 +65,8 @@ class Untrained:
             new = self.buffers.get(name) if name in buffers else self.parameters.get(name)
             if new is None:
                 return f"this model lacks the {'buffer' if name in buffers else 'frozen parameter'} {name!r}"
-            if _shape(new) != old.shape:
-                return f"{name!r} is {list(old.shape)} in the checkpoint and {list(_shape(new))} here"
+            if whole_shape(new) != old.shape:
+                return f"{name!r} is {list(old.shape)} in the checkpoint and {list(whole_shape(new))} here"
         lacking = source.extra_states().keys() - self._modules.keys()
         return f"this model lacks the extra state {min(lacking)!r}" if lacking else None
 
@@ -108,10 +109,6 @@ class Untrained:
             self.buffers[name].copy_(own.get(name, value))
         for name, value in source.extra_states().items():
             self._modules[name].set_extra_state(copy.deepcopy(own.get(name, value)))
-
-
-def _shape(tensor: Tensor) -> torch.Size:
-    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def _holds(new: torch.dtype, old: torch.dtype) -> bool:
