@@ -32,6 +32,7 @@ def config(rule: str, stage: int, **top: Any) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": rule, "params": params},
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 3000},
+        "gradient_clipping": 0.0,
         "steps_per_print": 1_000_000,
     }
     return made | top
