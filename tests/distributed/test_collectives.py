@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ranks import launch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from toolkit.state.sharding import fragments
 from toolkit.zero import gradients
 
 Results = dict[str, list[dict[str, Any]]]
@@ -160,10 +161,11 @@ def test_the_reductions_of_a_bucket_are_one_call_where_the_backend_can(
     monkeypatch.setattr(gradients, "_coalescing_manager", watched)
     monkeypatch.setattr(gradients.dist, "reduce", counted)
     params = [torch.empty(1_000) for _ in range(4)]
-    delivered: list[gradients.Piece] = []
+    delivered: list[gradients.GradientFragment] = []
     reducer = gradients.Reducer(
         deliver=lambda _, pieces: delivered.extend(pieces),
-        places={id(param): gradients.slices(0, 1_000 * i, 1_000, 1_024) for i, param in enumerate(params)},
+        groups={id(param): 0 for param in params},
+        fragments={id(param): fragments(0, 1_000, size=1_024, shift=1_000 * i) for i, param in enumerate(params)},
         process_groups=[fake_ranks],
         divisor=4,
         bucket_elements=2_000,

@@ -16,6 +16,7 @@ from toolkit.checkpoint.schema import LARGEST, RANKS_LIMIT, Count
 from toolkit.errors import UserError
 from toolkit.sentences import explain
 from toolkit.state.codecs import BLOCK
+from toolkit.state.layout import dtype_name
 from toolkit.state.sharding import Flat, Sharding
 
 PER_RANK = "leanstate"
@@ -142,7 +143,7 @@ def _needed(sharding: Sharding, flat: Flat, rank: int) -> int:
 
 def _flat_problem(tensor: Tensor, flat: Flat, needed: int) -> str | None:
     if tensor.dtype != flat.torch_dtype:
-        return f"it is {str(tensor.dtype).removeprefix('torch.')} instead of {flat.dtype}"
+        return f"it is {dtype_name(tensor.dtype)} instead of {flat.dtype}"
     if tensor.dim() != 1 or not needed <= tensor.numel() <= flat.size:
         return f"it has {list(tensor.shape)} elements instead of {flat.size}"
     return None
@@ -162,7 +163,7 @@ def _state_problem(held: Mapping[str, Any], sharding: Sharding, index: int, nume
         there = value if not isinstance(value, Mapping) else squeezed_as(value)
         good = isinstance(there, Tensor) and there.dtype == part.dtype and list(there.shape) == shape
         if not good:
-            return f"its state {key!r} is not {str(part.dtype).removeprefix('torch.')} {shape}"
+            return f"its state {key!r} is not {dtype_name(part.dtype)} {shape}"
     return None
 
 

@@ -13,7 +13,7 @@ from toolkit.errors import UserError
 from toolkit.optim import find_rule, param_groups
 from toolkit.records import categories as c
 from toolkit.state.codecs import BLOCK
-from toolkit.state.layout import REMAINDER, Layout
+from toolkit.state.layout import Layout, is_scale, state_of
 
 _PROBE = 256
 """Elements of the flat tensor that an optimizer of torch is tried on."""
@@ -93,10 +93,9 @@ def stored(model: nn.Module, config: Mapping[str, Any], *, dtype: torch.dtype, s
 
 def _per_element(kept: Layout) -> dict[str, float]:
     found: dict[str, float] = {}
-    for key, part in kept.specs():
-        name, _, suffix = key.partition(".")
-        category = c.REMAINDER if name == REMAINDER else c.SCALES if suffix == "scale" else name
-        found[category] = found.get(category, 0.0) + part.per_block * part.dtype.itemsize / BLOCK
+    for key, spec in kept.specs():
+        category = c.SCALES if is_scale(key) else state_of(key)
+        found[category] = found.get(category, 0.0) + spec.bytes_per_element
     return found
 
 

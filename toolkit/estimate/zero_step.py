@@ -17,6 +17,7 @@ from toolkit.estimate.zero import Zero
 from toolkit.memory.storages import Curve, Life, curve
 from toolkit.records import categories as c
 from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import held, shard_size
 from toolkit.zero.gradients import NORM_CHUNK
 
 _UNSHARDED_REDUCTION = 500_000_000
@@ -104,11 +105,11 @@ class _Simulation:
             if self.zero.stage == 3:
                 own.update({number: -(-self.numels[number] // ranks) for number in group.numbers})
                 continue
-            share, start = self.group_share(group), 0
+            size, start = self.group_share(group), 0
             for number in group.numbers:
-                stop = start + self.numels[number]
-                own[number] = max(0, min(stop, (self.rank + 1) * share) - max(start, self.rank * share))
-                start = stop
+                mine = held(self.rank, self.numels[number], size=size, shift=start)
+                own[number] = mine.numel if mine is not None else 0
+                start += self.numels[number]
         return own
 
     def group_share(self, group: Group) -> int:
@@ -117,10 +118,9 @@ class _Simulation:
         if self.zero.stage == 0:
             return sum(sizes)
         if self.zero.stage == 3:
-            unit = BLOCK * ranks if group.whole_blocks or not self.stored.ours else ranks
-            return sum(-(-size // unit) * unit // ranks for size in sizes)
-        unit = BLOCK * ranks if self.stored.ours else 2 * ranks
-        return -(-sum(sizes) // unit) * unit // ranks
+            unit = BLOCK if group.whole_blocks or not self.stored.ours else 1
+            return sum(shard_size(size, ranks, unit) for size in sizes)
+        return shard_size(sum(sizes), ranks, BLOCK if self.stored.ours else 2)
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class _Simulation:
         elif zero.stage == 0:
             self._unsharded()
         elif self.stored.ours:
-            self._lean()
+            self._sharded()
         else:
             self._stock()
         phases = [*self.rehearsal.tape.phases, (c.REDUCE, self.reduced), (c.STEP, self.step)]
@@ -187,7 +187,7 @@ class _Simulation:
 
     # ---- stages 1 and 2 -------------------------------------------------------------------------------------------
 
-    def _lean(self) -> None:
+    def _sharded(self) -> None:
         """toolkit/zero/stage12.py and gradients.py."""
         zero = self.zero
         released = {number for group in self.stored.groups if group.released for number in group.numbers}

@@ -22,6 +22,7 @@ from toolkit.state.layout import (
     Layout,
     check_dtype,
     check_weights,
+    dtype_name,
     layout,
     state_formats,
     state_of,
@@ -271,7 +272,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             if surplus:
                 raise ValueError(
                     f"saved optimizer state of parameter {number} has {', '.join(surplus)}, which this optimizer does "
-                    f"not keep for {str(parameter.dtype).removeprefix('torch.')} weights"
+                    f"not keep for {dtype_name(parameter.dtype)} weights"
                 )
             for key, value in state.items():
                 given = saved[number].get(key)

@@ -115,10 +115,15 @@ def layout(states: tuple[State, ...], formats: Mapping[str, str], weights: str, 
     return layout_of(states, formats, weights if dtype == torch.bfloat16 else MASTER)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files and sentences have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_dtype(dtype: torch.dtype, where: str, allowed: Sequence[torch.dtype] = DTYPES) -> None:
     """Raise UserError unless weights of `dtype` can be trained."""
     if dtype not in allowed:
-        names = [str(one).removeprefix("torch.") for one in (dtype, *allowed)]
+        names = [dtype_name(one) for one in (dtype, *allowed)]
         raise UserError(f"{where}: trainable weights are {names[0]}, but must be one of {', '.join(names[1:])}")
 
 

@@ -22,11 +22,12 @@ from toolkit.checkpoint.transfer import WEIGHTS, Transfer
 from toolkit.errors import UserError
 from toolkit.masking import masked
 from toolkit.optim import RuleOptimizer
-from toolkit.state.layout import State
-from toolkit.state.sharding import Flat, Place, Sharding
+from toolkit.state.layout import State, dtype_name
+from toolkit.state.sharding import Flat, Place, Sharding, whole_shape
 from toolkit.zero import schedule
 from toolkit.zero.engine import rule_optimizer
 from toolkit.zero.release import RELEASED_NORM
+from toolkit.zero.shards import shards
 
 # The class; DeepSpeed's name for it is a function once `engine.register` has been called.
 from toolkit.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -41,14 +42,6 @@ def refusal(engine: Any) -> str | None:
     if engine.has_moe_layers or engine.mp_world_size > 1:
         return "checkpoints of expert, tensor and pipeline parallelism are not supported"
     return Untrained(engine.module, ()).refusal()
-
-
-def _flats(engine: Any) -> list[Tensor]:
-    """The tensors that the optimizer updates on this rank."""
-    zero = engine.optimizer
-    stage_3 = isinstance(zero, DeepSpeedZeroOptimizer_Stage3)
-    flats: list[Tensor] = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
-    return flats
 
 
 def sharding(engine: Any) -> Sharding:
@@ -66,23 +59,18 @@ def sharding(engine: Any) -> Sharding:
     states = optimizer.running.states if optimizer else (State("exp_avg"), State("exp_avg_sq", signed=False))
     groups = engine.basic_optimizer.param_groups
     flats = []
-    for index, flat in enumerate(_flats(engine)):
-        number = zero.sub_group_to_group_id[index] if stage == 3 else index
-        places, at = [], 0
-        if stage == 3:
-            for param in zero.fp16_groups[index]:
-                places.append(Place(names[id(param)], tuple(param.ds_shape), at, param.partition_numel()))
-                at += param.partition_numel()
-        else:
-            members = zip(zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True)
-            places = [Place(names[id(param)], tuple(param.shape), int(offset)) for param, offset in members]
-        group = groups[number]
+    for shard in shards(zero):
+        places = [
+            Place(names[id(member.param)], tuple(whole_shape(member.param)), member.offset, member.share)
+            for member in shard.members
+        ]
+        group = groups[shard.group]
         flats.append(
             Flat(
-                number,
+                shard.group,
                 group.get("component", "other"),
-                flat.numel(),
-                str(flat.dtype).removeprefix("torch."),
+                shard.tensor.numel(),
+                dtype_name(shard.tensor.dtype),
                 group["weights"] if optimizer else "fp32",
                 dict(group["state_format"]) if optimizer else dict.fromkeys((s.name for s in states), "fp32"),
                 tuple(places),
@@ -214,8 +202,8 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
     zero = engine.optimizer
     if target.stage == 3:
         zero.checkpoint_event_prologue()  # small parameters may be whole, and would stay what they are
-    for index, flat in enumerate(_flats(engine)):
-        _put(engine, flat, transfer.tensors(index, dist.get_rank()), transfer.step_of(index))
+    for index, shard in enumerate(shards(zero)):
+        _put(engine, shard.tensor, transfer.tensors(index, dist.get_rank()), transfer.step_of(index))
     _show(engine)
     untrained.restore(source)
     if target.stage == 3:

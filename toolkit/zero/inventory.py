@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.records import categories as c
-from toolkit.state.layout import REMAINDER
+from toolkit.state.layout import is_scale, state_of
 
 Named = tuple[str, str, Tensor]
 """Category, name and tensor."""
@@ -70,8 +70,7 @@ def _states(engine: Any) -> Iterator[Named]:
     for parameter, held in getattr(basic, "state", {}).items():
         for key, value in held.items():
             if isinstance(value, Tensor) and value.dim() > 0:
-                name, _, part = key.partition(".")
-                category = c.REMAINDER if name == REMAINDER else c.SCALES if part == "scale" else name
+                category = c.SCALES if is_scale(key) else state_of(key)
                 yield category, f"{key} of {groups[id(parameter)]}" if id(parameter) in groups else key, value
 
 

@@ -25,8 +25,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from toolkit.errors import UserError
-from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import share_of
 from toolkit.zero.agreement import check_first_gathers
+from toolkit.zero.shards import members
 
 
 def padding(shape: Sequence[int], world_size: int) -> int:
@@ -34,7 +35,7 @@ def padding(shape: Sequence[int], world_size: int) -> int:
 
     1-D parameters have fp32 state and no blocks: they keep DeepSpeed's own layout, a multiple of world size.
     """
-    return -math.prod(shape) % (world_size * BLOCK if len(shape) > 1 else world_size)
+    return share_of(shape, world_size) * world_size - math.prod(shape)
 
 
 def _padding_size(self: Any, param: Any) -> int:
@@ -232,12 +233,6 @@ def check_stage_3(zero_optimizer: Any) -> None:
 @torch.no_grad()
 def zero_padding(zero_optimizer: Any) -> None:
     """Clear what lies behind the end of each stage 3 parameter: DeepSpeed leaves it uninitialised."""
-    for index, params in enumerate(zero_optimizer.fp16_groups):
-        flat = zero_optimizer.fp32_partitioned_groups_flat[index]
-        offset = 0
-        for param in params:
-            size = param.partition_numel()
-            start = size * zero_optimizer._get_param_partition_rank(param)
-            held = min(max(param.ds_numel - start, 0), size)
-            flat[offset + held : offset + size].zero_()
-            offset += size
+    for shard, member in members(zero_optimizer):
+        held = 0 if member.fragment is None else member.fragment.numel
+        shard.tensor[member.offset + held : member.offset + member.share].zero_()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from toolkit.checkpoint.files import is_plain
 from toolkit.checkpoint.source import Source
+from toolkit.state.layout import dtype_name
 from toolkit.state.sharding import whole_shape
 
 
@@ -85,7 +86,7 @@ class Untrained:
         changed: dict[tuple[str, str], list[str]] = {}
         for name, new in here.items():
             if name in there and not _holds(new.dtype, there[name].dtype):
-                changed.setdefault((_named(there[name].dtype), _named(new.dtype)), []).append(name)
+                changed.setdefault((dtype_name(there[name].dtype), dtype_name(new.dtype)), []).append(name)
         for (old, new_dtype), names in changed.items():
             count = f"{len(names)} of the frozen parameters and buffers"
             said.append(f"{count} were {old} and are {new_dtype}, {names[0]!r} for one")
@@ -119,7 +120,3 @@ def _holds(new: torch.dtype, old: torch.dtype) -> bool:
 def _persistent(module: nn.Module, name: str) -> bool:
     owner, _, key = name.rpartition(".")
     return key not in module.get_submodule(owner)._non_persistent_buffers_set
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
