@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,14 @@ RECOVERY_SCRIPT = Path(deepspeed.__file__).with_name("utils") / "zero_to_fp32.py
 class _Capture(CheckpointEngine):
     """Stands in for DeepSpeed's writer and keeps what it is given, copied to host memory."""
 
-    def __init__(self, engine: Any, per_rank: Mapping[str, Any]) -> None:
+    def __init__(
+        self, engine: Any, untrained: Untrained, extra: Mapping[str, Any], per_rank: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         self.files: dict[Path, Any] = {}
         self._engine = engine
-        self._untrained = Untrained(engine.module, sharding(engine).by_name)
+        self._untrained = untrained
+        self._extra = dict(extra)
         self._per_rank = per_rank
         self._staging: Staging | None = None
 
@@ -115,7 +118,8 @@ class _Capture(CheckpointEngine):
         if "module" in content:
             whole = self._module(content)
         else:
-            whole = {PER_RANK: {**self._per_rank, OWN: self._untrained.own() if dist.get_rank() else {}}}
+            own = self._untrained.saved_buffers() | self._extra if dist.get_rank() else {}
+            whole = {PER_RANK: {**self._per_rank, OWN: own}}
         self.files[Path(path)] = plain(content | whole, self._on_host)
 
     def _module(self, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,13 +151,21 @@ class _Capture(CheckpointEngine):
             self._staging.finish()
 
 
-def capture(engine: Any, draft: Path, step: int, per_rank: Mapping[str, Any]) -> dict[Path, Any]:
+def capture(
+    engine: Any, trained: Collection[str], draft: Path, step: int, per_rank: Mapping[str, Any]
+) -> dict[Path, Any]:
     """What this rank writes of a checkpoint, by path below `draft`, in host memory; every rank must call this.
 
     Args:
+        trained: names of the parameters that the optimizer holds.
         per_rank: plain values that go into this rank's file beside its state.
     """
-    writer, engine.checkpoint_engine = engine.checkpoint_engine, _Capture(engine, per_rank)
+    untrained = Untrained(engine.module, trained)
+    extra = untrained.extra_states()
+    problem = untrained.unsaveable(extra)
+    if problem is not None:  # what modules keep may have changed since the run began
+        raise UserError(problem)
+    writer, engine.checkpoint_engine = engine.checkpoint_engine, _Capture(engine, untrained, extra, per_rank)
     engine._copy_recovery_script = lambda folder: None  # which would write at once; `RECOVERY_SCRIPT` is it
     try:
         # Frozen parameters are added by `_Capture`: DeepSpeed would have copies of them, or of some.
@@ -209,8 +221,8 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
     if target.stage == 3:
         zero.checkpoint_event_epilogue()
     _restore_rest(engine, source)
-    if hasattr(engine, "leanstate_watch"):
-        engine.leanstate_watch.accept()  # the weights that the model now has are the optimizer's
+    if hasattr(engine, "leanstate_changes"):
+        engine.leanstate_changes.accept()  # the weights that the model now has are the optimizer's
     return converted
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import deepspeed
@@ -35,15 +35,22 @@ class Untrained:
 
     def refusal(self) -> str | None:
         """Why a checkpoint cannot hold all of it, in half a sentence, or None."""
+        problem = self.unsaveable(self.extra_states())
+        if problem is not None:
+            return problem
+        for name, param in self.parameters.items():
+            if not param.requires_grad and hasattr(getattr(param, "ds_tensor", None), "ds_quant_scale"):
+                return f"{name!r} is quantized by zero_quantized_nontrainable_weights, and cannot be saved"
+        return None
+
+    def unsaveable(self, values: Mapping[str, Any]) -> str | None:
+        """Which extra state in `values`, by name, a checkpoint cannot hold, in half a sentence, or None."""
         for name, child in self._modules.items():
-            if not is_plain(child.get_extra_state()):
+            if not is_plain(values[name]):
                 return (
                     f"{name!r} (of {type(child).__name__}) holds other objects than tensors, numbers, text, lists and "
                     "dicts, and cannot be saved"
                 )
-        for name, param in self.parameters.items():
-            if not param.requires_grad and hasattr(getattr(param, "ds_tensor", None), "ds_quant_scale"):
-                return f"{name!r} is quantized by zero_quantized_nontrainable_weights, and cannot be saved"
         return None
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -54,10 +61,13 @@ class Untrained:
         """Of each frozen parameter what this rank holds: its part at stage 3, else all of it."""
         return {name: getattr(param, "ds_tensor", param).detach() for name, param in self.parameters.items()}
 
-    def own(self) -> dict[str, Any]:
-        """Buffers and extra state as they are on this rank."""
-        kept = {name: buffer for name, buffer in self.buffers.items() if name not in self._computed}
-        return kept | {name: child.get_extra_state() for name, child in self._modules.items()}
+    def saved_buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers as they are on this rank."""
+        return {name: buffer for name, buffer in self.buffers.items() if name not in self._computed}
+
+    def extra_states(self) -> dict[str, Any]:
+        """What modules return from `get_extra_state` on this rank, by name."""
+        return {name: child.get_extra_state() for name, child in self._modules.items()}
 
     def mismatch(self, source: Source) -> str | None:
         """What is of another shape or has no place here, in half a sentence; None if nothing is."""
