@@ -225,8 +225,8 @@ def test_flags_and_json_give_a_batch(
         ({GLOBAL: 10, MICRO: 4}, JSON, "micro-batch 4 * world size 2 = 8; nearest that fit: 8 or 16."),
         ({GLOBAL: 9}, JSON, "9 is not a multiple of world size 2; nearest that fit: 8 or 10."),
         ({GLOBAL: 3, ACCUMULATION: 2}, {}, "gradient accumulation 2 * world size 2 = 4; nearest that fit: 4."),
-        ({}, {}, "nothing fixes the batch"),
-        ({ACCUMULATION: 2}, {}, "nothing fixes the batch"),
+        ({}, {}, "the batch size is not given"),
+        ({ACCUMULATION: 2}, {}, "the batch size is not given"),
         ({}, {"train_batch_size": 2.5}, "train_batch_size is 2.5"),
         ({}, {"train_batch_size": True}, "train_batch_size is True"),
         ({}, {"gradient_accumulation_steps": 0, "train_batch_size": 4}, "gradient_accumulation_steps is 0"),
@@ -355,7 +355,7 @@ def test_a_folder_with_a_run_is_refused_and_kept(tmp_path: Path, held: str) -> N
     assert [path.name for path in tmp_path.iterdir()] == [held]
 
 
-def test_a_run_that_keeps_checkpoints_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_that_keeps_checkpoints_is_continued(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", {"seed": 1}, {"old": 1}, checkpoints=True)
     line = {"loss": 1.0, "tokens_per_s": 1.0, "step_time_s": 1.0, "skipped": False}
     for step in range(1, 6):
@@ -374,7 +374,7 @@ def test_a_run_that_keeps_checkpoints_is_gone_on_with(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "ds_config.json").read_text()) == {"new": 1}
 
 
-def test_a_run_without_checkpoints_is_never_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_is_never_continued(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, {}, {})
     folder.write_step({"step": 1})
     folder.close()

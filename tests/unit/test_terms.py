@@ -1,4 +1,4 @@
-"""A run that is resumed: what the command line leaves open stays as the checkpoint has it, what it changes is said."""
+"""A resumed run: settings that are not given stay as the checkpoint has them, and a remark names what changes."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_what_is_not_typed_stays_and_what_is_typed_is_said(name: str, monkeypatc
     again = settled("", saved)
     assert (again.config, again.changed) == (first.config, [])
     assert getattr(again.settings, name) == getattr(first.settings, name) != getattr(RunSettings(), name)
-    assert OTHER[name].split()[0] in again.remarks[0] and "as the checkpoint has it" in again.remarks[0]
+    assert OTHER[name].split()[0] in again.remarks[0] and "taken from the checkpoint" in again.remarks[0]
     back = {"lr": "--lr 6e-4", "warmup": "--warmup 0.1", "loss": "--loss plain"}
     line = back.get(name) or (
         "--no-activation-checkpointing"
@@ -163,7 +163,7 @@ def test_what_is_not_typed_stays_and_what_is_typed_is_said(name: str, monkeypatc
     )
     changed = settled(line, saved)
     assert getattr(changed.settings, name) != getattr(first.settings, name)
-    assert changed.changed and "not as in the run that saved the checkpoint" in changed.remarks[-1]
+    assert changed.changed and "changed since the run that saved the checkpoint" in changed.remarks[-1]
     assert settled(OTHER[name], saved).remarks == []  # the same line again says nothing
 
 

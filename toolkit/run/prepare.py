@@ -134,7 +134,7 @@ def prepare(settings: RunSettings) -> PreparedRun:
         source = packed(settings.val_data or settings.data, "validation" if held_out else "all")
         source.require(1)
         validation = [torch.as_tensor(sequence) for sequence in source.first_pass(settings.eval_sequences)]
-        remarks += [f"passed over in the validation text: {problem}" for problem in source.position.named]
+        remarks += [f"skipped in the validation text: {problem}" for problem in source.position.named]
     return PreparedRun(
         resolved=resolved,
         folder=folder,

@@ -31,7 +31,7 @@ class Start:
 
     @property
     def position(self) -> Position | None:
-        """Where the data go on; None is the beginning."""
+        """Where the data continue; None is the beginning."""
         from toolkit.data import Position
 
         noted = self.source.manifest.facts.get("position") if self.source is not None else None
@@ -157,7 +157,7 @@ def _begin(source: Source, folder: Path, remarks: list[str]) -> Start:
     newest = max(own.steps(), default=0)
     if source.folder.resolve().parent == own.folder.resolve() and newest > step and not remarks:
         raise UserError(
-            f"--resume names step {step}, but the run in {folder} has a checkpoint of step {newest}; to go on from an "
+            f"--resume names step {step}, but the run in {folder} has a checkpoint of step {newest}; to resume from an "
             "earlier one, give a new --run-dir"
         )
     return Start(step, source, remarks)
