@@ -16,7 +16,7 @@ from toolkit.records.run import tokens_of
 from toolkit.run.resolve import ResolvedSettings, resolve
 from toolkit.run.settings import RunSettings, parse
 from toolkit.run.start import Start
-from toolkit.run.terms import KEPT, Saved, changes, kept_settings, note, terms
+from toolkit.run.terms import KEPT, Saved, changes, kept_settings, saved_facts, terms
 
 SMALL = st.integers(1, 48)
 
@@ -32,7 +32,7 @@ def saved_by(line: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> Saved:
     """What a checkpoint of that line on so many ranks notes, as it comes back from JSON."""
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     run = settled(line)
-    return Saved.of({"global_batch": run.batch.total, "run": note(run.settings, run.config, run.batch)})
+    return Saved.of({"global_batch": run.batch.total, "run": saved_facts(run.settings, run.config, run.batch)})
 
 
 # The batch

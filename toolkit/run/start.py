@@ -34,8 +34,8 @@ class Start:
         """Where the data continue; None is the beginning."""
         from toolkit.data import Position
 
-        noted = self.source.manifest.facts.get("position") if self.source is not None else None
-        return Position(**noted) if noted else None
+        position = self.source.manifest.facts.get("position") if self.source is not None else None
+        return Position(**position) if position else None
 
     @property
     def saved(self) -> Saved | None:
@@ -68,7 +68,7 @@ def run_of(settings: RunSettings) -> Path | None:
     return path if named else None
 
 
-def noted(settings: RunSettings, folder: Path) -> Saved | None:
+def newest_saved(settings: RunSettings, folder: Path) -> Saved | None:
     """What the checkpoint that will be resumed says of its run; None where there is none, or it says nothing.
 
     Reads manifests only. `find_start` compares the files with their hashes, once all else has been checked.

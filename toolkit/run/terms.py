@@ -82,7 +82,7 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def note(settings: RunSettings, config: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+def saved_facts(settings: RunSettings, config: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
     """What a checkpoint notes, for `Saved.of`."""
     chosen = {name: getattr(settings, name) for name in KEPT}
     return {"settings": chosen, "terms": terms(settings, config, batch)}
