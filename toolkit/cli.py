@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from toolkit.commands import checkpoint as checkpoints
+from toolkit.commands.doctor import doctor
 from toolkit.commands.estimate import estimate, plan
 from toolkit.errors import UserError, nearest
 from toolkit.printable import echo, printable
@@ -65,7 +66,7 @@ def configs(
     PlainConsole().print(table)
 
 
-class Format(StrEnum):
+class ReportFormat(StrEnum):
     HTML = "html"
     MARKDOWN = "markdown"
     JSON = "json"
@@ -81,13 +82,13 @@ def report(
         Path | None, typer.Option(help="A folder, or a file where it is one format. (default: the first run's folder)")
     ] = None,
     formats: Annotated[
-        list[Format] | None, typer.Option("--format", help="What to write; repeatable. (default: all)")
+        list[ReportFormat] | None, typer.Option("--format", help="What to write; repeatable. (default: all)")
     ] = None,
 ) -> None:
     """Report what runs took and why: a page, Markdown and JSON."""
     from toolkit.report import build_report, report_paths, write_report
 
-    paths = report_paths(runs, out, () if formats is None or Format.ALL in formats else formats)
+    paths = report_paths(runs, out, () if formats is None or ReportFormat.ALL in formats else formats)
     built = build_report(runs)
     write_report(built, paths)
     echo(built.headline)
@@ -102,6 +103,7 @@ def report(
 
 app.command()(estimate)
 app.command()(plan)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -16,6 +16,10 @@ class PlainConsole(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
+    def print_line(self, text: str, **options: Any) -> None:
+        """Print one line, which nothing but the terminal breaks."""
+        self.print(text, soft_wrap=True, **options)
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Every string on its way to the screen passes here, those in tables too."""
         return super().render_str(printable(text, lines=True), **options)

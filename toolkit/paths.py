@@ -1,7 +1,11 @@
-"""Files in a folder that somebody else may have written: nothing outside of it, and nothing but files."""
+"""Files in a folder that somebody else may have written: nothing outside of it, and nothing but files.
+
+Also how a file is written: whole or not at all.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -25,14 +29,14 @@ def inside(folder: Path, name: str) -> Path:
     """`folder`/`name`; the name may have slashes, but must not lead out of the folder. Nothing is looked up.
 
     Raises:
-        UserError: it is absolute, has "..", or is no name of a file.
+        UserError: it is absolute, has "..", or is not a file name.
     """
     try:
         good = all(part not in ("", ".", "..") and len(part.encode()) <= _NAME_LIMIT for part in name.split("/"))
     except UnicodeEncodeError:  # half a character
         good = False
     if not good or "\0" in name:
-        raise UserError(f"{shown(name)} is no name of a file in {folder}")
+        raise UserError(f"{shown(name)} is not a file name within {folder}")
     return folder / name
 
 
@@ -63,7 +67,7 @@ def check_writable(path: Path) -> None:
     if path.is_symlink():
         raise UserError(f"{path} is a link, which is not written through; remove it")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no file; remove it")
+        raise UserError(f"{path} is not a file; remove it")
 
 
 def read_text(folder: Path, name: str, *, limit: int = TEXT_LIMIT, errors: str = "strict") -> str:
@@ -84,3 +88,38 @@ def read_text(folder: Path, name: str, *, limit: int = TEXT_LIMIT, errors: str =
         return content.decode(errors=errors)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text from byte {error.start} on") from None
+
+
+def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Make `path` a file of `text`, UTF-8: whatever ends this process, readers find the old one or the new.
+
+    Args:
+        durable: it also survives a loss of power from here on.
+
+    Raises:
+        OSError: it cannot be written; then it is what it was.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)  # which may be a link
+    try:
+        with open(draft, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in `folder` survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

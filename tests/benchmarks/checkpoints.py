@@ -17,26 +17,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-import toolkit.train
-from toolkit.run import ranks
+from toolkit.run import ranks, training
 from toolkit.run.settings import parse
 
 
 def trained(config: str, options: argparse.Namespace) -> tuple[Any, Any]:
-    """A plan and its engine after `options.steps` steps."""
+    """A prepared run and its engine after `options.steps` steps."""
     from toolkit import data
-    from toolkit.run.plan import make_plan
+    from toolkit.run.prepare import prepare
 
     line = f"--model {options.model} --config {config} --steps {options.steps} --seq-len 64 --micro-batch 2 "
     settings = parse((line + "--eval-every 0 --warmup 1").split())
     assert settings is not None
-    plan = make_plan(settings)
-    engine = toolkit.train._engine(plan)
-    batches = data.rank_batches(plan.data, rank=ranks.rank(), world_size=ranks.world_size(), micro_batch=2)
+    prepared = prepare(settings)
+    engine = training.build_engine(prepared)
+    batches = data.rank_batches(prepared.data, rank=ranks.rank(), world_size=ranks.world_size(), micro_batch=2)
     for _ in range(options.steps):
-        toolkit.train._step(engine, batches, 1)
+        training.optimizer_step(engine, batches, 1)
     batches.close()
-    return plan, engine
+    return prepared, engine
 
 
 def size(folder: Path) -> int:
@@ -44,7 +43,7 @@ def size(folder: Path) -> int:
 
 
 def main() -> None:
-    ranks.prepare()
+    ranks.prepare_environment()
     ranks.start()
     from toolkit.checkpoint.store import Store
     from toolkit.run.saving import Saver
@@ -58,7 +57,7 @@ def main() -> None:
     folder = Path(ranks.from_first(tempfile.mkdtemp(dir=options.folder)))
     result: dict[str, Any] = {"model": options.model, "ranks": ranks.world_size(), "steps": options.steps}
 
-    plan, engine = trained("amcs_zero2", options)
+    prepared, engine = trained("amcs_zero2", options)
     saver = Saver(engine, Store(folder / "amcs"))
     rows = []
     for step in range(1, 4):  # the first one touches its memory for the first time
@@ -68,16 +67,16 @@ def main() -> None:
         rows.append({"waits_s": waited, "on_disk_s": time.perf_counter() - began})
     saver.close()
     held = size(folder / "amcs" / "global_step3")
-    result["amcs"] = {"saves": rows, "bytes": held, "bytes_per_parameter": held / plan.parameters}
+    result["amcs"] = {"saves": rows, "bytes": held, "bytes_per_parameter": held / prepared.parameters}
     engine.destroy()
     del engine, saver
     gc.collect()
 
-    plan, engine = trained("adamw_zero2", options)
+    prepared, engine = trained("adamw_zero2", options)
     began = time.perf_counter()
     engine.save_checkpoint(str(folder / "adamw"))
     result["adamw"] = {"waits_s": time.perf_counter() - began, "bytes": size(folder / "adamw")}
-    result["adamw"]["bytes_per_parameter"] = result["adamw"]["bytes"] / plan.parameters
+    result["adamw"]["bytes_per_parameter"] = result["adamw"]["bytes"] / prepared.parameters
     if ranks.rank() == 0:
         shutil.rmtree(folder)
         print(json.dumps(result, indent=1))

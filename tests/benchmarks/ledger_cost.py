@@ -58,7 +58,7 @@ def main() -> None:
 
     from toolkit.run import ranks
 
-    ranks.prepare()
+    ranks.prepare_environment()
     device = ranks.start()
     from toolkit import memory
 

@@ -47,7 +47,7 @@ def main() -> None:
     from toolkit.run import ranks
     from toolkit.zero.inventory import inventory
 
-    ranks.prepare()
+    ranks.prepare_environment()
     device = ranks.start()
     on_gpu = device.type == "cuda"
     if not on_gpu:

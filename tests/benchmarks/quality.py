@@ -120,7 +120,7 @@ def main() -> None:
     from toolkit import models
     from toolkit.run import ranks
 
-    ranks.prepare()
+    ranks.prepare_environment()
     ranks.start()
     import torch
     from transformers import AutoModelForCausalLM

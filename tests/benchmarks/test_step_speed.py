@@ -1,6 +1,6 @@
 """The compiled 8-bit step on a CPU against bitsandbytes and against a step with fp32 master weights.
 
-Ratios taken in one run, up to three runs: what the code can do shows in the best of them, what else the machine does in
+Ratios taken in one run, up to six runs: what the code can do shows in the best of them, what else the machine does in
 the others. The bounds hold on every kind of processor; docs/benchmarks has the figures of some.
 """
 
@@ -11,7 +11,7 @@ from step_speed import contenders, measure, measure_in_turn, weight_contenders
 
 pytestmark = pytest.mark.alone
 
-RUNS = 3
+RUNS = 6
 
 
 def test_amcs_step_is_10_times_as_fast_as_ademamix8bit() -> None:

@@ -27,12 +27,12 @@ from ranks import answer
 
 import toolkit.train
 from toolkit.errors import UserError
-from toolkit.run import ranks
+from toolkit.run import ranks, training
 from toolkit.run.settings import parse
 
 
 def run(arguments: list[str], stop_at: int | None = None, poison: tuple[int, ...] = ()) -> Any:
-    step = toolkit.train._step
+    step = training.optimizer_step
 
     def stopping(engine: Any, *rest: Any) -> float:
         backward = engine.backward
@@ -44,7 +44,7 @@ def run(arguments: list[str], stop_at: int | None = None, poison: tuple[int, ...
             os.kill(os.getpid(), signal.SIGTERM)
         return loss
 
-    toolkit.train._step = stopping
+    training.optimizer_step = stopping
     said = io.StringIO()
     try:
         settings = parse(arguments)
@@ -55,7 +55,7 @@ def run(arguments: list[str], stop_at: int | None = None, poison: tuple[int, ...
     except UserError as error:
         return str(error)
     finally:
-        toolkit.train._step = step
+        training.optimizer_step = step
 
 
 def carry(arguments: list[str], source: str, to: str, convert: bool = False) -> Any:
@@ -81,24 +81,24 @@ def carry(arguments: list[str], source: str, to: str, convert: bool = False) -> 
 
 
 def _engine(arguments: list[str]) -> Any:
-    from toolkit.run.plan import make_plan
+    from toolkit.run.prepare import prepare
 
     settings = parse(arguments)
     assert settings is not None
     ranks.start()
-    plan = make_plan(settings)
-    return plan, toolkit.train._engine(plan)
+    prepared = prepare(settings)
+    return prepared, training.build_engine(prepared)
 
 
 def stock(arguments: list[str], to: str) -> None:
     from toolkit import data
 
-    plan, engine = _engine(arguments)
+    prepared, engine = _engine(arguments)
     batches = data.rank_batches(
-        plan.data, rank=ranks.rank(), world_size=ranks.world_size(), micro_batch=plan.batch.micro
+        prepared.data, rank=ranks.rank(), world_size=ranks.world_size(), micro_batch=prepared.batch.micro
     )
     for _ in range(3):
-        toolkit.train._step(engine, batches, plan.batch.accumulation)
+        training.optimizer_step(engine, batches, prepared.batch.accumulation)
     batches.close()
     engine.save_checkpoint(to)
 
@@ -122,7 +122,7 @@ KINDS: dict[str, Callable[..., Any]] = {"run": run, "carry": carry, "stock": sto
 
 
 def main() -> None:
-    ranks.prepare()
+    ranks.prepare_environment()
     from deepspeed.accelerator import get_accelerator
 
     # Half precision computes correctly on any CPU; DeepSpeed refuses it where the hardware has no fast path.

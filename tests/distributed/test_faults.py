@@ -132,10 +132,9 @@ def test_a_rank_that_is_stopped_ends_the_run(tmp_path: Path) -> None:
 
 ENDS = """
 import ctypes, os, signal
-import toolkit.train
-from toolkit.run import ranks
+from toolkit.run import ranks, training
 
-step = toolkit.train._step
+step = training.optimizer_step
 
 def out_of_memory():
     bytearray(1 << 60)
@@ -155,7 +154,7 @@ def waiting(engine, *rest):
             ctypes.CDLL(None).pthread_mutex_lock(mutex)
     return step(engine, *rest)
 
-toolkit.train._step = waiting
+training.optimizer_step = waiting
 """
 
 
@@ -282,14 +281,14 @@ def test_one_folder_belongs_to_one_run(world: World) -> None:
     assert f"{run} is in use by another run" in refused
     held.close()
     assert (run / "metrics.jsonl").read_bytes() == before
-    # An earlier checkpoint of a run goes on in another folder only.
+    # An earlier checkpoint of a run resumes in another folder only.
     earlier = ["--resume", str(run / "checkpoints" / OLDER)]
     branch = world.arguments("branch", AMCS, 1, *earlier)
-    refused, went_on = steps_of(
+    refused, resumed = steps_of(
         world, "third", 1, [{"run": world.arguments("taken", AMCS, 1, *earlier)}, {"run": branch}]
     )
     assert "has a checkpoint of step 7" in refused
-    assert went_on["steps"] == 6 and (run / "metrics.jsonl").read_bytes() == before
+    assert resumed["steps"] == 6 and (run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow

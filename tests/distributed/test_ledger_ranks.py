@@ -12,7 +12,7 @@ import pytest
 from ranks import deepspeed_command, environment, remove_buffers
 
 from toolkit.records import categories as c
-from toolkit.records.memory import FOLDER, PREDICTED, Measurement, OutOfMemory, Prediction, measured_name
+from toolkit.records.memory import FOLDER, PREDICTED, Measurement, OutOfMemoryRecord, Prediction, measured_name
 from toolkit.records.run import METRICS, SUMMARY, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -140,7 +140,7 @@ def test_a_rank_that_runs_out_of_memory_says_why(tmp_path: Path) -> None:
     lines = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and lines[0].startswith("error: rank 1 ran out of memory") and str(page) in lines[0]
     assert "Traceback" not in run.stderr
-    record = OutOfMemory.model_validate_json((folder / FOLDER / "rank1-out-of-memory.json").read_text())
+    record = OutOfMemoryRecord.model_validate_json((folder / FOLDER / "rank1-out-of-memory.json").read_text())
     assert record.rank == 1 and record.setup is not None and record.setup.world_size == 2
     assert record.phase in (c.FORWARD, c.BACKWARD) and record.step == 1
     assert record.asked is not None and record.limit is not None and record.limit < 10_000_000_000

@@ -292,7 +292,7 @@ KINDS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    ranks.prepare()
+    ranks.prepare_environment()
     ranks.start()
     toolkit.register()
     answer(KINDS)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from toolkit.memory.out_of_memory import Explainer, asked_bytes, json_name, out_of_memory
+from toolkit.memory.out_of_memory import Explainer, asked_bytes, failed_allocation, json_name
 from toolkit.memory.trace import StepTrace
 from toolkit.memory.watermarks import CachingAllocator, limits
 from toolkit.records import categories as c
-from toolkit.records.memory import FOLDER, Measurement, OutOfMemory, measured_name
+from toolkit.records.memory import FOLDER, Measurement, OutOfMemoryRecord, measured_name
 
 pytestmark = pytest.mark.gpu
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,16 +30,16 @@ def cuda() -> None:
 
 
 def test_the_allocators_peak_is_that_of_the_phase() -> None:
-    gauge = CachingAllocator(torch.device("cuda", 0))
-    gauge.begin()
-    before = gauge.now()
+    watermark = CachingAllocator(torch.device("cuda", 0))
+    watermark.begin()
+    before = watermark.now()
     large = torch.empty(256 * MEGABYTE, dtype=torch.uint8, device="cuda")
     del large
-    peak, reserved = gauge.read()
+    peak, reserved = watermark.read()
     assert peak - before == 256 * MEGABYTE and reserved >= peak
-    gauge.begin()
-    assert gauge.read()[0] == before
-    state = gauge.state()
+    watermark.begin()
+    assert watermark.read()[0] == before
+    state = watermark.state()
     assert state.reserved >= state.allocated and 0 <= state.fragmentation <= 1
     assert state.largest_free_block >= 256 * MEGABYTE
 
@@ -57,25 +57,25 @@ def test_a_step_is_traced() -> None:
         loss = model(x).sum()
         trace.phase(c.BACKWARD)
         loss.backward()
-    assert trace.curve.held[c.WORKSPACES][0] >= 2 * MEGABYTE  # of the forward and of the backward pass's thread
+    assert trace.curve.by_category[c.WORKSPACES][0] >= 2 * MEGABYTE  # of the forward and of the backward pass's thread
     gradients = sum(p.numel() * 4 for p in model.parameters())
-    assert trace.curve.held[c.GRADIENTS][-1] == gradients
+    assert trace.curve.by_category[c.GRADIENTS][-1] == gradients
     assert trace.curve.total.max() == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.02)
-    backward = [life for life in trace.tape.lives if life.category == c.GRADIENTS]
-    assert all(life.where.startswith("backward: ") for life in backward)
+    backward = [lifetime for lifetime in trace.storages.lifetimes if lifetime.category == c.GRADIENTS]
+    assert all(lifetime.where.startswith("backward: ") for lifetime in backward)
 
 
 def test_memory_that_runs_out_is_explained(tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
     weight = torch.zeros(64 * MEGABYTE, dtype=torch.uint8, device=device)
     explain = Explainer(tmp_path, 0, device)
-    explain.held, explain.phase = (lambda: [(c.WEIGHTS, "weight", weight)]), c.STEP
+    explain.inventory, explain.phase = (lambda: [(c.WEIGHTS, "weight", weight)]), c.STEP
     asked = 1 << 50
     with pytest.raises(torch.OutOfMemoryError) as caught, explain:
         torch.empty(asked, dtype=torch.uint8, device=device)
-    assert out_of_memory(caught.value) is caught.value
+    assert failed_allocation(caught.value) is caught.value
     assert asked_bytes(str(caught.value)) == pytest.approx(asked, rel=0.01)
-    record = OutOfMemory.model_validate_json((tmp_path / FOLDER / json_name(0)).read_text())
+    record = OutOfMemoryRecord.model_validate_json((tmp_path / FOLDER / json_name(0)).read_text())
     assert record.held[c.WEIGHTS] == 64 * MEGABYTE and record.limit == limits(device)["GPU"]
     taken = pickle.loads((tmp_path / FOLDER / "rank0-out-of-memory.pickle").read_bytes())
     assert taken["segments"]

@@ -11,17 +11,17 @@ from typing import Any
 from toolkit.records.categories import ordered
 from toolkit.records.memory import (
     PREDICTED,
-    Block,
     Change,
+    LargeTensor,
     Measurement,
-    OutOfMemory,
+    OutOfMemoryRecord,
     Phase,
     Prediction,
     Setup,
     Span,
     Timeline,
     measured_name,
-    write,
+    write_record,
 )
 
 PARAMETERS = 134_107_392
@@ -127,9 +127,9 @@ def measurement(optimizer: str = "AMCS", rank: int = 0, ranks: int = 2, **change
     return Measurement(**{**facts, **changed})
 
 
-def blocks() -> list[Block]:
+def blocks() -> list[LargeTensor]:
     head = "transformers/models/qwen3/modeling_qwen3.py:476 forward"
-    silu = Block(
+    silu = LargeTensor(
         bytes=12_582_912,
         category="activations",
         what="silu",
@@ -137,18 +137,20 @@ def blocks() -> list[Block]:
         phase="forward",
     )
     return [
-        Block(bytes=131_072_000, category="logits", what="linear", where=head, phase="forward"),
-        Block(
+        LargeTensor(bytes=131_072_000, category="logits", what="linear", where=head, phase="forward"),
+        LargeTensor(
             bytes=131_072_000,
             category="logits",
             what="log_softmax backward",
             where="LogSoftmaxBackward0",
             phase="backward",
         ),
-        Block(bytes=VOCABULARY_MATRIX, category="weights", what="model.embed_tokens.weight", where="", phase="init"),
-        Block(bytes=VOCABULARY_MATRIX, category="weights", what="lm_head.weight", where="", phase="init"),
+        LargeTensor(
+            bytes=VOCABULARY_MATRIX, category="weights", what="model.embed_tokens.weight", where="", phase="init"
+        ),
+        LargeTensor(bytes=VOCABULARY_MATRIX, category="weights", what="lm_head.weight", where="", phase="init"),
         *[silu] * LAYERS,
-        Block(bytes=12_288_000, category="m_fast", what="lm_head.weight m_fast", where="", phase="init"),
+        LargeTensor(bytes=12_288_000, category="m_fast", what="lm_head.weight m_fast", where="", phase="init"),
     ]
 
 
@@ -186,9 +188,9 @@ def prediction(optimizer: str = "AMCS", ranks: int = 2, **changed: Any) -> Predi
     return Prediction(**{**facts, **changed})
 
 
-def out_of_memory() -> OutOfMemory:
+def out_of_memory() -> OutOfMemoryRecord:
     held = next(phase.held for phase in phases(step("AMCS", 2)[0]) if phase.name == "backward")
-    return OutOfMemory(
+    return OutOfMemoryRecord(
         setup=setup(),
         rank=1,
         phase="backward",
@@ -264,7 +266,7 @@ def write_training(
 def write_run(folder: Path, optimizer: str = "AMCS", ranks: int = 2, **training: Any) -> Path:
     """A whole run with its memory folder; returns `folder`."""
     write_training(folder, optimizer, ranks, **training)
-    write(folder, PREDICTED, prediction(optimizer, ranks))
+    write_record(folder, PREDICTED, prediction(optimizer, ranks))
     for rank in range(ranks):
-        write(folder, measured_name(rank), measurement(optimizer, rank, ranks))
+        write_record(folder, measured_name(rank), measurement(optimizer, rank, ranks))
     return folder

@@ -12,8 +12,7 @@ import pytest
 from toolkit import cli
 from toolkit.config import load_config, validate
 from toolkit.errors import UserError
-from toolkit.estimate.plan import UPDATE_ERROR, Candidate
-from toolkit.estimate.plan import plan as find_plan
+from toolkit.estimate.recommend import UPDATE_ERROR, Candidate, recommend
 from toolkit.records.memory import Prediction
 from toolkit.records.sizes import parse_size
 
@@ -153,7 +152,7 @@ def test_a_plan_counts_the_hosts_memory(
 ) -> None:
     def found(host: int, ranks: int) -> dict[tuple[str, str], Candidate]:
         about: dict[str, Any] = {"gpu_memory": 2 * 10**9, "world_size": 2, "seq_len": 64, "optimizer": "AMCS"}
-        every = find_plan("qwen3-tiny", **about, host_memory=host, ranks_per_machine=ranks)
+        every = recommend("qwen3-tiny", **about, host_memory=host, ranks_per_machine=ranks)
         return {(one.config, one.state): one for one in every if not one.checkpointing}
 
     offloaded, plain = ("amcs_zero2_offload", "8bit, bf16+8"), ("amcs_zero2", "8bit, bf16+8")
@@ -173,11 +172,14 @@ def test_a_plan_overwrites_nothing(
     assert run(monkeypatch, *arguments) == 0
     assert json.loads(capsys.readouterr().out)["optimizer"]["type"] == "AMCS"
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "qwen3-tiny-plan.json").write_text("{}")
-    for more in ([], ["--out", "qwen3-tiny-plan.json"]):
-        assert run(monkeypatch, *arguments[:-1], *more) == 2
-        assert "is there already" in capsys.readouterr().err
-        assert (tmp_path / "qwen3-tiny-plan.json").read_text() == "{}"
+    first, second = (tmp_path / f"qwen3-tiny-plan{number}.json" for number in ("", "-2"))
+    first.write_text("{}")
+    assert run(monkeypatch, *arguments[:-1], "--out", first.name) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments[:-1]) == 0
+    assert "qwen3-tiny-plan-2.json written; train with" in capsys.readouterr().out
+    assert json.loads(second.read_text())["optimizer"]["type"] == "AMCS"
+    assert first.read_text() == "{}" and {*tmp_path.iterdir()} == {first, second}
 
 
 @pytest.mark.parametrize(

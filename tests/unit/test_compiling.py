@@ -57,12 +57,12 @@ def order(**settings: Any) -> dict[str, Any] | None:
 @pytest.mark.parametrize(
     ("settings", "dtypes", "device"),
     [
-        ({"config": "amcs_zero2"}, ["bfloat16", "bfloat16"], None),
-        ({"config": "soam_zero3_offload"}, ["bfloat16", "bfloat16"], "cpu"),
-        ({"overrides": ["optimizer.params.weights=fp32"]}, ["float32", "bfloat16"], None),
-        ({"overrides": ['data_types={"grad_accum_dtype": "fp32"}']}, ["bfloat16", "float32"], None),
-        ({"overrides": ["bf16.enabled=false"]}, ["float32", "float32"], None),
-        ({"overrides": ["zero_optimization.stage=0"]}, ["float32", "float32"], None),
+        ({"config": "amcs_zero2"}, ["bf16", "bf16"], None),
+        ({"config": "soam_zero3_offload"}, ["bf16", "bf16"], "cpu"),
+        ({"overrides": ["optimizer.params.weights=fp32"]}, ["fp32", "bf16"], None),
+        ({"overrides": ['data_types={"grad_accum_dtype": "fp32"}']}, ["bf16", "fp32"], None),
+        ({"overrides": ["bf16.enabled=false"]}, ["fp32", "fp32"], None),
+        ({"overrides": ["zero_optimization.stage=0"]}, ["fp32", "fp32"], None),
     ],
 )
 def test_what_is_compiled_follows_from_the_json(

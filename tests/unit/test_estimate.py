@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from toolkit import models
-from toolkit.config import load_config
+from toolkit.config import DeepSpeedSettings, load_config
 from toolkit.errors import UserError
-from toolkit.estimate.dry_run import Rehearsal, rehearse, scaled
+from toolkit.estimate.dry_run import DryRun, dry_run, scaled
+from toolkit.estimate.optimizer_memory import optimizer_memory
 from toolkit.estimate.predict import Case, Estimator, alternatives, assumed_context, variants
-from toolkit.estimate.stored import stored
-from toolkit.memory.storages import curve
 from toolkit.memory.trace import StepTrace
 from toolkit.models.build import blueprint
 from toolkit.optim import RULES, Rule, State, as_optimizer
@@ -116,12 +115,11 @@ def test_every_phase_adds_up_and_the_timeline_holds_the_peak(estimator: Estimato
 
 
 def test_a_pass_holds_what_the_allocator_counts() -> None:
-    """The rehearsal of a pass against the same pass, byte by byte, with and without checkpointing."""
-    models.cpu_matmul.install()  # as `toolkit.register` does it: the rehearsal counts on it
+    """The dry run of a pass against the pass itself, byte by byte, with and without checkpointing."""
+    models.cpu_matmul.install()  # as `toolkit.register` does it: the dry run counts on it
     for checkpointing, loss_name in ((False, "plain"), (True, "plain"), (True, "chunked")):
         settings: dict[str, Any] = {"activation_checkpointing": checkpointing, "loss": loss_name}
-        rehearsed = rehearse(TINY, dtype=torch.bfloat16, micro_batch=2, seq_len=48, device="cpu", **settings)
-        expected = curve(rehearsed.tape.lives, rehearsed.tape.now, rehearsed.tape.phases)
+        run = dry_run(TINY, dtype=torch.bfloat16, micro_batch=2, seq_len=48, device="cpu", **settings)
         model = models.build_model(TINY, dtype=torch.bfloat16, seed=0, **settings).train()
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -139,9 +137,9 @@ def test_a_pass_holds_what_the_allocator_counts() -> None:
             trace.phase(c.BACKWARD)
             loss.backward()
         weights = sum(p.numel() * 2 for p in model.parameters())
-        for phase, rehearsed_phase in zip(trace.curve.by_phase(), expected.by_phase(), strict=True):
-            assert phase.peak is not None and rehearsed_phase.peak is not None
-            assert phase.peak - weights == pytest.approx(rehearsed_phase.peak, rel=0.002, abs=65_536)
+        for phase, expected in zip(trace.curve.by_phase(), run.storages.curve().by_phase(), strict=True):
+            assert phase.peak is not None and expected.peak is not None
+            assert phase.peak - weights == pytest.approx(expected.peak, rel=0.002, abs=65_536)
 
 
 def test_checkpointing_keeps_the_input_of_a_block_only(estimator: Estimator) -> None:
@@ -153,13 +151,14 @@ def test_checkpointing_keeps_the_input_of_a_block_only(estimator: Estimator) -> 
 
 
 def test_sizes_are_linear_in_the_micro_batch() -> None:
-    def of(size: int, loss: str) -> Rehearsal:
-        return rehearse(TINY, dtype=torch.bfloat16, micro_batch=size, seq_len=32, device="cuda", loss=loss)
+    def of(size: int, loss: str) -> DryRun:
+        return dry_run(TINY, dtype=torch.bfloat16, micro_batch=size, seq_len=32, device="cuda", loss=loss)
 
     for loss in ("plain", "chunked"):
         guess = scaled(of(2, loss), of(3, loss), 50)
         assert guess is not None
-        assert [life.bytes for life in guess.tape.lives] == [life.bytes for life in of(50, loss).tape.lives]
+        sizes = ([one.bytes for one in run.storages.lifetimes] for run in (guess, of(50, loss)))
+        assert next(sizes) == next(sizes)
     assert scaled(of(2, "plain"), of(3, "chunked"), 5) is None
 
 
@@ -235,8 +234,8 @@ def test_optimizers_of_torch_are_tried_on_a_small_tensor() -> None:
     model = blueprint(TINY, dtype=torch.bfloat16)
 
     def states(kind: str, **params: Any) -> dict[str, float]:
-        settings = {"optimizer": {"type": kind, "params": {"lr": 0.1} | params}}
-        [group] = stored(model, settings, dtype=torch.bfloat16, stage=2, on_host=False).groups
+        config = {"optimizer": {"type": kind, "params": {"lr": 0.1} | params}}
+        [group] = optimizer_memory(model, DeepSpeedSettings.read(config)).groups
         return dict(group.per_element)
 
     assert states("SGD") == {}
@@ -250,7 +249,7 @@ def test_optimizers_of_torch_are_tried_on_a_small_tensor() -> None:
         with pytest.raises(UserError, match=unknown):
             states(unknown)
     with pytest.raises(UserError, match="no optimizer.type"):
-        stored(model, {}, dtype=torch.bfloat16, stage=2, on_host=False)
+        optimizer_memory(model, DeepSpeedSettings())
 
 
 def test_auto_and_what_is_not_modelled_are_said(estimator: Estimator) -> None:

@@ -1,4 +1,4 @@
-"""The ledger's parts that need no DeepSpeed: gauges, limits, snapshots, and what is written when memory runs out."""
+"""The ledger's parts that need no DeepSpeed: watermarks, limits, snapshots, the page about memory that ran out."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import nn
 from torch.cuda import _memory_viz
 
 from toolkit.memory import snapshot
-from toolkit.memory.out_of_memory import CHANGES, Explainer, asked_bytes, json_name, out_of_memory
+from toolkit.memory.out_of_memory import CHANGES, Explainer, asked_bytes, failed_allocation, json_name
 from toolkit.memory.trace import StepTrace
 from toolkit.memory.watermarks import RESERVED_SPACE, ResidentSet, limits
 from toolkit.records import categories as c
 from toolkit.records.by_category import by_category
-from toolkit.records.memory import FOLDER, Block, Change, OutOfMemory
+from toolkit.records.memory import FOLDER, Change, LargeTensor, OutOfMemoryRecord
 from toolkit.records.run import RUN
 from toolkit.run.folder import RunFolder
 
@@ -37,20 +37,20 @@ def failure() -> BaseException:
     raise AssertionError("this machine has a petabyte")
 
 
-# Gauges and limits
+# Watermarks and limits
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set's peak is Linux's")
 def test_the_resident_sets_peak_is_that_of_the_phase() -> None:
-    gauge, size = ResidentSet(), 200 << 20
-    gauge.begin()
-    before = gauge.read()[1]
+    watermark, size = ResidentSet(), 200 << 20
+    watermark.begin()
+    before = watermark.read()[1]
     large = torch.ones(size, dtype=torch.uint8)
     del large
-    _, peak = gauge.read()
+    _, peak = watermark.read()
     assert size * 0.9 < peak - before < size * 1.3
-    gauge.begin()
-    assert gauge.read()[1] < before + size * 0.3
+    watermark.begin()
+    assert watermark.read()[1] < before + size * 0.3
 
 
 def test_a_limit_on_address_space_is_found() -> None:
@@ -113,7 +113,7 @@ def test_a_snapshot_holds_the_traced_step_and_torch_reads_it(tmp_path: Path, one
         trace.phase(c.BACKWARD)
         loss.backward()
     path = tmp_path / "snapshot.pickle"
-    snapshot.write(path, snapshot.of_tape(trace.tape.lives, trace.tape.nanoseconds or []))
+    snapshot.write(path, snapshot.of_step(trace.storages.lifetimes, trace.storages.nanoseconds or []))
     taken = pickle.loads(path.read_bytes())
     peak, last = replay(taken)
     assert (peak, last) == (trace.curve.total.max(), trace.curve.total[-1])
@@ -131,8 +131,8 @@ def test_a_snapshot_holds_the_traced_step_and_torch_reads_it(tmp_path: Path, one
 
 
 def test_a_snapshot_of_blocks_has_no_history() -> None:
-    blocks = [Block(bytes=1000, category=c.WEIGHTS, what="w", where="", phase=c.INIT)] * 2
-    taken = snapshot.of_blocks(blocks)
+    blocks = [LargeTensor(bytes=1000, category=c.WEIGHTS, what="w", where="", phase=c.INIT)] * 2
+    taken = snapshot.of_tensors(blocks)
     assert replay(taken) == (2000, 2000) and taken["device_traces"] == [[]]
 
 
@@ -140,18 +140,18 @@ def test_a_snapshot_of_blocks_has_no_history() -> None:
 
 
 def test_failed_allocations_are_told_from_other_errors() -> None:
-    assert out_of_memory(failure()) is not None
+    assert failed_allocation(failure()) is not None
     with pytest.raises(MemoryError) as caught:
         bytearray(1 << 60)
-    assert out_of_memory(caught.value) is caught.value
-    assert out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory")) is not None
-    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) is not None
-    assert out_of_memory(RuntimeError("std::bad_alloc")) is not None
+    assert failed_allocation(caught.value) is caught.value
+    assert failed_allocation(OSError(errno.ENOMEM, "Cannot allocate memory")) is not None
+    assert failed_allocation(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) is not None
+    assert failed_allocation(RuntimeError("std::bad_alloc")) is not None
     wrapped = ValueError("while compiling")
     wrapped.__cause__ = caught.value
-    assert out_of_memory(wrapped) is caught.value
+    assert failed_allocation(wrapped) is caught.value
     for other in (ValueError("out of memory"), RuntimeError("shapes do not fit"), OSError(errno.ENOSPC, "full"), None):
-        assert out_of_memory(other) is None
+        assert failed_allocation(other) is None
 
 
 @pytest.mark.parametrize(
@@ -176,11 +176,11 @@ def explainer(folder: Path, **more: Any) -> Explainer:
 def test_the_explanation_names_what_was_held(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weight = torch.zeros(1 << 20)
     explain = explainer(tmp_path)
-    explain.held = lambda: [(c.WEIGHTS, "a.weight", weight)]
+    explain.inventory = lambda: [(c.WEIGHTS, "a.weight", weight)]
     explain.phase, explain.step = c.FORWARD, 7
     with pytest.raises(RuntimeError), explain:
         torch.empty(TOO_MUCH, dtype=torch.uint8)
-    record = OutOfMemory.model_validate_json((tmp_path / FOLDER / json_name(3)).read_text())
+    record = OutOfMemoryRecord.model_validate_json((tmp_path / FOLDER / json_name(3)).read_text())
     assert (record.rank, record.phase, record.step, record.asked) == (3, c.FORWARD, 7, TOO_MUCH)
     assert record.held[c.WEIGHTS] == weight.untyped_storage().nbytes()
     assert record.blocks[0].what == "a.weight" and record.limit == explain.limit
@@ -206,13 +206,13 @@ def test_activations_are_found_without_a_trace(tmp_path: Path) -> None:
     explain = explainer(tmp_path)
     explain.setup = None
     x = torch.zeros(1000, 1000, requires_grad=True)
-    explain.held, explain.phase = (lambda: [(c.WEIGHTS, "x", x)]), c.FORWARD
+    explain.inventory, explain.phase = (lambda: [(c.WEIGHTS, "x", x)]), c.FORWARD
     for checkpointing in (False, True):
         explain.written = None
         explain.setup = _setup(checkpointing)
         with pytest.raises(RuntimeError), explain:
             Failing()(x)
-        record = OutOfMemory.model_validate_json((tmp_path / FOLDER / json_name(3)).read_text())
+        record = OutOfMemoryRecord.model_validate_json((tmp_path / FOLDER / json_name(3)).read_text())
         # The frame holds the last one; the others are in the graph, which is left alone under checkpointing.
         assert record.held[c.ACTIVATIONS] == (1 if checkpointing else 3) * 4_000_000
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from toolkit.run import leftovers
+from toolkit.run import leftovers, ranks
 
 OWNER = """
 import sys, time
@@ -107,16 +107,19 @@ def test_each_environment_builds_in_its_own_folder(lock: Path, monkeypatch: pyte
     lock.touch()
     (first / "cpu_adam").mkdir(parents=True)
     (first / "cpu_adam" / "lock").touch()
-    assert set(leftovers._locks()) == {lock, first / "cpu_adam" / "lock"}
+    assert set(leftovers.find_locks()) == {lock, first / "cpu_adam" / "lock"}
 
 
-def test_ranks_leave_no_shared_buffers() -> None:
+RUN = "from toolkit.run import ranks; ranks.prepare_environment(); ranks.start()"
+OWN_LOOP = "import toolkit, deepspeed; toolkit.register(); deepspeed.init_distributed(auto_mpi_discovery=False)"
+
+
+@pytest.mark.parametrize("start", [RUN, OWN_LOOP])
+def test_ranks_leave_no_shared_buffers(start: str) -> None:
     """The extension that makes them is for inference and is not built; DeepSpeed's reduction works without."""
-    script = """
+    script = f"""
 import os, torch
-from toolkit.run import ranks
-ranks.prepare()
-ranks.start()
+{start}
 from deepspeed import comm
 x = torch.full((1000,), 3.0)
 comm.inference_all_reduce(x)
@@ -124,7 +127,9 @@ assert (x == 3.0).all()
 print(os.environ["MASTER_PORT"])
 os.kill(os.getpid(), 9)
 """
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(ranks.free_port())
+    environment = {**os.environ, **alone, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{run.stdout.split()[-1]}_*"))

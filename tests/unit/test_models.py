@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from small_models import qwen3
 from torch.profiler import ProfilerActivity, profile
 
 from toolkit.errors import UserError
@@ -29,20 +25,6 @@ TOTALS = {
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
 }
-
-
-def qwen3(folder: Path, **overrides: object) -> str:
-    settings: dict[str, Any] = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    transformers.Qwen3Config(**(settings | overrides)).save_pretrained(folder)
-    return str(folder)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -313,100 +295,3 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded"):
         build_model(folder, dtype=torch.float32, seed=0, from_checkpoint=True)
-
-
-# --- ZeRO stage 3, in processes of its own: deepspeed changes torch for good
-
-DIGEST = """
-import contextlib, hashlib, torch
-
-def digest(hf, gathered=contextlib.nullcontext):
-    named = [*hf.named_parameters(remove_duplicate=False), *hf.named_buffers()]
-    result = {}
-    for name, tensor in named:
-        with gathered(tensor):
-            data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
-            result[name] = hashlib.sha256(data).hexdigest()
-    return result
-"""
-
-WORKER = (
-    DIGEST
-    + """
-import json, os, sys
-import deepspeed
-from toolkit.models import build_model
-
-deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-world, rank = deepspeed.comm.get_world_size(), deepspeed.comm.get_rank()
-config = {"train_batch_size": world, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
-results = []
-for folder, load in json.loads(sys.argv[1]):
-    model = build_model(folder, dtype=torch.bfloat16, seed=11, zero3_config=config, from_checkpoint=load)
-    results.append(
-        {
-            "digest": digest(model.hf, deepspeed.zero.GatheredParameters),
-            "held": sum(p.ds_tensor.numel() for p in model.parameters()),
-            "tied": model.hf.lm_head.weight is model.hf.model.embed_tokens.weight,
-        }
-    )
-if rank == world - 1:
-    open(sys.argv[2], "w").write(json.dumps(results))
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-# Threads of DeepSpeed's shared-memory collectives outlive the interpreter and abort it now and then.
-sys.stdout.flush()
-os._exit(0)
-"""
-)
-
-
-def run_two_ranks(worker: Path, *arguments: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        # Two versions of ninja would rebuild DeepSpeed's extension against each other.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), *arguments],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in ranks:
-            log, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, log
-    finally:
-        for process in ranks:
-            process.kill()
-
-
-def test_zero3_holds_the_same_bits_in_parts(tmp_path: Path) -> None:
-    tied = qwen3(tmp_path / "tied", tie_word_embeddings=True)
-    untied = qwen3(tmp_path / "untied")
-    build_model(tied, dtype=torch.bfloat16, seed=3).hf.save_pretrained(tied)
-    cases = [(tied, False), (untied, False), (tied, True)]
-    worker, out = tmp_path / "worker.py", tmp_path / "out.json"
-    worker.write_text(WORKER)
-    run_two_ranks(worker, json.dumps(cases), str(out))
-    scope: dict[str, Any] = {}
-    exec(DIGEST, scope)
-    for (folder, load), result in zip(cases, json.loads(out.read_text()), strict=True):
-        plain = build_model(folder, dtype=torch.bfloat16, seed=11, from_checkpoint=load)
-        assert result["digest"] == scope["digest"](plain.hf)
-        assert result["tied"] == (folder == tied)
-        total = sum(parameter.numel() for parameter in plain.parameters())
-        assert total / 2 <= result["held"] <= total / 2 + len(result["digest"])  # padding: one element each

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from toolkit.errors import UserError
-from toolkit.optim import AMCS, SOAM, check_settings, find_rule
+from toolkit.optim import AMCS, SOAM, check_params, find_rule
 from toolkit.state.codecs import BLOCK, Fp32, Root, Signed
 from toolkit.state.remainders import WEIGHTS
 
@@ -134,7 +134,7 @@ def test_bf16_parameters_need_a_remainder() -> None:
 @pytest.mark.parametrize(("given", "says"), [("bf16+9", "Did you mean 'bf16+"), ("bf16", "Did you mean"), (8, "is 8,")])
 def test_unknown_weights_are_refused(given: Any, says: str) -> None:
     groups = [{"params": [nn.Parameter(torch.ones(4, 4))], "weights": given}]
-    for make in (lambda: SOAM(groups), lambda: check_settings("SOAM", {"weights": given})):
+    for make in (lambda: SOAM(groups), lambda: check_params("SOAM", {"weights": given})):
         with pytest.raises(UserError, match="weights is .* must be one of bf16") as caught:
             make()
         assert says in str(caught.value) and "\n" not in str(caught.value)
@@ -272,9 +272,9 @@ def test_signature_names_every_hyper_parameter() -> None:
 def test_names_resolve_in_any_case() -> None:
     assert find_rule("amcs") is AMCS
     assert find_rule("AdamW") is None
-    check_settings("SOAM", {"lr": "auto", "betas": [0.9, 0.95]})
+    check_params("SOAM", {"lr": "auto", "betas": [0.9, 0.95]})
     with pytest.raises(UserError, match="Did you mean 'lr'"):
-        check_settings("SOAM", {"lrr": 1e-3})
+        check_params("SOAM", {"lrr": 1e-3})
 
 
 @pytest.mark.parametrize(

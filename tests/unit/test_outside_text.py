@@ -114,7 +114,7 @@ def test_the_run_folder_and_checkpoints_hold_no_secret(tmp_path: Path) -> None:
     facts = {"settings": {"overrides": ["comet.api_key=KEY-3"]}, "ds_config": config}
     held = RunFolder(tmp_path / "run", facts, config, checkpoints=True)
     held.write_step({"step": 1, "loss": 1.0, "tokens_per_s": 1.0, "step_time_s": 1.0, "skipped": False})
-    held.go_on(1, config)
+    held.continue_after(1, config)
     held.close()
     store = whole(tmp_path / "run" / "checkpoints")
     entries = manifests.read(store.path(STEP))
@@ -266,11 +266,11 @@ def test_a_run_does_not_write_through_links(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="is a link"):
         RunFolder(run, {}, {}, checkpoints=True, resuming=True)
     (run / name).unlink()
-    (run / "metrics.draft").symlink_to(tmp_path / "theirs")
+    (run / f".metrics.jsonl.{os.getpid()}").symlink_to(tmp_path / "theirs")
     (run / "run.json").touch()
     held = RunFolder(run, {}, {}, checkpoints=True, resuming=True)
     (run / "metrics.jsonl").touch()
-    held.go_on(1, {})
+    held.continue_after(1, {})
     held.close()
     assert (tmp_path / "theirs").read_text() == "theirs"
 
@@ -291,7 +291,7 @@ def test_lines_that_are_no_steps_are_dropped_and_counted(tmp_path: Path) -> None
             file.write(json.dumps(line) + "\n")
         file.write(json.dumps(STEP_LINE | {"step": 2}) + "\n")
     held = RunFolder(run, {}, {}, checkpoints=True, resuming=True)
-    assert [record["step"] for record in held.go_on(5, {})] == [1, 2] and held.dropped == len(BAD_LINES)
+    assert [record["step"] for record in held.continue_after(5, {})] == [1, 2] and held.dropped == len(BAD_LINES)
     held.close()
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2]
     plot_loss([STEP_LINE], tmp_path / "loss.png", title="a $\\foo$ b")

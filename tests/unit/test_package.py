@@ -8,18 +8,21 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import yaml
+
 import toolkit
 from toolkit.config import shipped_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_wheel_carries_the_configs(tmp_path: Path) -> None:
+def test_the_wheel_carries_the_configs_and_says_it_is_typed(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("leanstate-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"toolkit/ds_configs/{name}.json" for name in shipped_configs()} <= set(names)
+    assert "toolkit/py.typed" in names
     assert not [name for name in names if name.startswith("tests/")]
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
     assert "toolkit = toolkit.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
@@ -55,3 +58,17 @@ def test_constraints_pin_what_the_project_needs() -> None:
     }
     wanted = {requirement.split(">")[0].split("[")[0] for requirement in needed} - {"leanstate"}
     assert wanted <= pinned, wanted - pinned
+
+
+def test_the_hooks_before_a_commit_and_the_workflow_run_what_make_lint_and_ci_run() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    lint = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0].splitlines()[1:]
+    commands = [line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .") for line in lint]
+    assert [hook["entry"] for hook in hooks] == commands
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
+    assert workflow["steps"][-1]["run"] == ".ci/run"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = [line.rpartition(" ")[2] for line in project["classifiers"] if "Python :: 3." in line]
+    assert workflow["strategy"]["matrix"]["python"] == versions
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug_report.yml").read_text())["body"]
+    assert any("toolkit doctor" in part["attributes"]["label"] for part in form)

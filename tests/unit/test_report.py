@@ -23,7 +23,7 @@ from report_runs import (
 
 from toolkit.errors import UserError
 from toolkit.records.categories import is_model_state
-from toolkit.records.memory import PREDICTED, Measurement, measured_name, write
+from toolkit.records.memory import PREDICTED, Measurement, measured_name, write_record
 from toolkit.report import build_report, render
 from toolkit.report.data import RunReport
 
@@ -73,15 +73,15 @@ def test_errors_are_of_the_measurement_in_percent(tmp_path: Path) -> None:
 
 def test_a_category_that_was_only_predicted_has_no_error(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    write(folder, PREDICTED, prediction(resident={**prediction().resident, "buckets": 5}))
+    write_record(folder, PREDICTED, prediction(resident={**prediction().resident, "buckets": 5}))
     between = report_of(folder).comparisons[1]
     assert next(pair for pair in between.categories if pair.name == "buckets").error is None
 
 
 def test_offloaded_state_is_compared_in_host_memory(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", ranks=1)
-    write(folder, PREDICTED, prediction(ranks=1, host={"v": 90}))
-    write(folder, measured_name(0), measurement(ranks=1, host_memory={"v": 100}, limit=2_000_000_000))
+    write_record(folder, PREDICTED, prediction(ranks=1, host={"v": 90}))
+    write_record(folder, measured_name(0), measurement(ranks=1, host_memory={"v": 100}, limit=2_000_000_000))
     run = report_of(folder)
     host = run.comparisons[-1]
     assert (host.moment, host.total.error, run.ranks[0].limit) == ("in host memory", -10, 2_000_000_000)
@@ -89,7 +89,7 @@ def test_offloaded_state_is_compared_in_host_memory(tmp_path: Path) -> None:
 
 def test_peaks_in_different_phases_are_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    write(folder, PREDICTED, prediction(peak_phase="step", peak=prediction().phases[-1].peak))
+    write_record(folder, PREDICTED, prediction(peak_phase="step", peak=prediction().phases[-1].peak))
     report = build_report([folder])
     assert report.runs[0].comparisons[0].phases == ["step", "backward"]
     assert "predicted in phase step and measured in backward" in render(report, "markdown")
@@ -127,7 +127,7 @@ def test_a_run_of_the_loop_alone_has_its_loss_and_resident_set(tmp_path: Path) -
 
 
 def test_memory_of_a_loop_of_ones_own_is_enough(tmp_path: Path) -> None:
-    write(tmp_path / "run", measured_name(0), measurement(ranks=1))
+    write_record(tmp_path / "run", measured_name(0), measurement(ranks=1))
     run = report_of(tmp_path / "run")
     assert run.training is None and run.peak is not None
     assert run.facts.model == "qwen3-134m" and run.facts.parameters == PARAMETERS
@@ -136,9 +136,9 @@ def test_memory_of_a_loop_of_ones_own_is_enough(tmp_path: Path) -> None:
 
 def test_a_summary_on_a_cpu_knows_the_resident_set_only(tmp_path: Path) -> None:
     of = {"peak": None, "peak_phase": None, "phases": [], "resident": {}, "timeline": None, "blocks": []}
-    write(tmp_path / "run", PREDICTED, prediction())
+    write_record(tmp_path / "run", PREDICTED, prediction())
     for rank in (0, 1):
-        write(tmp_path / "run", measured_name(rank), measurement(rank=rank, level="summary", **of))
+        write_record(tmp_path / "run", measured_name(rank), measurement(rank=rank, level="summary", **of))
     run = report_of(tmp_path / "run")
     assert run.peak is not None and run.peak.kind == "resident set" and run.comparisons == []
     assert run.imbalance is not None and run.imbalance.of == "resident set"
@@ -214,7 +214,7 @@ def test_a_damaged_explanation_falls_back_on_its_page(tmp_path: Path) -> None:
 
 def test_a_run_out_of_memory_says_so_first(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    write(folder, "rank1-out-of-memory.json", out_of_memory())
+    write_record(folder, "rank1-out-of-memory.json", out_of_memory())
     run = report_of(folder)
     assert run.headline.startswith("Rank 1 ran out of memory: it held 1.38 GB and asked for 131.07 MB more.")
     assert run.out_of_memory[0].record == out_of_memory()
@@ -222,7 +222,7 @@ def test_a_run_out_of_memory_says_so_first(tmp_path: Path) -> None:
 
 def test_a_prediction_of_another_setup_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    write(folder, PREDICTED, prediction(setup=setup(micro_batch=8)))
+    write_record(folder, PREDICTED, prediction(setup=setup(micro_batch=8)))
     assert "another setup than the measurement: micro_batch 8 there, 4 here" in problems(report_of(folder))
 
 
@@ -246,7 +246,7 @@ def test_a_timeline_that_cannot_be_drawn_is_left_out(tmp_path: Path, damage: Cal
     folder = write_run(tmp_path / "run", ranks=1)
     record = measurement(ranks=1)
     damage(record)
-    write(folder, measured_name(0), record)
+    write_record(folder, measured_name(0), record)
     run = report_of(folder)
     assert "memory/rank0.json is damaged: its timeline" in problems(run)
     assert run.timeline is not None and not run.timeline.measured
@@ -352,7 +352,7 @@ def test_runs_are_compared_by_what_the_model_holds_and_never_by_resident_sets(tm
         for rank in (0, 1):
             record = measurement(name, rank=rank, level="summary", peak=None, peak_phase=None, phases=[], timeline=None)
             record.largest_resident_set = process
-            write(tmp_path / name, measured_name(rank), record)
+            write_record(tmp_path / name, measured_name(rank), record)
     report = build_report([tmp_path / "AdamW", tmp_path / "AMCS"])
     adamw, amcs = report.methods
     assert adamw.memory_kind == amcs.memory_kind == "held by the model between steps"

@@ -9,7 +9,7 @@ import chromium
 import pytest
 from report_runs import out_of_memory, write_run, write_training
 
-from toolkit.records.memory import write
+from toolkit.records.memory import write_record
 from toolkit.report import build_report, report_paths, write_report
 
 PAGES = ("one", "several", "crashed")
@@ -49,7 +49,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     others = [write_run(root / long, "AdamW", steps=300), write_run(root / "soam", "SOAM", ranks=4, seed=1)]
     write_training(root / "loop-only", model="/a/folder/with/a/long/name/" * 3, parameters=5_049_088)
     crashed = write_run(root / "crashed")
-    write(crashed, "rank1-out-of-memory.json", out_of_memory())
+    write_record(crashed, "rank1-out-of-memory.json", out_of_memory())
     (crashed / "summary.json").unlink()
     (crashed / "memory" / "predicted.json").write_text("{")
     found = {}

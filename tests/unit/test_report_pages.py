@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from toolkit import cli
 from toolkit.records.categories import MEANING
-from toolkit.records.memory import Span, Timeline, write
+from toolkit.records.memory import Span, Timeline, write_record
 from toolkit.report import Report, build_report, render, report_paths, svg
 from toolkit.report.words import number, signed, size
 
@@ -30,7 +30,7 @@ HOSTILE = 'x <script>alert("1")</script> & `|*_ ünï'
 def two(tmp_path: Path) -> Report:
     first = write_run(tmp_path / "adamw", "AdamW")
     second = write_run(tmp_path / "amcs", better=0.3)
-    write(second, "rank1-out-of-memory.json", out_of_memory())
+    write_record(second, "rank1-out-of-memory.json", out_of_memory())
     return build_report([first, second])
 
 

@@ -11,13 +11,13 @@ import time
 import pytest
 
 from toolkit.run import ranks, stopping
-from toolkit.run.stopping import StopRequest, Watch
+from toolkit.run.stopping import Heartbeat, StopRequest
 
 WORKER = """
 import ctypes, os, signal, sys, time
 from torch import distributed
 from toolkit.run import stopping
-from toolkit.run.stopping import StopRequest, Watch, abandon
+from toolkit.run.stopping import Heartbeat, StopRequest, abandon
 
 def wait_forever():  # in C: no signal ends it
     mutex = ctypes.create_string_buffer(64)
@@ -33,7 +33,7 @@ distributed.init_process_group("gloo")
 if sys.argv[1] == "unreachable":
     stopping.CONNECT_SECONDS = 1.0
     os.environ["MASTER_ADDR"] = "203.0.113.1"  # kept for documents: nobody has it
-with Watch() as watch, StopRequest(watch) as stop:
+with Heartbeat() as heartbeat, StopRequest(heartbeat) as stop:
     distributed.barrier()
     print("ready", flush=True)
     {
@@ -41,7 +41,7 @@ with Watch() as watch, StopRequest(watch) as stop:
         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL) if rank == ends else wait_forever(),
         "finish": lambda: None if rank == ends else time.sleep(stopping.BEHIND_SECONDS + 2),
         "fail": lambda: 1 / 0 if rank == ends else distributed.barrier(),
-        "stop": lambda: (stop.border(), wait_forever()),
+        "stop": lambda: (stop.step_boundary(), wait_forever()),
         "insist": wait_forever,
         "wait": wait_forever,
         "unreachable": distributed.barrier,
@@ -166,7 +166,7 @@ def test_a_second_interrupt_ends_at_once_what_waits_in_c() -> None:
 
 def test_first_signal_asks_and_second_interrupts() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with Watch() as watch, StopRequest(watch) as stop:
+    with Heartbeat() as heartbeat, StopRequest(heartbeat) as stop:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
@@ -180,7 +180,7 @@ def test_first_signal_asks_and_second_interrupts() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_other_signals_ask_as_well(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # these tests may run under nohup
-    with Watch() as watch, StopRequest(watch) as stop:
+    with Heartbeat() as heartbeat, StopRequest(heartbeat) as stop:
         os.kill(os.getpid(), number)
         assert stop.requested
 
@@ -188,7 +188,7 @@ def test_other_signals_ask_as_well(number: int, monkeypatch: pytest.MonkeyPatch)
 def test_a_run_under_nohup_outlives_its_session() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Watch() as watch, StopRequest(watch) as stop:
+        with Heartbeat() as heartbeat, StopRequest(heartbeat) as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.requested
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -217,7 +217,7 @@ def test_an_error_of_a_lost_connection_is_a_sentence(monkeypatch: pytest.MonkeyP
 
 def test_a_rank_without_launcher_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     def requested_after_its_parent_is_gone() -> bool:
-        with monkeypatch.context() as patch, Watch() as watch, StopRequest(watch) as stop:
+        with monkeypatch.context() as patch, Heartbeat() as heartbeat, StopRequest(heartbeat) as stop:
             assert not stop.requested
             patch.setattr(os, "getppid", lambda: 1)  # as for a process whose parent has gone
             deadline = time.monotonic() + 2 * stopping._TICK_SECONDS

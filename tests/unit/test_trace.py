@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from toolkit.memory.storages import Life
+from toolkit.memory.storages import Lifetime
 from toolkit.memory.trace import StepTrace
 from toolkit.records import categories as c
 
@@ -77,8 +77,8 @@ def traced(micro_batches: int = 1, tied: bool = False) -> StepTrace:
     return trace
 
 
-def of(trace: StepTrace, category: str, phase: str | None = None) -> list[Life]:
-    return [x for x in trace.tape.lives if x.category == category and phase in (None, x.phase)]
+def of(trace: StepTrace, category: str, phase: str | None = None) -> list[Lifetime]:
+    return [x for x in trace.storages.lifetimes if x.category == category and phase in (None, x.phase)]
 
 
 @pytest.fixture
@@ -93,69 +93,71 @@ def test_weights_are_what_was_there_before(one: StepTrace) -> None:
         "layers.1.scale": WIDE * FLOAT,
         "head.weight": VOCABULARY * WIDE * FLOAT,
     }
-    found = {life.what: life.bytes for life in of(one, c.WEIGHTS)}
+    found = {lifetime.what: lifetime.bytes for lifetime in of(one, c.WEIGHTS)}
     assert found == expected
-    assert all(life.born == -1 and life.died is None for life in of(one, c.WEIGHTS))
-    assert (one.curve.held[c.WEIGHTS] == sum(expected.values())).all()
+    assert all(lifetime.allocated_at == -1 and lifetime.freed_at is None for lifetime in of(one, c.WEIGHTS))
+    assert (one.curve.by_category[c.WEIGHTS] == sum(expected.values())).all()
 
 
 def test_activations_are_what_the_backward_pass_needs(one: StepTrace) -> None:
     # The embedding's output and the exponential of each block; the last one is the head's input.
     forward = of(one, c.ACTIVATIONS, c.FORWARD)
-    assert sorted(life.bytes for life in forward) == [HIDDEN] * 3
-    ends = next(start for name, start in one.tape.phases if name == c.BACKWARD)
-    assert one.curve.held[c.ACTIVATIONS][ends - 1] == 3 * HIDDEN
-    assert one.curve.held[c.ACTIVATIONS][-1] == 0
+    assert sorted(lifetime.bytes for lifetime in forward) == [HIDDEN] * 3
+    ends = next(start for name, start in one.storages.phases if name == c.BACKWARD)
+    assert one.curve.by_category[c.ACTIVATIONS][ends - 1] == 3 * HIDDEN
+    assert one.curve.by_category[c.ACTIVATIONS][-1] == 0
 
 
 def test_transients_are_gone_when_their_block_is(one: StepTrace) -> None:
     # In each block the shift, the product and the sum; the backward pass needs none of them.
     forward = of(one, c.TRANSIENTS, c.FORWARD)
-    assert sorted(life.bytes for life in forward) == [HIDDEN] * 6
-    shift = [life for life in forward if life.what == "aten.full_like"]
-    assert len(shift) == 2 and all("test_trace.py" in life.where and "forward" in life.where for life in shift)
+    assert sorted(lifetime.bytes for lifetime in forward) == [HIDDEN] * 6
+    shift = [lifetime for lifetime in forward if lifetime.what == "aten.full_like"]
+    assert len(shift) == 2 and all(
+        "test_trace.py" in lifetime.where and "forward" in lifetime.where for lifetime in shift
+    )
     # All three are held when the sum is made, beside the block's input.
     block = shift[0].scope
     assert block is not None and block.closed is not None
-    inside = one.curve.held[c.TRANSIENTS]
+    inside = one.curve.by_category[c.TRANSIENTS]
     assert inside.max() == 3 * HIDDEN
 
 
 def test_logits_reach_from_the_head_to_the_gradient_of_its_input(one: StepTrace) -> None:
     made = of(one, c.LOGITS)
-    assert [life.what for life in made if life.bytes == LOGITS and life.phase == c.FORWARD] == [
+    assert [lifetime.what for lifetime in made if lifetime.bytes == LOGITS and lifetime.phase == c.FORWARD] == [
         "aten.mm",
         "aten._log_softmax",
     ]
-    backward = [life for life in made if life.phase == c.BACKWARD and life.bytes == LOGITS]
-    assert len(backward) == 2 and all(life.where.startswith("backward: ") for life in backward)
+    backward = [lifetime for lifetime in made if lifetime.phase == c.BACKWARD and lifetime.bytes == LOGITS]
+    assert len(backward) == 2 and all(lifetime.where.startswith("backward: ") for lifetime in backward)
     # Softmax and the gradient of the loss, then that of the logits; the logits themselves are no longer there.
-    assert 0 <= one.curve.held[c.LOGITS].max() - 3 * LOGITS < 64  # and the loss
+    assert 0 <= one.curve.by_category[c.LOGITS].max() - 3 * LOGITS < 64  # and the loss
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_embedding_is_not_the_heads(one_thread: None, tied: bool) -> None:
     trace = traced(tied=tied)
-    late = [life for life in trace.tape.lives if "Embedding" in life.where]
-    assert late and all(life.category in (c.GRADIENTS, c.TRANSIENTS) for life in late)
+    late = [lifetime for lifetime in trace.storages.lifetimes if "Embedding" in lifetime.where]
+    assert late and all(lifetime.category in (c.GRADIENTS, c.TRANSIENTS) for lifetime in late)
 
 
 def test_gradients_are_named_and_live_until_they_are_dropped(one: StepTrace) -> None:
-    names = {life.what: life.bytes for life in of(one, c.GRADIENTS)}
+    names = {lifetime.what: lifetime.bytes for lifetime in of(one, c.GRADIENTS)}
     assert names == {
         "gradient of embedding.weight": VOCABULARY * WIDE * FLOAT,
         "gradient of layers.0.scale": WIDE * FLOAT,
         "gradient of layers.1.scale": WIDE * FLOAT,
         "gradient of head.weight": VOCABULARY * WIDE * FLOAT,
     }
-    step = next(start for name, start in one.tape.phases if name == c.STEP)
-    held = one.curve.held[c.GRADIENTS]
+    step = next(start for name, start in one.storages.phases if name == c.STEP)
+    held = one.curve.by_category[c.GRADIENTS]
     assert held[step - 1] == sum(names.values()) and held[-1] == 0
 
 
 def test_the_step_holds_one_update_at_a_time(one: StepTrace) -> None:
-    updates = [life for life in of(one, c.TRANSIENTS, c.STEP) if life.what.startswith("aten.mul")]
-    assert sorted(life.bytes for life in updates) == sorted(life.bytes for life in of(one, c.GRADIENTS))
+    updates = [lifetime for lifetime in of(one, c.TRANSIENTS, c.STEP) if lifetime.what.startswith("aten.mul")]
+    assert sorted(lifetime.bytes for lifetime in updates) == sorted(lifetime.bytes for lifetime in of(one, c.GRADIENTS))
     phase = next(phase for phase in one.curve.by_phase() if phase.name == c.STEP)
     assert 0 <= phase.held[c.TRANSIENTS] - VOCABULARY * WIDE * FLOAT < 64  # the factor is a tensor, too
 
@@ -165,7 +167,7 @@ def test_categories_add_up_to_the_peaks(one: StepTrace) -> None:
     assert [phase.name for phase in phases] == [c.FORWARD, c.BACKWARD, c.STEP]
     for phase in phases:
         assert sum(phase.held.values()) == phase.peak
-    timeline = one.curve.timeline(one.tape.nanoseconds)
+    timeline = one.curve.timeline(one.storages.nanoseconds)
     totals = [sum(values) for values in zip(*timeline.held.values(), strict=True)]
     assert max(totals) == one.curve.total.max() == max(phase.peak or 0 for phase in phases)
     assert timeline.milliseconds == sorted(timeline.milliseconds or [])
@@ -174,12 +176,12 @@ def test_categories_add_up_to_the_peaks(one: StepTrace) -> None:
 def test_micro_batches_are_told_apart(one_thread: None) -> None:
     single, double = traced(1), traced(2)
     for category in (c.ACTIVATIONS, c.LOGITS):
-        assert double.curve.held[category].max() == single.curve.held[category].max(), category
+        assert double.curve.by_category[category].max() == single.curve.by_category[category].max(), category
     assert len(of(double, c.ACTIVATIONS, c.FORWARD)) == 2 * len(of(single, c.ACTIVATIONS, c.FORWARD))
     assert len(of(double, c.LOGITS)) == 2 * len(of(single, c.LOGITS))
     # The second forward pass holds the gradients of the first.
     forward = next(phase for phase in double.curve.by_phase() if phase.name == c.FORWARD)
-    assert forward.held[c.GRADIENTS] == sum(life.bytes for life in of(single, c.GRADIENTS))
+    assert forward.held[c.GRADIENTS] == sum(lifetime.bytes for lifetime in of(single, c.GRADIENTS))
 
 
 def test_what_an_operation_uses_within_itself_is_seen(one_thread: None) -> None:
@@ -188,9 +190,9 @@ def test_what_an_operation_uses_within_itself_is_seen(one_thread: None) -> None:
     with trace:
         trace.phase(c.STEP)
         values.median()
-    inside = [life for life in trace.tape.lives if life.what.startswith("inside ")]
-    assert sum(life.bytes for life in inside) >= values.numel() * FLOAT  # median works on a copy
-    assert all(life.category == c.TRANSIENTS and life.phase == c.STEP for life in inside)
+    inside = [lifetime for lifetime in trace.storages.lifetimes if lifetime.what.startswith("inside ")]
+    assert sum(lifetime.bytes for lifetime in inside) >= values.numel() * FLOAT  # median works on a copy
+    assert all(lifetime.category == c.TRANSIENTS and lifetime.phase == c.STEP for lifetime in inside)
     assert trace.curve.total.max() >= 2 * values.numel() * FLOAT
 
 
@@ -219,6 +221,6 @@ def test_cublas_workspaces_are_not_other(one_thread: None, monkeypatch: pytest.M
     with trace:
         trace.phase(c.FORWARD)
         kept = model(torch.randn(4, 16))
-    before = {name: int(values[0]) for name, values in trace.curve.held.items()}
+    before = {name: int(values[0]) for name, values in trace.curve.by_category.items()}
     assert (before[c.WEIGHTS], before[c.WORKSPACES], before[c.OTHER]) == (1024, 40_000, 60_000 - 1024)
     assert kept.shape == (4, 16)

@@ -221,7 +221,7 @@ def test_run_folders(tmp_path: Path, count: int) -> None:
             pytest.fail(f"number {number}: {path.name}")
         (folder / "checkpoints").mkdir()
         held = RunFolder(folder, {}, {}, checkpoints=True, resuming=True)
-        records = held.go_on(10**9, {})
+        records = held.continue_after(10**9, {})
         held.close()
         assert sum(record["step_time_s"] for record in records) >= 0
         assert all(record["loss"] is None or record["loss"] == record["loss"] for record in records)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from toolkit.checkpoint.schema import ManifestFile, claimed_bytes, disagreement
 from toolkit.errors import UserError
 from toolkit.masking import masked
-from toolkit.paths import read_text, regular
+from toolkit.paths import read_text, regular, replace_text
 from toolkit.sentences import explain, shown
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import Sharding
@@ -175,26 +175,6 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names in `folder` survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by a file of `text`, at once and for good."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    sync_folder(path.parent)
-
-
 def write(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of the checkpoint in `folder`."""
-    write_text(folder / NAME, json.dumps(manifest.to_json(), indent=1) + "\n")
+    replace_text(folder / NAME, json.dumps(manifest.to_json(), indent=1) + "\n", durable=True)

@@ -19,9 +19,9 @@ import shutil
 from pathlib import Path
 
 from toolkit.checkpoint import manifest as manifests
-from toolkit.checkpoint.manifest import Manifest, NotUnderstood, sync_folder
+from toolkit.checkpoint.manifest import Manifest, NotUnderstood
 from toolkit.errors import UserError
-from toolkit.paths import inside, read_text
+from toolkit.paths import inside, read_text, replace_text, sync_folder
 
 LATEST = "latest"
 _NAME = re.compile(r"global_step(0|[1-9][0-9]{0,17})")
@@ -85,11 +85,11 @@ class Store:
             self._make_way(final)
         os.rename(written, final)
         sync_folder(self.folder)
-        manifests.write_text(self.folder / LATEST, final.name)
+        replace_text(self.folder / LATEST, final.name, durable=True)
         for script in draft.glob("*.py"):  # DeepSpeed's zero_to_fp32.py
             os.replace(script, self.folder / script.name)
         self.discard(draft)
-        # What is beyond this step is damaged, else the run would have gone on from it.
+        # What is beyond this step is damaged, else the run would have resumed from it.
         kept = [step for step in self.steps() if step <= manifest.step and _understood(self.path(step))]
         for step in kept[self.keep_last :]:
             if not (self.keep_every and step % self.keep_every == 0):

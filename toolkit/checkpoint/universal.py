@@ -21,7 +21,7 @@ from toolkit.checkpoint.manifest import Manifest
 from toolkit.checkpoint.source import Source, model_file
 from toolkit.checkpoint.store import LATEST
 from toolkit.errors import UserError
-from toolkit.paths import inside
+from toolkit.paths import inside, replace_text
 from toolkit.state.layout import State
 from toolkit.state.sharding import Flat, Place, Sharding, reshard
 
@@ -77,7 +77,7 @@ def write(source: Source, folder: Path) -> None:
     for name, path in source.model_files().items():
         put(path.read_bytes(), folder / name)
     manifests.write(folder, Manifest(source.manifest.step, source.origin, source.manifest.facts, entries))
-    manifests.write_text(folder.parent / f"{LATEST}_universal", folder.name)
+    replace_text(folder.parent / f"{LATEST}_universal", folder.name, durable=True)
 
 
 def _home(folder: Path, name: str) -> Path:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from toolkit.errors import UserError, nearest
+from toolkit.run.ranks import settle_accelerator
 from toolkit.run.settings import RunSettings
 
 Device = Literal["cuda", "cpu"]
@@ -31,7 +32,7 @@ Loss = Annotated[
 
 def estimate(
     model: Model = "qwen3-tiny",
-    config: Config = "amcs_zero2",
+    name: Config = "amcs_zero2",
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Overwrite one key of the JSON; repeatable."),
@@ -70,7 +71,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole prediction as JSON.")] = False,
 ) -> None:
     """Predict the memory of a training run, per rank, before it runs."""
-    _settle_accelerator()
+    settle_accelerator()
     from toolkit import config as configs
     from toolkit import models
     from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, resolve_batch
@@ -83,14 +84,14 @@ def estimate(
     memory = None if gpu_memory is None else parse_size(gpu_memory, where="--gpu-memory")
     for plugin in plugins or []:
         import_plugin(plugin)
-    settings = configs.apply_overrides(configs.load_config(config), overrides or [])
-    configs.validate(settings, origin=config)
+    config = configs.apply_overrides(configs.load_config(name), overrides or [])
+    configs.validate(config, origin=name)
     models.check_length(models.load_config(model)[0], model, seq_len)
     world_size = gpus * nodes
-    batch = resolve_batch({MICRO: micro_batch, ACCUMULATION: grad_accum, GLOBAL: global_batch}, settings, world_size)
+    batch = resolve_batch({MICRO: micro_batch, ACCUMULATION: grad_accum, GLOBAL: global_batch}, config, world_size)
     case = Case(
         model,
-        settings,
+        config,
         world_size,
         batch.micro,
         seq_len,
@@ -106,7 +107,7 @@ def estimate(
     else:
         ranks = f"{gpus} GPU(s)" if nodes == 1 else f"{nodes} x {gpus} GPUs"
         show_prediction(PlainConsole(), found, variants(case) if what_if else found.per_block, memory, ranks)
-    if memory is not None and found.peak + found.context > memory:
+    if memory is not None and found.needed > memory:
         raise typer.Exit(1)
 
 
@@ -127,19 +128,20 @@ def plan(
     loss: Loss = None,
     device: On = "cuda",
     out: Annotated[
-        Path | None, typer.Option(help="Where to write the DeepSpeed JSON. (default: <model>-plan.json)")
+        Path | None,
+        typer.Option(help="Where to write the DeepSpeed JSON. (default: <model>-plan.json, or -plan-2.json and so on)"),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the recommended DeepSpeed JSON and nothing else.")
     ] = False,
 ) -> None:
     """Find the fastest shipped configuration, state format and micro-batch that fits, and write its JSON."""
-    _settle_accelerator()
+    settle_accelerator()
     from toolkit import models
     from toolkit.config import shipped_configs
     from toolkit.console import PlainConsole
-    from toolkit.estimate.plan import plan as find
-    from toolkit.estimate.show import show_plan
+    from toolkit.estimate.recommend import recommend
+    from toolkit.estimate.show import show_candidates
     from toolkit.records.sizes import parse_size, size_text
 
     known = sorted({shipped.optimizer for shipped in shipped_configs().values()})
@@ -148,11 +150,10 @@ def plan(
         raise UserError(f"--optimizer is {optimizer!r}, but must be {', '.join(known)}.{nearest(optimizer, known)}")
     memory = parse_size(gpu_memory, where="--gpu-memory")
     host = _host_memory() if host_memory is None else parse_size(host_memory, where="--host-memory")
-    path = out or Path(f"{Path(model).name}-plan.json")
-    if not as_json and path.exists():
-        raise UserError(f"{path} is there already; name another file with --out.")
+    if not as_json and out is not None and out.exists():
+        raise UserError(f"{out} is there already; name another file with --out.")
     models.check_length(models.load_config(model)[0], model, seq_len)
-    found = find(
+    found = recommend(
         model,
         gpu_memory=memory,
         world_size=gpus * nodes,
@@ -168,7 +169,7 @@ def plan(
     best = found[0]
     if not as_json:
         about = f"{'this machine has' if host_memory is None else 'there are'} {size_text(host)}"
-        show_plan(console, found, memory, seq_len, chosen, about)
+        show_candidates(console, found, memory, seq_len, chosen, about)
     if not (best.fits and best.asked):
         if as_json:
             typer.echo(f"nothing fits with {state_format} state; without --json it is said why.", err=True)
@@ -176,6 +177,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(best.json, indent=2))
         return
+    path = out or _unused(Path(f"{Path(model).name}-plan.json"))
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(json.dumps(best.json, indent=2) + "\n")
@@ -183,12 +185,19 @@ def plan(
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
     checkpointing = "--activation-checkpointing" if best.checkpointing else "--no-activation-checkpointing"
     checkpointing += f" --loss {loss}" if loss else ""
-    console.print(
+    console.print_line(
         f"{path} written; train with: deepspeed --num_gpus {gpus} launch/train.py --model {model} --config {path} "
-        f"--seq-len {seq_len} {checkpointing}",
-        highlight=False,
-        soft_wrap=True,
+        f"--seq-len {seq_len} {checkpointing}"
     )
+
+
+def _unused(path: Path) -> Path:
+    """`path`, with a number where there is such a file already: plans are edited, so none is written over."""
+    found, number = path, 1
+    while os.path.lexists(found):
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found
 
 
 def _host_memory() -> int:
@@ -198,11 +207,3 @@ def _host_memory() -> int:
     from toolkit.memory.watermarks import limits
 
     return min(limits(torch.device("cpu")).values())
-
-
-def _settle_accelerator() -> None:
-    """On a machine without GPUs DeepSpeed would look for one as it is imported, and say so."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")

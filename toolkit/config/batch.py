@@ -38,6 +38,11 @@ class Kept:
     micro: int | None = None
 
 
+def stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of MICRO, ACCUMULATION and GLOBAL that a DeepSpeed JSON gives; "auto" counts as absent."""
+    return {name: config[key] for name, key in JSON_KEYS.items() if config.get(key) not in (None, "auto")}
+
+
 def resolve_batch(
     flags: Mapping[str, int | None], config: Mapping[str, Any], world_size: int, kept: Kept | None = None
 ) -> Batch:
@@ -57,12 +62,12 @@ def resolve_batch(
         UserError: the three contradict each other or do not divide, nothing fixes a batch, or `kept` cannot stay.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    stated = {name: config[key] for name, key in JSON_KEYS.items() if config.get(key) not in (None, "auto")}
-    for name, value in [*stated.items(), *given.items()]:
+    in_json = stated(config)
+    for name, value in [*in_json.items(), *given.items()]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{JSON_KEYS[name]} is {value!r}, but it must be a whole number above 0.")
     if kept is not None and GLOBAL not in given and not {MICRO, ACCUMULATION} <= given.keys():
-        micro = kept.micro or stated.get(MICRO)
+        micro = kept.micro or in_json.get(MICRO)
         known = {} if micro is None else {JSON_KEYS[MICRO]: micro}
         try:
             return resolve_batch(given | {GLOBAL: kept.total}, known, world_size)
@@ -74,13 +79,13 @@ def resolve_batch(
     typed = set(given)
     if given:
         for name in (GLOBAL, MICRO, ACCUMULATION):
-            if len(given) < 2 and name in stated:
-                given.setdefault(name, stated[name])
+            if len(given) < 2 and name in in_json:
+                given.setdefault(name, in_json[name])
     else:
-        given = stated
+        given = in_json
     if given.keys() <= {ACCUMULATION}:
         raise UserError(
-            "nothing fixes the batch: give --micro-batch or --global-batch, "
+            "the batch size is not given: give --micro-batch or --global-batch, "
             f"or {JSON_KEYS[MICRO]} in the DeepSpeed JSON."
         )
     if len(given) == 1:

@@ -11,15 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.config.deepspeed import SPELLINGS, DeepSpeedSettings, dtype_name
 from toolkit.errors import UserError, nearest
 from toolkit.sentences import shown
 
-# DeepSpeed's names for a data type (DtypeEnum).
-_SPELLINGS = {
-    "fp32": ("fp32", "float32", "float", "torch.float32"),
-    "fp16": ("fp16", "float16", "half", "torch.float16"),
-    "bf16": ("bf16", "bfloat16", "torch.bfloat16"),
-}
 _OFFLOADS = ("offload_optimizer", "offload_param")
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 # DeepSpeed's `is_zero_supported_optimizer`, by `optimizer.type`.
@@ -33,20 +28,12 @@ class Facts:
     Attributes:
         config: the JSON, without "auto".
         models: its sections that DeepSpeed has models for, by dotted path.
-        stage: of ZeRO.
-        computed: "bf16", "fp16" or "fp32", what the model computes in.
-        optimizer: `optimizer.type`, None without.
-        params: `optimizer.params`.
-        rule: whether `optimizer` is a rule of this package.
+        ds: the JSON as all others read it.
     """
 
     config: Mapping[str, Any]
     models: Mapping[str, Any]
-    stage: int
-    computed: str
-    optimizer: str | None
-    params: Mapping[str, Any]
-    rule: bool
+    ds: DeepSpeedSettings
 
     @property
     def zero(self) -> Any:
@@ -55,23 +42,8 @@ class Facts:
 
         return self.models.get("zero_optimization") or DeepSpeedZeroConfig()
 
-    def offload(self, part: str = "offload_optimizer") -> str:
-        """The device that `part` is offloaded to, "none" without."""
-        return str(getattr(getattr(self.zero, part), "device", "none"))
-
     def enabled(self, section: str) -> bool:
         return bool(getattr(self.models.get(section), "enabled", False))
-
-    @property
-    def foreign(self) -> str:
-        """The optimizer of DeepSpeed or torch, in lower case; empty for a rule, whatever its name, and without any."""
-        return "" if self.rule else (self.optimizer or "").lower()
-
-    @property
-    def on_cpu_adam(self) -> bool:
-        """Whether the step is that of DeepSpeed's Adam for hosts."""
-        adam = self.foreign in ("adam", "adamw") and not self.params.get("torch_adam")
-        return adam and self.offload() != "none"
 
 
 def check_limits(facts: Facts) -> None:
@@ -81,14 +53,6 @@ def check_limits(facts: Facts) -> None:
             raise UserError(problem)
 
 
-def compute_dtype(models: Mapping[str, Any]) -> str:
-    """ "bf16", "fp16" or "fp32": what the model computes in."""
-    for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
-        if any(getattr(models.get(key), "enabled", False) for key in keys):
-            return name
-    return "fp32"
-
-
 def _precision(facts: Facts) -> Iterator[str]:
     bf16 = next((key for key in ("bf16", "bfloat16") if facts.enabled(key)), None)
     if bf16 and facts.enabled("fp16"):
@@ -96,58 +60,60 @@ def _precision(facts: Facts) -> Iterator[str]:
 
 
 def _dtypes(facts: Facts) -> Iterator[str]:
-    types, computed = facts.config.get("data_types", {}), facts.computed
-    if types.get("param_dtype") not in (None, *_SPELLINGS[computed]):
+    ds = facts.ds
+    types, computed = facts.config.get("data_types", {}), ds.computed
+    if types.get("param_dtype") not in (None, *SPELLINGS[computed]):
         given = shown(types["param_dtype"])
         yield f"data_types.param_dtype is {given}, but the run computes in {computed}; leave it out."
     gradients = types.get("grad_accum_dtype")
-    if facts.stage == 0 and gradients not in (None, *_SPELLINGS[computed]):
+    if ds.stage == 0 and gradients not in (None, *SPELLINGS[computed]):
         yield (
             f"data_types.grad_accum_dtype is {shown(gradients)}, but without ZeRO gradients are in {computed} like the "
             "model; leave it out, or use zero_optimization.stage 1, 2 or 3."
         )
-    if _wraps_bf16(facts) and facts.rule:
+    if _wraps_bf16(facts) and ds.rule:
         yield (
             f"data_types.grad_accum_dtype {gradients!r} with bf16 at zero_optimization.stage 1 makes DeepSpeed "
             "use a wrapper whose fp32 gradients are not sharded and whose partitions are not whole blocks, "
-            f"which {facts.optimizer} needs; remove it, or use stage 2 or 3."
+            f"which {ds.optimizer} needs; remove it, or use stage 2 or 3."
         )
 
 
 def _wraps_bf16(facts: Facts) -> bool:
     """Whether DeepSpeed uses its BF16_Optimizer."""
-    in_fp32 = facts.config.get("data_types", {}).get("grad_accum_dtype") in _SPELLINGS["fp32"]
-    return facts.computed == "bf16" and facts.stage == 1 and in_fp32 and facts.offload() == "none"
+    ds = facts.ds
+    return ds.computed == "bf16" and ds.stage == 1 and ds.gradients == "fp32" and ds.offload_optimizer == "none"
 
 
 def _offload(facts: Facts) -> Iterator[str]:
+    ds = facts.ds
     for part in _OFFLOADS:
-        device = facts.offload(part)
+        device = getattr(ds, part)
         if device == "none":
             continue
         needed = 3 if part == "offload_param" else 1
-        if facts.stage < needed:
+        if ds.stage < needed:
             allowed = "3" if needed == 3 else "1, 2 or 3"
             yield (
                 f"zero_optimization.{part} (device {device!r}) needs zero_optimization.stage {allowed}, "
-                f"and it is {facts.stage}."
+                f"and it is {ds.stage}."
             )
         if device == "nvme" and getattr(facts.zero, part).nvme_path is None:
             yield f"zero_optimization.{part}.device 'nvme' needs nvme_path beside it."
-    settings = facts.zero.offload_optimizer
-    if settings is None or facts.optimizer is None:
+    section = facts.zero.offload_optimizer
+    if section is None or ds.optimizer is None:
         return
-    if settings.ratio < 1.0 and not facts.on_cpu_adam and facts.offload() != "none":
+    if section.ratio < 1.0 and not ds.on_cpu_adam and ds.offload_optimizer != "none":
         yield (
-            f"zero_optimization.offload_optimizer.ratio is {settings.ratio:g}, and only DeepSpeed's Adam and AdamW can "
-            f"leave a part of the step on the device, not {facts.optimizer}; leave it out."
+            f"zero_optimization.offload_optimizer.ratio is {section.ratio:g}, and only DeepSpeed's Adam and AdamW can "
+            f"leave a part of the step on the device, not {ds.optimizer}; leave it out."
         )
 
 
 def _zero(facts: Facts) -> Iterator[str]:
     from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 
-    zero, stage = facts.zero, facts.stage
+    ds, zero, stage = facts.ds, facts.zero, facts.ds.stage
     if zero.legacy_stage1 and stage:
         yield "zero_optimization.legacy_stage1 is no longer part of DeepSpeed; leave it out."
     if stage in (1, 2) and zero.allgather_bucket_size % 2:
@@ -159,7 +125,7 @@ def _zero(facts: Facts) -> Iterator[str]:
         clipping = facts.config.get("gradient_clipping", GRADIENT_CLIPPING_DEFAULT)
         for setting, given in (
             (f"gradient_clipping {clipping:g} (1 unless it is set)", clipping > 0),
-            ("zero_optimization.offload_optimizer", facts.offload() != "none"),
+            ("zero_optimization.offload_optimizer", ds.offload_optimizer != "none"),
             ("zero_optimization.zenflow", zero.zenflow is not None),
             ("data_types.grad_accum_dtype 'fp32' with bf16 at stage 1", _wraps_bf16(facts)),
         ):
@@ -173,23 +139,23 @@ def _zero(facts: Facts) -> Iterator[str]:
 
 
 def _optimizer(facts: Facts) -> Iterator[str]:
-    kind = facts.foreign
-    if kind and facts.stage and kind not in _TESTED_WITH_ZERO and not facts.config.get("zero_allow_untested_optimizer"):
+    ds, kind = facts.ds, facts.ds.foreign
+    if kind and ds.stage and kind not in _TESTED_WITH_ZERO and not facts.config.get("zero_allow_untested_optimizer"):
         yield (
-            f"optimizer.type {facts.optimizer!r} is one that DeepSpeed has not tested with ZeRO; set "
+            f"optimizer.type {ds.optimizer!r} is one that DeepSpeed has not tested with ZeRO; set "
             "zero_allow_untested_optimizer to true to use it."
         )
-    if kind == "lamb" and not (facts.computed == "fp16" and facts.models["fp16"].loss_scale == 0):
+    if kind == "lamb" and not (ds.computed == "fp16" and facts.models["fp16"].loss_scale == 0):
         yield "optimizer.type 'Lamb' needs fp16.enabled with a dynamic loss scale (fp16.loss_scale 0)."
     if (
         kind in ("adam", "adamw")
         and facts.config.get("optimizer", {}).get("legacy_fusion")
-        and not facts.params.get("torch_adam")
-        and facts.stage == 0
-        and facts.computed != "fp32"
+        and not ds.params.get("torch_adam")
+        and ds.stage == 0
+        and ds.computed != "fp32"
     ):
-        yield f"optimizer.legacy_fusion is true, which DeepSpeed's {facts.optimizer} no longer supports; leave it out."
-    if kind == "muon" and facts.stage == 3 and facts.zero.reduce_scatter:
+        yield f"optimizer.legacy_fusion is true, which DeepSpeed's {ds.optimizer} no longer supports; leave it out."
+    if kind == "muon" and ds.stage == 3 and facts.zero.reduce_scatter:
         yield (
             "optimizer.type 'Muon' at zero_optimization.stage 3 needs reduce_scatter false, with which gradients are "
             "not cut into whole blocks here; use stage 1 or 2."
@@ -198,8 +164,9 @@ def _optimizer(facts: Facts) -> Iterator[str]:
 
 def _scaling(facts: Facts) -> Iterator[str]:
     """Rules take the mean whatever these say (`toolkit.zero.gradients.takes_mean`)."""
-    scales = facts.config.get("gradient_allreduce_op", "mean").lower() == "mean" or facts.stage == 3
-    if facts.rule or facts.stage < 2 or not facts.zero.reduce_scatter or not scales:
+    ds = facts.ds
+    scales = facts.config.get("gradient_allreduce_op", "mean").lower() == "mean" or ds.stage == 3
+    if ds.rule or ds.stage < 2 or not facts.zero.reduce_scatter or not scales:
         return
     if facts.config.get("prescale_gradients"):
         name = "prescale_gradients"
@@ -208,29 +175,31 @@ def _scaling(facts: Facts) -> Iterator[str]:
     else:
         return
     yield (
-        f"{name} is set, and DeepSpeed does not have it at zero_optimization.stage {facts.stage} with reduce_scatter; "
+        f"{name} is set, and DeepSpeed does not have it at zero_optimization.stage {ds.stage} with reduce_scatter; "
         "leave it out: the mean over ranks is the same."
     )
 
 
 def _master_weights(facts: Facts) -> Iterator[str]:
+    ds = facts.ds
     for key, dtype in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16")):
         section = facts.models.get(key)
         if not getattr(section, f"{dtype}_master_weights_and_grads", False):
             continue
         place = f"{key}.{dtype}_master_weights_and_grads"
-        if facts.rule:
+        if ds.rule:
             yield (
-                f"{place} takes the bits below {dtype} away from {facts.optimizer}; leave it out: "
+                f"{place} takes the bits below {dtype} away from {ds.optimizer}; leave it out: "
                 "optimizer.params.weights decides whether there are master weights."
             )
         if (
-            facts.offload() != "none" or not getattr(section, "bf16_optimizer_states", False)
-        ) and not facts.on_cpu_adam:
+            ds.offload_optimizer != "none" or not getattr(section, "bf16_optimizer_states", False)
+        ) and not ds.on_cpu_adam:
             yield f"{place} needs zero_optimization.offload_optimizer and DeepSpeed's Adam or AdamW."
 
 
 def _other(facts: Facts) -> Iterator[str]:
+    ds = facts.ds
     level = facts.config.get("log_level")
     if level is not None and level.lower() not in _LOG_LEVELS:
         yield f"log_level is {shown(level)}, but must be one of {', '.join(_LOG_LEVELS)}.{nearest(level, _LOG_LEVELS)}"
@@ -239,21 +208,21 @@ def _other(facts: Facts) -> Iterator[str]:
         yield f"tensor_parallel.autotp_size is {shown(size)}, but must be a whole number."
     autocast = facts.config.get("torch_autocast", {})
     if autocast.get("enabled"):
-        if facts.rule and facts.stage and autocast.get("dtype") in _SPELLINGS["fp16"]:
+        if ds.rule and ds.stage and autocast.get("dtype") in SPELLINGS["fp16"]:
             yield (
-                f"torch_autocast.dtype 'fp16' scales the loss in a way that the step of {facts.optimizer} under ZeRO "
+                f"torch_autocast.dtype 'fp16' scales the loss in a way that the step of {ds.optimizer} under ZeRO "
                 "does not know; use 'bf16', or fp16.enabled."
             )
-        given = next((name for name, spelt in _SPELLINGS.items() if autocast.get("dtype") in spelt), "fp32")
-        if facts.computed != "fp32" and given not in ("fp32", facts.computed):
-            yield f"torch_autocast.dtype is {shown(autocast['dtype'])}, but the model is in {facts.computed}; use one."
+        given = dtype_name(autocast.get("dtype")) or "fp32"
+        if ds.computed != "fp32" and given not in ("fp32", ds.computed):
+            yield f"torch_autocast.dtype is {shown(autocast['dtype'])}, but the model is in {ds.computed}; use one."
         for name in autocast.get("lower_precision_safe_modules") or ():
             if not _importable(name):
                 yield f"torch_autocast.lower_precision_safe_modules names {name!r}, which cannot be imported."
-    if facts.rule and facts.models["compile"].deepcompile:
+    if ds.rule and facts.models["compile"].deepcompile:
         yield (
             f"compile.deepcompile compiles DeepSpeed's own handling of gradients into the model, which "
-            f"{facts.optimizer} does not use; leave it out."
+            f"{ds.optimizer} does not use; leave it out."
         )
 
 
@@ -266,10 +235,11 @@ def _importable(name: str) -> bool:
 
 
 def _zenflow(facts: Facts) -> Iterator[str]:
+    ds = facts.ds
     flow, place = facts.zero.zenflow, "zero_optimization.zenflow"
-    if flow is None or facts.rule or facts.optimizer is None:
+    if flow is None or ds.rule or ds.optimizer is None:
         return
-    if not facts.on_cpu_adam or not facts.stage:
+    if not ds.on_cpu_adam or not ds.stage:
         yield f"{place} needs zero_optimization.stage 1, 2 or 3, offload_optimizer, and DeepSpeed's Adam or AdamW."
     counted = isinstance(flow.select_interval, int)
     if counted != (flow.select_strategy != "auto"):
@@ -283,26 +253,27 @@ def _zenflow(facts: Facts) -> Iterator[str]:
 
 
 def _experts(facts: Facts) -> Iterator[str]:
-    if facts.rule and facts.models["expert_parallel"].enabled:
+    ds = facts.ds
+    if ds.rule and facts.models["expert_parallel"].enabled:
         yield (
-            f"expert_parallel.enabled needs parameter groups for experts alone, and those of {facts.optimizer} are by "
+            f"expert_parallel.enabled needs parameter groups for experts alone, and those of {ds.optimizer} are by "
             "component; leave it out."
         )
 
 
 def _whole_blocks(facts: Facts) -> Iterator[str]:
     """What cannot be combined with shards of whole blocks. At stage 3 the layout is the same for every optimizer."""
-    zero, kind = facts.zero, facts.optimizer
-    if facts.stage == 3 and zero.reduce_scatter is False:
+    ds, zero, kind = facts.ds, facts.zero, facts.ds.optimizer
+    if ds.stage == 3 and zero.reduce_scatter is False:
         yield "zero_optimization.reduce_scatter is false, but must be true (the default) at stage 3."
-    if facts.stage == 3 and zero.zero_quantized_gradients:
+    if ds.stage == 3 and zero.zero_quantized_gradients:
         yield "zero_optimization.zero_quantized_gradients is not supported at stage 3; leave it out."
-    if facts.rule and (zero.zenflow is not None or getattr(zero.offload_optimizer, "super_offload", False)):
+    if ds.rule and (zero.zenflow is not None or getattr(zero.offload_optimizer, "super_offload", False)):
         yield (
             f"zero_optimization.zenflow and offload_optimizer.super_offload bring an optimizer of their own, which "
             f"cannot run {kind}; leave them out."
         )
-    if facts.rule and facts.stage in (1, 2) and zero.round_robin_gradients:
+    if ds.rule and ds.stage in (1, 2) and zero.round_robin_gradients:
         yield (
             "zero_optimization.round_robin_gradients orders parameters by the number of ranks, which the state of "
             f"{kind} must not depend on; leave it out."

@@ -28,7 +28,7 @@ def check_mesh(facts: Facts, world_size: int) -> None:
         ("tensor_parallel.autotp_size", facts.models["tensor_parallel"].autotp_size),
         ("sequence_parallel_size * tensor_parallel.autotp_size", ranks_per_replica(facts)),
         ("expert_parallel.autoep_size", (experts.enabled and experts.autoep_size) or 1),
-        ("zero_optimization.zero_hpz_partition_size", facts.zero.zero_hpz_partition_size if facts.stage == 3 else 1),
+        ("zero_optimization.zero_hpz_partition_size", facts.zero.zero_hpz_partition_size if facts.ds.stage == 3 else 1),
     ):
         if size > 1 and world_size % size:
             raise UserError(f"{place} is {size}, which does not divide the number of ranks, {world_size}.")
@@ -50,7 +50,7 @@ def check_mesh(facts: Facts, world_size: int) -> None:
 def _check_experts(facts: Facts, world_size: int) -> None:
     from deepspeed.module_inject.auto_ep_config import parse_autoep_config, validate_autoep_config
 
-    tensor = facts.models["tensor_parallel"]
+    ds, tensor = facts.ds, facts.models["tensor_parallel"]
     try:
         validate_autoep_config(
             parse_autoep_config(dict(facts.config.get("expert_parallel", {}))),
@@ -58,12 +58,12 @@ def _check_experts(facts: Facts, world_size: int) -> None:
             1,
             max(tensor.autotp_size, 1),
             facts.config.get("sequence_parallel_size", 1),
-            zero_stage=facts.stage,
+            zero_stage=ds.stage,
             deepcompile_enabled=facts.models["compile"].deepcompile,
             tp_preset_model=tensor.preset_model,
             use_data_before_expert_parallel=facts.config.get("use_data_before_expert_parallelism", False),
-            zero_offload_optimizer=facts.offload() != "none",
-            zero_offload_param=facts.offload("offload_param") != "none",
+            zero_offload_optimizer=ds.offload_optimizer != "none",
+            zero_offload_param=ds.offload_param != "none",
         )
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f"expert_parallel: {' '.join(str(error).split())}") from None
@@ -82,13 +82,13 @@ def _device() -> Any:
 
 
 def _precision(facts: Facts) -> Iterator[str]:
-    device = _device()
-    supported = {"bf16": device.is_bf16_supported, "fp16": device.is_fp16_supported}.get(facts.computed)
+    ds, device = facts.ds, _device()
+    supported = {"bf16": device.is_bf16_supported, "fp16": device.is_fp16_supported}.get(ds.computed)
     if supported is not None and not supported():
-        yield f"{facts.computed} is enabled, but DeepSpeed does not support it on this device ({device.device_name()})."
+        yield f"{ds.computed} is enabled, but DeepSpeed does not support it on this device ({device.device_name()})."
 
-    if facts.models["fp16"].auto_cast and facts.computed != "fp16":
-        yield f"fp16.auto_cast casts inputs to fp16, but the model is in {facts.computed}; leave it out."
+    if facts.models["fp16"].auto_cast and ds.computed != "fp16":
+        yield f"fp16.auto_cast casts inputs to fp16, but the model is in {ds.computed}; leave it out."
 
 
 def _launcher(facts: Facts) -> Iterator[str]:
@@ -100,8 +100,9 @@ def _launcher(facts: Facts) -> Iterator[str]:
 
 def _extensions(facts: Facts) -> Iterator[str]:
     """Code that DeepSpeed compiles for a device, and has for some devices only."""
-    kind, offloaded, zero = facts.foreign, facts.offload() != "none", facts.zero
-    nvme = "nvme" in (facts.offload(), facts.offload("offload_param"))
+    ds = facts.ds
+    kind, offloaded, zero = ds.foreign, ds.offload_optimizer != "none", facts.zero
+    nvme = "nvme" in (ds.offload_optimizer, ds.offload_param)
     for place, builder, wanted in (
         ("optimizer.type 'Lamb'", "FusedLambBuilder", kind == "lamb"),
         ("optimizer.type 'Lion'", "CPULionBuilder" if offloaded else "FusedLionBuilder", kind == "lion"),
@@ -123,7 +124,7 @@ def _extensions(facts: Facts) -> Iterator[str]:
         ("offload_optimizer.super_offload", getattr(zero.offload_optimizer, "super_offload", False)),
         ("zenflow at stage 3", zero.zenflow is not None),
     ):
-        if wanted and facts.stage == 3 and _device().device_name() != "cuda":
+        if wanted and ds.stage == 3 and _device().device_name() != "cuda":
             yield f"zero_optimization.{place} needs a CUDA device, not {_device().device_name()}."
 
 

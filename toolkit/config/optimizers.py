@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from toolkit.config.deepspeed import DeepSpeedSettings
 from toolkit.config.signatures import arguments_of, is_number, torch_names
 from toolkit.errors import UserError, nearest
 from toolkit.sentences import shown, unknown_key
@@ -26,12 +27,12 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
     """
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-    from toolkit.optim import RULES, check_settings, find_rule
+    from toolkit.optim import RULES, check_params, find_rule
 
     in_torch = torch_names("torch.optim", "Optimizer")
     if find_rule(kind):
         try:
-            check_settings(kind, dict(params))
+            check_params(kind, dict(params))
         except ValueError as error:
             raise UserError(f"optimizer.params: {error}") from None
         return
@@ -60,17 +61,14 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
         _try(kind, params)
 
 
-def check_ready(kind: str, params: Mapping[str, Any], total_steps: Any) -> None:
-    """Raise UserError where a rule needs a number of steps and neither `params` nor the run says one."""
-    from toolkit.optim import find_rule
-
-    optimizer = find_rule(kind)
-    assert optimizer is not None, kind
-    known = {key: value for key, value in params.items() if key in optimizer.rule.model_fields}
-    if "total_steps" in optimizer.rule.model_fields and known.get("total_steps") is None:
-        known["total_steps"] = total_steps
+def check_ready(ds: DeepSpeedSettings, total_steps: int | None) -> None:
+    """Raise UserError where a rule needs a number of steps and neither its parameters nor the run says one."""
+    optimizer = ds.rule
+    assert optimizer is not None, ds.optimizer
+    known = {key: value for key, value in ds.params.items() if key in optimizer.rule.model_fields}
+    known = optimizer.rule.supply(known, total_steps=total_steps or ds.scheduler_params.get("total_num_steps"))
     try:
-        optimizer.rule.parse(known, where=kind).check_ready()
+        optimizer.rule.parse(known, where=str(ds.optimizer)).check_ready()
     except UserError as error:
         raise UserError(f"optimizer.params: {error}") from None
 
@@ -115,13 +113,13 @@ def _try(kind: str, params: Mapping[str, Any]) -> None:
     import torch
 
     # On which devices it works is no matter of the JSON.
-    settings = {key: value for key, value in params.items() if key not in ("capturable", "fused")}
+    arguments = {key: value for key, value in params.items() if key not in ("capturable", "fused")}
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.zeros(2, 2)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            getattr(torch.optim, kind)([weight], **settings).step()
+            getattr(torch.optim, kind)([weight], **arguments).step()
     except Exception as error:
         what = " ".join(str(error).split())
         raise UserError(
@@ -130,53 +128,42 @@ def _try(kind: str, params: Mapping[str, Any]) -> None:
         ) from None
 
 
-def check_combination(
-    kind: str,
-    params: Mapping[str, Any],
-    *,
-    computed: str,
-    stage: int,
-    offload: str,
-    accumulation: int | None,
-) -> None:
+def check_combination(ds: DeepSpeedSettings, *, accumulation: int | None) -> None:
     """Check what a rule of this package cannot be combined with.
 
     Args:
-        kind, params: `optimizer.type`, a rule's, and `optimizer.params`.
-        computed: "bf16", "fp16" or "fp32", what the model computes in.
-        stage: of ZeRO.
-        offload: device of `offload_optimizer`, "none" without.
+        ds: whose `optimizer` is a rule's.
         accumulation: micro-batches per step, None where that is not known yet.
 
     Raises UserError.
     """
-    weights, place = params.get("weights"), "optimizer.params.weights"
-    if offload == "nvme":
+    weights, place = ds.params.get("weights"), "optimizer.params.weights"
+    if ds.offload_optimizer == "nvme":
         raise UserError(
             f"zero_optimization.offload_optimizer.device 'nvme' swaps states of the size and type of fp32 weights, and "
-            f"{kind} keeps others; use 'cpu'."
+            f"{ds.optimizer} keeps others; use 'cpu'."
         )
     if weights not in (None, "auto", "fp32"):
-        if computed != "bf16":
+        if ds.computed != "bf16":
             raise UserError(
-                f"{place} {weights!r} keeps the lower bits of bf16 weights, but the run computes in {computed}; enable "
-                "bf16, or set it to 'fp32'."
+                f"{place} {weights!r} keeps the lower bits of bf16 weights, but the run computes in {ds.computed}; "
+                "enable bf16, or set it to 'fp32'."
             )
-        if stage == 0:
+        if ds.stage == 0:
             raise UserError(
                 f"{place} {weights!r} needs zero_optimization.stage 1, 2 or 3: without ZeRO, DeepSpeed hands fp32 "
                 "master weights to the optimizer; set it to 'fp32', or a stage (one rank will do)."
             )
-    if params.get("release_gradients") is True:
+    if ds.releases_gradients:
         place = "optimizer.params.release_gradients"
-        if stage not in (1, 2):
-            raise UserError(f"{place} works at zero_optimization.stage 1 and 2, and it is {stage}.")
-        if offload != "none":
+        if ds.stage not in (1, 2):
+            raise UserError(f"{place} works at zero_optimization.stage 1 and 2, and it is {ds.stage}.")
+        if ds.offload_optimizer != "none":
             raise UserError(
                 f"{place} updates weights on the device, and zero_optimization.offload_optimizer moves that to the "
                 "host; use one of them."
             )
-        if computed == "fp16":
+        if ds.computed == "fp16":
             raise UserError(f"{place} cannot skip a whole step, as fp16 must for one gradient out of range; use bf16.")
         if accumulation is not None and accumulation > 1:
             raise UserError(

@@ -12,8 +12,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from typing_extensions import is_typeddict
 
 from toolkit.config.automatic import Shape, settle
+from toolkit.config.batch import ACCUMULATION, GLOBAL, JSON_KEYS, MICRO, WORLD
+from toolkit.config.deepspeed import DeepSpeedSettings
 from toolkit.config.files import without_auto, without_comments
-from toolkit.config.limits import Facts, check_limits, compute_dtype
+from toolkit.config.limits import Facts, check_limits
 from toolkit.config.machine import check_machine, check_mesh, ranks_per_replica
 from toolkit.config.optimizers import check_combination, check_optimizer, check_ready, optimizer_arguments
 from toolkit.config.removed import check_removed
@@ -25,8 +27,6 @@ from toolkit.sentences import dotted, explain, shown
 
 HIGHEST_USUAL_RATE = 1.0
 """Learning rates above it are remarked upon."""
-
-_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def validate(
@@ -57,8 +57,8 @@ def validate(
 
 def remarks(config: Mapping[str, Any]) -> list[str]:
     """Sentences about what a valid config allows and hardly anybody wants."""
-    section, schedule = config.get("optimizer", {}), config.get("scheduler", {})
-    named = [section.get("params", {}).get("lr"), *rates(schedule.get("params", {}))]
+    ds = DeepSpeedSettings.read(config)
+    named: list[Any] = [ds.params.get("lr"), *rates(ds.scheduler_params)]
     high = [rate for rate in named if type(rate) in (int, float) and rate > HIGHEST_USUAL_RATE]
     return [f"the learning rate is {rate:g}, far above what is usual{_meant(rate)}" for rate in dict.fromkeys(high)]
 
@@ -70,8 +70,6 @@ def _meant(rate: float) -> str:
 
 
 def _validate(config: dict[str, Any], world_size: int | None, total_steps: int | None, *, complete: bool) -> None:
-    from toolkit.optim import find_rule
-
     check_removed(config)
     for path in masks(config):
         raise UserError(
@@ -84,25 +82,19 @@ def _validate(config: dict[str, Any], world_size: int | None, total_steps: int |
         raise UserError(_explain(error, config)) from None
     models = _check_sections(config)
 
-    zero = models.get("zero_optimization")
-    stage = int(getattr(zero, "stage", config.get("zero_optimization") is True))
-    optimizer, scheduler = config.get("optimizer", {}), config.get("scheduler", {})
-    kind, params = optimizer.get("type"), optimizer.get("params", {})
-    facts = Facts(config, models, stage, compute_dtype(models), kind, params, find_rule(kind) is not None)
-    if kind is not None:
-        check_optimizer(kind, params, offloaded=facts.offload() != "none")
-    if scheduler.get("type") is not None:
+    ds = DeepSpeedSettings.read(config)
+    facts = Facts(config, models, ds)
+    if ds.optimizer is not None:
+        check_optimizer(ds.optimizer, ds.params, offloaded=ds.offload_optimizer != "none")
+    if ds.scheduler is not None:
         check_scheduler(
-            scheduler["type"], scheduler.get("params", {}), optimizer=kind, lr=params.get("lr"), complete=complete
+            ds.scheduler, ds.scheduler_params, optimizer=ds.optimizer, lr=ds.params.get("lr"), complete=complete
         )
     check_limits(facts)
-    if facts.rule:
-        steps = config.get("gradient_accumulation_steps")
-        check_combination(
-            kind, params, computed=facts.computed, stage=stage, offload=facts.offload(), accumulation=steps
-        )
+    if ds.rule:
+        check_combination(ds, accumulation=ds.batch.get(ACCUMULATION))
         if complete:
-            check_ready(kind, params, total_steps or scheduler.get("params", {}).get("total_num_steps"))
+            check_ready(ds, total_steps)
     if world_size is not None:
         check_mesh(facts, world_size)
     _check_batch(facts, world_size, complete=complete)
@@ -165,13 +157,13 @@ def _check_sections(config: Mapping[str, Any]) -> dict[str, BaseModel]:
 
 
 def _check_batch(facts: Facts, world_size: int | None, *, complete: bool) -> None:
-    total, micro, steps = (facts.config.get(key) for key in _BATCH_KEYS)
+    total, micro, steps = (facts.ds.batch.get(name) for name in (GLOBAL, MICRO, ACCUMULATION))
     if complete and total is None and micro is None:
-        raise UserError("train_batch_size and train_micro_batch_size_per_gpu are both missing; give one of them.")
+        raise UserError(f"{JSON_KEYS[GLOBAL]} and {JSON_KEYS[MICRO]} are both missing; give one of them.")
     if total is None:
         return
     replicas = None if world_size is None else world_size // ranks_per_replica(facts)
-    known = {_BATCH_KEYS[1]: micro, _BATCH_KEYS[2]: steps, "world size": replicas}
+    known = {JSON_KEYS[MICRO]: micro, JSON_KEYS[ACCUMULATION]: steps, WORLD: replicas}
     factors = {name: factor for name, factor in known.items() if factor is not None}
     product = 1
     for factor in factors.values():
@@ -180,28 +172,28 @@ def _check_batch(facts: Facts, world_size: int | None, *, complete: bool) -> Non
         return
     relation = "is not" if len(factors) == len(known) else "is not a multiple of"
     terms = " * ".join(f"{factor} ({name})" for name, factor in factors.items())
-    raise UserError(f"train_batch_size {total} {relation} {terms} = {product}.")
+    raise UserError(f"{JSON_KEYS[GLOBAL]} {total} {relation} {terms} = {product}.")
 
 
 def _check_by_deepspeed(config: Mapping[str, Any]) -> None:
     """Last, whatever else DeepSpeed's own config reader refuses, with the batch sizes set aside."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    trial = {key: value for key, value in copy.deepcopy(dict(config)).items() if key not in _BATCH_KEYS}
+    trial = {key: value for key, value in copy.deepcopy(dict(config)).items() if key not in JSON_KEYS.values()}
     try:
-        read = DeepSpeedConfig({**trial, "train_micro_batch_size_per_gpu": 1})
+        read = DeepSpeedConfig({**trial, JSON_KEYS[MICRO]: 1})
         _try_token_dropping(read.data_efficiency_config["data_routing"]["random_ltd"])
     except Exception as error:
         raise UserError(f"DeepSpeed refuses this config: {_one_line(error)}") from None
 
 
-def _try_token_dropping(settings: Mapping[str, Any]) -> None:
+def _try_token_dropping(section: Mapping[str, Any]) -> None:
     """What the engine does with `random_ltd`, whose keys nobody else looks at."""
     from deepspeed.runtime.data_pipeline.data_routing.scheduler import RandomLTDScheduler
 
-    if settings["enabled"]:
+    if section["enabled"]:
         try:
-            RandomLTDScheduler({**settings, "global_batch_size": 1, "micro_batch_size": 1})
+            RandomLTDScheduler({**section, "global_batch_size": 1, "micro_batch_size": 1})
         except KeyError as error:
             raise ValueError(f"data_efficiency.data_routing.random_ltd lacks {error}") from None
 

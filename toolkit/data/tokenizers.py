@@ -15,6 +15,7 @@ from toolkit.data.files import read_file
 from toolkit.data.stream import hub_reachable, stdlib_files
 from toolkit.errors import UserError, nearest
 from toolkit.models.presets import first_line
+from toolkit.paths import replace_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -174,8 +175,7 @@ def train_bytes_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 def _python_tokenizer() -> Tokenizer:
     """The trained tokenizer from the user's cache, or trained now and put there.
 
-    Several ranks may train it at the same time; each writes its own file and renames it into place, so
-    that no rank ever reads half a file, and all write the same.
+    Several ranks may train it at the same time: all write the same, and none ever reads half a file.
     """
     from tokenizers import Tokenizer
 
@@ -190,9 +190,7 @@ def _python_tokenizer() -> Tokenizer:
     tokenizer = train_bytes_bpe(sample, PYTHON_VOCABULARY)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".{file.name}.{os.getpid()}")
-        draft.write_text(tokenizer.to_str(), encoding="utf-8")
-        os.replace(draft, file)
+        replace_text(file, tokenizer.to_str())
     except OSError as error:
         warnings.warn(f"the tokenizer python-4k is trained anew at every start: {error}", stacklevel=2)
     return tokenizer

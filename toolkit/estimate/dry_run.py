@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.estimate.meta_kernels import attention_of
-from toolkit.memory.storages import Tape
+from toolkit.memory.storages import StorageTrace
 from toolkit.memory.tracker import Tracker
 from toolkit.models import cpu_matmul
 from toolkit.models.build import CausalLM, blueprint
@@ -23,7 +23,7 @@ from toolkit.models.loss import LossHead
 from toolkit.records import categories as c
 
 MOMENTS = 4
-"""From one birth or death to the next: between them is room for what ZeRO does at that point."""
+"""From one allocation or release to the next: between them is room for what ZeRO does at that point."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Call:
 
 
 @dataclass
-class Rehearsal:
+class DryRun:
     """What one micro-batch of one rank makes and frees, without anything that ZeRO or the optimizer holds.
 
-    `tape` has the phases forward and backward; its gradients are freed as soon as they are whole, at the moments of
+    `storages` has the phases forward and backward; gradients are freed as soon as they are whole, at the moments of
     `arrivals` (number of the parameter, moment). `calls` are in order.
     """
 
     model: CausalLM
-    tape: Tape
+    storages: StorageTrace
     parameters: list[Parameter]
     arrivals: list[tuple[int, int]]
     calls: list[Call]
@@ -68,7 +68,7 @@ class Rehearsal:
     """Matrix products are computed in fp32, from tiles of bf16 operands (`toolkit.models.cpu_matmul`)."""
 
 
-def rehearse(
+def dry_run(
     model: str,
     *,
     dtype: torch.dtype,
@@ -79,8 +79,8 @@ def rehearse(
     loss: str | None = None,
     attention: str | None = None,
     layers: int | None = None,
-) -> Rehearsal:
-    """Rehearse a forward and a backward pass.
+) -> DryRun:
+    """Run a forward and a backward pass on the meta device.
 
     Args:
         model: a preset or a folder, as for `toolkit.models.build_model`.
@@ -103,14 +103,14 @@ def rehearse(
         layers=layers,
     )
     built.train()
-    tape = Tape()
-    tracker = _MetaTracker(tape, device)
+    storages = StorageTrace()
+    tracker = _MetaTracker(storages, device)
     for tensor in [*built.parameters(), *built.buffers()]:
         tracker.adopt(tensor, None)
     arrivals: list[tuple[int, int]] = []
 
     def arrived(number: int, parameter: nn.Parameter) -> None:
-        arrivals.append((number, tape.now))
+        arrivals.append((number, storages.now))
         parameter.grad = None
 
     head = built.hf.get_output_embeddings()
@@ -118,27 +118,27 @@ def rehearse(
         head.stands_for = device
     calls: list[Call] = []
     numbers = {id(p): number for number, p in enumerate(built.parameters())}
-    hooks = _watch_calls(built, tape, numbers, calls)
+    hooks = _watch_calls(built, storages, numbers, calls)
     tracker.attach(built, head, arrived)
     tokens = torch.zeros(micro_batch, seq_len + 1, dtype=torch.int64, device="meta")
     tracker.adopt(tokens, None)
     with tracker, attention_of(device):
-        tape.begin(c.FORWARD)
+        storages.begin(c.FORWARD)
         value = built(tokens)
-        tape.begin(c.BACKWARD)
+        storages.begin(c.BACKWARD)
         value.backward()
         del value
     tracker.detach()
     for hook in hooks:
         hook.remove()
-    tape.classify()
-    return Rehearsal(
+    storages.classify()
+    return DryRun(
         model=built,
-        tape=tape,
+        storages=storages,
         parameters=[Parameter(name, tuple(p.shape)) for name, p in built.named_parameters()],
         arrivals=arrivals,
         calls=calls,
-        per_block=_per_block(built, tape),
+        per_block=_per_block(built, storages),
         loss="chunked" if isinstance(head, LossHead) else "plain",
         checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in built.modules()),
         attention=str(built.hf.config._attn_implementation),
@@ -146,8 +146,8 @@ def rehearse(
     )
 
 
-def scaled(two: Rehearsal, three: Rehearsal, micro_batch: int) -> Rehearsal | None:
-    """The rehearsal of `micro_batch` sequences, from those of two and three; None if they differ in more than size.
+def scaled(two: DryRun, three: DryRun, micro_batch: int) -> DryRun | None:
+    """The dry run of `micro_batch` sequences, from those of two and three; None if they differ in more than size.
 
     Every tensor's size is linear in the number of sequences, as long as the same operations run. (With one sequence
     some copies are left out.) Not so the tiles of `cpu_matmul`.
@@ -155,60 +155,60 @@ def scaled(two: Rehearsal, three: Rehearsal, micro_batch: int) -> Rehearsal | No
     if two.widens:
         return None
 
-    def pattern(rehearsal: Rehearsal) -> list[tuple[int, int | None, str]]:
-        return [(life.born, life.died, life.what) for life in rehearsal.tape.lives]
+    def pattern(run: DryRun) -> list[tuple[int, int | None, str]]:
+        return [(x.allocated_at, x.freed_at, x.what) for x in run.storages.lifetimes]
 
     if pattern(two) != pattern(three):
         return None
-    lives = [
+    lifetimes = [
         replace(small, bytes=small.bytes + (large.bytes - small.bytes) * (micro_batch - 2))
-        for small, large in zip(two.tape.lives, three.tape.lives, strict=True)
+        for small, large in zip(two.storages.lifetimes, three.storages.lifetimes, strict=True)
     ]
-    return replace(two, tape=replace(two.tape, lives=lives))
+    return replace(two, storages=replace(two.storages, lifetimes=lifetimes))
 
 
-def _watch_calls(model: nn.Module, tape: Tape, numbers: dict[int, int], calls: list[Call]) -> list[Any]:
+def _watch_calls(model: nn.Module, storages: StorageTrace, numbers: dict[int, int], calls: list[Call]) -> list[Any]:
     hooks = []
     for module in model.modules():
         own = tuple(numbers[id(p)] for p in module.parameters(recurse=False))
         running: list[Call] = []
 
         def opens(*_: Any, own: tuple[int, ...] = own, running: list[Call] = running) -> None:
-            running.append(Call(tape.now, None, own))
+            running.append(Call(storages.now, None, own))
             calls.append(running[-1])
 
         def closes(*_: Any, running: list[Call] = running) -> None:
-            running.pop().closed = tape.now
+            running.pop().closed = storages.now
 
         hooks.append(module.register_forward_pre_hook(opens))
         hooks.append(module.register_forward_hook(closes, always_call=True))
     return hooks
 
 
-def _per_block(model: CausalLM, tape: Tape) -> dict[str, int]:
+def _per_block(model: CausalLM, storages: StorageTrace) -> dict[str, int]:
     """Of the first transformer layer, in its forward call: what it keeps, and the most that it holds meanwhile."""
-    layers = [scope for scope in tape.scopes if scope.name.rsplit(".", 1)[-1] == "0"]
+    layers = [scope for scope in storages.scopes if scope.name.rsplit(".", 1)[-1] == "0"]
     if not layers or layers[0].closed is None:
         return {}
     opened, closed = layers[0].opened, layers[0].closed
-    mine = [life for life in tape.lives if opened <= life.born < closed]
+    mine = [x for x in storages.lifetimes if opened <= x.allocated_at < closed]
     changes: dict[int, int] = {}
-    for life in mine:
-        changes[life.born] = changes.get(life.born, 0) + life.bytes
-        if life.died is not None and life.died < closed:
-            changes[life.died] = changes.get(life.died, 0) - life.bytes
-    held = largest = 0
+    for lifetime in mine:
+        changes[lifetime.allocated_at] = changes.get(lifetime.allocated_at, 0) + lifetime.bytes
+        if lifetime.freed_at is not None and lifetime.freed_at < closed:
+            changes[lifetime.freed_at] = changes.get(lifetime.freed_at, 0) - lifetime.bytes
+    level = largest = 0
     for moment in sorted(changes):
-        held += changes[moment]
-        largest = max(largest, held)
-    return {"kept": held, "largest moment": largest}
+        level += changes[moment]
+        largest = max(largest, level)
+    return {"kept": level, "largest moment": largest}
 
 
 class _MetaTracker(Tracker):
     """Tracks operations on the meta device as `device` would do them."""
 
-    def __init__(self, tape: Tape, device: str) -> None:
-        super().__init__(tape, sites=False)
+    def __init__(self, storages: StorageTrace, device: str) -> None:
+        super().__init__(storages, sites=False)
         self._stride = MOMENTS
         self._on_cpu = device == "cpu"
         self.widens = self._on_cpu and cpu_matmul.computes_in_fp32()

@@ -1,4 +1,4 @@
-"""When ZeRO-3 gathers weights and lets go of them again.
+"""When ZeRO-3 gathers weights and frees them again.
 
 Follows DeepSpeed 0.19.8's partitioned_param_coordinator.py, after it has recorded the order of modules: a module's
 weights are gathered before it runs, those of the next modules ahead of time, and freed after it unless they are needed
@@ -12,60 +12,60 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from toolkit.estimate.dry_run import Call, Rehearsal
-from toolkit.estimate.zero import Limits
-from toolkit.memory.storages import Life
+from toolkit.config.deepspeed import Buckets
+from toolkit.estimate.dry_run import Call, DryRun
+from toolkit.memory.storages import Lifetime
 from toolkit.records import categories as c
 
-Hold = Callable[[float, str, str, int, int | None], Life]
-"""Adds a life: bytes, category, what, from, until."""
+Allocate = Callable[[float, str, str, int, int | None], Lifetime]
+"""Adds a lifetime: bytes, category, what, from, until."""
 
 
 @dataclass
-class _Flight:
+class _InFlight:
     """Weights that are gathered together: one buffer, of which each is copied at the first wait for any of them.
 
     A single one is not copied: it is the buffer.
     """
 
     numbers: list[int]
-    buffer: Life
-    own: Life | None
+    buffer: Lifetime
+    own: Lifetime | None
     """gloo's buffer."""
     left: set[int] = field(default_factory=set)
     arrived: bool = False
 
 
 def gather(
-    rehearsal: Rehearsal,
+    dry_run: DryRun,
     sizes: Sequence[float],
     elements: Sequence[int],
-    limits: Limits,
-    hold: Hold,
+    buckets: Buckets,
+    allocate: Allocate,
     *,
     copies: bool,
     gloo: bool,
 ) -> None:
-    """Hold the weights that are gathered, for as long as they are.
+    """Allocate the weights that are gathered, for as long as they are.
 
     Args:
         sizes: bytes of each whole parameter, `elements` their numels.
-        hold: called for every buffer.
+        allocate: called for every buffer.
         copies: weights that are gathered together are cut out of one buffer, each as a copy (more than one rank).
-        gloo: it gathers into a buffer of its own, which it holds until it is done: before the next one begins.
+        gloo: it gathers into a buffer of its own, which it keeps until it is done: before the next one begins.
     """
 
-    def gathered(number: int, moment: int) -> Life:
-        return hold(sizes[number], c.GATHERED, rehearsal.parameters[number].name, moment, None)
+    def gathered(number: int, moment: int) -> Lifetime:
+        return allocate(sizes[number], c.GATHERED, dry_run.parameters[number].name, moment, None)
 
-    persistent = {number for number, numel in enumerate(elements) if numel <= limits.persistent}
-    available: dict[int, Life] = {number: gathered(number, -1) for number in sorted(persistent)}
-    uses = _uses(rehearsal)
+    persistent = {number for number, numel in enumerate(elements) if numel <= buckets.persistent}
+    available: dict[int, Lifetime] = {number: gathered(number, -1) for number in sorted(persistent)}
+    uses = _uses(dry_run)
     order: deque[tuple[int, int]] = deque((step, number) for step, use in enumerate(uses) for number in use.parameters)
     fetched_for = dict.fromkeys(range(len(elements)), -1)
-    flights: dict[int, _Flight] = {}
+    in_flight: dict[int, _InFlight] = {}
     live = 0
-    own: Life | None = None
+    own: Lifetime | None = None
 
     def submit(numbers: list[int], moment: int) -> None:
         nonlocal live, own
@@ -74,26 +74,26 @@ def gather(
             available.update({number: gathered(number, moment) for number in numbers})
             return
         size = sum(sizes[number] for number in numbers)
-        what = "weights gathered together" if len(numbers) > 1 else rehearsal.parameters[numbers[0]].name
+        what = "weights gathered together" if len(numbers) > 1 else dry_run.parameters[numbers[0]].name
         if own is not None:
-            own.died = min(own.died or moment, moment)
-        own = hold(size, c.TRANSIENTS, f"{what}, gloo's copy", moment, None) if gloo else None
-        flight = _Flight(numbers, hold(size, c.GATHERED, what, moment, None), own, set(numbers))
-        flights.update(dict.fromkeys(numbers, flight))
+            own.freed_at = min(own.freed_at or moment, moment)
+        own = allocate(size, c.TRANSIENTS, f"{what}, gloo's copy", moment, None) if gloo else None
+        flight = _InFlight(numbers, allocate(size, c.GATHERED, what, moment, None), own, set(numbers))
+        in_flight.update(dict.fromkeys(numbers, flight))
 
     def wait(number: int, moment: int) -> None:
-        flight = flights.pop(number, None)
+        flight = in_flight.pop(number, None)
         if flight is None:
             return
         flight.left.discard(number)
         if len(flight.numbers) > 1 and not flight.left:
-            flight.buffer.died = moment if flight.arrived else moment + 2
+            flight.buffer.freed_at = moment if flight.arrived else moment + 2
         if flight.arrived:
             return
         flight.arrived = True
         if flight.own is not None:
-            done = max(moment, flight.own.born + 1)
-            flight.own.died = min(flight.own.died or done, done)
+            done = max(moment, flight.own.allocated_at + 1)
+            flight.own.freed_at = min(flight.own.freed_at or done, done)
         if len(flight.numbers) == 1:
             available[number] = flight.buffer
         else:
@@ -101,7 +101,7 @@ def gather(
             available.update({other: gathered(other, moment + 1) for other in flight.numbers})
 
     for step, use in enumerate(uses):
-        missing = [number for number in use.parameters if number not in available and number not in flights]
+        missing = [number for number in use.parameters if number not in available and number not in in_flight]
         if missing:
             submit(missing, use.opened)
         for number in use.parameters:
@@ -113,19 +113,19 @@ def gather(
             fetched_for[number] = used_at
             seen.add(number)
         ahead: list[int] = []
-        numel, most = 0, min(limits.live - live, limits.prefetch)
+        numel, most = 0, min(buckets.live - live, buckets.prefetch)
         while order and numel < most:
             used_at, number = order.popleft()
             fetched_for[number] = max(fetched_for[number], used_at)
-            if number not in available and number not in flights and number not in ahead:
+            if number not in available and number not in in_flight and number not in ahead:
                 ahead.append(number)
                 numel += elements[number]
         if ahead:
             submit(ahead, use.opened)
-        closed = use.closed if use.closed is not None else rehearsal.tape.now
+        closed = use.closed if use.closed is not None else dry_run.storages.now
         keep, distance = set(), 0
         for later in uses[step + 1 :]:
-            if distance >= limits.reuse:
+            if distance >= buckets.reuse:
                 break
             for number in later.parameters:
                 keep.add(number)
@@ -133,20 +133,20 @@ def gather(
         for number in use.parameters:
             if number in persistent or number in keep or number not in available:
                 continue
-            life = available.pop(number)
-            life.died = max(closed, life.born + 1)
+            lifetime = available.pop(number)
+            lifetime.freed_at = max(closed, lifetime.allocated_at + 1)
             live -= elements[number]
-    for flight in flights.values():
+    for flight in in_flight.values():
         for left in (flight.buffer, flight.own):
-            if left is not None and left.died is None:
-                left.died = rehearsal.tape.now
+            if left is not None and left.freed_at is None:
+                left.freed_at = dry_run.storages.now
 
 
-def _uses(rehearsal: Rehearsal) -> list[Call]:
+def _uses(dry_run: DryRun) -> list[Call]:
     """Every use of a module's weights, in order: its calls, and its part of the backward pass."""
-    arrived = dict(rehearsal.arrivals)
-    turn = next(moment for name, moment in rehearsal.tape.phases if name == "backward")
-    forward = [call for call in rehearsal.calls if call.opened < turn]
+    arrived = dict(dry_run.arrivals)
+    turn = next(moment for name, moment in dry_run.storages.phases if name == "backward")
+    forward = [call for call in dry_run.calls if call.opened < turn]
     backward: list[Call] = []
     ends = sorted(
         (max((arrived[n] for n in call.parameters if n in arrived), default=math.inf), call.opened, call)
@@ -160,4 +160,4 @@ def _uses(rehearsal: Rehearsal) -> list[Call]:
         # Weights are gathered again before the first operation of the module's own backward pass.
         backward.append(Call(min(before, moment), moment + 1, call.parameters))
         before = moment + 1
-    return sorted([*rehearsal.calls, *backward], key=lambda call: call.opened)
+    return sorted([*dry_run.calls, *backward], key=lambda call: call.opened)

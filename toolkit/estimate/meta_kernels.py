@@ -60,7 +60,7 @@ def _cpu_has_flash(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool
 ) -> bool:
     """Asks torch, with tensors of a few positions: the choice does not depend on how many there are."""
-    # Real tensors, and only here: whatever is alive in the rehearsal is on the meta device.
+    # Real tensors, and only here: what is alive in the dry run is on the meta device.
     with torch.utils._python_dispatch._disable_current_modes():
         return _flash_is_chosen(query, key, value, mask, is_causal, enable_gqa)
 

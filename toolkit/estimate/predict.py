@@ -1,4 +1,4 @@
-"""What a run will hold, before it runs: a rehearsal of the model's pass, and ZeRO and the optimizer around it."""
+"""What a run will hold, before it runs: a dry run of the model's pass, and ZeRO and the optimizer around it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
+from toolkit.config import DeepSpeedSettings
 from toolkit.config.automatic import Shape, automatic, settle
+from toolkit.config.batch import Batch
+from toolkit.config.deepspeed import current
 from toolkit.config.files import without_auto
 from toolkit.errors import UserError
-from toolkit.estimate.dry_run import Rehearsal, rehearse, scaled
-from toolkit.estimate.stored import Stored, stored
-from toolkit.estimate.zero import Zero
+from toolkit.estimate.dry_run import DryRun, dry_run, scaled
+from toolkit.estimate.optimizer_memory import OptimizerMemory, optimizer_memory
 from toolkit.estimate.zero_step import Step, simulate
-from toolkit.memory.storages import curve
-from toolkit.optim import find_rule
+from toolkit.records.categories import LOGITS
 from toolkit.records.memory import Change, Prediction, Setup
 from toolkit.records.sizes import size_text
 
@@ -68,27 +67,22 @@ class Case:
     activation_checkpointing: bool | None = None
     loss: str | None = None
     attention: str | None = None
+    ds: DeepSpeedSettings = field(default=DeepSpeedSettings(), init=False)
+    """`config`, read."""
     defaults: tuple[str, ...] = field(default=(), init=False)
     """Keys that are "auto" in the JSON and have no rule, and are counted with DeepSpeed's default."""
 
     def __post_init__(self) -> None:
-        zero = self.config.get("zero_optimization", {})
-        if isinstance(zero, bool):  # DeepSpeed's old spelling of stages 0 and 1
-            zero = {"stage": int(zero)}
         auto = sorted(_auto(self.config))
         if "zero_optimization.stage" in auto:
             raise UserError('zero_optimization.stage is "auto", which fixes no memory; give a stage.')
-        config = {**self.config, "zero_optimization": zero}
+        config = current(self.config)
         later = {key: "auto" for key in automatic(config)}  # which follow from the model
-        settled = without_auto(config)
-        settled["zero_optimization"] |= later
+        settled = with_section(without_auto(config), ["zero_optimization"], later)
         defaults = [path for path in auto if path.removeprefix("zero_optimization.") not in later]
         object.__setattr__(self, "config", settled)
+        object.__setattr__(self, "ds", DeepSpeedSettings.read(settled))
         object.__setattr__(self, "defaults", tuple(defaults))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return computed_in(self.config)
 
 
 def _auto(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
@@ -99,36 +93,28 @@ def _auto(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield path + key
 
 
-def computed_in(config: Mapping[str, Any]) -> torch.dtype:
-    """What a DeepSpeed JSON has the model compute in."""
-    for key, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
-        if config.get(key, {}).get("enabled", False) is True:
-            return dtype
-    return torch.float32
-
-
 @dataclass
 class Estimator:
-    """Predicts cases; passes that several of them share are rehearsed once.
+    """Predicts cases; passes that several of them share are run once.
 
     Args:
-        several: many micro-batches will be asked for, so it pays to scale the rehearsals of two.
+        several: many micro-batches will be asked for, so it pays to scale the dry runs of two.
     """
 
     several: bool = False
-    _passes: dict[tuple[Any, ...], Rehearsal] = field(default_factory=dict)
+    _passes: dict[tuple[Any, ...], DryRun] = field(default_factory=dict)
 
     def predict(self, case: Case, *, changes: bool = False) -> Prediction:
         """The step of the rank that holds most.
 
         Args:
-            changes: also what other settings would hold, which takes a few more rehearsals.
+            changes: also what other settings would hold, which takes a few more dry runs.
 
         Raises:
             UserError: an unknown model or optimizer, or settings that exclude each other.
         """
-        rehearsal, kept, step = self._simulate(case)
-        found = self._describe(case, rehearsal, kept, step)
+        run, optimizer, step = self._simulate(case)
+        found = self._prediction(case, run, optimizer, step)
         if changes:
             found.changes = self._changes(case, found.peak)
         return found
@@ -138,32 +124,30 @@ class Estimator:
         _, _, step = self._simulate(case)
         return int(step.curve.total.max())
 
-    def _simulate(self, case: Case) -> tuple[Rehearsal, Stored, Step]:
-        rehearsal = self._rehearsal(case)
+    def _simulate(self, case: Case) -> tuple[DryRun, OptimizerMemory, Step]:
+        run = self._dry_run(case)
         on_gpu = case.device == "cuda"
-        config = settle(case.config, lambda: Shape.of(rehearsal.model), on_gpu=on_gpu, world_size=case.world_size)
-        zero = Zero.read(config, world_size=case.world_size, accumulation=case.accumulation)
-        offloaded = zero.optimizer_on != "none"
-        kept = stored(rehearsal.model, case.config, dtype=case.dtype, stage=zero.stage, on_host=offloaded)
+        config = settle(case.config, lambda: Shape.of(run.model), on_gpu=on_gpu, world_size=case.world_size)
+        ds, batch = DeepSpeedSettings.read(config), Batch(case.micro_batch, case.accumulation, case.world_size)
+        optimizer = optimizer_memory(run.model, ds)
         steps = [
-            simulate(rehearsal, zero, kept, dtype=case.dtype, rank=rank, on_gpu=on_gpu)
-            for rank in _ranks(case.world_size, zero.stage)
+            simulate(run, ds, optimizer, batch, rank=rank, on_gpu=on_gpu) for rank in _ranks(case.world_size, ds.stage)
         ]
-        return rehearsal, kept, max(steps, key=lambda step: int(step.curve.total.max()))
+        return run, optimizer, max(steps, key=lambda step: int(step.curve.total.max()))
 
-    def _rehearsal(self, case: Case) -> Rehearsal:
+    def _dry_run(self, case: Case) -> DryRun:
         key = (
-            *(case.model, case.dtype, case.micro_batch, case.seq_len, case.device),
+            *(case.model, case.ds.computed, case.micro_batch, case.seq_len, case.device),
             *(case.activation_checkpointing, case.loss, case.attention),
         )
         if key not in self._passes:
             found = None
             if self.several and case.micro_batch > 3:
-                two, three = (self._rehearsal(replace(case, micro_batch=size)) for size in (2, 3))
+                two, three = (self._dry_run(replace(case, micro_batch=size)) for size in (2, 3))
                 found = scaled(two, three, case.micro_batch)
-            self._passes[key] = found or rehearse(
+            self._passes[key] = found or dry_run(
                 case.model,
-                dtype=case.dtype,
+                dtype=case.ds.dtype,
                 micro_batch=case.micro_batch,
                 seq_len=case.seq_len,
                 device=case.device,
@@ -173,9 +157,9 @@ class Estimator:
             )
         return self._passes[key]
 
-    def _describe(self, case: Case, rehearsal: Rehearsal, kept: Stored, step: Step) -> Prediction:
+    def _prediction(self, case: Case, run: DryRun, optimizer: OptimizerMemory, step: Step) -> Prediction:
         at = step.curve.peak_at
-        remarks = [*kept.remarks, *_unknown(case.config)]
+        remarks = [*optimizer.remarks, *_unknown(case.config)]
         if counted := [key for key in case.defaults if key.startswith(("zero_optimization.", "bf16.", "fp16."))]:
             remarks.append(f'{", ".join(counted)}: "auto" is counted as DeepSpeed\'s default.')
         if case.device == "cuda":
@@ -184,7 +168,7 @@ class Estimator:
                 "NCCL; what the caching allocator reserves beyond what is allocated is not predicted."
             )
         return Prediction(
-            setup=setup_of(case, rehearsal),
+            setup=setup_of(case, run),
             peak=int(step.curve.total[at]),
             peak_phase=step.curve.phase_at(at),
             phases=step.curve.by_phase(),
@@ -193,7 +177,7 @@ class Estimator:
             host=step.host,
             nvme=step.nvme,
             context=assumed_context(case.world_size) if case.device == "cuda" else 0,
-            per_block=rehearsal.per_block,
+            per_block=run.per_block,
             remarks=remarks,
         )
 
@@ -240,53 +224,35 @@ def _ranks(world_size: int, stage: int) -> list[int]:
     return sorted({round(i * (world_size - 1) / (_SIMULATED - 1)) for i in range(_SIMULATED)})
 
 
-def setup_of(case: Case, rehearsal: Rehearsal) -> Setup:
+def setup_of(case: Case, run: DryRun) -> Setup:
     """`case` as it is written down."""
-    section = case.config.get("optimizer", {})
-    params = section.get("params", {})
-    zero = case.config.get("zero_optimization", {})
-    ours = _rule_name(case.config)
-    narrow = case.dtype == torch.bfloat16
-    default_weights = "bf16+8" if ours and narrow else "fp32"
-    formats = params.get("state_format", "8bit" if ours else "fp32")
+    ds, rule, formats = case.ds, case.ds.rule, case.ds.state_format
+    places = {"optimizer": ds.offload_optimizer, "param": ds.offload_param}
     return Setup(
         model=case.model,
-        parameters=sum(parameter.numel for parameter in rehearsal.parameters),
-        optimizer=ours or str(section.get("type")),
-        stage=int(zero.get("stage", 0)),
+        parameters=sum(parameter.numel for parameter in run.parameters),
+        optimizer=rule.__name__ if rule else str(ds.optimizer),
+        stage=ds.stage,
         state_format=formats if isinstance(formats, str) else ", ".join(f"{k} {v}" for k, v in formats.items()),
-        weights=str(params.get("weights", default_weights)) if ours else "fp32",
-        offload=[part for part in ("optimizer", "param") if _offloads(zero, part)],
+        weights=ds.weights,
+        offload=[part for part, device in places.items() if device != "none"],
         world_size=case.world_size,
         micro_batch=case.micro_batch,
         gradient_accumulation=case.accumulation,
         seq_len=case.seq_len,
-        activation_checkpointing=rehearsal.checkpointing,
-        attention=rehearsal.attention,
-        loss=rehearsal.loss,
+        activation_checkpointing=run.checkpointing,
+        attention=run.attention,
+        loss=run.loss,
         device="cuda" if case.device == "cuda" else "cpu",
     )
 
 
-def _rule_name(config: Mapping[str, Any]) -> str | None:
-    """The name of the rule of this package that `config` selects, or None."""
-    rule = find_rule(config.get("optimizer", {}).get("type"))
-    return rule.__name__ if rule else None
-
-
-def _offloads(zero: Mapping[str, Any], part: str) -> bool:
-    place = zero.get(f"offload_{part}")
-    return isinstance(place, Mapping) and str(place.get("device", "none")) != "none"
-
-
 def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
     """Settings that change one thing of `case`, in a user's words; only what the rest of it allows."""
-    config = case.config
-    ours = _rule_name(config) is not None
-    params = config.get("optimizer", {}).get("params", {})
-    stage = int(config.get("zero_optimization", {}).get("stage", 0))
-    lean = ours and case.dtype == torch.bfloat16 and stage > 0 and params.get("weights") != "fp32"
-    offloaded = _offloads(config.get("zero_optimization", {}), "optimizer")
+    config, ds, stage = case.config, case.ds, case.ds.stage
+    ours, in_bf16 = ds.rule is not None, ds.computed == "bf16"
+    without_masters = ours and ds.without_masters
+    offloaded, released = ds.offload_optimizer != "none", ds.releases_gradients
 
     def params_with(**changed: Any) -> Case:
         return replace(case, config=with_section(config, ["optimizer", "params"], changed))
@@ -295,23 +261,23 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
         return replace(case, config=with_section(config, ["zero_optimization"], changed))
 
     for other in (1, 2, 3):
-        if other > stage and (case.world_size > 1 or stage == 0) and not (other == 3 and _released(params)):
+        if other > stage and (case.world_size > 1 or stage == 0) and not (other == 3 and released):
             yield f"zero_optimization.stage {other}", zero_with(stage=other)
     if ours:
         for name in ("8bit", "compact", "minimal"):
-            if params.get("state_format", "8bit") != name:
+            if ds.state_format != name:
                 yield f"optimizer.params.state_format {name}", params_with(state_format=name)
-    if lean and params.get("weights", "bf16+8") != "bf16+4":
+    if without_masters and ds.weights != "bf16+4":
         yield "optimizer.params.weights bf16+4", params_with(weights="bf16+4")
-    if ours and not lean and stage > 0 and case.dtype == torch.bfloat16:
+    if ours and not without_masters and stage > 0 and in_bf16:
         yield "optimizer.params.weights bf16+8", params_with(weights="bf16+8")
-    if lean and stage in (1, 2) and case.accumulation == 1 and not offloaded and not _released(params):
+    if without_masters and stage in (1, 2) and case.accumulation == 1 and not offloaded and not released:
         yield "optimizer.params.release_gradients true", params_with(release_gradients=True)
-    if not ours and case.dtype == torch.bfloat16:
-        own = {"lr": params.get("lr", 1e-4), "total_steps": 1, **({} if stage else {"weights": "fp32"})}
+    if not ours and in_bf16:
+        own = {"lr": ds.params.get("lr", 1e-4), **({} if stage else {"weights": "fp32"})}
         optimizer = {"type": "AMCS", "params": own}
         yield "optimizer.type AMCS (8bit)", replace(case, config={**config, "optimizer": optimizer})
-    if not offloaded and stage > 0 and not _released(params) and case.device == "cuda":
+    if not offloaded and stage > 0 and not released and case.device == "cuda":
         yield "zero_optimization.offload_optimizer", zero_with(offload_optimizer={"device": "cpu"})
     if case.activation_checkpointing is not True:
         yield "--activation-checkpointing", replace(case, activation_checkpointing=True)
@@ -323,10 +289,6 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
     if case.seq_len > 256:
         half = case.seq_len // 2
         yield f"--seq-len {half}", replace(case, seq_len=half)
-
-
-def _released(params: Mapping[str, Any]) -> bool:
-    return params.get("release_gradients") is True
 
 
 def with_section(config: Mapping[str, Any], path: list[str], changed: Mapping[str, Any]) -> dict[str, Any]:
@@ -348,9 +310,9 @@ def variants(case: Case) -> dict[str, int]:
     found: dict[str, int] = {}
     for attention, words in (("sdpa", "flash attention"), ("eager", "eager attention")):
         for checkpointing in (False, True):
-            small = rehearse(
+            small = dry_run(
                 case.model,
-                dtype=case.dtype,
+                dtype=case.ds.dtype,
                 micro_batch=case.micro_batch,
                 seq_len=case.seq_len,
                 device=case.device,
@@ -364,6 +326,6 @@ def variants(case: Case) -> dict[str, int]:
             else:
                 found[f"kept, {words}"] = small.per_block.get("kept", 0)
                 found[f"while it runs, {words}"] = small.per_block.get("largest moment", 0)
-            held = curve(small.tape.lives, small.tape.now, small.tape.phases).held.get("logits")
-            found[f"logits, {small.loss} loss"] = 0 if held is None else int(held.max())
+            logits = small.storages.curve().by_category.get(LOGITS)
+            found[f"logits, {small.loss} loss"] = 0 if logits is None else int(logits.max())
     return found

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
-from toolkit.estimate.plan import MEASURED_RULE, UPDATE_ERROR, Candidate
+from toolkit.console import PlainConsole
+from toolkit.estimate.recommend import MEASURED_RULE, UPDATE_ERROR, Candidate
 from toolkit.records import categories as c
 from toolkit.records.memory import Prediction
 from toolkit.records.sizes import size_text
@@ -20,77 +20,71 @@ _SHOWN = 12
 
 
 def show_prediction(
-    console: Console, found: Prediction, variants: Mapping[str, int], memory: int | None, total_ranks: str
+    console: PlainConsole, found: Prediction, variants: Mapping[str, int], memory: int | None, total_ranks: str
 ) -> None:
     """The table of one rank, what holds the peak, and whether it fits."""
     s = found.setup
     attention = _ATTENTION.get(s.attention, s.attention)
-    console.print(
+    console.print_line(
         f"{s.model}: {s.parameters:,} parameters; {s.optimizer}, state {s.state_format}, weights {s.weights}, ZeRO "
         f"{s.stage}{' + offload of ' + ' and '.join(s.offload) if s.offload else ''}; {total_ranks}",
-        highlight=False,
-        soft_wrap=True,
     )
-    console.print(
+    console.print_line(
         f"micro-batch {s.micro_batch} x {s.seq_len} tokens, accumulation {s.gradient_accumulation}, activation "
         f"checkpointing {'on' if s.activation_checkpointing else 'off'}, {attention} attention, {s.loss} loss",
-        highlight=False,
-        soft_wrap=True,
     )
-    at_peak = next(phase.held for phase in found.phases if phase.name == found.peak_phase)
+    at_peak = found.at_peak()
     table = Table("per rank", box=None, title_justify="left")
     table.add_column("at the peak", justify="right")
     table.add_column("between steps", justify="right")
     table.add_column("bytes a parameter", justify="right")
     for category in c.ordered({*at_peak, *found.resident}):
-        held = at_peak.get(category, 0)
+        size = at_peak.get(category, 0)
         resident = found.resident.get(category, 0)
-        table.add_row(category, _size(held), _size(resident), f"{held / s.parameters:.2f}" if held else "-")
+        table.add_row(category, _size(size), _size(resident), f"{size / s.parameters:.2f}" if size else "-")
     total = sum(found.resident.values())
     if found.context:
         table.add_row(c.CONTEXT, size_text(found.context), size_text(found.context), "assumed")
     sums = [size_text(amount + found.context) for amount in (found.peak, total)]
-    table.add_row("all", *sums, f"{(found.peak + found.context) / s.parameters:.2f}", style="bold")
+    table.add_row("all", *sums, f"{found.needed / s.parameters:.2f}", style="bold")
     console.print(table)
     peaks = ", ".join(f"{phase.name} {size_text(phase.peak or 0)}" for phase in found.phases)
-    console.print(f"peak in the phase: {found.peak_phase} ({peaks})", highlight=False, soft_wrap=True)
-    for title, held_there in (("host memory of a rank", found.host), ("NVMe of a rank", found.nvme)):
-        if any(held_there.values()):
-            parts = ", ".join(f"{name} {size_text(size)}" for name, size in held_there.items())
-            console.print(f"{title}: {size_text(sum(held_there.values()))} ({parts})", highlight=False, soft_wrap=True)
+    console.print_line(f"peak in the phase: {found.peak_phase} ({peaks})")
+    for title, sizes in (("host memory of a rank", found.host), ("NVMe of a rank", found.nvme)):
+        if any(sizes.values()):
+            parts = ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())
+            console.print_line(f"{title}: {size_text(sum(sizes.values()))} ({parts})")
     if variants:
-        console.print("one transformer block, and the loss:" if len(variants) > 2 else "one transformer block:")
+        console.print_line("one transformer block, and the loss:" if len(variants) > 2 else "one transformer block:")
         for name, size in variants.items():
-            console.print(f"  {name}: {size_text(size)}", highlight=False, soft_wrap=True)
+            console.print_line(f"  {name}: {size_text(size)}")
     if found.changes:
-        console.print("what would change the peak:", highlight=False, soft_wrap=True)
+        console.print_line("what would change the peak:")
         for change in found.changes:
-            console.print(
+            console.print_line(
                 f"  {change.change}: {size_text(change.peak)} ({_signed(-change.saves)})",
-                highlight=False,
-                soft_wrap=True,
             )
     for remark in found.remarks:
-        console.print(f"note: {remark}", highlight=False, soft_wrap=True)
+        console.print_line(f"note: {remark}")
     if memory is not None:
-        console.print(verdict(found, memory), highlight=False, soft_wrap=True, style="bold")
+        console.print_line(verdict(found, memory), style="bold")
 
 
 def verdict(found: Prediction, memory: int) -> str:
     """Whether it fits, and by how much."""
-    needs = found.peak + found.context
+    needs = found.needed
     if needs <= memory:
         return f"fits: {size_text(needs)} of {size_text(memory)}, {size_text(memory - needs)} to spare."
     return f"does not fit: {size_text(needs)} needed, {size_text(memory)} there, {size_text(needs - memory)} too much."
 
 
-def show_plan(
-    console: Console, found: Sequence[Candidate], memory: int, seq_len: int, optimizer: str, host: str
+def show_candidates(
+    console: PlainConsole, found: Sequence[Candidate], memory: int, seq_len: int, optimizer: str, host: str
 ) -> None:
     """Candidates in order, and why the others do not fit.
 
     Args:
-        found: as `toolkit.estimate.plan.plan` orders them.
+        found: as `toolkit.estimate.recommend.plan` orders them.
         memory: bytes of the device.
         host: how much memory the host has, in words.
     """
@@ -106,21 +100,21 @@ def show_plan(
     if fitting:
         error = "not measured" if optimizer != MEASURED_RULE else "of an update of AMCS, against fp32 state"
         notes = "batch: sequences of a pass; host: memory of one machine; time: assumed, relative"
-        console.print(notes if optimizer == "AdamW" else f"{notes}; error: {error}", highlight=False, soft_wrap=True)
+        console.print_line(notes if optimizer == "AdamW" else f"{notes}; error: {error}")
     failed = [one for one in found if not one.fits]
     if failed:
-        console.print(f"does not fit {where}, with one sequence:", highlight=False, soft_wrap=True)
+        console.print_line(f"does not fit {where}, with one sequence:")
         for one in failed[:_SHOWN]:
             state = f"{one.state}, checkpointing {'on' if one.checkpointing else 'off'}"
             lacks = f"{size_text(one.needs)}, {size_text(one.needs - memory)} too much; {one.holds_most} hold most"
             if one.needs <= memory:
                 lacks = f"{size_text(one.host)} of host memory, but {host} (--host-memory)"
-            console.print(f"  {one.config} ({state}): {lacks}", highlight=False, soft_wrap=True)
+            console.print_line(f"  {one.config} ({state}): {lacks}")
         if len(failed) > _SHOWN:
-            console.print(f"  and {len(failed) - _SHOWN} more.")
+            console.print_line(f"  and {len(failed) - _SHOWN} more.")
 
 
-def _rows(console: Console, title: str, shown: Sequence[Candidate], fastest: float, optimizer: str) -> None:
+def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest: float, optimizer: str) -> None:
     coded = optimizer != "AdamW"
     table = Table("config", "state, weights", "ckpt", box=None, pad_edge=False)
     for heading in ("batch", "device", "host", "time", *(["error"] if coded else [])):
@@ -134,10 +128,10 @@ def _rows(console: Console, title: str, shown: Sequence[Candidate], fastest: flo
             *(size_text(one.needs), size_text(one.host) if one.host else "-", f"{one.cost / fastest:.2f}"),
             *([error] if coded else []),
         )
-    console.print(title, highlight=False, soft_wrap=True)
+    console.print_line(title)
     console.print(table)
     if len(shown) > _SHOWN:
-        console.print(f"and {len(shown) - _SHOWN} more.")
+        console.print_line(f"and {len(shown) - _SHOWN} more.")
 
 
 def _size(count: int) -> str:

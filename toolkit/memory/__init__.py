@@ -1,4 +1,4 @@
-"""What training holds in memory: before a run, during it and after it."""
+"""Memory during a run: watermarks, traces of a step, and the page about memory that ran out."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["count_from_here", "watch"]
 
 if TYPE_CHECKING:
-    from toolkit.memory.start import watch
+    from toolkit.memory.attach import watch
     from toolkit.memory.trace import count_from_here
 
 
 def __getattr__(name: str) -> Any:
-    # A report is written without torch; what measures needs it.
+    # `import toolkit` stays quick: torch is loaded where memory is measured.
     if name == "watch":
-        from toolkit.memory.start import watch
+        from toolkit.memory.attach import watch
 
         return watch
     if name == "count_from_here":

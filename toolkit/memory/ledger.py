@@ -5,7 +5,7 @@
     ledger.close()
 
 Levels: "off" does nothing; "summary" reads the allocator's watermark (GPU) or the resident set (CPU) at the border of
-every phase, and once adds up what is held by name; "full" also traces one whole step, every allocation of it.
+every phase, and once adds up what is in memory by name; "full" also traces one whole step, every allocation of it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 
 from toolkit.memory import snapshot
-from toolkit.memory import watermarks as gauges
 from toolkit.memory.out_of_memory import Explainer
-from toolkit.memory.storages import blocks_at
+from toolkit.memory.phases import PhasePeaks
+from toolkit.memory.storages import largest_tensors
 from toolkit.memory.trace import StepTrace, counted
+from toolkit.memory.watermarks import CachingAllocator, host, watermark
 from toolkit.models.build import CausalLM
-from toolkit.records import by_category as held
 from toolkit.records import categories as c
-from toolkit.records.memory import FOLDER, Block, Measurement, Phase, Setup, Timeline, measured_name, write
+from toolkit.records.by_category import Named, by_category
+from toolkit.records.memory import FOLDER, LargeTensor, Measurement, Phase, Setup, Timeline, measured_name, write_record
 
 logger = logging.getLogger("toolkit")
 
@@ -65,8 +66,8 @@ class Ledger:
         engine: DeepSpeed's.
         folder: of the run; records go to its folder `memory`.
         level: "off", "summary" or "full".
-        named: what the engine holds, by category and name.
-        describe: what the engine trains, given the length of its sequences.
+        inventory: what the engine holds, by category and name.
+        setup: what the engine trains, given the length of its sequences.
         explainer: told of the phase and step, and of allocations that fail.
         seq_len: predictions of a sequence; else read off the first batch.
         step: which one to trace, from 1 (level "full").
@@ -78,20 +79,19 @@ class Ledger:
         folder: Path,
         level: Level,
         *,
-        named: Callable[[], Iterable[held.Named]],
-        describe: Callable[[int], Setup],
+        inventory: Callable[[], Iterable[Named]],
+        setup: Callable[[int], Setup],
         explainer: Explainer,
         seq_len: int | None = None,
         step: int = TRACED_STEP,
     ) -> None:
         self._began = time.perf_counter()
         self._engine, self._folder, self._level = engine, folder, level
-        self._named, self._describe, self._explainer = named, describe, explainer
+        self._inventory, self._setup, self._explainer = inventory, setup, explainer
         self._seq_len, self._traced_step = seq_len or 0, step
-        self._gauge = gauges.gauge(engine.device)
+        self._watermark = watermark(engine.device)
+        self._peaks = PhasePeaks(self._watermark)
         self._on_gpu = engine.device.type == "cuda"
-        self._phase: str | None = None
-        self._peaks: dict[str, tuple[int | None, int]] = {c.INIT: self._gauge.read()}
         self._steps = 0
         self._cost = 0.0
         self._step_began: float | None = None
@@ -99,23 +99,23 @@ class Ledger:
         self._trace: StepTrace | None = None
         self._resident: dict[str, int] = {}
         self._host: dict[str, int] = {}
-        self._blocks: list[Block] = []
+        self._largest_tensors: list[LargeTensor] = []
         self._timeline: Timeline | None = None
-        self._held: dict[str, Phase] = {}
+        self._traced_phases: dict[str, Phase] = {}
         self._patched: list[str] = []
         self._closed = level == "off"
         output = getattr(getattr(engine.module, "hf", engine.module), "get_output_embeddings", None)
         self._head = output() if output is not None else None
         explainer.vocabulary = getattr(self._head, "out_features", None)
-        explainer.held, explainer.phase = named, c.INIT
-        explainer.setup = describe(self._seq_len)
+        explainer.inventory, explainer.phase = inventory, c.INIT
+        explainer.setup = setup(self._seq_len)
         self._follow()
         self._hook = sys.excepthook
         sys.excepthook = self._uncaught
         if not self._closed:
             atexit.register(self.close)
             self._write()
-            self._gauge.begin()
+            self._peaks.begin(None)
         self._cost += time.perf_counter() - self._began
 
     def __enter__(self) -> Ledger:
@@ -140,7 +140,7 @@ class Ledger:
         """What happens within belongs to phase `name`, "eval" or "checkpoint"."""
         if name not in c.PHASES:
             raise ValueError(f"there is no phase {name!r}: expected {', '.join(c.PHASES)}.")
-        before = self._phase
+        before = self._peaks.phase
         self._enter(name)
         try:
             yield
@@ -153,22 +153,14 @@ class Ledger:
     def _enter(self, name: str | None) -> None:
         if name is not None:
             self._explainer.phase = name
-        if self._closed or name == self._phase:
+        if self._closed or name == self._peaks.phase:
             return
         began = time.perf_counter()
-        self._read()
-        self._phase = name
+        self._peaks.end()
         if self._trace is not None and name is not None:
             self._trace.phase(name)
-        self._gauge.begin()
+        self._peaks.begin(name)
         self._cost += time.perf_counter() - began
-
-    def _read(self) -> None:
-        peak, resident = self._gauge.read()
-        # Between steps belongs to no phase, but its peak is the run's, too.
-        name = self._phase or ""
-        old, before = self._peaks.get(name, (None, 0))
-        self._peaks[name] = (peak if old is None or peak is None else max(peak, old), max(resident, before))
 
     @property
     def largest(self) -> int:
@@ -176,8 +168,7 @@ class Ledger:
 
         What `torch.cuda.max_memory_allocated` and getrusage say otherwise, whose marks are reset at every phase.
         """
-        peaks = [*self._peaks.values(), self._gauge.read()]
-        return max((resident if peak is None else peak) for peak, resident in peaks)
+        return self._peaks.largest
 
     # ---- the engine -----------------------------------------------------------------------------------------------
 
@@ -194,7 +185,7 @@ class Ledger:
 
     def _within(self, phase: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def followed(*args: Any, **kwargs: Any) -> Any:
-            before = self._phase
+            before = self._peaks.phase
             self._enter(phase)
             try:
                 result = original(*args, **kwargs)
@@ -254,13 +245,13 @@ class Ledger:
         if self._seq_len == 0:
             # The toolkit's own models take one token more, the last one's target.
             self._seq_len = _sequence_length((*args, *kwargs.values())) - isinstance(self._engine.module, CausalLM)
-            self._explainer.setup = self._describe(self._seq_len)
+            self._explainer.setup = self._setup(self._seq_len)
         if not self._closed and self._level == "full" and self._steps + 1 == self._traced_step:
             self._start_trace()
         self._cost += time.perf_counter() - began
 
     def _start_trace(self) -> None:
-        trace = StepTrace(self._engine.module, self._head, self._named, on_gpu=self._on_gpu)
+        trace = StepTrace(self._engine.module, self._head, self._inventory, on_gpu=self._on_gpu)
         try:
             if self._on_gpu:
                 torch.cuda.memory._record_memory_history(stacks="python")
@@ -287,7 +278,7 @@ class Ledger:
             self._durations.append(seconds)
             del self._durations[:-50]
         if self._steps == 2:  # the optimizer has its state by now
-            self._take_stock()
+            self._count_by_category()
         if self._steps in (2, self._traced_step) or began - self._written > WRITE_SECONDS:
             self._write()
         self._cost += time.perf_counter() - began
@@ -296,27 +287,27 @@ class Ledger:
         try:
             trace.__exit__(None, None, None)
             curve = trace.curve
-            self._timeline = curve.timeline(trace.tape.nanoseconds)
-            self._held = {phase.name: phase for phase in curve.by_phase()}
-            self._blocks = blocks_at(trace.tape.lives, curve, curve.peak_at)
+            self._timeline = curve.timeline(trace.storages.nanoseconds)
+            self._traced_phases = {phase.name: phase for phase in curve.by_phase()}
+            self._largest_tensors = largest_tensors(trace.storages.lifetimes, curve, curve.peak_at)
             self._resident = curve.at(len(curve.total) - 1)
             path = self._folder / FOLDER / f"rank{self._explainer.rank}-snapshot.pickle"
             if self._on_gpu:
                 snapshot.write_cuda(path)
                 torch.cuda.memory._record_memory_history(enabled=None)
             else:
-                snapshot.write(path, snapshot.of_tape(trace.tape.lives, trace.tape.nanoseconds or []))
+                snapshot.write(path, snapshot.of_step(trace.storages.lifetimes, trace.storages.nanoseconds or []))
         except Exception as error:  # measuring must not end a run
             logger.warning("memory: the traced step could not be written down: %s: %s", type(error).__name__, error)
 
-    def _take_stock(self) -> None:
-        here, self._host, blocks = held.by_category(self._named(), self._engine.device.type)
+    def _count_by_category(self) -> None:
+        here, self._host, largest = by_category(self._inventory(), self._engine.device.type)
         if self._timeline is not None:
             return  # the trace has them, and more
-        self._resident, self._blocks = here, blocks
-        if isinstance(self._gauge, gauges.CachingAllocator):
-            workspaces = self._gauge.workspaces()
-            rest = self._gauge.now() - sum(here.values())
+        self._resident, self._largest_tensors = here, largest
+        if isinstance(self._watermark, CachingAllocator):
+            workspaces = self._watermark.workspaces()
+            rest = self._watermark.now() - sum(here.values())
             self._resident = here | {c.WORKSPACES: workspaces, c.OTHER: max(0, rest)}
 
     # ---- the record -----------------------------------------------------------------------------------------------
@@ -339,28 +330,28 @@ class Ledger:
             logger.warning("memory: the run ended before step %d, which was to be traced", self._traced_step)
         if self._steps:  # else the record is the one that it began with
             if not self._resident:
-                self._take_stock()
+                self._count_by_category()
             self._write()
 
     def _write(self) -> None:
         self._written = time.perf_counter()
         with contextlib.suppress(OSError):
-            write(self._folder, measured_name(self._explainer.rank), self.record())
+            write_record(self._folder, measured_name(self._explainer.rank), self.record())
 
     def record(self) -> Measurement:
         """What has been measured so far."""
-        phases = self._phases()
+        phases = self._peaks.records(self._traced_phases)
         known = [phase for phase in phases if phase.peak is not None]
         largest = max(known, key=lambda phase: phase.peak or 0, default=None)
-        allocator = self._gauge.state() if isinstance(self._gauge, gauges.CachingAllocator) else None
-        source = self._gauge.source
+        allocator = self._watermark.state() if isinstance(self._watermark, CachingAllocator) else None
+        source = self._watermark.source
         if self._timeline is not None and not self._on_gpu:
             source = "torch's CPU allocator" if counted() else "named tensors (torch's CPU allocator kept no count)"
         assert self._level != "off"
         return Measurement(
-            setup=self._explainer.setup or self._describe(self._seq_len),
+            setup=self._explainer.setup or self._setup(self._seq_len),
             rank=self._explainer.rank,
-            host=gauges.host(),
+            host=host(),
             device_name=torch.cuda.get_device_name(self._engine.device) if self._on_gpu else "cpu",
             level=self._level,
             source=source,
@@ -372,29 +363,12 @@ class Ledger:
             host_memory=self._host,
             limit=self._explainer.limit,
             timeline=self._timeline,
-            blocks=self._blocks,
+            blocks=self._largest_tensors,
             allocator=allocator,
             largest_resident_set=None if self._on_gpu else self.largest,
             overhead_seconds=self._cost,
             steps=self._steps,
         )
-
-    def _phases(self) -> list[Phase]:
-        found = []
-        for name in c.PHASES:
-            peak, resident = self._peaks.get(name, (None, None))
-            traced = self._held.get(name)
-            if traced is None:
-                if resident is not None:
-                    found.append(Phase(name=name, peak=peak, resident_set=resident))
-                continue
-            by_name, total = traced.held, traced.peak or 0
-            if peak is not None and peak > total:
-                # Another step held more than the traced one, or an operation did within itself.
-                by_name = by_name | {c.OTHER: by_name.get(c.OTHER, 0) + peak - total}
-                total = peak
-            found.append(Phase(name=name, peak=total, held=by_name, resident_set=resident))
-        return found
 
 
 def _sequence_length(inputs: Iterable[Any]) -> int:

@@ -20,19 +20,28 @@ from types import TracebackType
 
 import torch
 
-from toolkit.memory import saved_tensors as graph
 from toolkit.memory import snapshot
-from toolkit.memory import watermarks as gauges
-from toolkit.records import by_category as held
+from toolkit.memory.saved_tensors import reachable_tensors
+from toolkit.memory.watermarks import RESERVED_SPACE, address_space, limits, watermark
 from toolkit.records import categories as c
-from toolkit.records.memory import FOLDER, Block, Change, OutOfMemory, Phase, Prediction, Setup, write
+from toolkit.records.by_category import Named, by_category
+from toolkit.records.memory import (
+    FOLDER,
+    Change,
+    LargeTensor,
+    OutOfMemoryRecord,
+    Phase,
+    Prediction,
+    Setup,
+    write_record,
+)
 from toolkit.records.sizes import size_text
 
 RESERVE = 64 << 20
 """Bytes of address space that are kept free for writing; they are never resident."""
 
 CHANGES = 3
-SHOWN_BLOCKS = 12
+SHOWN_TENSORS = 12
 
 _SIGNS = (
     "can't allocate memory",
@@ -54,7 +63,7 @@ _ASKED = (
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
-def out_of_memory(error: BaseException | None) -> BaseException | None:
+def failed_allocation(error: BaseException | None) -> BaseException | None:
     """The failed allocation that `error` is or comes from, or None."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -91,9 +100,9 @@ class Explainer:
         device: whose memory is watched.
         predicted: by `toolkit.estimate.predict`; what each phase was expected to hold stands beside what it held.
         changes: what other settings would hold. Called here: there may be no memory to compute it later.
-        held_already: bytes that the process holds, and that will be named when something fails.
+        named_already: bytes of the tensors that exist already, and that will be named when something fails.
 
-    The ledger keeps `setup`, `held`, `vocabulary`, `phase` and `step` up to date.
+    The ledger keeps `setup`, `inventory`, `vocabulary`, `phase` and `step` up to date.
     """
 
     def __init__(
@@ -104,21 +113,21 @@ class Explainer:
         *,
         predicted: Prediction | None = None,
         changes: Callable[[], Sequence[Change]] | None = None,
-        held_already: int = 0,
+        named_already: int = 0,
     ) -> None:
         self.folder, self.rank, self.device = folder, rank, device
         self._began = time.time()
         self.phase, self.step = c.INIT, 1
         self.setup: Setup | None = None
-        self.held: Callable[[], Iterable[held.Named]] = tuple
+        self.inventory: Callable[[], Iterable[Named]] = tuple
         self.vocabulary: int | None = None
         self.written: Path | None = None
         self._predicted = predicted
         found = list(changes()) if changes is not None else predicted.changes if predicted is not None else []
         self._changes = sorted((x for x in found if x.saves > 0), key=lambda change: -change.saves)[:CHANGES]
-        self.limits = gauges.limits(device)
-        self._gauge = gauges.gauge(device)
-        self._at_start = 0 if device.type == "cuda" else max(0, self._gauge.now() - held_already)
+        self.limits = limits(device)
+        self._watermark = watermark(device)
+        self._at_start = 0 if device.type == "cuda" else max(0, self._watermark.now() - named_already)
         self._reserve: mmap.mmap | None = None
         with contextlib.suppress(OSError):
             self._reserve = mmap.mmap(-1, RESERVE)
@@ -141,10 +150,10 @@ class Explainer:
         """One sentence where the prediction exceeds a limit; None where it fits or is not known."""
         if self._predicted is None:
             return None
-        needed = self._predicted.peak + self._predicted.context
+        needed = self._predicted.needed
         for what, limit in self.limits.items():
             # The limit on address space also counts what the libraries have mapped.
-            before = gauges.address_space() if what == gauges.RESERVED_SPACE else self._at_start
+            before = address_space() if what == RESERVED_SPACE else self._at_start
             total = needed if self.device.type == "cuda" else needed + (before or 0)
             if total > limit:
                 return (
@@ -163,7 +172,7 @@ class Explainer:
 
     def ended_by_memory(self) -> bool:
         """Whether this rank, or another one of this run, has run out of memory and said why."""
-        # A run that is gone on with may hold the pages of the time before.
+        # A resumed run may hold the pages of the time before.
         return self.written is not None or any(
             path.stat().st_mtime >= self._began for path in (self.folder / FOLDER).glob("rank*-out-of-memory.json")
         )
@@ -173,14 +182,14 @@ class Explainer:
 
         Everything that was held when it failed must still be held: call it while the exception is being handled.
         """
-        cause = out_of_memory(error)
+        cause = failed_allocation(error)
         if cause is None or self.written is not None:
             return self.written
         if self._reserve is not None:
             self._reserve.close()
         message = str(cause).strip().splitlines()
         try:
-            record = OutOfMemory(
+            record = OutOfMemoryRecord(
                 setup=self.setup or (self._predicted.setup if self._predicted is not None else None),
                 rank=self.rank,
                 phase=self.phase,
@@ -192,44 +201,44 @@ class Explainer:
                 message=f"{type(cause).__name__}: {message[0] if message else ''}",
             )
             # What is sure to be written first: looking for the activations takes some memory.
-            blocks = self._fill(record, self.held())
+            tensors = self._fill(record, self.inventory())
             path = self._write(record)
         except Exception as problem:
             print(f"error: rank {self.rank} ran out of memory, and of memory to say why: {problem!r}", file=sys.stderr)
             return None
         with contextlib.suppress(Exception):
             saved = record.setup is not None and not record.setup.activation_checkpointing
-            more = graph.kept(error, self.phase, saved=saved, vocabulary=self.vocabulary)
-            blocks = self._fill(record, itertools.chain(self.held(), more))
+            more = reachable_tensors(error, self.phase, saved=saved, vocabulary=self.vocabulary)
+            tensors = self._fill(record, itertools.chain(self.inventory(), more))
             self._write(record)
         self.written = path
         place = f"{self.phase}, step {self.step}" if record.step is not None else self.phase
         print(f"error: rank {self.rank} ran out of memory ({place}): see {path}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
-            self._write_snapshot(blocks)
+            self._write_snapshot(tensors)
         return path
 
-    def _write(self, record: OutOfMemory) -> Path:
-        write(self.folder, json_name(self.rank), record)
+    def _write(self, record: OutOfMemoryRecord) -> Path:
+        write_record(self.folder, json_name(self.rank), record)
         path = self.folder / FOLDER / f"rank{self.rank}-out-of-memory.md"
         path.write_text(self._page(record), encoding="utf-8")
         return path
 
-    def _write_snapshot(self, blocks: list[Block]) -> None:
+    def _write_snapshot(self, tensors: list[LargeTensor]) -> None:
         path = self.folder / FOLDER / f"rank{self.rank}-out-of-memory.pickle"
         if self.device.type == "cuda":
             snapshot.write_cuda(path)
         else:
-            snapshot.write(path, snapshot.of_blocks(blocks))
+            snapshot.write(path, snapshot.of_tensors(tensors))
 
-    def _fill(self, record: OutOfMemory, named: Iterable[held.Named]) -> list[Block]:
-        found, _, blocks = held.by_category(named, self.device.type)
-        rest = self._gauge.now() - self._at_start - sum(found.values())
+    def _fill(self, record: OutOfMemoryRecord, named: Iterable[Named]) -> list[LargeTensor]:
+        found, _, tensors = by_category(named, self.device.type)
+        rest = self._watermark.now() - self._at_start - sum(found.values())
         record.held = found | {c.OTHER: rest} if rest > 0 else found
-        record.blocks = blocks
-        return blocks
+        record.blocks = tensors
+        return tensors
 
-    def _page(self, record: OutOfMemory) -> str:
+    def _page(self, record: OutOfMemoryRecord) -> str:
         lines = [f"# Rank {record.rank} ran out of memory", ""]
         lines.append(
             f"In the phase **{record.phase}**"
@@ -249,8 +258,8 @@ class Explainer:
         if record.blocks:
             lines += ["", "## The largest tensors", ""]
             lines += ["| bytes each | number | category | what |", "|---:|---:|---|---|"]
-            alike = Counter((b.bytes, b.category, b.what) for b in record.blocks).items()
-            lines += [f"| {size:,} | {n} | {name} | {what} |" for (size, name, what), n in [*alike][:SHOWN_BLOCKS]]
+            alike = Counter((one.bytes, one.category, one.what) for one in record.blocks).items()
+            lines += [f"| {size:,} | {n} | {name} | {what} |" for (size, name, what), n in [*alike][:SHOWN_TENSORS]]
         lines += ["", "## What would help", ""]
         if record.changes:
             lines += ["| change | saves at the peak, bytes | peak then, bytes |", "|---|---:|---:|"]
@@ -260,7 +269,7 @@ class Explainer:
             lines.append("Nothing was predicted for this run; `toolkit plan` names settings that fit.")
         return "\n".join(lines) + "\n"
 
-    def _table(self, record: OutOfMemory) -> list[str]:
+    def _table(self, record: OutOfMemoryRecord) -> list[str]:
         phases: Iterable[Phase] = self._predicted.phases if self._predicted is not None else ()
         expected = next((phase for phase in phases if phase.name == record.phase), None)
         head = "| category | held, bytes |" + (" predicted at this phase's peak |" if expected else "")

@@ -1,7 +1,6 @@
-"""What the forward pass has kept when an allocation fails, found from the frames that the exception went through.
+"""The tensors that are saved for the backward pass when an allocation fails, without a trace of what made them.
 
-No tracing is needed for it: the tensors in those frames lead to the graph of the backward pass, whose nodes hold what
-they saved.
+The tensors in the frames that the exception went through lead to autograd's graph, whose nodes hold what they saved.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ _MOST = 100_000
 """Nodes that are visited: a graph of any model here is smaller."""
 
 
-def kept(error: BaseException, phase: str, *, saved: bool, vocabulary: int | None) -> Iterator[Named]:
-    """Tensors in the frames of `error`, and with `saved` those that their graphs keep: category, name and tensor.
+def reachable_tensors(error: BaseException, phase: str, *, saved: bool, vocabulary: int | None) -> Iterator[Named]:
+    """Tensors in the frames of `error`, and with `saved` those that their graphs have saved: category, name and tensor.
 
     Without `saved` nothing is unpacked: where activations are checkpointed, that would compute them again. A tensor
     whose last dimension is the vocabulary is taken for logits.
@@ -53,7 +52,7 @@ def kept(error: BaseException, phase: str, *, saved: bool, vocabulary: int | Non
         seen.add(node)
         roots.extend(following for following, _ in node.next_functions if following is not None)
         for tensor in _saved(node):
-            yield category(tensor), f"kept for {node.name()} {list(tensor.shape)} {str(tensor.dtype)[6:]}", tensor
+            yield category(tensor), f"saved for {node.name()} {list(tensor.shape)} {str(tensor.dtype)[6:]}", tensor
 
 
 def _tensors(values: dict[str, Any]) -> Iterable[tuple[str, Tensor]]:

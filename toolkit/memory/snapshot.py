@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from toolkit.memory.storages import Life
-from toolkit.records.memory import Block
+from toolkit.memory.storages import Lifetime
+from toolkit.records.memory import LargeTensor
 
 _Entry = dict[str, Any]
 
 
-def of_tape(lives: Iterable[Life], moments: list[int]) -> _Entry:
+def of_step(lifetimes: Iterable[Lifetime], moments: list[int]) -> _Entry:
     """A snapshot of a traced step; `moments`: nanoseconds of each moment.
 
     Addresses are made up: a storage that was released and one that took its place must not be confused.
@@ -27,33 +27,31 @@ def of_tape(lives: Iterable[Life], moments: list[int]) -> _Entry:
     events: list[tuple[int, int, _Entry]] = []
     left: list[_Entry] = []
     address = 1 << 20
-    for life in lives:
-        if not life.bytes or (life.died is not None and life.died <= life.born):
+    for lifetime in lifetimes:
+        if not lifetime.bytes or (lifetime.freed_at is not None and lifetime.freed_at <= lifetime.allocated_at):
             continue
-        entry = _entry(address, life.bytes, life.category or "", life.what, life.where)
-        address += -(-life.bytes // 512) * 512
-        if life.born >= 0:
-            events.append((life.born, 1, entry | {"action": "alloc", "time_us": moments[life.born] // 1000}))
-        if life.died is None:
-            left.append(entry)
-        elif life.died < len(moments):
-            time = moments[life.died] // 1000
-            # Releases first: at one moment, what is made takes the place of what goes.
-            events.append((life.died, 0, entry | {"action": "free_requested", "time_us": time}))
-            events.append((life.died, 0, entry | {"action": "free_completed", "time_us": time}))
+        entry = _entry(address, lifetime.bytes, lifetime.category or "", lifetime.what, lifetime.where)
+        address += -(-lifetime.bytes // 512) * 512
+        start, end = lifetime.allocated_at, lifetime.freed_at
+        if start >= 0:
+            events.append((start, 1, entry | {"action": "alloc", "time_us": moments[start] // 1000}))
+        # Releases first: at one moment, what is made takes the place of what goes.
+        if end is not None and end < len(moments):
+            for action in ("free_requested", "free_completed"):
+                events.append((end, 0, entry | {"action": action, "time_us": moments[end] // 1000}))
         else:
             left.append(entry)
     events.sort(key=lambda event: event[:2])
     return _snapshot([entry for *_, entry in events], left)
 
 
-def of_blocks(blocks: Iterable[Block]) -> _Entry:
-    """A snapshot of `blocks` as they are held now, without a history."""
+def of_tensors(tensors: Iterable[LargeTensor]) -> _Entry:
+    """A snapshot of `tensors` as they are now, without a history."""
     left = []
     address = 1 << 20
-    for block in blocks:
-        left.append(_entry(address, block.bytes, block.category, block.what, block.where))
-        address += -(-block.bytes // 512) * 512
+    for tensor in tensors:
+        left.append(_entry(address, tensor.bytes, tensor.category, tensor.what, tensor.where))
+        address += -(-tensor.bytes // 512) * 512
     return _snapshot([], left)
 
 

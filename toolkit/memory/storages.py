@@ -1,6 +1,6 @@
-"""One training step as the lives of its storages: what a rehearsal predicts and a trace measures.
+"""The storages of one training step, each with its lifetime: what a dry run predicts and a trace measures.
 
-Time is counted in births and deaths, not in seconds: every one is a moment of its own.
+Time is counted in allocations and releases, not in seconds: every one is a moment of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from toolkit.records import categories as c
-from toolkit.records.by_category import BLOCKS
-from toolkit.records.memory import Block, Phase, Span, Timeline
+from toolkit.records.by_category import LARGEST
+from toolkit.records.memory import LargeTensor, Phase, Span, Timeline
 
 HEAD = "head"
 """Name of the scope in which logits are made."""
@@ -33,12 +33,12 @@ class Scope:
 
 
 @dataclass(slots=True)
-class Life:
-    """One storage. `born` and `died` are moments; born before the first is -1, died None is not within the tape."""
+class Lifetime:
+    """Of one storage. `allocated_at` and `freed_at` are moments: -1 is before the first, None not within the step."""
 
     bytes: int
-    born: int
-    died: int | None
+    allocated_at: int
+    freed_at: int | None
     phase: str
     category: str | None = None
     what: str = ""
@@ -50,10 +50,10 @@ class Life:
 
 
 @dataclass
-class Tape:
-    """What happened, in order. `now` is the next moment."""
+class StorageTrace:
+    """What was allocated and freed, in order. `now` is the next moment."""
 
-    lives: list[Life] = field(default_factory=list)
+    lifetimes: list[Lifetime] = field(default_factory=list)
     phases: list[tuple[str, int]] = field(default_factory=list)
     """Name and first moment of each phase."""
     scopes: list[Scope] = field(default_factory=list)
@@ -70,32 +70,36 @@ class Tape:
     def begin(self, phase: str) -> None:
         self.phases.append((phase, self.now))
 
+    def curve(self) -> Curve:
+        """Bytes by category at every moment so far; every storage must have a category."""
+        return curve(self.lifetimes, self.now, self.phases)
+
     def classify(self) -> None:
-        """Give every life that has no category yet the one that its place and length say."""
+        """Give every storage that has no category yet the one that its place and lifetime say."""
         backward = [start for name, start in self.phases if name == c.BACKWARD]
-        for life in self.lives:
-            if life.category is not None:
+        for lifetime in self.lifetimes:
+            if lifetime.category is not None:
                 continue
-            scope = life.scope
+            scope = lifetime.scope
             # Of several micro-batches, the backward pass of its own.
-            at = bisect.bisect_right(backward, life.born)
+            at = bisect.bisect_right(backward, lifetime.allocated_at)
             forward_ends = backward[at] if at < len(backward) else self.now
             ends = forward_ends if scope is None else scope.closed or forward_ends
-            outlives = life.died is None or life.died > ends
-            after_head = scope is None and any(first <= life.born <= last for first, last in self.heads)
+            outlives = lifetime.freed_at is None or lifetime.freed_at > ends
+            after_head = scope is None and any(first <= lifetime.allocated_at <= last for first, last in self.heads)
             if after_head or (scope is not None and scope.name == HEAD):
-                life.category = c.LOGITS
-            elif life.phase == c.FORWARD or (life.phase == c.BACKWARD and life.scope is not None):
-                life.category = c.ACTIVATIONS if outlives else c.TRANSIENTS
+                lifetime.category = c.LOGITS
+            elif lifetime.phase == c.FORWARD or (lifetime.phase == c.BACKWARD and lifetime.scope is not None):
+                lifetime.category = c.ACTIVATIONS if outlives else c.TRANSIENTS
             else:
-                life.category = c.TRANSIENTS
+                lifetime.category = c.TRANSIENTS
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Bytes held at every moment, by category: `held[name]` is int64 [moments]."""
+    """Bytes at every moment: `by_category[name]` and `total` are int64 [moments]."""
 
-    held: dict[str, np.ndarray]
+    by_category: dict[str, np.ndarray]
     total: np.ndarray
     phases: Sequence[tuple[str, int]]
 
@@ -105,7 +109,7 @@ class Curve:
 
     def at(self, moment: int) -> dict[str, int]:
         """Bytes by category at `moment`, without empty ones."""
-        return {name: int(values[moment]) for name, values in self.held.items() if values[moment]}
+        return {name: int(values[moment]) for name, values in self.by_category.items() if values[moment]}
 
     def phase_at(self, moment: int) -> str:
         return [name for name, start in self.phases if start <= moment][-1]
@@ -120,7 +124,7 @@ class Curve:
         best: dict[str, int] = {}
         ends = [start for _, start in self.phases[1:]] + [len(self.total)]
         for (name, start), end in zip(self.phases, ends, strict=True):
-            # One in which nothing was allocated or freed holds what was there before it.
+            # One in which nothing was allocated or freed has what was there before it.
             first = min(start, max(0, end - 1))
             moment = first + int(self.total[first : max(end, first + 1)].argmax())
             if name not in best or self.total[moment] > self.total[best[name]]:
@@ -142,39 +146,39 @@ class Curve:
             if nanoseconds is None
             else [round((nanoseconds[at] - nanoseconds[0]) / 1e6, 3) for at in chosen],
             spans=spans,
-            held={name: [int(values[at]) for at in chosen] for name, values in self.held.items()},
+            held={name: [int(values[at]) for at in chosen] for name, values in self.by_category.items()},
         )
 
 
-def curve(lives: Iterable[Life], moments: int, phases: Sequence[tuple[str, int]]) -> Curve:
-    """Add up `lives`, all of which have a category, over `moments` moments."""
+def curve(lifetimes: Iterable[Lifetime], moments: int, phases: Sequence[tuple[str, int]]) -> Curve:
+    """Add up `lifetimes`, all of which have a category, over `moments` moments."""
     changes: dict[str, np.ndarray] = {}
-    for life in lives:
-        assert life.category is not None
-        if life.category not in changes:
-            changes[life.category] = np.zeros(moments + 1, dtype=np.int64)
-        change = changes[life.category]
-        born = max(life.born, 0)
-        died = moments if life.died is None else min(life.died, moments)
-        if died > born:
-            change[born] += life.bytes
-            change[died] -= life.bytes
-    held = {name: changes[name].cumsum()[:moments] for name in c.ordered(changes)}
-    total = np.sum(list(held.values()), axis=0) if held else np.zeros(moments, dtype=np.int64)
-    return Curve(held, total, phases)
+    for lifetime in lifetimes:
+        assert lifetime.category is not None
+        if lifetime.category not in changes:
+            changes[lifetime.category] = np.zeros(moments + 1, dtype=np.int64)
+        change = changes[lifetime.category]
+        start = max(lifetime.allocated_at, 0)
+        end = moments if lifetime.freed_at is None else min(lifetime.freed_at, moments)
+        if end > start:
+            change[start] += lifetime.bytes
+            change[end] -= lifetime.bytes
+    by_category = {name: change.cumsum()[:moments] for name, change in c.in_order(changes).items()}
+    total = np.sum(list(by_category.values()), axis=0) if by_category else np.zeros(moments, dtype=np.int64)
+    return Curve(by_category, total, phases)
 
 
-def blocks_at(lives: Iterable[Life], curve: Curve, moment: int) -> list[Block]:
+def largest_tensors(lifetimes: Iterable[Lifetime], curve: Curve, moment: int) -> list[LargeTensor]:
     """The largest storages that are alive at `moment`, largest first."""
-    alive = (life for life in lives if life.born <= moment and (life.died is None or life.died > moment))
+    alive = (x for x in lifetimes if x.allocated_at <= moment and (x.freed_at is None or x.freed_at > moment))
     return [
-        Block(
-            bytes=life.bytes,
-            category=life.category or c.OTHER,
-            what=life.what,
-            where=life.where,
-            # "inside" an operation and what the tracker saw alike: born before the step, or in one of its phases.
-            phase=c.INIT if life.born < 0 else curve.phase_at(life.born),
+        LargeTensor(
+            bytes=lifetime.bytes,
+            category=lifetime.category or c.OTHER,
+            what=lifetime.what,
+            where=lifetime.where,
+            # What is inside an operation and what the tracker saw alike: from before the step, or of one of its phases.
+            phase=c.INIT if lifetime.allocated_at < 0 else curve.phase_at(lifetime.allocated_at),
         )
-        for life in heapq.nlargest(BLOCKS, alive, key=lambda life: life.bytes)
+        for lifetime in heapq.nlargest(LARGEST, alive, key=lambda lifetime: lifetime.bytes)
     ]

@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from toolkit.memory.storages import Curve, Life, Tape, curve
+from toolkit.memory.storages import Curve, Lifetime, StorageTrace
 from toolkit.memory.tracker import Tracker
 from toolkit.memory.watermarks import CachingAllocator
 from toolkit.records import categories as c
-
-Named = tuple[str, str, Tensor]
+from toolkit.records.by_category import Named
 
 
 def count_from_here() -> None:
@@ -54,26 +53,26 @@ class StepTrace:
     Args:
         model: whose blocks and gradients are followed.
         head: the module that makes logits, if there is one.
-        held: what is there already, by category and name; called at the start, and at the end of every phase for
+        inventory: what is there already, by category and name; called at the start, and at the end of every phase for
             what has been added.
         on_gpu: take totals from the caching allocator instead of the profiler.
 
-    After it, `tape` and `curve` hold the step, with "other" for what nothing names.
+    After it, `storages` and `curve` hold the step, with "other" for what nothing names.
     """
 
     def __init__(
-        self, model: nn.Module, head: nn.Module | None, held: Callable[[], Iterable[Named]], *, on_gpu: bool
+        self, model: nn.Module, head: nn.Module | None, inventory: Callable[[], Iterable[Named]], *, on_gpu: bool
     ) -> None:
-        self.tape = Tape(nanoseconds=[])
+        self.storages = StorageTrace(nanoseconds=[])
         self.curve: Curve
-        self._model, self._head, self._held, self._on_gpu = model, head, held, on_gpu
-        self._tracker = Tracker(self.tape, sites=True)
+        self._model, self._head, self._inventory, self._on_gpu = model, head, inventory, on_gpu
+        self._tracker = Tracker(self.storages, sites=True)
         self._profile: Any = None
         self._begun: list[int] = []
         """When each phase began."""
 
     def __enter__(self) -> StepTrace:
-        for category, name, tensor in self._held():
+        for category, name, tensor in self._inventory():
             self._tracker.adopt(tensor, category, name)
         self._tracker.attach(self._model, self._head, lambda number, parameter: None)
         if self._on_gpu:
@@ -94,15 +93,16 @@ class StepTrace:
     def phase(self, name: str) -> None:
         """From here on it is phase `name`."""
         self._name_new()
-        self.tape.begin(name)
+        self.storages.begin(name)
         self._begun.append(time.time_ns())
 
     def _name_new(self) -> None:
-        for category, name, tensor in self._held():
-            life = self._tracker.life(tensor)
-            if life is not None and life.born >= 0 and life.category in (None, c.BUCKETS):
-                life.category = category
-                life.what = life.what if life.category == c.GRADIENTS and life.parameter is not None else name
+        for category, name, tensor in self._inventory():
+            lifetime = self._tracker.lifetime(tensor)
+            if lifetime is not None and lifetime.allocated_at >= 0 and lifetime.category in (None, c.BUCKETS):
+                lifetime.category = category
+                if not (category == c.GRADIENTS and lifetime.parameter is not None):
+                    lifetime.what = name
 
     def __exit__(self, *error: Any) -> None:
         self._name_new()
@@ -114,7 +114,7 @@ class StepTrace:
             self._finish()
 
     def _finish(self) -> None:
-        self.tape.classify()
+        self.storages.classify()
         if self._on_gpu:
             self._add_other()
             return
@@ -122,50 +122,51 @@ class StepTrace:
         self._join(sorted(events, key=lambda event: event.start_time_ns))
 
     def _add_other(self) -> None:
-        named = sum(life.bytes for life in self.tape.lives if life.born < 0)
-        other = max(0, self._before - named)
-        self.tape.lives.append(Life(other, -1, None, c.INIT, c.OTHER, "before the trace"))
+        lifetimes = self.storages.lifetimes
+        other = max(0, self._before - sum(one.bytes for one in lifetimes if one.allocated_at < 0))
+        lifetimes.append(Lifetime(other, -1, None, c.INIT, c.OTHER, "before the trace"))
         # Taken again by the first products of the step, within an operation: no tracker sees it.
-        self.tape.lives.append(Life(self._workspaces, -1, None, c.INIT, c.WORKSPACES, "workspaces of cuBLAS"))
-        self.curve = curve(self.tape.lives, self.tape.now, self.tape.phases)
+        lifetimes.append(Lifetime(self._workspaces, -1, None, c.INIT, c.WORKSPACES, "workspaces of cuBLAS"))
+        self.curve = self.storages.curve()
 
     def _join(self, events: list[Any]) -> None:
-        """Put the tracker's lives and the allocator's events on one axis of time."""
-        tape = self.tape
-        assert tape.nanoseconds is not None
+        """Put the tracker's lifetimes and the allocator's events on one axis of time."""
+        storages = self.storages
+        assert storages.nanoseconds is not None
         log = _Log(events)
         # In nanoseconds, and where the allocator says so, when it happened rather than when the tracker saw it.
         spans: list[tuple[int, int | None]] = []
-        for life in tape.lives:
-            born = tape.nanoseconds[life.born] if life.born >= 0 else None
-            died = tape.nanoseconds[life.died] if life.died is not None else None
-            spans.append(log.claim(life.address, born, died))
+        for lifetime in storages.lifetimes:
+            allocated_at = storages.nanoseconds[lifetime.allocated_at] if lifetime.allocated_at >= 0 else None
+            freed_at = storages.nanoseconds[lifetime.freed_at] if lifetime.freed_at is not None else None
+            spans.append(log.claim(lifetime.address, allocated_at, freed_at))
         inside = log.unclaimed()
-        moments = sorted({*tape.nanoseconds, *(event.start_time_ns for event in events)})
+        moments = sorted({*storages.nanoseconds, *(event.start_time_ns for event in events)})
         place = {moment: index for index, moment in enumerate(moments)}
         phases = [
             (name, bisect.bisect_left(moments, begun))
-            for (name, _), begun in zip(tape.phases, self._begun, strict=True)
+            for (name, _), begun in zip(storages.phases, self._begun, strict=True)
         ]
         heads = [
-            [place[tape.nanoseconds[min(moment, tape.now - 1)]] for moment in (first, last)]
-            for first, last in tape.heads
+            [place[storages.nanoseconds[min(moment, storages.now - 1)]] for moment in (first, last)]
+            for first, last in storages.heads
         ]
-        for life, (first, last) in zip(tape.lives, spans, strict=True):
-            life.born, life.died = place[first] if life.born >= 0 else -1, None if last is None else place[last]
+        for lifetime, (first, last) in zip(storages.lifetimes, spans, strict=True):
+            lifetime.allocated_at = place[first] if lifetime.allocated_at >= 0 else -1
+            lifetime.freed_at = None if last is None else place[last]
         for address, size, first, last, operation in inside:
             start = place[first]
             phase = next((name for name, begun in reversed(phases) if begun <= start), c.INIT)
             category = c.LOGITS if any(begun <= start <= ended for begun, ended in heads) else c.TRANSIENTS
             end = None if last is None else place[last]
             what = f"inside {operation}"
-            tape.lives.append(Life(size, start, end, phase, category, what, operation, address=address))
-        tape.phases, tape.now, tape.nanoseconds = phases, len(moments), moments
-        named = curve(tape.lives, len(moments), phases)
+            storages.lifetimes.append(Lifetime(size, start, end, phase, category, what, operation, address=address))
+        storages.phases, storages.now, storages.nanoseconds = phases, len(moments), moments
+        named = storages.curve()
         # Without a count from the start its totals lack what was there, and hold what earlier traces left.
         known = bool(events) and counted()
         other = (log.totals(moments) - named.total).clip(min=0) if known else 0 * named.total
-        self.curve = Curve(named.held | {c.OTHER: other}, named.total + other, phases)
+        self.curve = Curve(named.by_category | {c.OTHER: other}, named.total + other, phases)
 
 
 def _allocations(roots: Iterable[Any]) -> Iterable[Any]:
@@ -193,32 +194,32 @@ class _Log:
             else:
                 self._freed[fields.ptr].append(moment)
 
-    def claim(self, address: int, born: int | None, died: int | None) -> tuple[int, int | None]:
-        """When the tensor at `address`, which the tracker saw from `born` to `died`, was allocated and released.
+    def claim(self, address: int, seen: int | None, gone: int | None) -> tuple[int, int | None]:
+        """When the tensor at `address`, which the tracker saw from `seen` to `gone`, was allocated and released.
 
         A tensor is seen right after it was allocated and right before it is released.
         """
         made, freed = self._made[address], self._freed[address]
-        # What the allocator has no record of (shared memory, another library's) must not take another's birth.
+        # What the allocator has no record of (shared memory, another library's) must not take another's allocation.
         if (
-            born is not None
-            and (at := bisect.bisect_right(made, born))
+            seen is not None
+            and (at := bisect.bisect_right(made, seen))
             and self._left.pop((address, made[at - 1]), None) is not None
         ):
-            born = made[at - 1]
-        if died is not None and (at := bisect.bisect_left(freed, died)) < len(freed):
-            following = bisect.bisect_right(made, died)
+            seen = made[at - 1]
+        if gone is not None and (at := bisect.bisect_left(freed, gone)) < len(freed):
+            following = bisect.bisect_right(made, gone)
             if following == len(made) or freed[at] <= made[following]:
-                died = freed[at]
-        return born or 0, died
+                gone = freed[at]
+        return seen or 0, gone
 
     def unclaimed(self) -> list[tuple[int, int, int, int | None, str]]:
         """Allocations that were no tensor's: address, bytes, from when, until when, and the operation within."""
         found = []
-        for (address, born), (size, operation) in self._left.items():
+        for (address, made), (size, operation) in self._left.items():
             freed = self._freed[address]
-            at = bisect.bisect_right(freed, born)
-            found.append((address, size, born, freed[at] if at < len(freed) else None, operation))
+            at = bisect.bisect_right(freed, made)
+            found.append((address, size, made, freed[at] if at < len(freed) else None, operation))
         return found
 
     def totals(self, moments: list[int]) -> np.ndarray:

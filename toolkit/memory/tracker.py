@@ -1,4 +1,4 @@
-"""Watches every operation and writes down the life of each storage that it makes."""
+"""Watches every operation and writes down the lifetime of each storage that it makes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolkit.memory.storages import HEAD, Life, Scope, Tape
+from toolkit.memory.storages import HEAD, Lifetime, Scope, StorageTrace
 from toolkit.models.build import blocks
 from toolkit.records import categories as c
 
@@ -23,30 +23,29 @@ _FRAMES = 40
 
 
 class Tracker(TorchDispatchMode):
-    """Writes `tape` while it is active. On the meta device, too, where storages have a size and take no memory.
+    """Writes `storages` while it is active. On the meta device, too, where storages have a size and take no memory.
 
     Args:
-        tape: is written to.
+        storages: is written to.
         sites: also write down the line of code, or the operation of the backward pass, that made each storage, and
             give those that DeepSpeed or `toolkit.zero` made the categories "gathered" and "buckets".
 
     What an operation allocates and frees within itself is no tensor, and not seen.
     """
 
-    def __init__(self, tape: Tape, *, sites: bool) -> None:
+    def __init__(self, storages: StorageTrace, *, sites: bool) -> None:
         super().__init__()
-        self.tape = tape
+        self.storages = storages
         self._sites = sites
         self._stride = 1
-        self._known: dict[int, Life | None] = {}
+        self._known: dict[int, Lifetime | None] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._scope: list[Scope] = []
         self._hooks: list[Any] = []
-        self._parameter_hook: Callable[[int, nn.Parameter], None] | None = None
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled functions stay compiled: what they hold within is none of this."""
+        """Compiled functions stay compiled: what they allocate within is not seen."""
         return True
 
     # ---- storages -------------------------------------------------------------------------------------------------
@@ -56,34 +55,34 @@ class Tracker(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._known:
             return
-        life = None
+        lifetime = None
         if category is not None:
-            life = Life(storage.nbytes(), -1, None, c.INIT, category, what, address=storage.data_ptr())
-        self._watch(storage, life)
+            lifetime = Lifetime(storage.nbytes(), -1, None, c.INIT, category, what, address=storage.data_ptr())
+        self._follow(storage, lifetime)
 
-    def life(self, tensor: Tensor) -> Life | None:
-        """The life of the storage of `tensor`, if it is counted."""
+    def lifetime(self, tensor: Tensor) -> Lifetime | None:
+        """The lifetime of the storage of `tensor`, if it is counted."""
         return self._known.get(tensor.untyped_storage()._cdata)
 
-    def _watch(self, storage: Any, life: Life | None) -> None:
+    def _follow(self, storage: Any, lifetime: Lifetime | None) -> None:
         key = storage._cdata
-        if life is not None:
-            self.tape.lives.append(life)
+        if lifetime is not None:
+            self.storages.lifetimes.append(lifetime)
 
         def gone(_: Any) -> None:
             self._known.pop(key, None)
             self._references.pop(key, None)
-            if life is not None:
-                life.died = self._tick()
+            if lifetime is not None:
+                lifetime.freed_at = self._tick()
 
-        self._known[key] = life
+        self._known[key] = lifetime
         self._references[key] = weakref.ref(storage, gone)
 
     def _tick(self) -> int:
-        moment = self.tape.now
-        self.tape.now += self._stride
-        if self.tape.nanoseconds is not None:
-            self.tape.nanoseconds.append(time.time_ns())
+        moment = self.storages.now
+        self.storages.now += self._stride
+        if self.storages.nanoseconds is not None:
+            self.storages.nanoseconds.append(time.time_ns())
         return moment
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,26 +101,26 @@ class Tracker(TorchDispatchMode):
         storage = output.untyped_storage()
         if storage._cdata in self._known or storage.nbytes() == 0:
             return
-        # A view of, or a change to, what was there before this tracker is no birth.
+        # A view of, or a change to, what was there before this tracker makes no storage.
         inputs = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if any(x.untyped_storage()._cdata == storage._cdata for x in inputs):
-            self._watch(storage, None)
+            self._follow(storage, None)
             return
-        life = Life(
+        lifetime = Lifetime(
             storage.nbytes(),
             self._tick(),
             None,
-            self.tape.phase,
+            self.storages.phase,
             what=str(func).removesuffix(".default"),
             scope=self._scope[-1] if self._scope else None,
         )
         if self._sites:
-            life.address = storage.data_ptr()
-            life.where, maker = _site(sys._getframe(1))
+            lifetime.address = storage.data_ptr()
+            lifetime.where, maker = _site(sys._getframe(1))
             # In the step, what ZeRO makes is no communication buffer.
-            if maker == c.GATHERED or life.phase in (c.BACKWARD, c.REDUCE):
-                life.category = maker
-        self._watch(storage, life)
+            if maker == c.GATHERED or lifetime.phase in (c.BACKWARD, c.REDUCE):
+                lifetime.category = maker
+        self._follow(storage, lifetime)
 
     # ---- the model ------------------------------------------------------------------------------------------------
 
@@ -134,7 +133,7 @@ class Tracker(TorchDispatchMode):
             model: whose blocks are its layers, and all else that has parameters.
             head: the module that makes logits.
             on_gradient: called with the number of a parameter (in `model.parameters()`) and the parameter when its
-                gradient is whole. The life of the gradient has been marked by then.
+                gradient is whole. The lifetime of the gradient has been marked by then.
         """
         for name, block in blocks(model):
             label = HEAD if block is head else name
@@ -155,24 +154,24 @@ class Tracker(TorchDispatchMode):
 
     def _open(self, label: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if label == HEAD and self.tape.phase == c.FORWARD:
+            if label == HEAD and self.storages.phase == c.FORWARD:
                 self._enter_head(inputs)
-            scope = Scope(label, self.tape.now)
-            self.tape.scopes.append(scope)
+            scope = Scope(label, self.storages.now)
+            self.storages.scopes.append(scope)
             self._scope.append(scope)
 
         return hook
 
     def _close(self, *_: Any) -> None:
         if self._scope:
-            self._scope.pop().closed = self.tape.now
+            self._scope.pop().closed = self.storages.now
 
     def _enter_head(self, inputs: tuple[Any, ...]) -> None:
-        number = len(self.tape.heads)
-        self.tape.heads.append((self.tape.now, sys.maxsize))
+        number, began = len(self.storages.heads), self.storages.now
+        self.storages.heads.append((began, sys.maxsize))
 
         def leave(_: Tensor) -> None:
-            self.tape.heads[number] = (self.tape.heads[number][0], self.tape.now)
+            self.storages.heads[number] = (began, self.storages.now)
 
         # Not the gradient of its weight: a tied one is whole only when that of the embedding is.
         hidden = inputs[0] if inputs else None
@@ -181,10 +180,10 @@ class Tracker(TorchDispatchMode):
 
     def _gradient(self, number: int, name: str) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
-            life = self.life(gradient)
+            lifetime = self.lifetime(gradient)
             # A view of something larger is not the gradient's own storage.
-            if life is not None and life.bytes <= gradient.numel() * gradient.element_size() + 64:
-                life.category, life.what, life.parameter = c.GRADIENTS, f"gradient of {name}", number
+            if lifetime is not None and lifetime.bytes <= gradient.numel() * gradient.element_size() + 64:
+                lifetime.category, lifetime.what, lifetime.parameter = c.GRADIENTS, f"gradient of {name}", number
 
         return hook
 

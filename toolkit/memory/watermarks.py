@@ -18,8 +18,8 @@ from toolkit.records.memory import Allocator
 RESERVED_SPACE = "address space (RLIMIT_AS)"
 
 
-class Gauge(Protocol):
-    """A watermark over phases."""
+class Watermark(Protocol):
+    """The largest amount of memory since it was last reset."""
 
     source: str
     """In words, for the record."""
@@ -127,8 +127,8 @@ class CachingAllocator:
         )
 
 
-def gauge(device: torch.device) -> ResidentSet | CachingAllocator:
-    """The gauge of `device`."""
+def watermark(device: torch.device) -> ResidentSet | CachingAllocator:
+    """The watermark of memory on `device`."""
     return CachingAllocator(device) if device.type == "cuda" else ResidentSet()
 
 

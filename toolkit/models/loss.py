@@ -204,7 +204,7 @@ class LossHead(nn.Linear):
     """A vocabulary head that returns the loss when it is given targets, and logits when it is not."""
 
     stands_for: str | None = None
-    """The device whose products are to be used, where that is not the one the weights are on: in a rehearsal."""
+    """The device whose products are to be used, where that is not the one the weights are on: in a dry run."""
 
     @classmethod
     def adopt(cls, head: nn.Linear) -> LossHead:

@@ -1,7 +1,7 @@
 """Optimizers with compressed state: AMCS, SOAM, and whatever rule a user adds."""
 
 from toolkit.optim.components import component_of, param_groups
-from toolkit.optim.optimizer import RULES, RuleOptimizer, as_optimizer, check_settings, find_rule
+from toolkit.optim.optimizer import RULES, RuleOptimizer, as_optimizer, check_params, find_rule
 from toolkit.optim.rule import COMPONENTS, Beta, NonNegative, Rule, State
 from toolkit.optim.rules.amcs import AMCS, AMCSRule
 from toolkit.optim.rules.soam import SOAM, SOAMRule
@@ -19,7 +19,7 @@ __all__ = [
     "SOAMRule",
     "State",
     "as_optimizer",
-    "check_settings",
+    "check_params",
     "component_of",
     "find_rule",
     "param_groups",

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from toolkit.errors import UserError, nearest
 from toolkit.optim.kernel import step_function
-from toolkit.optim.rule import Rule, check_component
+from toolkit.optim.rule import NEEDS, Rule, check_component
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import (
@@ -27,7 +27,7 @@ from toolkit.state.layout import (
     state_formats,
     state_of,
 )
-from toolkit.state.remainders import MASTER, Remainder
+from toolkit.state.remainders import DEFAULT_WEIGHTS, MASTER, Remainder
 from toolkit.state.sharding import whole_shape
 
 RULES: dict[str, type[RuleOptimizer]] = {}
@@ -35,7 +35,7 @@ RULES: dict[str, type[RuleOptimizer]] = {}
 
 _OPTIONS: dict[str, Any] = {
     "state_format": DEFAULT_FORMAT,
-    "weights": Remainder(8).name,
+    "weights": DEFAULT_WEIGHTS,
     "seed": 0,
     "release_gradients": False,
     "compile": True,
@@ -301,6 +301,14 @@ def as_optimizer(rule: type[Rule]) -> type[RuleOptimizer]:
                 f"{rule.__name__}: state {state.name!r} is a residual of {state.residual_of!r}, which must be a state "
                 "of the rule that is itself a residual of none"
             )
+    for need in rule.needs:
+        if need not in NEEDS:
+            hint = nearest(need, NEEDS)
+            raise UserError(
+                f"{rule.__name__}: needs names {need!r}, which no run knows; known is {', '.join(NEEDS)}.{hint}"
+            )
+        if need not in rule.model_fields:
+            raise UserError(f"{rule.__name__}: needs names {need!r}, for which the rule must have a field.")
     parameters = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     defaults = {key: field.get_default() for key, field in rule.model_fields.items()} | _OPTIONS
     parameters += [
@@ -319,7 +327,7 @@ def find_rule(name: str | None) -> type[RuleOptimizer] | None:
     return {key.lower(): value for key, value in RULES.items()}.get((name or "").lower())
 
 
-def check_settings(name: str, params: Mapping[str, Any]) -> None:
+def check_params(name: str, params: Mapping[str, Any]) -> None:
     """Check `optimizer.params` of a JSON for the rule `name` without building anything.
 
     Values "auto" (filled in later by a trainer) are passed over, and what only the run knows may be missing.

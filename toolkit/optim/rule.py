@@ -18,6 +18,9 @@ from toolkit.state.layout import State
 COMPONENTS = ("attention", "ffn", "embedding", "norm", "head", "other")
 """The parts of a transformer that a rule may treat differently."""
 
+NEEDS = ("total_steps",)
+"""What a run knows, and a rule may name in `needs`: the optimizer steps that the whole run takes."""
+
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
 
@@ -37,6 +40,8 @@ class Rule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     states: ClassVar[tuple[State, ...]]
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Fields that the run fills in where the user leaves them open, each one of NEEDS."""
 
     lr: NonNegative
 
@@ -53,6 +58,12 @@ class Rule(BaseModel):
     def variant(cls, settings: Mapping[str, Any]) -> type[Rule]:
         """The rule that runs these hyper-parameters; a rule with modes that keep other states has a class for each."""
         return cls
+
+    @classmethod
+    def supply(cls, params: Mapping[str, Any], **known: Any) -> dict[str, Any]:
+        """`params` with each of `needs` that they leave open as the run has it; None: the run does not know it."""
+        found = {name: known[name] for name in cls.needs if params.get(name) is None and known.get(name) is not None}
+        return {**params, **found}
 
     def for_component(self, component: str) -> dict[str, Any]:
         """Hyper-parameters that differ for `component`; `lr_scale` multiplies whatever lr a scheduler sets."""

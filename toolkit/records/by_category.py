@@ -1,4 +1,4 @@
-"""What is held now, from the names of tensors: bytes by category, and the largest ones."""
+"""What is in memory now, from the names of tensors: bytes by category, and the largest tensors."""
 
 from __future__ import annotations
 
@@ -8,38 +8,36 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from toolkit.records import categories as c
-from toolkit.records.memory import Block
+from toolkit.records.memory import LargeTensor
 
-BLOCKS = 30
-"""Largest ones that are written down."""
+LARGEST = 30
+"""Largest tensors that are written down."""
 
 Named = tuple[str, str, Tensor]
 """Category, name and tensor."""
 
 
-def by_category(named: Iterable[Named], device: str) -> tuple[dict[str, int], dict[str, int], list[Block]]:
+def by_category(named: Iterable[Named], device: str) -> tuple[dict[str, int], dict[str, int], list[LargeTensor]]:
     """Add up the storages of `named`, each once and under its first name.
 
     Returns:
         Bytes by category on devices of type `device`, the same in host memory where that is another, and the largest
-        blocks on `device`.
+        tensors on `device`.
     """
     seen: set[int] = set()
-    here: dict[str, int] = {}
-    on_host: dict[str, int] = {}
-    blocks: list[Block] = []
+    here: list[LargeTensor] = []
+    on_host: list[tuple[str, int]] = []
     for category, name, tensor in named:
         storage = tensor.untyped_storage()
         if storage._cdata in seen or not (size := storage.nbytes()):
             continue
         seen.add(storage._cdata)
         if tensor.device.type == device:
-            here[category] = here.get(category, 0) + size
-            blocks.append(Block(bytes=size, category=category, what=name, where="", phase=c.INIT))
+            here.append(LargeTensor(bytes=size, category=category, what=name, where="", phase=c.INIT))
         elif tensor.device.type == "cpu":
-            on_host[category] = on_host.get(category, 0) + size
-    return _sorted(here), _sorted(on_host), heapq.nlargest(BLOCKS, blocks, key=lambda block: block.bytes)
-
-
-def _sorted(held: dict[str, int]) -> dict[str, int]:
-    return {name: held[name] for name in c.ordered(held)}
+            on_host.append((category, size))
+    return (
+        c.bytes_by_category((one.category, one.bytes) for one in here),
+        c.bytes_by_category(on_host),
+        heapq.nlargest(LARGEST, here, key=lambda one: one.bytes),
+    )

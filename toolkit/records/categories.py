@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 WEIGHTS = "weights"
 MASTER = "master weights"
@@ -40,6 +42,8 @@ _BEFORE_STATES = (WEIGHTS, MASTER, REMAINDER, GRADIENTS)
 MODEL_STATE = frozenset({WEIGHTS, MASTER, REMAINDER, GRADIENTS, SCALES})
 """Categories that, with the optimizer's states, make up the model state; those not in MEANING are states."""
 
+_Amount = TypeVar("_Amount")
+
 INIT, FORWARD, BACKWARD, REDUCE, STEP, EVAL, CHECKPOINT = PHASES = (
     "init",
     "forward",
@@ -64,6 +68,30 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=place)
 
 
+def in_order(amounts: Mapping[str, _Amount]) -> dict[str, _Amount]:
+    """`amounts` by category, in the order in which they are shown."""
+    return {name: amounts[name] for name in ordered(amounts)}
+
+
+def bytes_by_category(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Add up pairs of category and bytes."""
+    found: Counter[str] = Counter()
+    for category, size in sizes:
+        found[category] += size
+    return in_order(found)
+
+
 def is_model_state(name: str) -> bool:
     """Whether bytes of this category belong to the model state: weights, gradients, optimizer state."""
     return name in MODEL_STATE or name not in MEANING
+
+
+def model_state(sizes: Mapping[str, int]) -> int:
+    """The bytes of `sizes`, by category, that belong to the model state."""
+    return sum(size for name, size in sizes.items() if is_model_state(name))
+
+
+def category_of_state(key: str) -> str:
+    """The category of a tensor in the optimizer's state, from its key: `m`, `m.scale`, `remainder.low`."""
+    name, _, part = key.partition(".")
+    return SCALES if part == "scale" and name != REMAINDER else name

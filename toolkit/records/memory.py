@@ -1,16 +1,20 @@
 """What a run's folder says of memory: one model for predictions, measurements and reports.
 
 Files, all in ``<run>/memory``: predicted.json (`Prediction`), rank<n>.json (`Measurement`, one a rank) and, of a traced
-step, rank<n>-snapshot.pickle; where memory ran out rank<n>-out-of-memory.md, .json (`OutOfMemory`) and .pickle. All
-sizes are bytes of one rank.
+step, rank<n>-snapshot.pickle; where memory ran out rank<n>-out-of-memory.md, .json (`OutOfMemoryRecord`) and .pickle.
+All sizes are bytes of one rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from toolkit.paths import replace_text
+from toolkit.records.categories import in_order
 
 FOLDER = "memory"
 PREDICTED = "predicted.json"
@@ -55,8 +59,8 @@ class Timeline(Record):
     """By category, one value a sample."""
 
 
-class Block(Record):
-    """One of the largest tensors that were held at the peak."""
+class LargeTensor(Record):
+    """One of the largest tensors at the peak."""
 
     bytes: int
     category: str
@@ -130,6 +134,15 @@ class Prediction(Record):
     changes: list[Change] = []
     remarks: list[str] = []
 
+    @property
+    def needed(self) -> int:
+        """Bytes of the device at the peak, the context included."""
+        return self.peak + self.context
+
+    def at_peak(self) -> dict[str, int]:
+        """Bytes by category at the peak."""
+        return _held_in(self.peak_phase, self.phases)
+
 
 class Measurement(Record):
     """What one rank held, measured."""
@@ -154,7 +167,7 @@ class Measurement(Record):
     limit: int | None = None
     """Bytes this process may have, where known."""
     timeline: Timeline | None = None
-    blocks: list[Block] = []
+    blocks: list[LargeTensor] = []
     allocator: Allocator | None = None
     largest_resident_set: int | None = None
     """Peak resident set of the process over the whole run (CPU)."""
@@ -162,8 +175,16 @@ class Measurement(Record):
     """What measuring has cost in all, and `steps` it was spread over."""
     steps: int
 
+    def at_peak(self) -> dict[str, int]:
+        """Bytes by category at the peak; empty where categories were not measured."""
+        return _held_in(self.peak_phase, self.phases)
 
-class OutOfMemory(Record):
+
+def _held_in(phase: str | None, phases: Iterable[Phase]) -> dict[str, int]:
+    return in_order(next((one.held for one in phases if one.name == phase), {}))
+
+
+class OutOfMemoryRecord(Record):
     """What was held when an allocation failed."""
 
     setup: Setup | None
@@ -175,17 +196,14 @@ class OutOfMemory(Record):
     limit: int | None
     """Bytes this process may have, where known."""
     held: dict[str, int]
-    blocks: list[Block] = []
+    blocks: list[LargeTensor] = []
     changes: list[Change] = []
     message: str
 
 
-def write(folder: Path, name: str, record: Record) -> Path:
+def write_record(folder: Path, name: str, record: Record) -> Path:
     """Write `record` into the run folder's memory folder, whole or not at all."""
     path = folder / FOLDER / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.unlink(missing_ok=True)  # which may be a link
-    draft.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    replace_text(path, record.model_dump_json(indent=1) + "\n")
     return path

@@ -33,7 +33,7 @@ def strict(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class MetricsLine(BaseModel):
-    """A line of metrics.jsonl, as far as a run that goes on relies on it."""
+    """A line of metrics.jsonl, as far as a resumed run relies on it."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -46,7 +46,7 @@ class MetricsLine(BaseModel):
     compile_s: float = 0.0
 
 
-def is_step(record: Any) -> bool:
+def is_step_line(record: Any) -> bool:
     try:
         MetricsLine.model_validate(record)
         json.dumps(record, allow_nan=False)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from toolkit.errors import UserError
 from toolkit.printable import printable
-from toolkit.report.build import LAST_STEPS, build_run
 from toolkit.report.data import Method, Paired, Report, RunReport
 from toolkit.report.read import read_folder
+from toolkit.report.run_report import LAST_STEPS, build_run
 from toolkit.report.words import batch_words, listed, size
 
 # What a comparison of losses takes to be equal, with the reason why it matters.
@@ -58,7 +58,7 @@ def build_report(paths: Sequence[Path]) -> Report:
         title=runs[0].name if not several else f"{len(runs)} runs",
         headline=_headline(runs, kind, sizes) if several else runs[0].headline,
         gaps=_gaps(runs) + _unknown_memory(runs, kind, sizes),
-        methods=[_method(run, runs[0], kind, held) for run, held in zip(runs, sizes, strict=True)] if several else [],
+        methods=[_method(run, runs[0], kind, one) for run, one in zip(runs, sizes, strict=True)] if several else [],
         footnotes=_footnotes(runs) if several else [],
         runs=runs,
         leanstate=_version(),
@@ -117,14 +117,14 @@ def _comparable(runs: Sequence[RunReport]) -> tuple[str | None, list[int | None]
         HELD: [run.held for run in runs],
         PREDICTED: [run.predicted_peak for run in runs],
     }
-    best = max(kinds, key=lambda kind: sum(held is not None for held in kinds[kind]))  # the first of those with most
-    if not any(held is not None for held in kinds[best]):
+    best = max(kinds, key=lambda kind: sum(one is not None for one in kinds[kind]))  # the first of those with most
+    if not any(one is not None for one in kinds[best]):
         best, kinds = PROCESS, {PROCESS: [run.resident_set for run in runs]}
-    return (best if any(held is not None for held in kinds[best]) else None), kinds[best]
+    return (best if any(one is not None for one in kinds[best]) else None), kinds[best]
 
 
 def _unknown_memory(runs: Sequence[RunReport], kind: str | None, sizes: Sequence[int | None]) -> list[str]:
-    missing = [run.name for run, held in zip(runs, sizes, strict=True) if held is None]
+    missing = [run.name for run, memory in zip(runs, sizes, strict=True) if memory is None]
     return [f"Memory {kind} is not known of {listed(missing)}."] if kind and missing and len(runs) > 1 else []
 
 
@@ -137,7 +137,7 @@ def _footnotes(runs: Sequence[RunReport]) -> list[str]:
 
 def _headline(runs: Sequence[RunReport], kind: str | None, sizes: Sequence[int | None]) -> str:
     parts = []
-    known = sorted((held, run.name) for run, held in zip(runs, sizes, strict=True) if held is not None)
+    known = sorted((memory, run.name) for run, memory in zip(runs, sizes, strict=True) if memory is not None)
     if len(known) > 1:
         (least, name), (most, other) = known[0], known[-1]
         parts.append(
@@ -151,22 +151,22 @@ def _headline(runs: Sequence[RunReport], kind: str | None, sizes: Sequence[int |
     return " ".join(parts) or "Neither memory nor loss of these runs is known."
 
 
-def _method(run: RunReport, first: RunReport, kind: str | None, held: int | None) -> Method:
+def _method(run: RunReport, first: RunReport, kind: str | None, memory: int | None) -> Method:
     facts, training = run.facts, run.training
     return Method(
         run=run.name,
         optimizer=facts.optimizer,
         loss=training.loss if training else None,
         val_loss=training.val_loss if training else None,
-        memory=held,
-        memory_kind=kind if held is not None else None,
+        memory=memory,
+        memory_kind=kind if memory is not None else None,
         resident_set=run.resident_set,
         state_format=facts.state_format,
         weights=facts.weights,
         stage=facts.stage,
         ranks=facts.world_size,
         # A resident set is mostly libraries: per parameter it would say nothing.
-        per_parameter=held / facts.parameters if held and facts.parameters and kind != PROCESS else None,
+        per_parameter=memory / facts.parameters if memory and facts.parameters and kind != PROCESS else None,
         tokens_per_s=training.tokens_per_s if training else None,
         seconds=training.seconds if training else None,
         against_first=_paired(run, first),

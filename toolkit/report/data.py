@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from toolkit.records.memory import Block, Change, OutOfMemory, Record, Timeline
+from toolkit.records.memory import Change, LargeTensor, OutOfMemoryRecord, Record, Timeline
 
-Part = Literal["run", "training", "prediction", "measurement", "out of memory"]
+Topic = Literal["run", "training", "prediction", "measurement", "out of memory"]
 
 
 class Problem(Record):
     """What could not be read, or does not fit together."""
 
-    part: Part
-    """The part of the report that lacks something for it."""
+    part: Topic
+    """What the report lacks something of."""
     sentence: str
 
 
-class Facts(Record):
+class RunFacts(Record):
     """What was trained and how: from run.json, and what that does not say from the memory records."""
 
     model: str | None = None
@@ -56,7 +56,7 @@ class Facts(Record):
     versions: dict[str, str] = {}
 
 
-class Curve(Record):
+class LossCurve(Record):
     """Loss over steps; None where it was not finite."""
 
     steps: list[int]
@@ -65,7 +65,7 @@ class Curve(Record):
     val_loss: list[float | None] = []
 
 
-class Batch(Record):
+class BatchChange(Record):
     """Sequences of each step, from step `first` on."""
 
     first: int
@@ -87,7 +87,7 @@ class Training(Record):
     """There is a summary that says so: the run neither crashed nor was interrupted."""
     tokens: int | None
     """The sum over the steps of what each of them saw."""
-    batches: list[Batch]
+    batches: list[BatchChange]
     """More than one where the global batch was changed when the run was resumed."""
     changes: list[Resumed]
     seconds: float
@@ -102,7 +102,7 @@ class Training(Record):
     """Of the median step."""
     nonfinite_steps: list[int]
     skipped_steps: int
-    curve: Curve
+    curve: LossCurve
 
 
 class Peak(Record):
@@ -209,7 +209,7 @@ class Explanation(Record):
     """What a rank left behind that ran out of memory: the record, or its page of text where that is all there is."""
 
     rank: int | None
-    record: OutOfMemory | None
+    record: OutOfMemoryRecord | None
     text: str | None = None
 
 
@@ -219,7 +219,7 @@ class RunReport(Record):
     name: str
     folder: str
     headline: str
-    facts: Facts
+    facts: RunFacts
     problems: list[Problem]
     training: Training | None
     peak: Peak | None
@@ -229,7 +229,7 @@ class RunReport(Record):
     ranks: list[Rank]
     missing_ranks: list[int]
     imbalance: Imbalance | None
-    blocks: list[Block]
+    blocks: list[LargeTensor]
     """The largest tensors at the peak, of the rank with the largest peak."""
     per_parameter: list[PerParameter]
     held: int | None

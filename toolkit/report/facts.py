@@ -8,23 +8,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit.records.memory import Measurement, Prediction, Setup
-from toolkit.report.data import Facts
+from toolkit.report.data import RunFacts
 from toolkit.report.read import Folder, RunFile
 
 
-def facts_of(folder: Folder) -> Facts:
+def facts_of(folder: Folder) -> RunFacts:
     """From run.json and the DeepSpeed JSON in it, with the defaults that the memory records know."""
     run = folder.run or RunFile()
     settings, config = run.settings, run.ds_config
     parameters = _at(config, "optimizer", "params")
-    state_format, kept = _at(parameters, "state_format"), _at(parameters, "weights")
+    state_format, weights = _at(parameters, "state_format"), _at(parameters, "weights")
     data = f"{settings.data} ({settings.data_subset})" if settings.data_subset else settings.data
-    facts = Facts(
+    facts = RunFacts(
         model=settings.model,
         parameters=run.parameters,
         optimizer=_text(_at(config, "optimizer", "type")),
         state_format=_text(state_format),
-        weights=_text(kept),
+        weights=_text(weights),
         stage=_number(_at(config, "zero_optimization", "stage")),
         world_size=run.world_size,
         micro_batch=run.micro_batch,
@@ -46,7 +46,7 @@ def facts_of(folder: Folder) -> Facts:
     if setup is None:
         return facts
     # The records know the defaults that were resolved, run.json the words that the user chose.
-    resolved = {name: value for name, value in setup if name in Facts.model_fields}
+    resolved = {name: value for name, value in setup if name in RunFacts.model_fields}
     known = {name: value for name, value in facts if value is not None and name in ("model", "device")}
     return facts.model_copy(update=resolved | known)
 

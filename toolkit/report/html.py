@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from toolkit.report import svg
 from toolkit.report.data import Report
-from toolkit.report.layout import Chart, Preformatted, Table
+from toolkit.report.elements import Chart, Preformatted, Table
 from toolkit.report.outline import outline
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from toolkit.report.data import Report
-from toolkit.report.layout import Preformatted, RunPart, Section, Table
+from toolkit.report.elements import Preformatted, RunPart, Section, Table
 from toolkit.report.outline import Outline, outline
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~&])")

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from toolkit.report import svg
-from toolkit.report.build import LAST_STEPS
 from toolkit.report.data import Report, RunReport
-from toolkit.report.layout import Chart, Item, Kind, RunPart, Section, Table, legend, table
+from toolkit.report.elements import Chart, Item, Kind, RunPart, Section, Table, legend, table
+from toolkit.report.run_report import LAST_STEPS
 from toolkit.report.sections import run_part
 from toolkit.report.words import UNKNOWN, duration, listed, number, signed
 
@@ -103,10 +103,10 @@ def _compare(report: Report, palette: dict[str, str]) -> list[Section]:
         table(columns, rows),
         *report.footnotes,
     ]
-    held = [(run.name, run.peak.held) for run in report.runs if run.peak is not None and run.peak.held]
-    if len(held) > 1:
-        names = {name for _, sizes in held for name in sizes}
-        items.append(Chart(svg.bars(held, palette, "Peak of each run by category"), legend(names, palette)))
+    peaks = [(run.name, run.peak.held) for run in report.runs if run.peak is not None and run.peak.held]
+    if len(peaks) > 1:
+        names = {name for _, sizes in peaks for name in sizes}
+        items.append(Chart(svg.bars(peaks, palette, "Peak of each run by category"), legend(names, palette)))
     sections = [Section("Methods", items)]
     if curves := _curves(report):
         sections.append(Section("Loss curves", curves))

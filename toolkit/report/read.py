@@ -17,9 +17,9 @@ from toolkit.errors import UserError, nearest
 from toolkit.masking import masked
 from toolkit.paths import read_text
 from toolkit.printable import printable, printable_tree
-from toolkit.records.memory import FOLDER, PREDICTED, Measurement, OutOfMemory, Prediction, Timeline
+from toolkit.records.memory import FOLDER, PREDICTED, Measurement, OutOfMemoryRecord, Prediction, Timeline
 from toolkit.records.run import CONFIG, METRICS, METRICS_LIMIT, RUN, SUMMARY, read_metrics
-from toolkit.report.data import Explanation, Part, Problem
+from toolkit.report.data import Explanation, Problem, Topic
 
 _RANK = re.compile(r"rank(\d+)\.json")
 _OUT_OF_MEMORY = re.compile(r"rank(\d+)-out-of-memory\.(json|md)")
@@ -107,7 +107,7 @@ class Folder:
     out_of_memory: list[Explanation] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def note(self, part: Part, sentence: str) -> None:
+    def note(self, part: Topic, sentence: str) -> None:
         self.problems.append(Problem(part=part, sentence=sentence))
 
 
@@ -203,7 +203,7 @@ def _read_memory(folder: Folder) -> None:
                     measured.timeline = None
                 folder.measured[int(match[1])] = measured
         elif (match := _OUT_OF_MEMORY.fullmatch(path.name)) and match[2] == "json":
-            record = _load(folder, "out of memory", f"{FOLDER}/{path.name}", OutOfMemory)
+            record = _load(folder, "out of memory", f"{FOLDER}/{path.name}", OutOfMemoryRecord)
             if record is not None:
                 folder.out_of_memory.append(Explanation(rank=int(match[1]), record=record))
     explained = {explanation.rank for explanation in folder.out_of_memory}
@@ -218,7 +218,7 @@ def _read_memory(folder: Folder) -> None:
             folder.out_of_memory.append(Explanation(rank=int(match[1]), record=None, text=text))
 
 
-def _consistent(folder: Folder, part: Part, name: str, timeline: Timeline) -> bool:
+def _consistent(folder: Folder, part: Topic, name: str, timeline: Timeline) -> bool:
     """Whether a timeline can be drawn: a size for every category at every sample, and times in order."""
     times = timeline.milliseconds
     lengths = {len(values) for values in timeline.held.values()} | ({len(times)} if times is not None else set())
@@ -231,7 +231,7 @@ def _consistent(folder: Folder, part: Part, name: str, timeline: Timeline) -> bo
     return False
 
 
-def _load(folder: Folder, part: Part, name: str, model: type[_Model]) -> _Model | None:
+def _load(folder: Folder, part: Topic, name: str, model: type[_Model]) -> _Model | None:
     content = _load_object(folder, part, name)
     if content is None:
         return None
@@ -242,7 +242,7 @@ def _load(folder: Folder, part: Part, name: str, model: type[_Model]) -> _Model 
         return None
 
 
-def _load_object(folder: Folder, part: Part, name: str) -> dict[str, Any] | None:
+def _load_object(folder: Folder, part: Topic, name: str) -> dict[str, Any] | None:
     if not os.path.lexists(folder.path / name):
         return None
     try:

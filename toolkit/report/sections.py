@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from toolkit.records.categories import MEANING, ordered
-from toolkit.records.memory import Block
+from toolkit.records.categories import MEANING, in_order
+from toolkit.records.memory import LargeTensor
 from toolkit.report import svg
-from toolkit.report.data import Explanation, Part, RunReport
-from toolkit.report.layout import Chart, Item, Kind, Preformatted, RunPart, Section, Table, legend, table
+from toolkit.report.data import Explanation, RunReport, Topic
+from toolkit.report.elements import Chart, Item, Kind, Preformatted, RunPart, Section, Table, legend, table
 from toolkit.report.words import (
     UNKNOWN,
     batch_words,
@@ -31,13 +31,13 @@ _MOST_RANKS = 32
 
 
 def run_part(run: RunReport, palette: dict[str, str]) -> RunPart:
-    layout: list[tuple[str, Part | None, list[Item]]] = [
+    layout: list[tuple[str, Topic | None, list[Item]]] = [
         ("Out of memory", "out of memory", _out_of_memory(run, palette)),
         ("Over one step", None, _over_one_step(run, palette)),
         ("Predicted and measured", "prediction", _predicted_and_measured(run, palette)),
         ("Bytes per parameter", None, _per_parameter(run)),
         ("Ranks", "measurement", _ranks(run, palette)),
-        ("Largest tensors", None, [_blocks(run.blocks)] if run.blocks else []),
+        ("Largest tensors", None, [_largest_tensors(run.blocks)] if run.blocks else []),
         ("What would change it", None, _changes(run)),
         ("Loss", "training", _loss(run)),
         ("The run", "run", _facts(run)),
@@ -80,8 +80,8 @@ def _over_one_step(run: RunReport, palette: dict[str, str]) -> list[Item]:
         if reference:
             caption = f"{caption} The dashed line is the predicted peak, {size(reference)}.".strip()
         drawing = svg.timeline(of.timeline, palette, "Memory over one training step by category", reference)
-        held = [name for name, values in of.timeline.held.items() if any(values)]
-        items = [sentence, Chart(drawing, legend(held, palette)[::-1], caption)]
+        names = [name for name, values in of.timeline.held.items() if any(values)]
+        items = [sentence, Chart(drawing, legend(names, palette)[::-1], caption)]
     if run.phases:
         rows = [[one.name, size(one.predicted), size(one.measured), size(one.resident_set)] for one in run.phases]
         reserved = "reserved" if any(rank.reserved is not None for rank in run.ranks) else "resident set"
@@ -110,8 +110,8 @@ def _predicted_and_measured(run: RunReport, palette: dict[str, str]) -> list[Ite
     if run.context:
         items.append(f"Outside torch's allocator come {size(run.context)} of CUDA context, by prediction.")
     if run.host and not any(comparison.moment == "in host memory" for comparison in run.comparisons):
-        held = ", ".join(f"{name} {size(run.host[name])}" for name in ordered(run.host))
-        items.append(f"In host memory, by prediction: {held}; {size(sum(run.host.values()))} together.")
+        offloaded = ", ".join(f"{name} {size(count)}" for name, count in in_order(run.host).items())
+        items.append(f"In host memory, by prediction: {offloaded}; {size(sum(run.host.values()))} together.")
     if run.nvme:
         items.append(f"On NVMe, by prediction: {size(run.nvme)}.")
     if run.per_block:
@@ -158,9 +158,9 @@ def _ranks(run: RunReport, palette: dict[str, str]) -> list[Item]:
     if run.imbalance is not None:
         items.append(imbalance_sentence(run.imbalance))
     if 1 < len(run.ranks) <= _MOST_RANKS and all(rank.held for rank in run.ranks):
-        held = [(f"rank {rank.rank}", rank.held) for rank in run.ranks]
+        peaks = [(f"rank {rank.rank}", rank.held) for rank in run.ranks]
         names = {name for rank in run.ranks for name in rank.held}
-        items.append(Chart(svg.bars(held, palette, "Peak of each rank by category"), legend(names, palette)))
+        items.append(Chart(svg.bars(peaks, palette, "Peak of each rank by category"), legend(names, palette)))
     rows = [
         [
             str(rank.rank),
@@ -195,9 +195,9 @@ def _ranks(run: RunReport, palette: dict[str, str]) -> list[Item]:
     return items
 
 
-def _blocks(blocks: Sequence[Block]) -> Table:
+def _largest_tensors(tensors: Sequence[LargeTensor]) -> Table:
     # One operation in every layer makes as many tensors alike: they are one line.
-    alike = Counter((size(block.bytes), block.category, block.what, block.where, block.phase) for block in blocks)
+    alike = Counter((size(one.bytes), one.category, one.what, one.where, one.phase) for one in tensors)
     rows = [[first, f"× {count}" if count > 1 else "", *rest] for (first, *rest), count in alike.items()]
     columns: list[tuple[str, Kind]] = [
         ("Size", "number"),
@@ -233,7 +233,7 @@ def _explained(explained: Explanation, palette: dict[str, str]) -> list[Item]:
     step = f" of step {record.step}" if record.step is not None else ""
     asked = f"asked for {size(record.asked)} more" if record.asked is not None else "asked for more"
     limit = f" of the {size(record.limit)} it may have" if record.limit is not None else ""
-    held = {name: record.held[name] for name in ordered(record.held)}
+    held = in_order(record.held)
     total = sum(held.values())
     items: list[Item] = [
         f"Rank {record.rank}, in phase {record.phase}{step}, held {size(total)}{limit} and {asked}.",
@@ -244,7 +244,7 @@ def _explained(explained: Explanation, palette: dict[str, str]) -> list[Item]:
         rows = [[name, size(count), share(count, total)] for name, count in held.items()]
         items.append(table([("Held", "category"), ("size", "number"), ("share", "number")], rows))
     if record.blocks:
-        items.append(_blocks(record.blocks))
+        items.append(_largest_tensors(record.blocks))
     if record.changes:
         rows = [[change.change, size(change.saves)] for change in sorted(record.changes, key=lambda one: -one.saves)]
         items += ["What would save most:", table([("Setting", "code"), ("saves", "number")], rows)]

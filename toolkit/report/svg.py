@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-from toolkit.records.categories import MEANING, ordered
+from toolkit.records.categories import MEANING, in_order, ordered
 from toolkit.records.memory import Span, Timeline
 from toolkit.report.words import size
 
@@ -48,10 +48,10 @@ def series_colour(index: int) -> str:
 
 
 def timeline(timeline: Timeline, palette: Mapping[str, str], title: str, predicted_peak: int | None) -> Markup:
-    """Held bytes over a step, stacked by category: phases below, the peak marked, `predicted_peak` as a line."""
+    """Bytes over a step, stacked by category: phases below, the peak marked, `predicted_peak` as a line."""
     across = _across(timeline)
-    held = {name: [timeline.held[name][index] for index in across.samples] for name in ordered(timeline.held)}
-    layers = [(name, values) for name, values in held.items() if any(values)]
+    sampled = {name: [values[index] for index in across.samples] for name, values in in_order(timeline.held).items()}
+    layers = [(name, values) for name, values in sampled.items() if any(values)]
     totals = [sum(values) for values in zip(*(values for _, values in layers), strict=True)]
     xs = across.xs
     top = max([*totals, predicted_peak or 0])
@@ -125,21 +125,21 @@ def _across(timeline: Timeline) -> _Across:
 
 def bars(rows: Sequence[tuple[str, Mapping[str, int]]], palette: Mapping[str, str], title: str) -> Markup:
     """A horizontal bar for each row (label, bytes by category) on one scale."""
-    top = max((sum(held.values()) for _, held in rows), default=0) or 1
+    top = max((sum(sizes.values()) for _, sizes in rows), default=0) or 1
     parts, y = [], 0
-    for label, held in rows:
-        total = sum(held.values())
+    for label, sizes in rows:
+        total = sum(sizes.values())
         parts.append(Markup('<text class="name" x="0" y="{}">{}</text>').format(y + 13, _short(label)))
         parts.append(Markup('<text class="value" x="100%" y="{}">{}</text>').format(y + 13, size(total)))
         start = 0.0
         names = []
-        for name in ordered(held):
-            width = 100 * held[name] / top
+        for name, count in in_order(sizes).items():
+            width = 100 * count / top
             parts.append(
                 Markup(
                     '<rect class="piece" x="{:.3f}%" y="{}" width="{:.3f}%" height="22" style="fill:{}">'
                     "<title>{}: {}</title></rect>"
-                ).format(start, y + 20, width, Markup(palette[name]), name, size(held[name]))
+                ).format(start, y + 20, width, Markup(palette[name]), name, size(count))
             )
             if (where := _fits(name, width)) is not None:
                 inside = Markup('<text class="layer {}" x="{:.2f}%" y="{}">{}</text>')
@@ -147,7 +147,7 @@ def bars(rows: Sequence[tuple[str, Mapping[str, int]]], palette: Mapping[str, st
             start += width
         parts += names
         y += 56
-    about = "; ".join(f"{label}: {size(sum(held.values()))}" for label, held in rows)
+    about = "; ".join(f"{label}: {size(sum(sizes.values()))}" for label, sizes in rows)
     return _chart(parts, y, title, about, full=True)
 
 
@@ -366,11 +366,11 @@ def _thinned(piece: list[tuple[float, float]]) -> list[tuple[float, float]]:
     if len(piece) <= _POINTS:
         return piece
     edges = [round(index * len(piece) / (_POINTS // 2)) for index in range(_POINTS // 2 + 1)]
-    kept: list[tuple[float, float]] = []
+    found: list[tuple[float, float]] = []
     for start, stop in pairwise(edges):
         part = piece[start:stop]
-        kept += sorted({min(part, key=lambda spot: spot[1]), max(part, key=lambda spot: spot[1])})
-    return kept
+        found += sorted({min(part, key=lambda spot: spot[1]), max(part, key=lambda spot: spot[1])})
+    return found
 
 
 def swatch(colour: str) -> Markup:

@@ -18,20 +18,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.run import ranks
 from toolkit.run.merge import merge_flags
 from toolkit.run.settings import RunSettings
+
+if TYPE_CHECKING:
+    from toolkit.config import DeepSpeedSettings
 
 LIMIT_SECONDS = 900.0
 """How long ranks wait for the background process before each compiles for itself."""
 
 # From <sys/prctl.h>.
 PR_SET_PDEATHSIG = 1
-
-# Of the JSON's types those that the step is used with; any other is compiled in the first step.
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 WORDS = "compiling the optimizer step (once for each machine and version; about a minute on two cores)"
 
@@ -79,11 +79,9 @@ def begin(settings: RunSettings) -> Background | None:
         return None
 
 
-def building(config: Mapping[str, Any]) -> str:
+def building(ds: DeepSpeedSettings) -> str:
     """The line on what happens while the engine is built."""
-    optimizer, offload = config["optimizer"], config.get("zero_optimization", {}).get("offload_optimizer")
-    on_host = isinstance(offload, Mapping) and offload.get("device") == "cpu"
-    if on_host and str(optimizer.get("type")).lower() in ("adam", "adamw"):
+    if ds.on_cpu_adam:
         return "building the model, and DeepSpeed's CPU Adam, a C++ extension, if this machine has none yet"
     return "building the model"
 
@@ -112,33 +110,25 @@ def _order(settings: RunSettings) -> dict[str, Any] | None:
     """What to compile, in JSON's types, or None for optimizers that are not compiled."""
     import torch
 
-    from toolkit.config import apply_overrides, load_config
-    from toolkit.optim import find_rule
-    from toolkit.state.remainders import MASTER
+    from toolkit.config import DeepSpeedSettings, apply_overrides, load_config
 
     config, _, _ = merge_flags(
         apply_overrides(load_config(settings.config), settings.overrides), settings, ranks.world_size()
     )
-    optimizer, zero = config["optimizer"], config.get("zero_optimization", {})
-    params = optimizer.get("params", {})
+    ds = DeepSpeedSettings.read(config)
     # Rules of plugins are known once those have been imported, which is not done yet.
-    known = find_rule(optimizer.get("type")) is not None or settings.plugins
-    if not known or not params.get("compile", True):
+    if not (ds.rule or settings.plugins) or not ds.params.get("compile", True):
         return None
-    computed = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
-    if zero.get("stage", 0) == 0:  # DeepSpeed hands over fp32 master weights and their gradients
-        weights = gradient = "fp32"
-    else:
-        weights = "bf16" if computed == "bf16" and params.get("weights") != MASTER else "fp32"
-        gradient = config.get("data_types", {}).get("grad_accum_dtype") or computed
-    on_host = zero.get("offload_optimizer", {}).get("device") == "cpu" or not torch.accelerator.is_available()
+    # Without ZeRO, DeepSpeed hands over fp32 master weights and their gradients.
+    gradient = (ds.gradients or ds.computed) if ds.stage else "fp32"
+    on_host = ds.offload_optimizer == "cpu" or not torch.accelerator.is_available()
     accelerator = torch.accelerator.current_accelerator()
     return {
         "plugins": [str(path) for path in settings.plugins],
-        "optimizer": optimizer["type"],
-        "params": params,
+        "optimizer": ds.optimizer,
+        "params": ds.params,
         "total_steps": settings.steps,
-        "dtypes": [_DTYPES.get(weights), _DTYPES.get(gradient)],
+        "dtypes": ["bf16" if ds.without_masters else "fp32", gradient],
         "device": "cpu" if on_host or accelerator is None else accelerator.type,
         "deterministic": settings.deterministic,
     }
@@ -154,7 +144,7 @@ def _mark(order: Mapping[str, Any]) -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     package = Path(__file__).parent.parent
-    sources = sorted([*package.glob("optim/*.py"), *package.glob("state/*.py"), *map(Path, order["plugins"])])
+    sources = sorted([*package.glob("optim/**/*.py"), *package.glob("state/*.py"), *map(Path, order["plugins"])])
     params = {key: value for key, value in order["params"].items() if type(value) not in (int, float)}
     facts = [
         {**order, "params": params, "total_steps": None},
@@ -172,6 +162,7 @@ def _carry_out(order: Mapping[str, Any]) -> None:
     import torch._inductor.compile_fx  # once, before the processes part
     from torch import nn
 
+    from toolkit.config.deepspeed import torch_dtype
     from toolkit.optim import COMPONENTS, find_rule
     from toolkit.optim.warm import kinds, warm
     from toolkit.plugins import import_plugin
@@ -184,10 +175,8 @@ def _carry_out(order: Mapping[str, Any]) -> None:
     rule = find_rule(order["optimizer"])
     if rule is None:
         return
-    params = dict(order["params"])
-    if "total_steps" in rule.rule.model_fields:
-        params.setdefault("total_steps", order["total_steps"])
-    weights, gradient = (getattr(torch, name) for name in order["dtypes"])
+    params = rule.rule.supply(order["params"], total_steps=order["total_steps"])
+    weights, gradient = map(torch_dtype, order["dtypes"])
     # Every component may have a format of its own, and tensors of one dimension have.
     groups = [
         {

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,20 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.masking import masked
-from toolkit.paths import check_writable
+from toolkit.paths import check_writable, replace_text
 from toolkit.records.memory import FOLDER as MEMORY
-from toolkit.records.run import CHECKPOINTS, CONFIG, CUT, METRICS, PLOT, RUN, SUMMARY, is_step, parse_metrics, strict
+from toolkit.records.run import (
+    CHECKPOINTS,
+    CONFIG,
+    CUT,
+    METRICS,
+    PLOT,
+    RUN,
+    SUMMARY,
+    is_step_line,
+    parse_metrics,
+    strict,
+)
 
 LIBRARIES = ("leanstate", "torch", "deepspeed", "transformers", "datasets")
 
@@ -41,28 +51,28 @@ def default_folder(model: str, config: str) -> Path:
 
 
 def check_free(folder: Path, *, resuming: bool = False) -> None:
-    """Raise UserError if `folder` cannot hold a run, or holds one that is not to be gone on with.
+    """Raise UserError if `folder` cannot hold a run, or holds a run that must not be continued.
 
-    `resuming`: a run that keeps checkpoints may be there.
+    `resuming`: the folder may hold a run that keeps checkpoints.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"the run folder {folder} is a file; give --run-dir a folder.")
-    held = next((name for name in (METRICS, RUN) if (folder / name).exists()), None)
-    if held is None or (resuming and (folder / CHECKPOINTS).is_dir()):
+    existing = next((name for name in (METRICS, RUN) if (folder / name).exists()), None)
+    if existing is None or (resuming and (folder / CHECKPOINTS).is_dir()):
         return
     why = "which keeps no checkpoints" if resuming else "and --resume is none"
-    raise UserError(f"the run folder {folder} already holds a run ({held}), {why}; give another --run-dir.")
+    raise UserError(f"the run folder {folder} already holds a run ({existing}), {why}; give another --run-dir.")
 
 
 class RunFolder:
-    """Rank 0's hold on the folder of one run; while it lasts, no other process can take it.
+    """The folder of one run, open on rank 0; no other process can take it until `close`.
 
     Args:
         folder: created if missing.
         run: what run.json says about the run, if it is a new one.
         config: the DeepSpeed JSON as used.
-        checkpoints: whether the run keeps any. A folder that says so may be gone on with after a crash.
-        resuming: a run that is there is gone on with; else there must be none.
+        checkpoints: whether the run keeps any; only such a run can be continued after a crash.
+        resuming: a run that exists is continued; otherwise there must be none.
 
     Raises:
         UserError: the folder holds a run, belongs to a running one or cannot be written.
@@ -85,7 +95,7 @@ class RunFolder:
         self.folder = folder
         self._lines = 0
         self.dropped = 0
-        """Lines of the metrics that `go_on` did not take for steps."""
+        """Lines of the metrics that `continue_after` did not take for steps."""
         self._new = not (folder / RUN).exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -104,14 +114,14 @@ class RunFolder:
             raise UserError(f"the run folder {folder} already holds a run; give another --run-dir.") from None
         except BlockingIOError:
             raise UserError(
-                f"the run folder {folder} is in use by another run that is still going on; wait for its end or give "
+                f"the run folder {folder} is in use by another run, which has not ended; wait for it or give "
                 "another --run-dir."
             ) from None
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be written: {error.strerror}.") from None
 
-    def go_on(self, step: int, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Take the metrics up again after `step`; returns the records up to there, the others are dropped.
+    def continue_after(self, step: int, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Continue the metrics after `step`: later records are dropped, those up to it are returned.
 
         `config`: the DeepSpeed JSON that is used from here on.
         """
@@ -119,15 +129,12 @@ class RunFolder:
         records = parse_metrics(path)
         if records and records[-1] is CUT:
             records.pop()
-        steps = [record for record in records if is_step(record)]
+        steps = [record for record in records if is_step_line(record)]
         kept = [record for record in steps if record["step"] <= step]
         self.dropped = len(records) - len(steps)
         (self.folder / CONFIG).write_text(_pretty(config))
         self._metrics.close()
-        draft = path.with_suffix(".draft")
-        draft.unlink(missing_ok=True)  # which may be a link
-        draft.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
-        os.replace(draft, path)
+        replace_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
         self._metrics = open(path, "a")  # noqa: SIM115
         self._lines = len(kept)
         return kept
@@ -143,7 +150,7 @@ class RunFolder:
         self._lines += 1
 
     def close(self) -> None:
-        """Close the metrics; a run that never made a step, and not for want of memory, gives its folder back."""
+        """Close the metrics; remove the folder of a run that made no step, unless it explains why memory ran out."""
         with contextlib.suppress(OSError):  # of a full disk, which has been reported
             self._metrics.close()
         memory = self.folder / MEMORY
@@ -170,8 +177,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe(**facts: Any) -> dict[str, Any]:
-    """`facts` with the time and the versions of what computed the run."""
+def run_facts(**facts: Any) -> dict[str, Any]:
+    """For run.json: `facts` with the time and the versions of what computed the run."""
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     return {"started": started, **facts, "versions": versions()}
 

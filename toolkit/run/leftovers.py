@@ -37,12 +37,14 @@ def release_locks() -> None:
     removed, with a note, once no process has them open or works in their folder. Those that another machine or user may
     hold stay, with a note.
     """
-    locks = _locks()
+    locks = find_locks()
     if locks and Path("/proc/self/fd").is_dir():
         threading.Thread(target=_release, args=(locks,), name="locks", daemon=True).start()
 
 
-def _locks() -> list[Path]:
+def find_locks() -> list[Path]:
+    """Locks of builds under way, or of builds that were killed."""
+    """Locks of builds under way, or of builds that were killed."""
     root = _build_root()
     folders = [root, root.parent] if root.name == _environment() else [root]
     return [lock for folder in folders for lock in folder.glob("*/lock")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.run import ranks
-from toolkit.run.plan import Plan
+from toolkit.run.prepare import PreparedRun
 from toolkit.run.stopping import OUT_OF_MEMORY, abandon
 
 if TYPE_CHECKING:
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from toolkit.records.memory import Prediction
 
 
-def make_explainer(plan: Plan, device: torch.device) -> Explainer:
+def make_explainer(prepared: PreparedRun, device: torch.device) -> Explainer:
     """What explains memory that runs out, with the prediction that it needs before there is none left."""
     from toolkit.memory.out_of_memory import Explainer
 
-    predicted = ranks.from_first(_predict(plan, device) if ranks.rank() == 0 else None)
-    explainer = Explainer(plan.folder, ranks.rank(), device, predicted=predicted)
+    predicted = ranks.from_first(_predict(prepared, device) if ranks.rank() == 0 else None)
+    explainer = Explainer(prepared.folder, ranks.rank(), device, predicted=predicted)
     # A limit may be on one rank only, and only rank 0 is heard.
     warnings = ranks.everyones(explainer.warning())
-    plan.remarks += [f"rank {rank}: {warning}" for rank, warning in enumerate(warnings) if warning][:1]
+    prepared.remarks += [f"rank {rank}: {warning}" for rank, warning in enumerate(warnings) if warning][:1]
     return explainer
 
 
-def _predict(plan: Plan, device: torch.device) -> Prediction | None:
+def _predict(prepared: PreparedRun, device: torch.device) -> Prediction | None:
     """What this run will hold and what would change it, also written to memory/predicted.json."""
     from toolkit.estimate.predict import Case, Estimator
-    from toolkit.records.memory import PREDICTED, write
+    from toolkit.records.memory import PREDICTED, write_record
 
-    settings, batch = plan.settings, plan.batch
+    settings, batch = prepared.settings, prepared.batch
     if settings.memory_profile == "off":
         return None
     case = Case(
         model=settings.model,
-        config=plan.config,
+        config=prepared.config,
         world_size=batch.world_size,
         micro_batch=batch.micro,
         accumulation=batch.accumulation,
@@ -53,20 +53,20 @@ def _predict(plan: Plan, device: torch.device) -> Prediction | None:
         predicted = Estimator().predict(case, changes=True)
     except Exception as error:  # of a model or optimizer that it does not know; the run may be fine
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        plan.remarks.append(f"the memory of this run could not be predicted: {reason}")
+        prepared.remarks.append(f"the memory of this run could not be predicted: {reason}")
         return None
-    write(plan.folder, PREDICTED, predicted)
+    write_record(prepared.folder, PREDICTED, predicted)
     return predicted
 
 
-def watch(plan: Plan, engine: Any, explainer: Explainer) -> Ledger:
+def watch_memory(prepared: PreparedRun, engine: Any, explainer: Explainer) -> Ledger:
     """The run's ledger, which measures as much as --memory-profile says."""
     from toolkit import memory
 
-    settings = plan.settings
+    settings = prepared.settings
     return memory.watch(
         engine,
-        plan.folder,
+        prepared.folder,
         settings.memory_profile,
         model=settings.model,
         seq_len=settings.seq_len,
@@ -74,7 +74,7 @@ def watch(plan: Plan, engine: Any, explainer: Explainer) -> Ledger:
     )
 
 
-def held_now(ledger: Ledger) -> int:
+def memory_now(ledger: Ledger) -> int:
     """Bytes this rank holds: the accelerator's peak of allocations so far, or the resident set on a CPU."""
     import psutil
     import torch
@@ -86,11 +86,11 @@ def held_now(ledger: Ledger) -> int:
     return psutil.Process().memory_info().rss
 
 
-def end_without_memory(error: Exception) -> None:
+def end_if_out_of_memory(error: Exception) -> None:
     """End this rank with a line if `error` is that memory ran out before the run had a folder to explain it in."""
-    from toolkit.memory.out_of_memory import out_of_memory
+    from toolkit.memory.out_of_memory import failed_allocation
 
-    if (cause := out_of_memory(error)) is not None:
+    if (cause := failed_allocation(error)) is not None:
         words = f"error: rank {ranks.rank()} ran out of memory before the run began: {type(cause).__name__}: {cause}"
         print(words.splitlines()[0], file=sys.stderr)
         abandon(OUT_OF_MEMORY)

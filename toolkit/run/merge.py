@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from toolkit.config.batch import ACCUMULATION, GLOBAL, JSON_KEYS, MICRO, Batch, Kept, resolve_batch
+from toolkit.config.deepspeed import current
 from toolkit.config.files import without_auto
 from toolkit.config.schedulers import LENGTHS
 from toolkit.errors import UserError
@@ -41,7 +42,7 @@ def merge_flags(
     Raises:
         UserError: a flag contradicts the JSON or has nowhere to go.
     """
-    merged = _current_names(copy.deepcopy(dict(config)))
+    merged = current(copy.deepcopy(dict(config)))
     flags = batch_flags(settings, merged)
     batch = resolve_batch(flags, merged, world_size, kept)
     said = _lowered(flags, merged, batch, kept) + _passed_over(flags, merged, batch, kept)
@@ -129,15 +130,6 @@ def _check_loop(config: Mapping[str, Any], batch: Batch) -> None:
         )
 
 
-def _current_names(config: dict[str, Any]) -> dict[str, Any]:
-    """The same JSON in the spelling that the run reads, for what DeepSpeed takes in an older one too."""
-    if isinstance(stage_1 := config.get("zero_optimization"), bool):
-        config["zero_optimization"] = {"stage": int(stage_1)}
-    if "bfloat16" in config:
-        config.setdefault("bf16", config.pop("bfloat16"))
-    return config
-
-
 def _merge_scheduler(scheduler: dict[str, Any], settings: RunSettings) -> list[str]:
     kind = str(scheduler.get("type"))
     params = scheduler.setdefault("params", {})
@@ -188,7 +180,7 @@ def _settle_length(kind: str, params: dict[str, Any], steps: int) -> list[str]:
     if length > steps:
         return [f"{what} and the run takes {steps} steps: it ends before the schedule does."]
     if kind == "OneCycleLR":
-        raise UserError(f"{what}, and {kind} cannot go on after that; the run takes {steps} steps (--steps).")
+        raise UserError(f"{what}, and {kind} cannot continue after that; the run takes {steps} steps (--steps).")
     return [f"{what} and the run takes {steps} steps: from step {length + 1} on {afterwards}."]
 
 

@@ -40,7 +40,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def prepare() -> None:
+def prepare_environment() -> None:
     """Set what libraries read from the environment when they are imported; call it first of all.
 
     The cores are shared among this machine's ranks: otherwise each rank starts a thread for every core, and
@@ -104,8 +104,7 @@ def start() -> torch.device:
         little = leftovers.little_shared_memory() if local_rank == 0 and local_size > 1 else None
         if little is not None:
             print(f"note: {little}: ranks of one machine may fail to reach one another.", file=sys.stderr)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    settle_accelerator()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
@@ -118,13 +117,21 @@ def start() -> torch.device:
 
     import deepspeed
 
+    from toolkit.zero import shared_memory
+
     _quiet()
-    # On CPUs: an extension that inference alone calls, and whose build takes a minute at a machine's first run.
-    # (The attribute `torch` of deepspeed.comm is PyTorch.)
-    vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
+    shared_memory.leave_out()
     deepspeed.init_distributed(verbose=False)
     accelerator = torch.accelerator.current_accelerator() if devices else None
     return torch.device(accelerator.type, local_rank) if accelerator is not None else torch.device("cpu")
+
+
+def settle_accelerator() -> None:
+    """On a machine without GPUs DeepSpeed would look for one when it is imported, and say so; call it before that."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def finish() -> None:

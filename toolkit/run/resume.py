@@ -1,4 +1,4 @@
-"""A run takes over the checkpoint that it begins with, and saves its own."""
+"""The state that a run resumes with, what saves its checkpoints, and what these note of it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from toolkit.records.run import CHECKPOINTS
 from toolkit.run import ranks
 from toolkit.run.saving import Saver, restore_random_states
 from toolkit.run.start import Start
-from toolkit.run.terms import note
+from toolkit.run.terms import saved_facts
 
 if TYPE_CHECKING:
     from toolkit.data import Position
-    from toolkit.run.plan import Plan
+    from toolkit.run.prepare import PreparedRun
 
 
-def take_over(plan: Plan, engine: Any, start: Start, say: Callable[[str], None]) -> None:
+def restore(prepared: PreparedRun, engine: Any, start: Start, say: Callable[[str], None]) -> None:
     """Give `engine` and this process the state that `start` names; every rank must call this.
 
     Raises:
@@ -28,7 +28,7 @@ def take_over(plan: Plan, engine: Any, start: Start, say: Callable[[str], None])
     source = start.source
     if source is None:
         return
-    for remark in load(engine, source, convert=plan.settings.convert_state):
+    for remark in load(engine, source, convert=prepared.settings.convert_state):
         say(f"note: {remark}.")
     extra = source.extra(ranks.rank()) or source.extra(0)
     if extra is not None:
@@ -38,32 +38,32 @@ def take_over(plan: Plan, engine: Any, start: Start, say: Callable[[str], None])
     say(f"resumed from {source.folder}, after step {start.step}")
 
 
-def make_saver(plan: Plan, engine: Any, start: Start, say: Callable[[str], None]) -> Saver | None:
+def make_saver(prepared: PreparedRun, engine: Any, start: Start, say: Callable[[str], None]) -> Saver | None:
     """What saves the run's checkpoints, or None, said if it is not what was asked for."""
     from toolkit.checkpoint.store import Store
     from toolkit.zero.checkpoint import refusal
 
-    settings = plan.settings
+    settings = prepared.settings
     if settings.save_every == 0:
         return None
     problem = refusal(engine)
     if problem is not None:
         say(f"note: no checkpoints are saved: {problem}.")
         return None
-    store = Store(plan.folder / CHECKPOINTS, keep_last=settings.keep_last, keep_every=settings.keep_every)
+    store = Store(prepared.folder / CHECKPOINTS, keep_last=settings.keep_last, keep_every=settings.keep_every)
     # Those of the checkpoint that the run resumes from: what lies beside the model may have changed since.
     kept = start.source.model_files() if start.source is not None else {}
-    files = {name: path.read_bytes() for name, path in kept.items()} or plan.model_files
+    files = {name: path.read_bytes() for name, path in kept.items()} or prepared.model_files
     saver = Saver(engine, store, files)
     saver.begin(start.source)
     return saver
 
 
-def facts(plan: Plan, position: Position) -> dict[str, Any]:
+def checkpoint_facts(prepared: PreparedRun, position: Position) -> dict[str, Any]:
     """What a checkpoint notes of the run."""
     return {
         "position": asdict(position),
-        "identity": plan.identity,
-        "global_batch": plan.batch.total,
-        "run": note(plan.settings, plan.config, plan.batch),
+        "identity": prepared.identity,
+        "global_batch": prepared.batch.total,
+        "run": saved_facts(prepared.settings, prepared.config, prepared.batch),
     }

@@ -1,4 +1,4 @@
-"""When a run saves, what it notes beside the state, and the thread that writes while training goes on."""
+"""When a run saves, what it notes beside the state, and the thread that writes while training continues."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Saver:
             store.tidy()
 
     def begin(self, source: Source | None) -> None:
-        """Note the checkpoint that the run went on from, if it is its own."""
+        """Note the checkpoint that the run resumed from, if it is its own."""
         if source is not None and source.folder.resolve().parent == self._store.folder.resolve():
             self.saved = source.manifest.step
 
@@ -142,7 +142,7 @@ class Saver:
 
 def _write_files(files: Mapping[Path, Any]) -> dict[str, dict[str, Any]]:
     from toolkit.checkpoint.files import save
-    from toolkit.checkpoint.manifest import sync_folder
+    from toolkit.paths import sync_folder
 
     written = {}
     for path, content in files.items():

@@ -1,9 +1,8 @@
-"""Stopping: a rank that is asked to, ranks left behind by one that has ended or is stopped, and a main thread that no
-longer can.
+"""How a run stops: a rank asked to stop, a rank that ended without the others, a main thread that is stuck.
 
-Python runs a signal handler between two instructions of the main thread, so never while that waits in C for a GPU or
-for the other ranks. When one rank runs out of memory, the others wait in a collective until DeepSpeed's launcher kills
-them, half a minute each, one after the other. So a second thread listens in every rank.
+Python runs a signal handler between two instructions of the main thread, so never while that waits in C code for a GPU
+or for the other ranks. When one rank runs out of memory, the others wait in a collective until DeepSpeed's launcher
+kills them, half a minute each, one after the other. So a second thread listens in every rank.
 """
 
 from __future__ import annotations
@@ -43,19 +42,19 @@ _TICK_SECONDS = 1.0
 _BEAT_SECONDS = 5.0
 
 
-class OutOfMemory(Exception):
+class MemoryRanOut(Exception):
     """This rank or another one ran out of memory; memory/rank<n>-out-of-memory.md says why."""
 
 
 class LeftBehind(Exception):
-    """Another rank has ended before this one, which cannot go on without it; `status` is that rank's exit status."""
+    """Another rank has ended before this one, which cannot continue without it; `status` is that rank's exit status."""
 
     def __init__(self, rank: int, status: int) -> None:
         super().__init__(f"rank {ranks.rank()} ends as well: rank {rank} has ended with status {status}.")
         self.status = status
 
 
-class Watch:
+class Heartbeat:
     """A thread that ends this process where its main thread no longer can; a context manager, in the main thread.
 
     Rank 0 holds a connection to every other rank. A process that ends, however it does, closes its connection; what
@@ -79,18 +78,18 @@ class Watch:
         self._known = threading.Event()
         self._asked_at: float | None = None
         self._interrupts = 0
-        self._since: float | None = None  # the last step border, while steps are made
+        self._since: float | None = None  # the last step boundary, while steps are made
         self._longest: float | None = None
         self._closed = False
 
-    def __enter__(self) -> Watch:
-        global _watch
-        _watch = self
+    def __enter__(self) -> Heartbeat:
+        global _heartbeat
+        _heartbeat = self
         for end in (self.wakeup, self._signalled):
             end.setblocking(False)
         if ranks.world_size() > 1:
             self._connect()
-        threading.Thread(target=self._listen, name="watch", daemon=True).start()
+        threading.Thread(target=self._listen, name="heartbeat", daemon=True).start()
         return self
 
     def __exit__(
@@ -103,11 +102,11 @@ class Watch:
         elif ranks.world_size() == 1:
             self._close(1)
         # The thread stays until `abandon`. Collectives fail when a rank is gone, maybe before that is known here.
-        elif not isinstance(value, OutOfMemory) and self._known.wait(1.0):
+        elif not isinstance(value, MemoryRanOut) and self._known.wait(1.0):
             assert self._left is not None
             raise self._left from value
 
-    def border(self, *, last: bool = False) -> None:
+    def step_boundary(self, *, last: bool = False) -> None:
         """A step begins, and the one before it has ended; `last`: no more steps, and no bound on what follows."""
         now = time.monotonic()
         if self._since is not None:
@@ -286,15 +285,15 @@ class Watch:
             os.write(2, f"note: {words}\n".encode() if words else b"")
 
 
-_watch: Watch | None = None
+_heartbeat: Heartbeat | None = None
 
 
 def abandon(status: int) -> NoReturn:
     """End this process at once, and tell the other ranks: to leave the process group may hang or fail by now."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if _watch is not None:
-        _watch.tell(status)
+    if _heartbeat is not None:
+        _heartbeat.tell(status)
     os._exit(status)
 
 
@@ -329,12 +328,12 @@ class StopRequest:
     """Turns the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP into a flag, so that all ranks stop after the same step.
 
     SIGHUP is what a closed session sends; under nohup, which has it ignored, it stays so. A second SIGINT acts as if
-    there were no handler. `requested` holds, too, once DeepSpeed's launcher is gone. The watch ends a rank that is
-    asked to stop and reaches no border of a step. Use as a context manager, in the main thread, while steps are made.
+    there were no handler. `requested` holds, too, once DeepSpeed's launcher is gone. The heartbeat ends a rank that is
+    asked to stop and reaches no step boundary. Use as a context manager, in the main thread, while steps are made.
     """
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self._heartbeat = heartbeat
         self._signalled = False
         self._previous: dict[int, object] = {}
         self._wakeup = -1
@@ -342,20 +341,20 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this rank has been asked to stop."""
-        return self._signalled or self._watch.orphaned
+        return self._signalled or self._heartbeat.orphaned
 
     def __enter__(self) -> StopRequest:
         # Written to by the signal itself, whatever the main thread is doing.
-        self._wakeup = signal.set_wakeup_fd(self._watch.wakeup.fileno(), warn_on_full_buffer=False)
+        self._wakeup = signal.set_wakeup_fd(self._heartbeat.wakeup.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._handle)
-        self._watch.border()
+        self._heartbeat.step_boundary()
         return self
 
-    def border(self, *, last: bool = False) -> None:
+    def step_boundary(self, *, last: bool = False) -> None:
         """All ranks have ended a step together; `last`: it was the last one."""
-        self._watch.border(last=last)
+        self._heartbeat.step_boundary(last=last)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # Ctrl-C reaches a rank twice: from the terminal, then as SIGTERM from the launcher.
@@ -366,7 +365,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watch.border(last=True)
+        self._heartbeat.step_boundary(last=True)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._wakeup)

@@ -1,24 +1,31 @@
-"""What a run that has ended says of itself."""
+"""The content of summary.json."""
 
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit.records.memory import FOLDER as MEMORY_FOLDER
 from toolkit.records.run import tokens_of
-from toolkit.run import feed, ranks
-from toolkit.run.plan import Plan
+from toolkit.run import ranks
+from toolkit.run.bad_documents import document_counts
+from toolkit.run.prepare import PreparedRun
+
+if TYPE_CHECKING:
+    from toolkit.data import Position
 
 # Steps whose mean is the final training loss: a single batch is too noisy to report.
 LAST_STEPS = 10
 
 
-def summarize(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: int) -> dict[str, Any]:
-    """The content of summary.json; every rank must call this.
+def summarize(
+    prepared: PreparedRun, engine: Any, records: list[dict[str, Any]], read_to: Position, memory: int
+) -> dict[str, Any]:
+    """What summary.json says of a run that has ended; every rank must call this.
 
     Args:
         records: the lines of metrics.jsonl, those of earlier starts of the run among them.
+        read_to: how far the data have been read for the steps that were made.
         memory: bytes at this rank's peak.
     """
     import torch
@@ -32,9 +39,9 @@ def summarize(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: in
     validated = [record["val_loss"] for record in records if "val_loss" in record]
     seconds = [record["step_time_s"] for record in records]
     return {
-        "run_dir": str(plan.folder),
-        "interrupted": records[-1]["step"] < plan.settings.steps,
-        "diverged": _skipped_at_the_end(records) >= plan.settings.max_skipped,
+        "run_dir": str(prepared.folder),
+        "interrupted": records[-1]["step"] < prepared.settings.steps,
+        "diverged": _skipped_at_the_end(records) >= prepared.settings.max_skipped,
         "steps": len(records),
         "skipped_steps": sum(record["skipped"] for record in records),
         "tokens": sum(map(tokens_of, records)),
@@ -47,12 +54,12 @@ def summarize(plan: Plan, engine: Any, records: list[dict[str, Any]], memory: in
         "tokens_per_s": statistics.median(record["tokens_per_s"] for record in records),
         "peak_memory_bytes": int(peak),
         "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
-        "memory_files": str(plan.folder / MEMORY_FOLDER) if plan.settings.memory_profile != "off" else None,
-        "parameters": plan.parameters,
-        **feed.counted(plan.read_to),
+        "memory_files": str(prepared.folder / MEMORY_FOLDER) if prepared.settings.memory_profile != "off" else None,
+        "parameters": prepared.parameters,
+        **document_counts(read_to),
         "state_bytes_by_name": states,
-        "state_bytes_per_parameter": mean * plan.batch.world_size / plan.parameters,
-        "state_bytes_per_parameter_per_rank": largest / plan.parameters,
+        "state_bytes_per_parameter": mean * prepared.batch.world_size / prepared.parameters,
+        "state_bytes_per_parameter_per_rank": largest / prepared.parameters,
     }
 
 

@@ -96,11 +96,6 @@ def state_of(key: str) -> str:
     return key.partition(".")[0]
 
 
-def is_scale(key: str) -> bool:
-    """Whether the stored tensor `key` holds scales of blocks."""
-    return key.partition(".")[2] == "scale"
-
-
 def layout(states: tuple[State, ...], formats: Mapping[str, str], weights: str, dtype: torch.dtype) -> Layout:
     """The layout of a tensor of `dtype`. Remainders belong to bf16 tensors; all others hold their weights whole.
 

@@ -92,6 +92,8 @@ MASTER = "fp32"
 WEIGHTS: dict[str, Remainder] = {kind.name: kind for kind in map(Remainder, (8, 16, 4))}
 """Every other value of `weights`."""
 
+DEFAULT_WEIGHTS = Remainder(8).name
+
 
 def rounding_phase(seed: int, step: int, block: int) -> int:
     """Where the thresholds of block number `block` start at optimizer step `step`: 0 to 65535.

@@ -16,6 +16,8 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from toolkit.zero import shared_memory
+
 # What `turns.py`, `stage12.py`, `stage3.py` and `shards.py` override, call or read.
 _METHODS_1_AND_2 = (
     "_configure_master_weights flatten_dense_tensors_aligned initialize_optimizer_states setup_buckets "
@@ -63,6 +65,7 @@ def _missing(kind: type, methods: str, fields: str) -> list[str]:
 def incompatibilities() -> list[str]:
     """What this package relies on inside DeepSpeed and does not find; empty on a DeepSpeed that fits."""
     checks = {
+        "comm.torch.build_shm_op": shared_memory.found(),
         "runtime.engine.DeepSpeedZeroOptimizer": hasattr(ds_engine, "DeepSpeedZeroOptimizer"),
         "DeepSpeedEngine._configure_basic_optimizer": hasattr(ds_engine.DeepSpeedEngine, "_configure_basic_optimizer"),
         "DeepSpeedEngine._scheduler_from_config(optimizer)": (

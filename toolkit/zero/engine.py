@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import deepspeed.runtime.engine as ds_engine
@@ -29,12 +29,15 @@ from toolkit.optim import RuleOptimizer, find_rule, param_groups
 from toolkit.optim.warm import kinds, warm
 from toolkit.sentences import shown
 from toolkit.state.layout import check_dtype
-from toolkit.zero import compatibility, partition
+from toolkit.zero import compatibility, partition, shared_memory
 from toolkit.zero.changes import ChangeDetector
 from toolkit.zero.release import ReleasingZeroOptimizer
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
 from toolkit.zero.stage12 import ShardedZeroOptimizer
 from toolkit.zero.turns import OrderedZeroOptimizer
+
+if TYPE_CHECKING:
+    from toolkit.config import DeepSpeedSettings
 
 logger = logging.getLogger("toolkit")
 
@@ -64,29 +67,29 @@ def initialize(
     Raises:
         UserError: one sentence about what is wrong in the model, the config or the parameters.
     """
-    from toolkit.config import load_config, remarks, validate
+    from toolkit.config import DeepSpeedSettings, load_config, remarks, validate
 
     if not isinstance(model, nn.Module):
         raise UserError(f"initialize: model is {shown(model)}, but must be the torch.nn.Module to train.")
     register()
     model = without_compile_wrappers(model)
-    settings = load_config(config)
     origin = config if isinstance(config, str) else "config"
+    config = load_config(config)
     if kwargs.get("optimizer") is not None:
-        settings.pop("optimizer", None)  # DeepSpeed runs the one that is handed over
+        config.pop("optimizer", None)  # DeepSpeed runs the one that is handed over
     # Ranks that share a layer or a sequence are known to the mesh that the caller hands over, not to the JSON.
     own_mesh = kwargs.get("mpu") is not None or kwargs.get("mesh_param") is not None
-    validate(settings, origin=origin, world_size=None if own_mesh else _world_size(), total_steps=total_steps)
-    _check_has_optimizer(settings, kwargs, origin)
-    for remark in remarks(settings) if not dist.is_initialized() or dist.get_rank() == 0 else ():
+    validate(config, origin=origin, world_size=None if own_mesh else _world_size(), total_steps=total_steps)
+    ds = DeepSpeedSettings.read(config)
+    _check_has_optimizer(ds, kwargs, origin)
+    for remark in remarks(config) if not dist.is_initialized() or dist.get_rank() == 0 else ():
         logger.warning("%s: %s", origin, remark)
-    hide_in_logs(settings, logging.getLogger("DeepSpeed"))  # which shows its configuration at level INFO
-    section = settings.get("optimizer", {})
-    rule = find_rule(section.get("type"))
-    if rule and total_steps is not None and "total_steps" in rule.rule.model_fields:
-        section.setdefault("params", {}).setdefault("total_steps", total_steps)
+    hide_in_logs(config, logging.getLogger("DeepSpeed"))  # which shows its configuration at level INFO
+    if ds.rule:
+        section = config["optimizer"]
+        section["params"] = ds.rule.rule.supply(section.get("params", {}), total_steps=total_steps)
     kwargs.setdefault("model_parameters", [p for p in model.parameters() if p.requires_grad])
-    return deepspeed.initialize(model=model, config=settings, **kwargs)
+    return deepspeed.initialize(model=model, config=config, **kwargs)
 
 
 def without_compile_wrappers(model: nn.Module) -> nn.Module:
@@ -114,14 +117,11 @@ def _world_size() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if os.environ.get("WORLD_SIZE", "").isdecimal() else None
 
 
-def _check_has_optimizer(settings: Mapping[str, Any], kwargs: Mapping[str, Any], origin: str) -> None:
-    zero = settings.get("zero_optimization", {})
-    stage = int(zero) if isinstance(zero, bool) else zero.get("stage", 0)
-    named = settings.get("optimizer", {}).get("type") is not None or kwargs.get("optimizer") is not None
-    if stage in (1, 2) and not named:
+def _check_has_optimizer(ds: DeepSpeedSettings, kwargs: Mapping[str, Any], origin: str) -> None:
+    if ds.stage in (1, 2) and ds.optimizer is None and kwargs.get("optimizer") is None:
         raise UserError(
-            f"{origin}: zero_optimization.stage {stage} shards an optimizer's state, and there is no optimizer; name "
-            "one in the JSON's 'optimizer' section, or hand one to initialize as `optimizer`."
+            f"{origin}: zero_optimization.stage {ds.stage} shards an optimizer's state, and there is no optimizer; "
+            "name one in the JSON's 'optimizer' section, or hand one to initialize as `optimizer`."
         )
 
 
@@ -197,6 +197,7 @@ def register() -> None:
     engine._configure_optimizer = configure_optimizer
     engine._is_supported_optimizer = lambda self, name: bool(find_rule(name)) or supports(self, name)
     ds_engine.is_zero_supported_optimizer = lambda opt: isinstance(opt, RuleOptimizer) or zero_supports(opt)
+    shared_memory.leave_out()
     if not torch.accelerator.is_available():
         cpu_matmul.install()
     _registered = True
@@ -234,22 +235,13 @@ def _schedulers_optimizer(engine: Any, optimizer: Any) -> Any:
 
 
 def _build(rule: type[RuleOptimizer], engine: Any, model_parameters: Any) -> RuleOptimizer:
+    from toolkit.config import DeepSpeedSettings
     from toolkit.config.optimizers import check_combination
 
-    params = dict(engine.optimizer_params() or {})
-    if "total_steps" in rule.rule.model_fields:
-        steps = (engine.scheduler_params() or {}).get("total_num_steps")
-        if params.get("total_steps") is None and isinstance(steps, int):
-            params["total_steps"] = steps
-    offload = engine.zero_offload_optimizer()
-    check_combination(
-        rule.__name__,
-        params,
-        computed="bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
-        stage=int(engine.zero_optimization_stage()),
-        offload="none" if offload is None else str(getattr(offload.device, "value", offload.device)),
-        accumulation=engine.gradient_accumulation_steps(),
-    )
+    ds = DeepSpeedSettings.read(engine._config._param_dict)
+    steps = ds.scheduler_params.get("total_num_steps")
+    params = rule.rule.supply(engine.optimizer_params() or {}, total_steps=steps if isinstance(steps, int) else None)
+    check_combination(ds, accumulation=engine.gradient_accumulation_steps())
     return rule(param_groups(engine.module, model_parameters), **params)
 
 

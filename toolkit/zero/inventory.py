@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.records import categories as c
-from toolkit.state.layout import is_scale, state_of
-
-Named = tuple[str, str, Tensor]
-"""Category, name and tensor."""
+from toolkit.records.by_category import Named
 
 
 def inventory(engine: Any) -> Iterator[Named]:
@@ -70,8 +67,8 @@ def _states(engine: Any) -> Iterator[Named]:
     for parameter, held in getattr(basic, "state", {}).items():
         for key, value in held.items():
             if isinstance(value, Tensor) and value.dim() > 0:
-                category = c.SCALES if is_scale(key) else state_of(key)
-                yield category, f"{key} of {groups[id(parameter)]}" if id(parameter) in groups else key, value
+                name = f"{key} of {groups[id(parameter)]}" if id(parameter) in groups else key
+                yield c.category_of_state(key), name, value
 
 
 def gradients(engine: Any) -> Iterator[Named]:

@@ -37,7 +37,7 @@ def engine_of(model: Any, recorder: Recorder, **changed: Any) -> tuple[Any, dict
     from toolkit.config import load_config
     from toolkit.run import ranks
 
-    ranks.prepare()
+    ranks.prepare_environment()
     ranks.start()
     config = load_config("amcs_zero2") | {"train_micro_batch_size_per_gpu": 1} | changed
     engine, *_ = toolkit.initialize(model=model, config=config, total_steps=100)

@@ -46,6 +46,7 @@ class AMCSRule(Rule):
         State("m_slow"),
         State("v", signed=False),
     )
+    needs = ("total_steps",)
 
     lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta, Beta] = (0.9, 0.95, 0.95)

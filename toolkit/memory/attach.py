@@ -7,7 +7,7 @@ from typing import Any
 
 from toolkit.memory.ledger import TRACED_STEP, Ledger, Level
 from toolkit.memory.out_of_memory import Explainer
-from toolkit.records import by_category as held
+from toolkit.records.by_category import by_category
 
 
 def watch(
@@ -45,14 +45,14 @@ def watch(
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if explainer is None:
-        here, _, _ = held.by_category(inventory(engine), engine.device.type)
-        explainer = Explainer(folder, int(engine.global_rank), engine.device, held_already=sum(here.values()))
+        here, _, _ = by_category(inventory(engine), engine.device.type)
+        explainer = Explainer(folder, int(engine.global_rank), engine.device, named_already=sum(here.values()))
     return Ledger(
         engine,
         folder,
         level,
-        named=lambda: inventory(engine),
-        describe=lambda length: describe(engine, model=model, seq_len=length),
+        inventory=lambda: inventory(engine),
+        setup=lambda length: describe(engine, model=model, seq_len=length),
         explainer=explainer,
         seq_len=seq_len,
         step=step,

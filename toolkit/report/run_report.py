@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from typing import Literal
 
 from toolkit.printable import printable
-from toolkit.records.categories import PHASES, is_model_state, ordered
+from toolkit.records.categories import PHASES, model_state, ordered
 from toolkit.records.memory import Measurement, Prediction
 from toolkit.records.run import METRICS
 from toolkit.report.data import (
-    Batch,
+    BatchChange,
     Comparison,
-    Curve,
-    Facts,
     Imbalance,
+    LossCurve,
     Pair,
     Peak,
     PerParameter,
     PhasePair,
     Rank,
     Resumed,
+    RunFacts,
     RunReport,
     StepTimeline,
     Training,
@@ -83,7 +83,7 @@ def build_run(folder: Folder, name: str) -> RunReport:
     return report
 
 
-def _training(folder: Folder, facts: Facts) -> Training | None:
+def _training(folder: Folder, facts: RunFacts) -> Training | None:
     if not folder.steps:
         if folder.run is not None and not any(METRICS in problem.sentence for problem in folder.problems):
             folder.note("training", f"{METRICS} holds no step.")
@@ -112,7 +112,7 @@ def _training(folder: Folder, facts: Facts) -> Training | None:
         tokens_per_s=statistics.median(speeds) if speeds else None,
         nonfinite_steps=bad,
         skipped_steps=sum(line.skipped for line in steps),
-        curve=Curve(
+        curve=LossCurve(
             steps=[line.step for line in steps],
             loss=[line.loss for line in steps],
             val_steps=[line.step for line in validated],
@@ -121,26 +121,23 @@ def _training(folder: Folder, facts: Facts) -> Training | None:
     )
 
 
-def _batches(steps: list[StepLine], facts: Facts) -> list[Batch]:
+def _batches(steps: list[StepLine], facts: RunFacts) -> list[BatchChange]:
     """Sequences of the steps, from where they were others than before."""
-    found: list[Batch] = []
+    found: list[BatchChange] = []
     for line in steps:
         seen = line.seen()
         sequences = line.sequences or (round(seen / facts.seq_len) if seen and facts.seq_len else facts.global_batch)
         if sequences and (not found or found[-1].sequences != sequences):
-            found.append(Batch(first=line.step, sequences=sequences))
+            found.append(BatchChange(first=line.step, sequences=sequences))
     return found
 
 
 def _held_between_steps(measured: Mapping[int, Measurement]) -> int | None:
     """The model state of the rank that holds most of it: what both levels of measuring know, on every device."""
-    sizes = [
-        sum(size for name, size in record.resident.items() if is_model_state(name)) for record in measured.values()
-    ]
-    return max(sizes, default=0) or None
+    return max((model_state(record.resident) for record in measured.values()), default=0) or None
 
 
-def _resident_set(folder: Folder, facts: Facts) -> int | None:
+def _resident_set(folder: Folder, facts: RunFacts) -> int | None:
     known = [record.largest_resident_set for record in folder.measured.values() if record.largest_resident_set]
     if not known and (facts.device or "cpu") == "cpu":
         known = [line.memory_bytes for line in folder.steps if line.memory_bytes]
@@ -156,26 +153,18 @@ def _largest_rank(measured: Mapping[int, Measurement]) -> Measurement | None:
     )
 
 
-def _held_at_peak(record: Measurement | Prediction | None) -> dict[str, int]:
-    if record is None:
-        return {}
-    held = next((phase.held for phase in record.phases if phase.name == record.peak_phase), {})
-    return {name: held[name] for name in ordered(held)}
-
-
-def _peak(folder: Folder, facts: Facts, largest: Measurement | None) -> Peak | None:
+def _peak(folder: Folder, facts: RunFacts, largest: Measurement | None) -> Peak | None:
     predicted, summary = folder.predicted, folder.summary
     lines = [line.memory_bytes for line in folder.steps if line.memory_bytes]
     peak: Peak | None = None
     if largest is not None and largest.peak is not None:
-        held = _held_at_peak(largest)
         peak = Peak(
             bytes=largest.peak,
             kind="allocated",
             source=largest.source,
             rank=largest.rank,
             phase=largest.peak_phase,
-            held=held,
+            held=largest.at_peak(),
         )
     elif largest is not None and largest.largest_resident_set is not None:
         peak = Peak(bytes=largest.largest_resident_set, kind="resident set", source=largest.source, rank=largest.rank)
@@ -194,7 +183,7 @@ def _peak(folder: Folder, facts: Facts, largest: Measurement | None) -> Peak | N
             kind="predicted",
             source="the prediction",
             phase=predicted.peak_phase,
-            held=_held_at_peak(predicted),
+            held=predicted.at_peak(),
         )
     # A resident set is mostly libraries: per parameter it would say nothing.
     if peak is not None and facts.parameters and peak.kind != "resident set":
@@ -225,8 +214,8 @@ def _comparisons(predicted: Prediction | None, largest: Measurement | None) -> l
         return []
     comparisons = []
     if largest.peak is not None:
-        held = _held_at_peak(predicted), _held_at_peak(largest)
-        at_peak = _comparison("at the peak", largest, *held, predicted.peak, largest.peak)
+        sizes = predicted.at_peak(), largest.at_peak()
+        at_peak = _comparison("at the peak", largest, *sizes, predicted.peak, largest.peak)
         if largest.peak_phase is not None and largest.peak_phase != predicted.peak_phase:
             at_peak.phases = [predicted.peak_phase, largest.peak_phase]
         comparisons.append(at_peak)
@@ -245,14 +234,11 @@ def _comparison(
     moment: _Moment, record: Measurement, before: dict[str, int], after: dict[str, int], predicted: int, measured: int
 ) -> Comparison:
     names = ordered({*before, *after}) if after else []
-    state = [
-        sum(size for name, size in held.items() if is_model_state(name)) if held else None for held in (before, after)
-    ]
     return Comparison(
         moment=moment,
         rank=record.rank,
         categories=[_pair(name, before.get(name, 0), after.get(name, 0), measured) for name in names],
-        model_state=_pair("model state", state[0] or 0, state[1], measured) if state[1] is not None else None,
+        model_state=_pair("model state", model_state(before), model_state(after), measured) if after else None,
         total=_pair("total", predicted, measured, measured),
     )
 
@@ -281,7 +267,7 @@ def _rank(rank: int, record: Measurement) -> Rank:
         device=record.device_name,
         peak=record.peak,
         phase=record.peak_phase,
-        held=_held_at_peak(record),
+        held=record.at_peak(),
         resident=sum(record.resident.values()) if record.resident else None,
         resident_set=record.largest_resident_set,
         limit=record.limit,
@@ -299,8 +285,7 @@ def _imbalance(ranks: list[Rank]) -> Imbalance | None:
     mean = statistics.fmean(sizes.values())
     excesses: dict[str, float] = {}
     if by_peak and all(rank.held for rank in ranks):
-        held = next(rank.held for rank in ranks if rank.rank == first)
-        for name, size in held.items():
+        for name, size in next(rank.held for rank in ranks if rank.rank == first).items():
             excesses[name] = size - statistics.fmean(rank.held.get(name, 0) for rank in ranks)
     category = max(excesses, key=lambda name: excesses[name], default=None)
     return Imbalance(
@@ -317,19 +302,19 @@ def _imbalance(ranks: list[Rank]) -> Imbalance | None:
 def _per_parameter(
     predicted: Prediction | None, largest: Measurement | None, parameters: int | None
 ) -> list[PerParameter]:
-    record = largest if _held_at_peak(largest) else predicted
-    held, resident = _held_at_peak(record), record.resident if record is not None else {}
-    if not held:
+    record = largest if largest is not None and largest.at_peak() else predicted
+    if record is None or not record.at_peak():
         return []
+    at_peak, resident = record.at_peak(), record.resident
     return [
         PerParameter(
             category=name,
-            peak=held.get(name, 0),
+            peak=at_peak.get(name, 0),
             resident=resident.get(name, 0) if resident else None,
-            peak_per_parameter=held.get(name, 0) / parameters if parameters else None,
+            peak_per_parameter=at_peak.get(name, 0) / parameters if parameters else None,
             resident_per_parameter=resident.get(name, 0) / parameters if parameters and resident else None,
         )
-        for name in ordered({*held, *resident})
+        for name in ordered({*at_peak, *resident})
     ]
 
 

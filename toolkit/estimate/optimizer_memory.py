@@ -1,4 +1,4 @@
-"""What is stored for every parameter between steps, from a DeepSpeed JSON and a model on the meta device."""
+"""What the optimizer keeps for every parameter between steps, from a DeepSpeed JSON and a model on the meta device."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolkit.config import DeepSpeedSettings
 from toolkit.errors import UserError
-from toolkit.optim import find_rule, param_groups
+from toolkit.optim import param_groups
 from toolkit.records import categories as c
 from toolkit.state.codecs import BLOCK
-from toolkit.state.layout import Layout, is_scale, state_of
+from toolkit.state.layout import Layout
 
 _PROBE = 256
 """Elements of the flat tensor that an optimizer of torch is tried on."""
@@ -21,7 +22,7 @@ _PROBE = 256
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters, by number, that are stored alike.
+    """Parameters, by number, whose optimizer state takes the same bytes an element.
 
     `per_element`: bytes by category of remainder and states. `master`: of fp32 master weights, 0 without.
     `whole_blocks`: whether stage 3 pads each of them to whole blocks; `released`: whether their gradients are used
@@ -36,7 +37,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Stored:
+class OptimizerMemory:
     """All groups, whether the optimizer is one of this package's, and the step's own needs.
 
     `step_per_element`: bytes of temporaries per element of the shard that is stepped on, for DeepSpeed's and torch's
@@ -49,52 +50,48 @@ class Stored:
     remarks: tuple[str, ...] = ()
 
 
-def stored(model: nn.Module, config: Mapping[str, Any], *, dtype: torch.dtype, stage: int, on_host: bool) -> Stored:
-    """What the optimizer that `config` names keeps for the parameters of `model`.
+def optimizer_memory(model: nn.Module, ds: DeepSpeedSettings) -> OptimizerMemory:
+    """What the optimizer that `ds` names keeps for the parameters of `model`.
 
     A rule's states are counted from its declaration, an optimizer of torch is tried on one small tensor.
 
     Raises:
         UserError: no optimizer is named, or it is one that cannot be counted.
     """
-    section = config.get("optimizer") or {}
-    kind, params = section.get("type"), dict(section.get("params", {}))
-    if kind is None:
+    rule = ds.rule
+    if ds.optimizer is None:
         raise UserError("the DeepSpeed JSON has no optimizer.type; it must name the optimizer to train with.")
-    rule = find_rule(kind)
     numbers = {id(p): number for number, p in enumerate(model.parameters())}
-    narrow = dtype != torch.float32
+    # DeepSpeed keeps fp32 weights beside the model's; without ZeRO only if the model's are narrower.
+    masters = 4.0 if ds.stage or ds.dtype != torch.float32 else 0.0
     if rule is None:
-        states, working = _probe(str(kind), params, on_host)
-        # DeepSpeed keeps fp32 weights beside the model's; without ZeRO only if the model's are narrower.
-        master = 4.0 if stage or narrow else 0.0
+        states, working = _probe(ds.optimizer, ds.params, ds.offload_optimizer != "none")
         every = tuple(numbers[id(p)] for p in model.parameters() if p.requires_grad)
-        remarks = () if working is not None else (f"temporaries of {kind}'s step are not known.",)
-        return Stored((Group(every, states, master, False, False),), False, working or 0.0, remarks)
-    if "total_steps" in rule.rule.model_fields and params.get("total_steps") is None:
-        params["total_steps"] = 1
+        remarks = () if working is not None else (f"temporaries of {ds.optimizer}'s step are not known.",)
+        return OptimizerMemory((Group(every, states, masters, False, False),), False, working or 0.0, remarks)
+    params = rule.rule.supply(ds.params, total_steps=1)
     optimizer = rule(param_groups(model, [p for p in model.parameters() if p.requires_grad]), **params)
-    whole = stage > 0 and optimizer.holds_weights()
+    whole = ds.stage > 0 and optimizer.holds_weights()
     groups = []
     for group in optimizer.param_groups:
-        kept = optimizer.layout(group, dtype if whole else torch.float32)
+        layout = optimizer.layout(group, ds.dtype if whole else torch.float32)
         sizes = [p.numel() for p in group["params"]]
         groups.append(
             Group(
                 numbers=tuple(numbers[id(p)] for p in group["params"]),
-                per_element=_per_element(kept),
-                master=4.0 if not whole and (stage or narrow) else 0.0,
+                per_element=_per_element(layout),
+                master=0.0 if whole else masters,
                 whole_blocks=any(p.dim() > 1 for p in group["params"]),
                 released=optimizer.defaults["release_gradients"] and all(size % BLOCK == 0 for size in sizes),
             )
         )
-    return Stored(tuple(groups), True, 0.0)
+    return OptimizerMemory(tuple(groups), True, 0.0)
 
 
-def _per_element(kept: Layout) -> dict[str, float]:
+def _per_element(layout: Layout) -> dict[str, float]:
     found: dict[str, float] = {}
-    for key, spec in kept.specs():
-        category = c.SCALES if is_scale(key) else state_of(key)
+    for key, spec in layout.specs():
+        category = c.category_of_state(key)
         found[category] = found.get(category, 0.0) + spec.bytes_per_element
     return found
 
@@ -129,10 +126,9 @@ def _probe(kind: str, params: Mapping[str, Any], on_host: bool) -> tuple[dict[st
         optimizer.step()
     except Exception as error:
         raise UserError(f"the memory of optimizer.type {kind!r} is not known: it cannot be tried: {error}") from None
-    held = optimizer.state[weight]
     states = {
         key: value.numel() * value.element_size() / _PROBE
-        for key, value in held.items()
+        for key, value in optimizer.state[weight].items()
         if isinstance(value, torch.Tensor) and value.numel() > 1
     }
     return states, 0.0 if params.get("fused") or on_host else None

@@ -64,7 +64,7 @@ class Candidate:
     json: Mapping[str, Any]
 
 
-def plan(
+def recommend(
     model: str,
     *,
     gpu_memory: int,
@@ -149,8 +149,8 @@ def _fit(
             break
         best, micro_batch = tried, 2 * micro_batch
     prediction = estimator.predict(best)
-    needs = prediction.peak + context
-    peak = next(phase.held for phase in prediction.phases if phase.name == prediction.peak_phase)
+    needs = prediction.needed
+    peak = prediction.at_peak()
     setup = prediction.setup
     tokens = best.micro_batch * best.seq_len
     cost = _STAGE[setup.stage] * _OFFLOAD[tuple(setup.offload)] * (1 + _OVERHEAD_TOKENS / tokens)

@@ -1,8 +1,7 @@
-"""All that is checked before a model is built."""
+"""All that is checked before a model is built, and what comes out of it: a prepared run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,44 +12,25 @@ from toolkit.errors import UserError
 from toolkit.plugins import import_plugin
 from toolkit.run import folder as run_folder
 from toolkit.run import ranks
+from toolkit.run.folder import RunFolder
 from toolkit.run.identity import identity
-from toolkit.run.merge import merge_flags
+from toolkit.run.resolve import ResolvedSettings, resolve
 from toolkit.run.settings import RunSettings
-from toolkit.run.start import NONE, noted, run_of
-from toolkit.run.terms import Saved, changes, kept_settings, terms
+from toolkit.run.start import NONE, newest_saved, run_of
+from toolkit.run.terms import Saved
 
 if TYPE_CHECKING:
     import torch
 
-    from toolkit.data import PackedTokens, Position
+    from toolkit.config import DeepSpeedSettings
+    from toolkit.data import PackedTokens
 
 
 @dataclass
-class Terms:
-    """What the command line, the DeepSpeed JSON and, where a run is resumed, its checkpoint come to.
-
-    `asked` and `json` are the first two as given, `saved` what the checkpoint notes (None: there is none). `changed`:
-    what is not as in the run that saved it, in words; `remarks`: all that is to be said of it.
-    """
-
-    asked: RunSettings
-    json: Mapping[str, Any]
-    saved: Saved | None
-    settings: RunSettings
-    config: dict[str, Any]
-    batch: Batch
-    changed: list[str]
-    remarks: list[str]
-
-
-@dataclass
-class Plan:
+class PreparedRun:
     """A run that has passed every check; nothing large exists yet."""
 
-    settings: RunSettings
-    config: dict[str, Any]
-    dtype: torch.dtype
-    batch: Batch
+    resolved: ResolvedSettings
     folder: Path
     remarks: list[str]
     data: PackedTokens
@@ -59,12 +39,47 @@ class Plan:
     identity: dict[str, dict[str, Any]]
     model_files: dict[str, bytes]
     """What checkpoints keep beside the weights; on rank 0."""
-    read_to: Position
-    """How far the data have been read for the steps that were made; the beginning until then."""
-    terms: Terms
+
+    @property
+    def settings(self) -> RunSettings:
+        return self.resolved.settings
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.resolved.config
+
+    @property
+    def ds(self) -> DeepSpeedSettings:
+        return self.resolved.ds
+
+    @property
+    def batch(self) -> Batch:
+        return self.resolved.batch
+
+    def resolve_again(self, saved: Saved | None) -> None:
+        """Take the settings of the checkpoint that was chosen, where that is not the newest one."""
+        old = self.resolved
+        if saved == old.saved:
+            return
+        self.resolved = resolve(old.asked, old.json, saved)
+        self.remarks = [*self.resolved.remarks, *(remark for remark in self.remarks if remark not in old.remarks)]
+
+    def lines(self, device: torch.device) -> list[str]:
+        """What the user is told before the model is built."""
+        settings, batch, remarks = self.settings, self.batch, list(self.remarks)
+        if settings.eval_every and len(self.validation) < settings.eval_sequences:
+            remarks.append(f"the validation text fills only {len(self.validation)} sequences; all are used.")
+        return [
+            f"{settings.model}: {self.parameters:,} parameters on {batch.world_size} x {_device_name(device)}; "
+            f"{settings.config}; data {settings.data}",
+            f"{settings.steps} steps of {batch.total} sequences x {settings.seq_len} tokens: micro-batch "
+            f"{batch.micro} x accumulation {batch.accumulation} x {batch.world_size} rank(s)",
+            f"files in {self.folder}",
+            *(f"note: {remark}" for remark in remarks),
+        ]
 
 
-def make_plan(settings: RunSettings) -> Plan:
+def prepare(settings: RunSettings) -> PreparedRun:
     """Check everything, the cheapest first: the JSON, the run folder, the model's shape, the text.
 
     Raises:
@@ -90,10 +105,9 @@ def make_plan(settings: RunSettings) -> Plan:
     )
     folder = settings.run_dir or run_of(settings) or run_folder.default_folder(settings.model, settings.config)
     run_folder.check_free(folder, resuming=settings.resume != NONE)
-    settled = settle_terms(settings, config, noted(settings, folder))
-    settings, config, batch, remarks = settled.settings, settled.config, settled.batch, list(settled.remarks)
-    dtype = _dtype(config)
-    if dtype == torch.bfloat16 and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():
+    resolved = resolve(settings, config, newest_saved(settings, folder))
+    settings, batch, remarks = resolved.settings, resolved.batch, list(resolved.remarks)
+    if resolved.ds.computed == "bf16" and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():
         remarks.append("matrix products are computed in fp32 from bf16 operands, since this CPU is slow at bf16 ones.")
 
     name = settings.tokenizer or (preset.tokenizer if preset is not None else settings.model)
@@ -120,12 +134,9 @@ def make_plan(settings: RunSettings) -> Plan:
         source = packed(settings.val_data or settings.data, "validation" if held_out else "all")
         source.require(1)
         validation = [torch.as_tensor(sequence) for sequence in source.first_pass(settings.eval_sequences)]
-        remarks += [f"passed over in the validation text: {problem}" for problem in source.position.named]
-    return Plan(
-        settings=settings,
-        config=config,
-        dtype=dtype,
-        batch=batch,
+        remarks += [f"skipped in the validation text: {problem}" for problem in source.position.named]
+    return PreparedRun(
+        resolved=resolved,
         folder=folder,
         remarks=remarks,
         data=training,
@@ -135,49 +146,36 @@ def make_plan(settings: RunSettings) -> Plan:
         model_files=model_files(model_config, tokenizer, Path(settings.model).expanduser())
         if ranks.rank() == 0
         else {},
-        read_to=data.Position(),
-        terms=settled,
     )
 
 
-def settle_terms(settings: RunSettings, config: Mapping[str, Any], saved: Saved | None) -> Terms:
-    """The run that `settings`, the JSON `config` and the checkpoint to be resumed (None: there is none) make together.
-
-    What is typed holds, and is said where it changes the run; what is left open stays as the checkpoint has it.
+def claim_folder(prepared: PreparedRun, device: torch.device) -> RunFolder | None:
+    """Rank 0 takes the run folder; the other ranks have none.
 
     Raises:
-        UserError: they contradict each other, or the global batch of the checkpoint cannot stay.
+        UserError: as `RunFolder`.
     """
-    from toolkit import config as configs
+    from toolkit import models
 
-    asked, told = settings, list[str]()
-    if saved is not None:
-        settings, told = kept_settings(settings, saved, config)
-    kept = saved.batch if saved is not None else None
-    merged, batch, remarks = merge_flags(config, settings, ranks.world_size(), kept)
-    configs.validate(merged, origin=settings.config, world_size=ranks.world_size(), total_steps=settings.steps)
-    changed = changes(saved, terms(settings, merged, batch)) if saved is not None else []
-    if told:
-        remarks.append(f"as the checkpoint has it: {', '.join(told)}.")
-    if changed:
-        remarks.append(f"not as in the run that saved the checkpoint: {'; '.join(changed)}.")
-    return Terms(asked, config, saved, settings, merged, batch, changed, remarks)
-
-
-def settle_again(plan: Plan, saved: Saved | None) -> None:
-    """Give `plan` the terms of the checkpoint that was chosen, should they not be those of the newest manifest."""
-    if saved == plan.terms.saved:
-        return
-    old, new = plan.terms, settle_terms(plan.terms.asked, plan.terms.json, saved)
-    plan.terms, plan.settings, plan.config, plan.batch = new, new.settings, new.config, new.batch
-    plan.remarks = [*new.remarks, *(remark for remark in plan.remarks if remark not in old.remarks)]
+    if ranks.rank() != 0:
+        return None
+    settings, batch, config = prepared.settings, prepared.batch, prepared.config
+    facts = run_folder.run_facts(
+        settings=settings.model_dump(mode="json"),
+        world_size=batch.world_size,
+        micro_batch=batch.micro,
+        gradient_accumulation=batch.accumulation,
+        global_batch=batch.total,
+        parameters=prepared.parameters,
+        device=_device_name(device),
+        bf16_products="fp32" if device.type == "cpu" and models.cpu_matmul.computes_in_fp32() else "native",
+        ds_config=config,
+    )
+    saves, resuming = settings.save_every > 0 and prepared.ds.stage > 0, settings.resume != NONE
+    return RunFolder(prepared.folder, facts, config, checkpoints=saves, resuming=resuming)
 
 
-def _dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that the JSON has the model compute in."""
+def _device_name(device: torch.device) -> str:
     import torch
 
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if config.get(key, {}).get("enabled", False):
-            return dtype
-    return torch.float32
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,90 @@
+"""The screen: progress and summary, on rank 0 only."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from toolkit.records.sizes import size_text
+from toolkit.run.screen import Screen
+
+SUMMARY: dict[str, Any] = {
+    "run_dir": "runs/[a]",
+    "interrupted": False,
+    "steps": 30,
+    "tokens": 61_440,
+    "seconds": 12.0,
+    "compile_s": 24.0,
+    "skipped_documents": 0,
+    "skipped_documents_first": [],
+    "replaced_characters": 0,
+    "loss": 4.25,
+    "loss_steps": 10,
+    "val_loss": None,
+    "tokens_per_s": 5120.0,
+    "peak_memory_bytes": 743_600_000,
+    "memory_kind": "resident",
+    "memory_files": "runs/x/memory",
+    "state_bytes_by_name": {"m_fast": 5_000_000, "v": 900},
+    "state_bytes_per_parameter": 3.05,
+    "state_bytes_per_parameter_per_rank": 1.525,
+}
+
+
+def record(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 4.0, "lr": 1e-3, "tokens_per_s": 5120.0, "skipped": False, **more}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_screen_shows_progress_and_summary(terminal: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=terminal, highlight=False)
+    with Screen(240, shown=True, console=console) as screen:
+        for step in range(1, 241):
+            screen.step(record(step, **({"val_loss": None} if step == 120 else {})))
+        screen.step(record(241, loss=None, skipped=True))
+    screen.summary(SUMMARY)
+    shown = out.getvalue()
+    figures = (
+        "in 12 s, after 24 s of compiling",
+        "4.2500",
+        "not measured",
+        "5,120",
+        "743.60 MB",
+        "3.05",
+        "m_fast 5.00 MB, v 900 B",
+    )
+    for expected in ("runs/[a]", "runs/x/memory", *figures):
+        assert expected in shown
+    assert "validation loss not finite" in shown and "the gradient is not finite" in shown
+    if not terminal:
+        assert sum(line.startswith("step") for line in shown.splitlines()) < 32
+        assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("seconds", [0.5, 45.0])
+def test_time_left_is_that_of_the_later_steps(seconds: float) -> None:
+    now = 0.0
+    console = Console(file=io.StringIO(), force_terminal=True, get_time=lambda: now)
+    with Screen(100, shown=True, console=console) as screen:
+        for step in range(1, 11):
+            now += 60.0 if step == 1 else seconds
+            screen.step(record(step))
+        assert screen._bar is not None
+        assert screen._bar.tasks[0].time_remaining == math.ceil(90 * seconds)
+
+
+def test_the_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Screen(3, shown=False) as screen:
+        screen.say("hello")
+        screen.step(record(1))
+        screen.summary(SUMMARY)
+    assert capsys.readouterr().out == ""
+
+
+def test_size_text() -> None:
+    assert [size_text(n) for n in (12, 1_500, 2_000_000, 3e9)] == ["12 B", "1.50 kB", "2.00 MB", "3.00 GB"]

@@ -1,0 +1,153 @@
+"""`toolkit doctor`: what this machine and this environment offer a run, and what will not work."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from toolkit.errors import UserError
+from toolkit.printable import echo
+
+
+@dataclass
+class Findings:
+    """What was found, by what it is about, and the sentences about what will not work."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Show what this machine offers a run; exit status 1 where something will not work."""
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps({"facts": found.facts, "problems": found.problems}, indent=1))
+    else:
+        width = max(map(len, found.facts))
+        for name, value in found.facts.items():
+            echo(f"{name:{width}}  {', '.join(value) or 'none' if isinstance(value, list) else value}")
+        for problem in found.problems or ["no problem found"]:
+            echo(f"problem: {problem}" if found.problems else problem)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def examine() -> Findings:
+    """Look at everything; starts no rank and changes no file."""
+    from toolkit.run import ranks
+    from toolkit.run.folder import versions
+
+    ranks.prepare_environment()
+    found = Findings()
+    known = versions()
+    found.facts["versions"] = [f"{name} {version}" for name, version in known.items()]
+    found.problems += [f"{name} is not installed." for name, version in known.items() if version == "not installed"]
+    if "torch" in known and known["torch"] != "not installed":
+        _processor(found)
+        _gpus(found)
+        _memory(found)
+        _compiler(found)
+        _deepspeed(found)
+    return found
+
+
+def _processor(found: Findings) -> None:
+    import torch
+
+    from toolkit.models.cpu_matmul import VARIABLE, computes_in_fp32
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    found.facts["CPU"] = f"{len(os.sched_getaffinity(0))} cores, {capability}"
+    try:
+        slow = computes_in_fp32()
+    except UserError as error:
+        found.problems.append(f"{error}")
+    else:
+        forced = f" ({VARIABLE} says so)" if os.environ.get(VARIABLE, "auto") != "auto" else ""
+        found.facts["bf16 products"] = f"on the CPU {'slow: computed in fp32' if slow else 'native'}{forced}"
+
+
+def _gpus(found: Findings) -> None:
+    import torch
+
+    from toolkit.records.sizes import size_text
+
+    gpus = []
+    if torch.cuda.is_available():
+        devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        gpus = [f"{device.name} with {size_text(device.total_memory)}" for device in devices]
+    elif Path("/proc/driver/nvidia/version").exists():
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        found.problems.append(f"this machine has an NVIDIA driver, but torch, which was built {built}, finds no GPU.")
+    found.facts["GPUs"] = gpus
+
+
+def _memory(found: Findings) -> None:
+    import psutil
+    import torch
+
+    from toolkit.memory.watermarks import limits
+    from toolkit.records.sizes import size_text
+    from toolkit.run.leftovers import little_shared_memory
+
+    what, most = min(limits(torch.device("cpu")).items(), key=lambda limit: limit[1])
+    available = psutil.virtual_memory().available
+    found.facts["memory"] = f"{size_text(most)} ({what}), {size_text(min(available, most))} available"
+    try:
+        shared = os.statvfs("/dev/shm")
+    except OSError as error:
+        found.facts["/dev/shm"] = "none"
+        found.problems.append(f"/dev/shm cannot be used ({error.strerror}): ranks of one machine exchange data there.")
+        return
+    size, free = (count * shared.f_frsize for count in (shared.f_blocks, shared.f_bavail))
+    found.facts["/dev/shm"] = f"{size_text(size)}, {size_text(free)} free"
+    if (little := little_shared_memory()) is not None:
+        found.problems.append(f"{little}: ranks of one machine may fail to reach one another.")
+
+
+def _compiler(found: Findings) -> None:
+    import shutil
+
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    from toolkit.run.leftovers import find_locks
+
+    try:
+        found.facts["C++ compiler"] = get_cpp_compiler()
+    except Exception:  # torch's own classes, which have moved between versions
+        found.facts["C++ compiler"] = "none"
+        found.problems.append(
+            "there is no C++ compiler, which the compiled optimizer step needs; install g++, name one in CXX, or set "
+            "optimizer.params.compile=false."
+        )
+    ninja = shutil.which("ninja")
+    found.facts["ninja"] = ninja or "none"
+    if ninja is None:
+        found.problems.append("there is no ninja, which builds DeepSpeed's extensions; install the package ninja.")
+    found.facts["build locks"] = [str(lock) for lock in find_locks()]
+
+
+def _deepspeed(found: Findings) -> None:
+    from toolkit.run import ranks
+
+    ranks.settle_accelerator()
+    try:
+        from deepspeed.accelerator import get_accelerator
+
+        from toolkit.zero.compatibility import incompatibilities
+
+        found.facts["accelerator"] = get_accelerator().device_name()
+        missing = incompatibilities()
+    except Exception as error:  # whatever an import may raise in an environment that does not fit
+        found.problems.append(f"DeepSpeed cannot be used: {type(error).__name__}: {error}".splitlines()[0])
+        return
+    found.facts["DeepSpeed fits"] = "no" if missing else "yes"
+    if missing:
+        found.problems.append(f"this DeepSpeed lacks what leanstate relies on: {', '.join(missing)}.")

@@ -1,0 +1,307 @@
+"""A training run on one rank: its parts, its steps, and the order in which everything happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from toolkit.errors import UserError
+from toolkit.records.run import CHECKPOINTS, METRICS, PLOT, strict
+from toolkit.run import bad_documents, compiling, deterministic, ranks
+from toolkit.run.folder import RunFolder, plot_loss
+from toolkit.run.memory import make_explainer, memory_now, watch_memory
+from toolkit.run.prepare import PreparedRun, claim_folder, prepare
+from toolkit.run.resume import checkpoint_facts, make_saver, restore
+from toolkit.run.screen import Screen
+from toolkit.run.settings import RunSettings
+from toolkit.run.start import Start, find_start
+from toolkit.run.stopping import MemoryRanOut, StopRequest
+from toolkit.run.summary import summarize
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolkit.memory.ledger import Ledger
+    from toolkit.memory.out_of_memory import Explainer
+
+
+def train_on_this_rank(
+    settings: RunSettings,
+    device: torch.device,
+    stop: StopRequest,
+    screen: Screen,
+    background: compiling.Background | None,
+) -> dict[str, Any]:
+    """Prepare, build, train and summarize; every rank must call this, once `ranks.start` has joined them.
+
+    Returns:
+        The summary that summary.json holds; the same on every rank.
+
+    Raises:
+        UserError, MemoryRanOut, KeyboardInterrupt: as `toolkit.train.train`.
+    """
+    import torch
+
+    import toolkit.memory.out_of_memory  # noqa: F401 (when it is needed, there is no memory to import it)
+
+    screen.say(f"reading {settings.data}")
+    prepared = ranks.agreed(lambda: prepare(settings))
+    prepared.folder = ranks.from_first(prepared.folder)  # its default name holds the time
+    folder = ranks.agreed(lambda: claim_folder(prepared, device))
+    explainer: Explainer | None = None
+    run: Run | None = None
+    try:
+        start = ranks.agreed(lambda: find_start(prepared.settings, prepared.folder, prepared.identity))
+        ranks.agreed(lambda: prepared.resolve_again(start.saved))
+        settings = prepared.settings
+        screen.expect(settings.steps)
+        if start.step >= settings.steps:
+            where = start.source and start.source.folder
+            screen.say(f"nothing to do: {where} is at step {start.step} of {settings.steps}; --steps gives it more.")
+            return {"interrupted": False, "diverged": False}
+        prepared.remarks += start.remarks
+        explainer = make_explainer(prepared, device)
+        for line in prepared.lines(device):
+            screen.say(line)
+        screen.say(explainer.words())
+        torch.manual_seed(settings.seed)
+        screen.say(compiling.building(prepared.ds))
+        with explainer:
+            run = Run(prepared, start, folder, screen, stop)
+            run.compile(background)
+        with stop, watch_memory(prepared, run.engine, explainer) as ledger:
+            with screen:
+                run.train(ledger)
+            ledger.close()
+            summary = run.finish(ledger.largest)
+        screen.summary(summary)
+        return summary
+    except UserError:
+        raise
+    except Exception as error:
+        if explainer is not None and explainer.ended_by_memory():
+            raise MemoryRanOut from None
+        if settings.deterministic and (told := deterministic.explained(error)) is not None:
+            raise told from None
+        # Once the user has stopped the run, ranks fail merely because others are gone already.
+        if stop.requested:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if run is not None:
+            run.close()
+        if folder is not None:
+            folder.close()
+
+
+class Run:
+    """A run whose model is built and whose state is that of its start; every rank calls the same methods.
+
+    Args:
+        prepared: settings, data and folder, checked.
+        start: after which step it begins, and from which checkpoint.
+        folder: the run folder, on rank 0.
+        screen: shows progress, on rank 0.
+        stop: asked after every step.
+    """
+
+    def __init__(
+        self, prepared: PreparedRun, start: Start, folder: RunFolder | None, screen: Screen, stop: StopRequest
+    ) -> None:
+        from toolkit import data
+        from toolkit.zero import rule_optimizer
+
+        self.prepared, self.start, self.folder = prepared, start, folder
+        self.screen, self.stop = screen, stop
+        self.settings, self.batch = prepared.settings, prepared.batch
+        self.engine = build_engine(prepared)
+        ranks.agreed(lambda: restore(prepared, self.engine, start, screen.say))
+        self.records: list[dict[str, Any]] = ranks.from_first(
+            folder.continue_after(start.step, prepared.config) if folder is not None else []
+        )
+        """The records of metrics.jsonl."""
+        if folder is not None and folder.dropped:
+            screen.say(f"note: {folder.dropped} line(s) of {METRICS} were no steps and are dropped.")
+        self.batches = data.rank_batches(
+            prepared.data,
+            rank=ranks.rank(),
+            world_size=self.batch.world_size,
+            micro_batch=self.batch.micro,
+            start=start.position,
+        )
+        self._notes = bad_documents.Notes(self.batches, screen.say)
+        self._rule = rule_optimizer(self.engine)
+        self._skipped_in_a_row = 0
+        # For the next record, what came before its step: another setting, the compiler, the copy for a checkpoint.
+        self._before: dict[str, Any] = {}
+        self.saver = make_saver(prepared, self.engine, start, screen.say)  # last: it has a thread, which `close` ends
+
+    def compile(self, background: compiling.Background | None) -> None:
+        """Wait for the compiled optimizer step, which the process `background` may be working on."""
+        seconds = compiling.step_compiled(self.engine, background, self.screen.say)
+        if seconds is not None:
+            self._before["compile_s"] = seconds
+
+    def train(self, ledger: Ledger) -> None:
+        """Step to the end, or until a rank is asked to stop or too many steps in a row were skipped."""
+        if self.prepared.resolved.changed:
+            self._before["changed"] = self.prepared.resolved.changed
+        for step in range(self.start.step + 1, self.settings.steps + 1):
+            record, asked_to_stop = self.step(step, ledger)
+            last = step == self.settings.steps
+            if self.prepared.validation and not asked_to_stop and (last or step % self.settings.eval_every == 0):
+                record["val_loss"] = self.validate()
+            self.record(record)
+            diverged = self._skipped_in_a_row >= self.settings.max_skipped
+            ending = last or asked_to_stop or diverged
+            self.save(step, ending)
+            if ending:
+                self._say_why_it_ends(step, diverged)
+                break
+        self.batches.close()
+
+    def step(self, step: int, ledger: Ledger) -> tuple[dict[str, Any], bool]:
+        """One optimizer step; returns its record, and whether any rank has been asked to stop."""
+        engine, tokens = self.engine, self.batch.total * self.settings.seq_len
+        started = time.perf_counter()
+        lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
+        with bad_documents.saved_before(self._save_now(step - 1)):
+            mine = optimizer_step(engine, self.batches, self.batch.accumulation)
+        [loss], [memory, asked] = ranks.mean_max([mine], [memory_now(ledger), self.stop.requested], engine.device)
+        self.stop.step_boundary(last=bool(asked))
+        seconds = time.perf_counter() - started
+        norm = engine.get_global_grad_norm()
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": None if norm is None else float(norm),
+            **(self._rule.report() if self._rule is not None else {}),
+            **{"sequences": self.batch.total, "tokens": tokens},
+            "tokens_per_s": tokens / seconds,
+            "step_time_s": seconds,
+            "memory_bytes": int(memory),
+            "skipped": not engine.was_step_applied(),
+            **self._before,
+        }
+        self._before = {}
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped"] else 0
+        return record, bool(asked)
+
+    def validate(self) -> float:
+        """Mean loss over the validation sequences, dealt out to the ranks; the same at every world size up to
+        rounding."""
+        import torch
+
+        sequences, micro_batch, world_size = self.prepared.validation, self.batch.micro, ranks.world_size()
+        mine = sequences[ranks.rank() :: world_size]
+        # Under ZeRO-3 every rank must run the same number of forward passes: one with no sequence left
+        # repeats the first and counts it zero times.
+        passes = -(-len(sequences[::world_size]) // micro_batch)
+        total = 0.0
+        self.engine.eval()
+        with torch.no_grad():
+            for index in range(passes):
+                rows = mine[index * micro_batch : (index + 1) * micro_batch]
+                tokens = torch.stack(rows or sequences[:1]).to(self.engine.device)
+                total += float(self.engine(tokens).float()) * len(rows)
+        self.engine.train()
+        [mean], _ = ranks.mean_max([total], [], self.engine.device)
+        return mean * world_size / len(sequences)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Write the record of a step: metrics.jsonl, the monitors of the JSON, the screen."""
+        record = strict(record)
+        self.records.append(record)
+        if self.folder is not None:
+            self.folder.write_step(record)
+        if self.engine.monitor.enabled:  # what DeepSpeed does not write itself (it writes the rate)
+            names = {"loss": "Train/loss", "val_loss": "Validation/loss", "alpha": "Train/alpha"}
+            names |= {"grad_norm": "Train/grad_norm", "tokens_per_s": "Train/tokens_per_s"}
+            events = [(name, record[key], record["step"]) for key, name in names.items() if record.get(key) is not None]
+            self.engine.monitor.write_events(events)
+        self.screen.step(record)
+        self._notes.say_new()
+
+    def save(self, step: int, ending: bool) -> None:
+        """Save where a checkpoint is due, after the record of its step: it must not be ahead of the metrics."""
+        if self.saver is None:
+            return
+        due = not ending and step % self.settings.save_every == 0
+        note = self.saver.wait() if ending or due else self.saver.poll()
+        if note is not None:
+            self.screen.say(f"note: {note}")
+        if due:
+            waited = self.saver.start(step, checkpoint_facts(self.prepared, self.batches.position))
+            self._before["save_wait_s"] = waited
+        elif ending:
+            self.saver.now(step, checkpoint_facts(self.prepared, self.batches.position))
+
+    def finish(self, memory: int) -> dict[str, Any]:
+        """Write and return the summary; `memory`: bytes at this rank's peak."""
+        summary = summarize(self.prepared, self.engine, self.records, self.batches.read_to, memory)
+        if self.folder is not None:
+            self.folder.write_summary(summary)
+            plot_loss(self.records, self.prepared.folder / PLOT, title=self.prepared.folder.name)
+        return summary
+
+    def close(self) -> None:
+        """End the thread that saves."""
+        if self.saver is not None:
+            self.saver.close()
+
+    def _save_now(self, step: int) -> partial[None] | None:
+        """What saves the state after `step`, which was the last one; None where no step was made."""
+        if self.saver is None or step == self.start.step:
+            return None
+        return partial(self.saver.now, step, checkpoint_facts(self.prepared, self.batches.position))
+
+    def _say_why_it_ends(self, step: int, diverged: bool) -> None:
+        where = f"; a checkpoint is in {self.prepared.folder / CHECKPOINTS}" if self.saver is not None else ""
+        if diverged:
+            skipped = self._skipped_in_a_row
+            self.screen.say(
+                f"stopped after step {step}: the gradient was not finite in {skipped} steps in a row, which is "
+                f"--max-skipped; weights and state are those of step {step - skipped}{where}."
+            )
+        elif step != self.settings.steps:
+            self.screen.say(f"stopped after step {step} of {self.settings.steps}{where}.")
+
+
+def build_engine(prepared: PreparedRun) -> Any:
+    """DeepSpeed's engine around the run's model."""
+    import torch
+
+    import toolkit
+    from toolkit import memory, models
+
+    settings, config = prepared.settings, prepared.config
+    if settings.memory_profile == "full" and not torch.accelerator.is_available():
+        memory.count_from_here()
+    # At stage 3 the model is partitioned while it is built, so the layout of partitions must be in place.
+    toolkit.register()
+    model = models.build_model(
+        settings.model,
+        dtype=prepared.ds.dtype,
+        seed=settings.seed,
+        zero3_config=config if prepared.ds.stage == 3 else None,
+        from_checkpoint=settings.from_checkpoint,
+        activation_checkpointing=settings.activation_checkpointing,
+        loss=settings.loss,
+    )
+    engine, *_ = toolkit.initialize(model=model, config=config, total_steps=settings.steps)
+    return engine
+
+
+def optimizer_step(engine: Any, batches: Iterator[torch.Tensor], accumulation: int) -> float:
+    """One optimizer step; returns this rank's mean loss over its micro-batches."""
+    total: Any = 0.0
+    for _ in range(accumulation):
+        loss = engine(next(batches).to(engine.device, non_blocking=True))
+        engine.backward(loss)
+        engine.step()
+        # Kept on the device: reading it here would make the host wait once a micro-batch.
+        total = total + loss.detach().float()
+    return float(total) / accumulation
