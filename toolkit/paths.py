@@ -29,14 +29,14 @@ def inside(folder: Path, name: str) -> Path:
     """`folder`/`name`; the name may have slashes, but must not lead out of the folder. Nothing is looked up.
 
     Raises:
-        UserError: it is absolute, has "..", or is no name of a file.
+        UserError: it is absolute, has "..", or is not a file name.
     """
     try:
         good = all(part not in ("", ".", "..") and len(part.encode()) <= _NAME_LIMIT for part in name.split("/"))
     except UnicodeEncodeError:  # half a character
         good = False
     if not good or "\0" in name:
-        raise UserError(f"{shown(name)} is no name of a file in {folder}")
+        raise UserError(f"{shown(name)} is not a file name within {folder}")
     return folder / name
 
 
@@ -67,7 +67,7 @@ def check_writable(path: Path) -> None:
     if path.is_symlink():
         raise UserError(f"{path} is a link, which is not written through; remove it")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no file; remove it")
+        raise UserError(f"{path} is not a file; remove it")
 
 
 def read_text(folder: Path, name: str, *, limit: int = TEXT_LIMIT, errors: str = "strict") -> str:

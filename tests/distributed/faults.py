@@ -1,8 +1,8 @@
 """Kills a run again and again at random moments and looks at what is left; `test_faults.py` says how often.
 
-One run of two ranks under the `deepspeed` launcher goes on through all kills. After each, every checkpoint that has its
-name must be intact, `latest` must be one of them, and the next start must go on from the newest. At the end the metrics
-must be those of a run that nobody disturbed.
+One run of two ranks under the `deepspeed` launcher continues through all kills. After each, every checkpoint that has
+its name must be intact, `latest` must be one of them, and the next start must resume from the newest. At the end the
+metrics must be those of a run that nobody disturbed.
 """
 
 from __future__ import annotations

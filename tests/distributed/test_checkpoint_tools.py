@@ -142,11 +142,11 @@ def test_formats_change_on_request_only(runs: World) -> None:
         steps[-1]["convert"] = True
         steps.append({"run": [*arguments, "--convert-state"]})
     results = steps_of(runs, "formats", 1, steps)
-    for name, (refused, said, went_on) in zip(changes, zip(*[iter(results)] * 3, strict=True), strict=True):
+    for name, (refused, said, resumed) in zip(changes, zip(*[iter(results)] * 3, strict=True), strict=True):
         assert "cannot be taken over as it is" in refused and "--convert-state" in refused
-        assert went_on["steps"] == 5, name
+        assert resumed["steps"] == 5, name
         # What is said is what was done, in the run as in the engine alone.
-        assert said and all(sentence in " ".join(went_on["said"].split("\n")) for sentence in said)
+        assert said and all(sentence in " ".join(resumed["said"].split("\n")) for sentence in said)
     said = {name: " ".join(results[3 * i + 1]) for i, name in enumerate(changes)}
     assert "m_fast was kept as signed8 and is now residual4" in said["compact"]
     assert "weights were bf16+8 and are bf16+4" in said["compact"]
@@ -170,11 +170,11 @@ def test_deepspeeds_adam_seeds_both_momenta(runs: World, folder: str) -> None:
     place = runs.root / folder / "global_step3"
     arguments = runs.arguments(f"from-{folder}", AMCS, 1, "--resume", str(runs.root / folder))
     carry = {"carry": arguments, "source": str(place), "to": str(runs.root / "as" / folder), "convert": True}
-    refused, said, went_on = steps_of(
+    refused, said, resumed = steps_of(
         runs, f"from-{folder}-ranks", 1, [{"run": arguments}, carry, {"run": [*arguments, "--convert-state"]}]
     )
     assert "the optimizer was Adam and is AMCS: m_fast from exp_avg, m_slow from exp_avg, v from exp_avg_sq" in refused
-    assert went_on["steps"] == 7 and "says nothing of the data" in went_on["said"]
+    assert resumed["steps"] == 7 and "says nothing of the data" in resumed["said"]
     assert any("m_slow from exp_avg" in sentence for sentence in said)
     adam, made = states(Source(place)), states(source_of(runs, f"as/{folder}"))
     assert adam.keys() == made.keys()
@@ -197,7 +197,7 @@ def test_offline_and_live_resharding_agree(runs: World) -> None:
     assert source.sharding == source_of(runs, "main").sharding
     with pytest.raises(UserError, match="exists already"):
         convert(source, runs.root / "offline-0", stage=1, world_size=1)
-    # A run goes on from what was written offline, as from its own.
+    # A run resumes from what was written offline, as from its own.
     resume = ["--resume", str(runs.root / "offline-1")]
     val = ["--val-data", str(runs.data), "--eval-every", "5", "--eval-sequences", "6"]
     [result] = steps_of(runs, "offline-run", 2, [{"run": runs.arguments("went-on", AMCS, 2, *val, *resume)}])
@@ -296,7 +296,7 @@ def test_another_model_tokenizer_or_data_is_refused_by_name(runs: World, tmp_pat
         "absent": (["--resume", str(tmp_path / "absent")], "there is no such folder"),
     }
     fixed = {name: runs.arguments(f"refused-{name}", AMCS, 1, *resume, *more) for name, (more, _) in changes.items()}
-    went_on = runs.arguments("moved", AMCS, 1, *resume, "--data", str(moved))
+    resumed = runs.arguments("moved", AMCS, 1, *resume, "--data", str(moved))
     # Two ranks made 5 of 10 steps of 12 sequences. What is left open stays; what is typed holds, and is said.
     val = ["--val-data", str(runs.data), "--eval-sequences", "6"]
     left_open = without(runs.arguments("left-open", AMCS, 1, *val, *resume), BATCH_AND_STEPS)
@@ -304,7 +304,7 @@ def test_another_model_tokenizer_or_data_is_refused_by_name(runs: World, tmp_pat
     auto = without(runs.arguments("mixed", AMCS, 1, *val), BATCH_AND_STEPS)
     first = [*auto, "--resume", resume[1], "--global-batch", "6", "--steps", "7", "--lr", "2e-3"]
     further = [{"run": line} for line in (left_open, impossible, first, [*auto, "--global-batch", "4", "--steps", "9"])]
-    lines = [*({"run": line} for line in fixed.values()), *further, {"run": went_on}]
+    lines = [*({"run": line} for line in fixed.values()), *further, {"run": resumed}]
     results = steps_of(runs, "refusals", 1, lines)
     for (name, (_, message)), result in zip(changes.items(), results, strict=False):
         assert isinstance(result, str) and message in result and "\n" not in result, (name, result)
@@ -312,7 +312,7 @@ def test_another_model_tokenizer_or_data_is_refused_by_name(runs: World, tmp_pat
     assert results[-1]["steps"] == 5  # the same text elsewhere
     stayed, refused, _, mixed = results[len(fixed) : -1]
     assert (stayed["steps"], stayed["tokens"]) == (5, 5 * 12 * 32)
-    assert "as the checkpoint has it: --steps 10, --eval-every 5, --save-every 4, --keep-last 9" in stayed["said"]
+    assert "taken from the checkpoint: --steps 10, --eval-every 5, --save-every 4, --keep-last 9" in stayed["said"]
     done, found = runs.records("done")[5:], runs.records("left-open")
     for key in ("lr", "alpha", "step"):
         assert [record[key] for record in found] == [record[key] for record in done]

@@ -225,8 +225,8 @@ MOVES = (("amcs-2", "amcs-2"), ("amcs-3", "amcs-1"), ("amcs-1", "offload-3"), ("
 
 
 @pytest.mark.parametrize("ranks", [1, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
-def test_other_ranks_stages_and_offload_go_on_alike(world: World, two: dict[str, list[Any]], ranks: int) -> None:
-    """Checkpoints of two ranks go on at 1, 3 and 4, at other stages, with and without offload."""
+def test_other_ranks_stages_and_offload_resume_alike(world: World, two: dict[str, list[Any]], ranks: int) -> None:
+    """Checkpoints of two ranks resume at 1, 3 and 4, at other stages, with and without offload."""
     steps = []
     for name, way in MOVES:
         source = world.root / name / "cut" / "checkpoints" / "global_step4"

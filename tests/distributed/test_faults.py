@@ -281,14 +281,14 @@ def test_one_folder_belongs_to_one_run(world: World) -> None:
     assert f"{run} is in use by another run" in refused
     held.close()
     assert (run / "metrics.jsonl").read_bytes() == before
-    # An earlier checkpoint of a run goes on in another folder only.
+    # An earlier checkpoint of a run resumes in another folder only.
     earlier = ["--resume", str(run / "checkpoints" / OLDER)]
     branch = world.arguments("branch", AMCS, 1, *earlier)
-    refused, went_on = steps_of(
+    refused, resumed = steps_of(
         world, "third", 1, [{"run": world.arguments("taken", AMCS, 1, *earlier)}, {"run": branch}]
     )
     assert "has a checkpoint of step 7" in refused
-    assert went_on["steps"] == 6 and (run / "metrics.jsonl").read_bytes() == before
+    assert resumed["steps"] == 6 and (run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ def test_nothing_of_a_lean_run_is_far_from_fp32(runs: dict[int, Results], stage:
 
 @pytest.mark.parametrize("name", ["poison", "released-poison"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_a_step_with_nan_is_skipped_and_the_next_goes_on(runs: dict[int, Results], name: str, world_size: int) -> None:
+def test_a_step_with_nan_is_skipped_and_the_next_is_made(runs: dict[int, Results], name: str, world_size: int) -> None:
     for stage in STAGES if name == "poison" else (1, 2):
         for rank in runs[world_size][f"{name}-{stage}"]:
             assert rank["skipped"] == 1

@@ -20,7 +20,9 @@ from references import REFERENCES, follow  # noqa: E402
 
 STEPS, RATE = 4, 1e-2
 STAGES = (0, 1, 2, 3)
-WORLDS = [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)]
+WORLDS = [1, 2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
+CODED = (2, 3)
+"""Stages for 8-bit state; stage 1 steps as stage 2 does."""
 EXACT = ("Lion", "QHAdam", "Muon")
 """Rules in which nothing is summed over ranks but gradients, and those are equal."""
 
@@ -44,7 +46,7 @@ def cases() -> dict[str, dict[str, Any]]:
 
     made = {f"{rule}-{stage}": case(rule, stage) for rule in REFERENCES for stage in STAGES}
     for rule in REFERENCES:
-        for stage in STAGES[1:]:
+        for stage in CODED:
             coded = {"params": {"state_format": "8bit"}, "bf16": {"enabled": True}}
             made[f"{rule}-{stage}-8bit"] = case(rule, stage, same=True, **coded)
     made["clipped"] = case("StableAdamW", 2, gradient_clipping=0.1)
@@ -78,7 +80,7 @@ def reference(rule: str, world_size: int, factor: float = 1.0) -> dict[str, Any]
     return found
 
 
-def assert_follows(got: dict[str, torch.Tensor], want: dict[str, Any], most: float = 2e-5) -> None:
+def assert_follows(got: dict[str, torch.Tensor], want: dict[str, Any], most: float = 1e-5) -> None:
     start = {name: p.detach().double().numpy() for name, p in Model().named_parameters()}
     assert got.keys() == want.keys()
     for name, value in want.items():
@@ -91,11 +93,13 @@ def assert_follows(got: dict[str, torch.Tensor], want: dict[str, Any], most: flo
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_a_plugin_follows_its_equations_at_every_stage(ranks: Any, world_size: int, stage: int, rule: str) -> None:
     first = ranks(world_size)[0]
-    assert_follows(first[f"{rule}-{stage}"]["weights"], reference(rule, world_size))
+    # Muon's polynomial makes differences larger: its slope at 0 is 3.4445 to the fifth.
+    most = 1e-4 if rule == "Muon" else 1e-5
+    assert_follows(first[f"{rule}-{stage}"]["weights"], reference(rule, world_size), most)
 
 
 @pytest.mark.parametrize("rule", REFERENCES)
-@pytest.mark.parametrize("stage", STAGES[1:])
+@pytest.mark.parametrize("stage", CODED)
 @pytest.mark.parametrize("world_size", WORLDS[1:])
 def test_coded_states_and_remainders_are_those_of_one_rank(ranks: Any, world_size: int, stage: int, rule: str) -> None:
     """bf16 weights, 8-bit state and stochastic rounding, every rank with the same gradients."""

@@ -209,7 +209,7 @@ def test_accumulation_with_offload(runs: dict[int, Results], stage: int) -> None
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_deepspeeds_own_checkpoint_goes_on_bit_for_bit(runs: dict[int, Results], world_size: int, stage: int) -> None:
+def test_deepspeeds_own_checkpoint_resumes_bit_for_bit(runs: dict[int, Results], world_size: int, stage: int) -> None:
     saved, plain = runs[world_size][f"saved-{stage}"][0], runs[world_size][f"split-{stage}"][0]
     assert saved["losses"] == plain["losses"]
 

@@ -67,7 +67,8 @@ def whole(folder: Path, keep_last: int = 2, weights: str = "bf16+8", step: int =
     for number, (component, shapes) in enumerate(SHAPES.items()):
         formats = dict.fromkeys((s.name for s in AMCSRule.states), "fp32" if component == "norm" else "8bit")
         places = tuple(Place(name, shape, 0) for name, shape in shapes.items())
-        flats.append(Flat(number, component, 0, "bfloat16", weights, formats, places))
+        kept = "bf16+16" if component == "norm" else weights  # as `RuleOptimizer` has it
+        flats.append(Flat(number, component, 0, "bfloat16", kept, formats, places))
     sharding = reshard(Sharding(1, 1, "AMCS", AMCSRule.states, tuple(flats)), stage=1, world_size=1)
     masters, state = [], {}
     for index, flat in enumerate(sharding.flats):

@@ -1,4 +1,4 @@
-"""Documents that cannot be used: passed over by name and with a count that ranks, stops and resumes do not change."""
+"""Documents that cannot be used: skipped by name and with a count that ranks, stops and resumes do not change."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_what_is_beside_the_text_is_not_looked_at(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_line_is_passed_over_by_name_or_stops(tmp_path: Path, name: str) -> None:
+def test_a_bad_line_is_skipped_by_name_or_stops(tmp_path: Path, name: str) -> None:
     line, problem = BAD[name]
     file = write(tmp_path / "x.jsonl", [GOOD, line, GOOD])
     assert list(open_documents(str(file))) == ["good", "good"]
@@ -96,7 +96,7 @@ def packing(name: str) -> Callable[[bytes], bytes]:
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_the_rest_of_a_file_that_was_cut_short_is_passed_over(tmp_path: Path, kind: str) -> None:
+def test_the_rest_of_a_file_that_was_cut_short_is_skipped(tmp_path: Path, kind: str) -> None:
     lines = [json.dumps({"text": f"{n} {hash(str(n))}"}) for n in range(20_000)]
     packed = packing(kind)("\n".join(lines).encode())
     (tmp_path / f"a.jsonl.{kind}").write_bytes(packed[: len(packed) // 2])
@@ -108,7 +108,7 @@ def test_the_rest_of_a_file_that_was_cut_short_is_passed_over(tmp_path: Path, ki
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_a_line_that_grows_is_passed_over_in_bounded_memory(
+def test_a_line_that_grows_is_skipped_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(documents, "LONGEST", 1 << 16)
@@ -125,7 +125,7 @@ def test_a_line_that_grows_is_passed_over_in_bounded_memory(
     assert peak < len(bomb)
 
 
-def test_a_document_that_is_too_long_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_that_is_too_long_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "LONGEST", 100)
     pq.write_table(pa.table({"text": ["good", "x" * 101, "y" * 100]}), tmp_path / "x.parquet")
     assert [found.text for found in open_documents(str(tmp_path)).documents()] == ["good", "", "y" * 100]

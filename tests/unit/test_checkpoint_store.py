@@ -41,7 +41,7 @@ def test_retention_keeps_the_newest_and_the_multiples(tmp_path: Path) -> None:
 
 
 def test_a_damaged_newer_checkpoint_costs_no_good_one(tmp_path: Path) -> None:
-    """A run that went on from step 2, because 3 is damaged, must not count 3 among those that it keeps."""
+    """A run that resumed from step 2, because 3 is damaged, must not count 3 among those that it keeps."""
     store = Store(tmp_path, keep_last=1)
     save(store, 3)
     save(Store(tmp_path, keep_last=2), 2)

@@ -219,7 +219,7 @@ def test_a_length_that_is_not_the_runs_is_said(kind: str, params: dict[str, Any]
 
 
 def test_a_schedule_that_would_end_the_run_by_an_error_is_refused() -> None:
-    with pytest.raises(UserError, match="total_steps is 60, and OneCycleLR cannot go on after that; the run takes 100"):
+    with pytest.raises(UserError, match="total_steps is 60, and OneCycleLR cannot continue after that; the run"):
         merged("OneCycleLR", {"max_lr": 0.1, "total_steps": 60}, steps=100)
     with pytest.raises(UserError, match="--warmup does not apply to scheduler 'CosineAnnealingLR'"):
         merged("CosineAnnealingLR", {"T_max": 100}, steps=100, warmup=0.1)

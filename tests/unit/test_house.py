@@ -19,7 +19,6 @@ SHARE = 0.2
 DEEPSPEED = {
     "toolkit/zero/": "the room of DeepSpeed's internals",
     "toolkit/config/": "validation reads DeepSpeed's own config models, names and defaults",
-    "toolkit/estimate/zero.py": "the prediction reads the defaults of DeepSpeed's ZeRO section",
 }
 """Where `deepspeed.runtime` may be imported, and why; outside of zero/ inside functions only."""
 
@@ -150,3 +149,23 @@ def test_the_mathematics_imports_nothing_of_deepspeed(name: str) -> None:
     files = [path for module, path in modules().items() if room(module) == name]
     assert files
     assert [str(path) for path in files for what, _ in imported(path) if what.partition(".")[0] == "deepspeed"] == []
+
+
+def test_the_readers_walk_names_what_exists() -> None:
+    walk = PAGE.split("## A reader's walk")[1].split("\n## ")[0]
+    steps = re.findall(r"^\d\. (.*(?:\n   .*)*)", walk, flags=re.MULTILINE)
+    assert len(steps) == 15, "three ways of five lines"
+    for step in steps:
+        path = None
+        for name in re.findall(r"`([^`]+)`", step):
+            if name.endswith(".py"):
+                path = ROOT / "toolkit" / name
+                assert path.is_file(), name
+            else:
+                assert path is not None, f"{name} comes before the file that has it"
+                defined = {
+                    node.name
+                    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                    if isinstance(node, ast.ClassDef | ast.FunctionDef)
+                }
+                assert name in defined, f"{path.name} does not define {name}"

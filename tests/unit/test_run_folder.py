@@ -59,7 +59,7 @@ def test_a_folder_with_a_run_is_refused_and_kept(tmp_path: Path, held: str) -> N
     assert [path.name for path in tmp_path.iterdir()] == [held]
 
 
-def test_a_run_that_keeps_checkpoints_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_that_keeps_checkpoints_is_continued(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", {"seed": 1}, {"old": 1}, checkpoints=True)
     line = {"loss": 1.0, "tokens_per_s": 1.0, "step_time_s": 1.0, "skipped": False}
     for step in range(1, 6):
@@ -78,7 +78,7 @@ def test_a_run_that_keeps_checkpoints_is_gone_on_with(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "ds_config.json").read_text()) == {"new": 1}
 
 
-def test_a_run_without_checkpoints_is_never_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_is_never_continued(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, {}, {})
     folder.write_step({"step": 1})
     folder.close()

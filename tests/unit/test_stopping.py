@@ -41,7 +41,7 @@ with Heartbeat() as heartbeat, StopRequest(heartbeat) as stop:
         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL) if rank == ends else wait_forever(),
         "finish": lambda: None if rank == ends else time.sleep(stopping.BEHIND_SECONDS + 2),
         "fail": lambda: 1 / 0 if rank == ends else distributed.barrier(),
-        "stop": lambda: (stop.border(), wait_forever()),
+        "stop": lambda: (stop.step_boundary(), wait_forever()),
         "insist": wait_forever,
         "wait": wait_forever,
         "unreachable": distributed.barrier,

@@ -1,4 +1,4 @@
-"""A run that is resumed: what the command line leaves open stays as the checkpoint has it, what it changes is said."""
+"""A resumed run: settings that are not given stay as the checkpoint has them, and a remark names what changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from toolkit.records.run import tokens_of
 from toolkit.run.resolve import ResolvedSettings, resolve
 from toolkit.run.settings import RunSettings, parse
 from toolkit.run.start import Start
-from toolkit.run.terms import KEPT, Saved, changes, kept_settings, note, terms
+from toolkit.run.terms import KEPT, Saved, changes, kept_settings, saved_facts, terms
 
 SMALL = st.integers(1, 48)
 
@@ -32,7 +32,7 @@ def saved_by(line: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> Saved:
     """What a checkpoint of that line on so many ranks notes, as it comes back from JSON."""
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     run = settled(line)
-    return Saved.of({"global_batch": run.batch.total, "run": note(run.settings, run.config, run.batch)})
+    return Saved.of({"global_batch": run.batch.total, "run": saved_facts(run.settings, run.config, run.batch)})
 
 
 # The batch
@@ -154,7 +154,7 @@ def test_what_is_not_typed_stays_and_what_is_typed_is_said(name: str, monkeypatc
     again = settled("", saved)
     assert (again.config, again.changed) == (first.config, [])
     assert getattr(again.settings, name) == getattr(first.settings, name) != getattr(RunSettings(), name)
-    assert OTHER[name].split()[0] in again.remarks[0] and "as the checkpoint has it" in again.remarks[0]
+    assert OTHER[name].split()[0] in again.remarks[0] and "taken from the checkpoint" in again.remarks[0]
     back = {"lr": "--lr 6e-4", "warmup": "--warmup 0.1", "loss": "--loss plain"}
     line = back.get(name) or (
         "--no-activation-checkpointing"
@@ -163,7 +163,7 @@ def test_what_is_not_typed_stays_and_what_is_typed_is_said(name: str, monkeypatc
     )
     changed = settled(line, saved)
     assert getattr(changed.settings, name) != getattr(first.settings, name)
-    assert changed.changed and "not as in the run that saved the checkpoint" in changed.remarks[-1]
+    assert changed.changed and "changed since the run that saved the checkpoint" in changed.remarks[-1]
     assert settled(OTHER[name], saved).remarks == []  # the same line again says nothing
 
 

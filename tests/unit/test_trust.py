@@ -215,7 +215,7 @@ def test_latest_names_a_folder_beside_it(tmp_path: Path, named: str) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run" / "checkpoints" / "latest").write_text(named)
-    with pytest.raises(UserError, match="no name of a file"):
+    with pytest.raises(UserError, match="not a file name"):
         find(tmp_path / "run")
 
 

@@ -158,7 +158,7 @@ def test_resume_takes_the_next_older_where_the_newest_was_changed(tmp_path: Path
             begin(tmp_path / "new", str(store.path(STEP)))
 
 
-def test_resume_refuses_to_go_on_over_a_newer_format(tmp_path: Path, alone: None) -> None:
+def test_resume_refuses_to_continue_past_a_newer_format(tmp_path: Path, alone: None) -> None:
     run = tmp_path / "run"
     whole(run / "checkpoints", step=4)
     store = whole(run / "checkpoints")

@@ -22,7 +22,7 @@ from toolkit.checkpoint.schema import disagreement
 from toolkit.errors import UserError
 from toolkit.paths import regular
 from toolkit.state.codecs import BLOCK, unpack
-from toolkit.state.layout import REMAINDER, State
+from toolkit.state.layout import REMAINDER, State, dtype_name
 from toolkit.state.sharding import Flat, Fragment, Place, Sharding, blocks_of, share_of
 
 OPTIMIZER_FILE = "zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
@@ -350,7 +350,7 @@ class Source:
                 places.append(Place(name, tuple(shape), at, part if stage == 3 else 0))
                 at += part if stage == 3 else math.prod(shape) + padding
             formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
-            dtype = str(masters[index].dtype).removeprefix("torch.")
+            dtype = dtype_name(masters[index].dtype)
             flats.append(Flat(index, "other", size, dtype, "fp32", formats, tuple(places)))
         states = (State("exp_avg"), State("exp_avg_sq", signed=False))
         sharding = Sharding(stage, world_size, None, states, tuple(flats))

@@ -89,7 +89,7 @@ class Store:
         for script in draft.glob("*.py"):  # DeepSpeed's zero_to_fp32.py
             os.replace(script, self.folder / script.name)
         self.discard(draft)
-        # What is beyond this step is damaged, else the run would have gone on from it.
+        # What is beyond this step is damaged, else the run would have resumed from it.
         kept = [step for step in self.steps() if step <= manifest.step and _understood(self.path(step))]
         for step in kept[self.keep_last :]:
             if not (self.keep_every and step % self.keep_every == 0):

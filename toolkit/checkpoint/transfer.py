@@ -37,7 +37,7 @@ class Transfer:
             if names:
                 return (
                     f"{len(names)} of the parameters were {then} and are {now} here, {min(names)!r} for one; freeze "
-                    "the same ones as then, or export the model and begin anew with its weights"
+                    "the same ones, or export the model and start a new run with its weights"
                 )
         for names, where in (
             (here.keys() - there.keys(), "the checkpoint lacks"),

@@ -77,7 +77,7 @@ def inspect(
         f"{sum(buffer.numel() for buffer in source.buffers().values()):,} in buffers",
         "bytes": f"{manifest.bytes:,} ({manifest.bytes / max(manifest.parameters, 1):.2f} per parameter)",
         **{part: entry["name"] for part, entry in facts.get("identity", {}).items()},
-        "data go on at": ", ".join(f"{key} {value}" for key, value in facts.get("position", {}).items()) or "?",
+        "data continue at": ", ".join(f"{key} {value}" for key, value in facts.get("position", {}).items()) or "?",
         "versions": ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items()) or "?",
     }
     if digest:

@@ -85,7 +85,7 @@ def resolve_batch(
         given = in_json
     if given.keys() <= {ACCUMULATION}:
         raise UserError(
-            "nothing fixes the batch: give --micro-batch or --global-batch, "
+            "the batch size is not given: give --micro-batch or --global-batch, "
             f"or {JSON_KEYS[MICRO]} in the DeepSpeed JSON."
         )
     if len(given) == 1:

@@ -20,7 +20,7 @@ _WITHOUT_BETAS = {"adagrad": (), "muon": (), "musgd": ("momentum",)}
 
 LENGTHS = {
     "CosineAnnealingLR": ("T_max", "the rate rises again"),
-    "OneCycleLR": ("total_steps", "the schedule cannot go on"),
+    "OneCycleLR": ("total_steps", "the schedule cannot continue"),
     "PolynomialLR": ("total_iters", "the rate is 0"),
     "LinearLR": ("total_iters", "the rate stays as it is"),
     "ConstantLR": ("total_iters", "the rate stays as it is"),
@@ -150,7 +150,7 @@ def _try(kind: str, scheduler: Any, params: Mapping[str, Any], optimizer: str | 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = scheduler(groups, **params)
-            # This one cannot go on after its last step.
+            # This one cannot continue after its last step.
             for _ in range(min(getattr(made, "total_steps", _TRIAL_STEPS), _TRIAL_STEPS)):
                 made.step()
     except Exception as error:

@@ -28,11 +28,11 @@ class BadDocument(UserError):
     """A document that stops whoever reads; every rank meets it at the same place."""
 
     def __init__(self, problem: str) -> None:
-        super().__init__(f"{problem} --bad-documents skip passes over such documents.")
+        super().__init__(f"{problem} --bad-documents skip leaves such documents out.")
 
 
 class Document(NamedTuple):
-    """One document: its text, or, with no text, the problem that it is passed over for.
+    """One document: its text, or, with no text, the problem that it is skipped for.
 
     `where` it stands and `problem` are for messages; the latter is a sentence that names the place. `replaced`
     characters of the text stand for bytes that are none in the file's encoding.
@@ -66,7 +66,7 @@ class Documents:
 
     `name` is what the user called it, for messages; `read` starts one pass, over plain texts or documents; `sizes` are
     those of its files, in order, where it has any. `bad` says what becomes of documents that cannot be used: they are
-    passed over, or the first one stops whoever reads. Iterating gives the texts that can be used.
+    skipped, or the first one stops whoever reads. Iterating gives the texts that can be used.
     """
 
     name: str

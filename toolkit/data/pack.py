@@ -24,7 +24,7 @@ HELD_OUT_EVERY = 100
 # Of a corpus that has fewer, the tail: a tenth of its characters.
 HELD_OUT_TAIL = 10
 NAMED = 5
-"""Documents that are passed over and named; further ones are counted."""
+"""Documents that are skipped and named; further ones are counted."""
 ENCODE_TOGETHER = 64
 BATCHES_AHEAD = 4
 
@@ -39,7 +39,7 @@ class Position:
     Document and sequence are counted after shuffling. Together with the documents, the tokenizer and the seed
     it fixes everything that follows.
 
-    The rest tells what came before that group in the first pass over the documents: how many were passed over because
+    The rest tells what came before that group in the first pass over the documents: how many were skipped because
     they cannot be used, what is wrong with the first of them (`named`), and how many characters stand for bytes that
     are none.
     """
@@ -74,13 +74,13 @@ class PackedTokens:
     window number): neither the number of ranks nor the micro-batch has a part in it. Each document is
     tokenized without special tokens and closed by the end-of-text token; the tokens are cut into sequences
     of `seq_len` + 1, each of which starts with the last token of the one before. So every token but the very
-    first is predicted exactly once, nothing is padded, and at the end of the corpus the next epoch goes on in
+    first is predicted exactly once, nothing is padded, and at the end of the corpus the next epoch continues in
     the middle of a sequence. Groups of `sequence_window` sequences are then handed out in shuffled order, so that
     a long document does not fill a batch alone.
 
     Args:
         documents: the corpus; iterated once per epoch, always in the same order. Those that cannot be used or
-            tokenized are passed over and counted, or stop the stream, as `Documents.bad` says.
+            tokenized are skipped and counted, or stop the stream, as `Documents.bad` says.
         tokenizer: any transformers tokenizer with an `eos_token_id`.
         seq_len: predictions per sequence.
         seed: fixes the order, at least 0.
@@ -164,7 +164,7 @@ class PackedTokens:
         passed = start
         for place, document, tokens in self._tokenized(start):
             first = place.place[:3] == start.place[:3]
-            # A stream that goes on in the middle of a document has counted that one.
+            # A stream that resumes in the middle of a document has counted that one.
             counted = place.epoch > 0 or (first and start.place != Position().place)
             if not counted and (document.problem or document.replaced):
                 passed = passed.after(document)
@@ -209,7 +209,7 @@ class PackedTokens:
     def _tokenized(self, start: Position) -> Iterator[tuple[Position, Document, np.ndarray]]:
         """Each document with its place and tokens, end of text included, from that of `start` on.
 
-        One that is passed over has a place, too, and no tokens.
+        One that is skipped has a place, too, and no tokens.
         """
         for epoch in count(start.epoch):
             source = self._documents()
@@ -313,7 +313,7 @@ class PackedTokens:
 class Batches:
     """One rank's micro-batches, without end: int64 tensors [micro_batch, seq_len + 1] on the CPU.
 
-    `position` is where the stream goes on after the latest one, and `read_to` how far documents have been read for it
+    `position` is where the stream continues after the latest one, and `read_to` how far documents have been read for it
     (`PackedTokens.read_to`), both the same at every number of ranks. A background thread works a few batches ahead; an
     error in it is raised here, at the batch it prevented. `close` ends the thread.
     """

@@ -2,7 +2,7 @@
 
 What is wrong with a source as a whole is looked for when it is opened (parquet footers, the schema of every file, the
 first records of every JSON or text file, an empty corpus), because by the time the first batch is asked for a model has
-been built on every rank. Single documents that cannot be used are passed over later, and counted.
+been built on every rank. Single documents that cannot be used are skipped later, and counted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def open_documents(
         subset: FineWeb's config name, ``sample-10BT`` if none is given; no other source has one.
         text_column: column (parquet) or key (JSON) that holds the text.
         split: split of the hub dataset; local files and ``stdlib`` have one split only.
-        bad: whether documents that cannot be used are passed over, or stop whoever reads.
+        bad: whether documents that cannot be used are skipped, or stop whoever reads.
 
     Raises:
         UserError: unknown name, no such file, mixed kinds, a file that is unreadable or begins with nothing but
@@ -154,7 +154,7 @@ def _find_files(spec: str) -> tuple[list[Path], str]:
         inside = (file for file in path.rglob("*") if kind_of(file) and file.is_file())
         found = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not found:
-            raise UserError(f"folder {spec!r} holds no data: wanted are {SUPPORTED}.")
+            raise UserError(f"folder {spec!r} holds no data: supported are {SUPPORTED}.")
     elif spec and path.exists():
         if not path.is_file():
             raise UserError(f"data {spec!r} is neither a file nor a folder, and could not be read twice.")
@@ -171,7 +171,7 @@ def _find_files(spec: str) -> tuple[list[Path], str]:
     files = sorted(found)
     for file in files:
         if kind_of(file) is None:
-            raise UserError(f"data file {str(file)!r} is of no supported kind: wanted are {SUPPORTED}.")
+            raise UserError(f"data file {str(file)!r} is of no supported kind: supported are {SUPPORTED}.")
     kinds = sorted({kind_of(file) or "" for file in files})
     if len(kinds) != 1:
         raise UserError(f"data {spec!r} mixes {listed(kinds)} files: choose one kind with a glob such as '*.parquet'.")

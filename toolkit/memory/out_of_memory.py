@@ -172,7 +172,7 @@ class Explainer:
 
     def ended_by_memory(self) -> bool:
         """Whether this rank, or another one of this run, has run out of memory and said why."""
-        # The folder of a run that is resumed may hold pages from before.
+        # A resumed run may hold the pages of the time before.
         return self.written is not None or any(
             path.stat().st_mtime >= self._began for path in (self.folder / FOLDER).glob("rank*-out-of-memory.json")
         )

@@ -63,13 +63,13 @@ def _transform(rule: type[Rule], now: Sequence[tuple[Member, int]], scale: Tenso
     at = [0] * ranks.size
     for member in mine:
         whole = torch.empty(member.parameter.numel, device=device)
-        for rank, start, stop in member.held:
-            whole[start:stop] = received[rank][at[rank] : at[rank] + stop - start]
-            at[rank] += stop - start
+        for part in member.fragments:
+            whole[part.start : part.stop] = received[part.rank][at[part.rank] :][: part.numel]
+            at[part.rank] += part.numel
         shape = (member.parameter.rows, member.parameter.columns)
         made = getattr(rule, matrix.transform)(whole.view(shape)).float().reshape(-1)
-        for rank, start, stop in member.held:
-            back[rank].append(made[start:stop])
+        for part in member.fragments:
+            back[part.rank].append(made[part.start : part.stop])
     del received
     own = [sum(_held(member, ranks.number) for member, owner in now if owner == rank) for rank in range(ranks.size)]
     returned = ranks.swap([_joined(parts, device) for parts in back], own)
@@ -87,7 +87,7 @@ def _update(member: Member, scale: Tensor) -> None:
 
 
 def _held(member: Member, rank: int) -> int:
-    return sum(stop - start for one, start, stop in member.held if one == rank)
+    return sum(part.numel for part in member.fragments if part.rank == rank)
 
 
 def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -24,12 +24,13 @@ from toolkit.state.layout import (
     Layout,
     check_dtype,
     check_weights,
+    dtype_name,
     layout,
     state_formats,
     state_of,
 )
 from toolkit.state.remainders import DEFAULT_WEIGHTS, MASTER, Remainder
-from toolkit.state.sharding import whole_shape
+from toolkit.state.sharding import Fragment, whole_shape
 
 RULES: dict[str, type[RuleOptimizer]] = {}
 """Every optimizer that `as_optimizer` made, by the name that `optimizer.type` of a DeepSpeed JSON selects."""
@@ -156,9 +157,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                     gradient = parameter.grad.detach().reshape(-1)
                     if begun is not None and self.running.statistics:
                         own = Parameter(tuple(parameter.shape), group["component"])
-                        small = small_states(self.running, [own], self.state[parameter], parameter.device)[0]
-                        share = Share(0, 0, gradient, blocks)
-                        together.append((parameter, Member(own, begun, small, share, [(0, 0, own.numel)])))
+                        whole = Fragment(0, 0, own.numel, 0)
+                        [small] = small_states(self.running, [own], self.state[parameter], parameter.device)
+                        share = Share(whole, gradient, blocks)
+                        together.append((parameter, Member(own, begun, small, [whole], share)))
                     elif begun is not None:
                         scale = torch.ones((), device=parameter.device)
                         stream = begun.stream(first_block=blocks)
@@ -286,7 +288,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             if surplus:
                 raise ValueError(
                     f"saved optimizer state of parameter {number} has {', '.join(surplus)}, which this optimizer does "
-                    f"not keep for {str(parameter.dtype).removeprefix('torch.')} weights"
+                    f"not keep for {dtype_name(parameter.dtype)} weights"
                 )
             for key, value in state.items():
                 given = saved[number].get(key)
@@ -308,8 +310,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 def as_optimizer(rule: type[Rule]) -> type[RuleOptimizer]:
     """The optimizer class for `rule`, named after it without "Rule", and registered under that name.
 
-    Raises UserError for a rule whose functions are not elementwise (see `toolkit.optim.purity`); one that needs
-    hyper-parameters to be made is looked at when it is.
+    Raises UserError for a rule that is not elementwise (`purity.py`); one without defaults is tried when it is made.
     """
     check_declared(rule)
     made = with_defaults(rule)

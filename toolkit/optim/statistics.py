@@ -24,6 +24,7 @@ from toolkit.optim.kernel import StepFunction, step_function
 from toolkit.optim.rule import Mean, Rule
 from toolkit.optim.streaming import StreamedStep, TensorStep
 from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import Fragment, blocks_of
 
 CHUNK = 2**20
 """Elements at a time where values of single elements are needed outside the kernel: 4 MB for each kind of them."""
@@ -82,21 +83,17 @@ class Parameter:
 
 @dataclass
 class Share:
-    """Elements of a parameter, from `start` on, that this process steps.
+    """What this process steps of a parameter: where it lies, its gradient, flat, and the number of its first block,
+    as of `TensorStep.stream`."""
 
-    They lie from `offset` on in the tensor of the step; `gradient` is theirs, flat. `first_block`: as of
-    `TensorStep.stream`.
-    """
-
-    start: int
-    offset: int
+    fragment: Fragment
     gradient: Tensor
     first_block: int
 
 
 @dataclass
 class Member:
-    """A parameter in a step: `share` is what this rank holds of it, `held` who holds what: (rank, start, stop).
+    """A parameter in a step: who holds what of it, and this rank's share.
 
     `small` are the states of its rows and columns, by name, updated in place.
     """
@@ -104,8 +101,8 @@ class Member:
     parameter: Parameter
     step: TensorStep
     small: dict[str, Tensor]
+    fragments: Sequence[Fragment]
     share: Share | None
-    held: Sequence[tuple[int, int, int]]
     numbers: dict[str, Tensor] = field(default_factory=dict)  # found so far, 0-d
     wide: dict[str, tuple[str, Tensor]] = field(default_factory=dict)  # with "rows" or "columns" or "elements"
 
@@ -256,21 +253,21 @@ def run(member: Member, function: str, scale: Tensor) -> Iterator[tuple[int, lis
     )
     given = [member.numbers[name] for name in kernel.numbers]
     scalars = torch.cat([step.scalars, torch.stack(given)]) if given else step.scalars
-    total = share.gradient.numel()
+    begin, offset, total = share.fragment.start, share.fragment.offset, share.fragment.numel
     most = CHUNK if any(kernel.wide) else total
     for at, size in _stretches(total, most):
-        blocks = -(-size // BLOCK)
-        theta = step.theta[share.offset + at : share.offset + at + size]
+        blocks = blocks_of(size)
+        theta = step.theta[offset + at : offset + at + size]
         results = [theta.new_zeros(blocks, BLOCK if one else 1, dtype=torch.float32) for one in kernel.results]
         lanes = [] if all(kernel.results) else [_lanes(size, blocks, theta.device)]
-        wide = [_spread(member, name, share.start + at, size, blocks) for name in kernel.spread]
-        parts = _Parts(step, share.offset + at, size)
+        wide = [_spread(member, name, begin + at, size, blocks) for name in kernel.spread]
+        parts = _Parts(step, offset + at, size)
         rounding = (step.seed, step.step, share.first_block + at // BLOCK)
         stretch = StreamedStep(kernel, step.compiled, theta, [*parts.held, *results, *lanes, *wide], scalars, rounding)
         stretch.apply(0, share.gradient[at : at + size], scale.to(theta.device))
         if function == "update":
             parts.write_back()
-        yield share.start + at, [x.view(-1)[:size] if x.shape[1] == BLOCK else x for x in results]
+        yield begin + at, [x.view(-1)[:size] if x.shape[1] == BLOCK else x for x in results]
 
 
 def _lanes(size: int, blocks: int, device: torch.device) -> Tensor:
@@ -286,7 +283,7 @@ def _spread(member: Member, name: str, start: int, size: int, blocks: int) -> Te
     columns = member.parameter.columns
     if kind == "elements":
         assert member.share is not None
-        flat = values[start - member.share.start :][:size]
+        flat = values[start - member.share.fragment.start :][:size]
     else:
         first, before = divmod(start, columns)
         rows = -(-(before + size) // columns)
@@ -312,7 +309,7 @@ class _Parts:
     """
 
     def __init__(self, step: TensorStep, offset: int, size: int) -> None:
-        first, blocks = offset // BLOCK, -(-size // BLOCK)
+        first, blocks = offset // BLOCK, blocks_of(size)
         self._own: list[Tensor] = []
         if offset % BLOCK == 0 and (size % BLOCK == 0 or any(part.shape[1] != BLOCK for part in step.parts)):
             self.held = [part[first : first + blocks] for part in step.parts]

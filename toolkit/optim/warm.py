@@ -13,6 +13,7 @@ import torch
 from toolkit.optim.optimizer import RuleOptimizer
 from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states, step_together
 from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import Fragment
 
 BLOCKS = 1024
 """Blocks of the tensor of zeros. What the compiler decides by size (whether to use threads, how many blocks a program
@@ -49,7 +50,8 @@ def warm(
     if optimizer.running.statistics:
         whole = Parameter((BLOCKS, BLOCK), group["component"])
         small = small_states(optimizer.running, [whole], {}, tensor.device)[0]
-        step_together([Member(whole, begun, small, Share(0, 0, zeros, 0), [(0, 0, zeros.numel())])], scale, Alone())
+        everything = Fragment(0, 0, zeros.numel(), 0)
+        step_together([Member(whole, begun, small, [everything], Share(everything, zeros, 0))], scale, Alone())
     else:
         stream = begun.stream(first_block=0)
         stream.add(zeros, scale)

@@ -33,7 +33,7 @@ def strict(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class MetricsLine(BaseModel):
-    """A line of metrics.jsonl, as far as a run that is resumed relies on it."""
+    """A line of metrics.jsonl, as far as a resumed run relies on it."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 

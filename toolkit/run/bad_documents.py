@@ -26,13 +26,13 @@ class Notes:
 
         found = self._batches.read_to
         for problem in found.named[self._told :]:
-            self._say(f"note: passed over: {problem}")
+            self._say(f"note: skipped: {problem}")
         if self._told < len(found.named) == NAMED:
-            self._say("note: further documents that are passed over are counted in summary.json only.")
+            self._say("note: further skipped documents are counted in summary.json only.")
         self._told = len(found.named)
         if found.replaced and not self._replaced:
             self._replaced = True
-            self._say("note: the data hold bytes that are no text in their encoding; summary.json counts them.")
+            self._say("note: the data hold bytes that are not text in their encoding; summary.json counts them.")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a run trains, on what: the parts that a checkpoint must share with the run that goes on from it."""
+"""What a run trains, on what: the parts that a checkpoint must share with the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def check_same(saved: Mapping[str, Any] | None, here: Mapping[str, Any], where: 
         if saved["data"][key] != here["data"][key]:
             raise UserError(
                 f"the checkpoint {where} was trained with {flag} {saved['data'][key]}, and this run has "
-                f"{here['data'][key]}: the data would be others."
+                f"{here['data'][key]}: the data would differ."
             )
     if saved["data"]["part"] != here["data"]["part"]:
         raise UserError(
             f"the checkpoint {where} was trained on the part {saved['data']['part']!r} of its data, and this run on "
-            f"{here['data']['part']!r}: give --val-data and --eval-every as then."
+            f"{here['data']['part']!r}: give the same --val-data and --eval-every."
         )

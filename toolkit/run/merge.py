@@ -180,7 +180,7 @@ def _settle_length(kind: str, params: dict[str, Any], steps: int) -> list[str]:
     if length > steps:
         return [f"{what} and the run takes {steps} steps: it ends before the schedule does."]
     if kind == "OneCycleLR":
-        raise UserError(f"{what}, and {kind} cannot go on after that; the run takes {steps} steps (--steps).")
+        raise UserError(f"{what}, and {kind} cannot continue after that; the run takes {steps} steps (--steps).")
     return [f"{what} and the run takes {steps} steps: from step {length + 1} on {afterwards}."]
 
 

@@ -16,7 +16,7 @@ from toolkit.run.folder import RunFolder
 from toolkit.run.identity import identity
 from toolkit.run.resolve import ResolvedSettings, resolve
 from toolkit.run.settings import RunSettings
-from toolkit.run.start import NONE, noted, run_of
+from toolkit.run.start import NONE, newest_saved, run_of
 from toolkit.run.terms import Saved
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class PreparedRun:
         return self.resolved.batch
 
     def resolve_again(self, saved: Saved | None) -> None:
-        """Take the settings of the checkpoint that was chosen, which may not be the newest one, noted first."""
+        """Take the settings of the checkpoint that was chosen, where that is not the newest one."""
         old = self.resolved
         if saved == old.saved:
             return
@@ -105,7 +105,7 @@ def prepare(settings: RunSettings) -> PreparedRun:
     )
     folder = settings.run_dir or run_of(settings) or run_folder.default_folder(settings.model, settings.config)
     run_folder.check_free(folder, resuming=settings.resume != NONE)
-    resolved = resolve(settings, config, noted(settings, folder))
+    resolved = resolve(settings, config, newest_saved(settings, folder))
     settings, batch, remarks = resolved.settings, resolved.batch, list(resolved.remarks)
     if resolved.ds.computed == "bf16" and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():
         remarks.append("matrix products are computed in fp32 from bf16 operands, since this CPU is slow at bf16 ones.")
@@ -134,7 +134,7 @@ def prepare(settings: RunSettings) -> PreparedRun:
         source = packed(settings.val_data or settings.data, "validation" if held_out else "all")
         source.require(1)
         validation = [torch.as_tensor(sequence) for sequence in source.first_pass(settings.eval_sequences)]
-        remarks += [f"passed over in the validation text: {problem}" for problem in source.position.named]
+        remarks += [f"skipped in the validation text: {problem}" for problem in source.position.named]
     return PreparedRun(
         resolved=resolved,
         folder=folder,

@@ -36,9 +36,9 @@ class ResolvedSettings:
 
 
 def resolve(settings: RunSettings, config: Mapping[str, Any], saved: Saved | None) -> ResolvedSettings:
-    """The run that `settings`, the JSON `config` and the checkpoint to be resumed (None: there is none) make together.
+    """What `settings`, the JSON `config` and the checkpoint that is resumed (None: there is none) come to together.
 
-    What is typed holds, and is said where it changes the run; what is left open stays as the checkpoint has it.
+    A setting that was given holds, with a remark where it changes the run; all others stay as the checkpoint has them.
 
     Raises:
         UserError: they contradict each other, or the global batch of the checkpoint cannot stay.
@@ -53,8 +53,8 @@ def resolve(settings: RunSettings, config: Mapping[str, Any], saved: Saved | Non
     configs.validate(merged, origin=settings.config, world_size=ranks.world_size(), total_steps=settings.steps)
     changed = changes(saved, terms(settings, merged, batch)) if saved is not None else []
     if told:
-        remarks.append(f"as the checkpoint has it: {', '.join(told)}.")
+        remarks.append(f"taken from the checkpoint: {', '.join(told)}.")
     if changed:
-        remarks.append(f"not as in the run that saved the checkpoint: {'; '.join(changed)}.")
+        remarks.append(f"changed since the run that saved the checkpoint: {'; '.join(changed)}.")
     ds = configs.DeepSpeedSettings.read(merged)
     return ResolvedSettings(asked, config, saved, settings, merged, ds, batch, changed, remarks)

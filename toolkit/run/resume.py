@@ -10,7 +10,7 @@ from toolkit.records.run import CHECKPOINTS
 from toolkit.run import ranks
 from toolkit.run.saving import Saver, restore_random_states
 from toolkit.run.start import Start
-from toolkit.run.terms import note
+from toolkit.run.terms import saved_facts
 
 if TYPE_CHECKING:
     from toolkit.data import Position
@@ -65,5 +65,5 @@ def checkpoint_facts(prepared: PreparedRun, position: Position) -> dict[str, Any
         "position": asdict(position),
         "identity": prepared.identity,
         "global_batch": prepared.batch.total,
-        "run": note(prepared.settings, prepared.config, prepared.batch),
+        "run": saved_facts(prepared.settings, prepared.config, prepared.batch),
     }

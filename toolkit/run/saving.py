@@ -1,4 +1,4 @@
-"""When a run saves, what it notes beside the state, and the thread that writes while training goes on."""
+"""When a run saves, what it notes beside the state, and the thread that writes while training continues."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Saver:
             store.tidy()
 
     def begin(self, source: Source | None) -> None:
-        """Note the checkpoint that the run went on from, if it is its own."""
+        """Note the checkpoint that the run resumed from, if it is its own."""
         if source is not None and source.folder.resolve().parent == self._store.folder.resolve():
             self.saved = source.manifest.step
 
@@ -67,7 +67,7 @@ class Saver:
         assert self._running is None, "poll or wait first"
         began = time.perf_counter()
         draft = ranks.from_first(self._store.draft(step))
-        files = capture(self._engine, draft, step, {"random": random_states()})
+        files = capture(self._engine, self._sharding.by_name, draft, step, {"random": random_states()})
         files |= {draft / name_of(step) / name: content for name, content in self._model_files.items()}
         about = {"saved": datetime.now().astimezone().isoformat(timespec="seconds"), **facts, "versions": versions()}
         self._step = step

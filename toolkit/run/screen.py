@@ -102,7 +102,7 @@ class Screen:
         if count := summary["skipped_documents"]:
             some = " ".join(summary["skipped_documents_first"])
             documents = "document" if count == 1 else "documents"
-            rows["passed over"] = f"{count:,} {documents} that cannot be used, the first: {some}"
+            rows["skipped"] = f"{count:,} {documents} that cannot be used, the first: {some}"
         if summary["replaced_characters"]:
             rows["replaced"] = (
                 f"{summary['replaced_characters']:,} characters of the text, which its encoding does not have"

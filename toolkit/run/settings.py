@@ -39,9 +39,7 @@ class RunSettings(BaseModel):
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text"
     bad_documents: Annotated[
         Literal["skip", "stop"],
-        typer.Option(
-            help="Documents that cannot be read or tokenized: pass over and count them, or stop at the first."
-        ),
+        typer.Option(help="Documents that cannot be read or tokenized: skip and count them, or stop at the first."),
     ] = "skip"
     val_data: Annotated[
         str | None,
@@ -104,7 +102,7 @@ class RunSettings(BaseModel):
         str,
         typer.Option(
             metavar="auto|none|PATH",
-            help="Go on from the run folder's newest valid checkpoint, from none, or from a run or checkpoint.",
+            help="Resume from the run folder's newest valid checkpoint, from none, or from a run or checkpoint.",
         ),
     ] = "auto"
     convert_state: Annotated[

@@ -31,11 +31,11 @@ class Start:
 
     @property
     def position(self) -> Position | None:
-        """Where the data go on; None is the beginning."""
+        """Where the data continue; None is the beginning."""
         from toolkit.data import Position
 
-        noted = self.source.manifest.facts.get("position") if self.source is not None else None
-        return Position(**noted) if noted else None
+        position = self.source.manifest.facts.get("position") if self.source is not None else None
+        return Position(**position) if position else None
 
     @property
     def saved(self) -> Saved | None:
@@ -68,7 +68,7 @@ def run_of(settings: RunSettings) -> Path | None:
     return path if named else None
 
 
-def noted(settings: RunSettings, folder: Path) -> Saved | None:
+def newest_saved(settings: RunSettings, folder: Path) -> Saved | None:
     """What the checkpoint that will be resumed says of its run; None where there is none, or it says nothing.
 
     Reads manifests only. `find_start` compares the files with their hashes, once all else has been checked.
@@ -157,7 +157,7 @@ def _begin(source: Source, folder: Path, remarks: list[str]) -> Start:
     newest = max(own.steps(), default=0)
     if source.folder.resolve().parent == own.folder.resolve() and newest > step and not remarks:
         raise UserError(
-            f"--resume names step {step}, but the run in {folder} has a checkpoint of step {newest}; to go on from an "
+            f"--resume names step {step}, but the run in {folder} has a checkpoint of step {newest}; to resume from an "
             "earlier one, give a new --run-dir"
         )
     return Start(step, source, remarks)

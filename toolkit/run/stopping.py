@@ -78,7 +78,7 @@ class Heartbeat:
         self._known = threading.Event()
         self._asked_at: float | None = None
         self._interrupts = 0
-        self._since: float | None = None  # the last step border, while steps are made
+        self._since: float | None = None  # the last step boundary, while steps are made
         self._longest: float | None = None
         self._closed = False
 
@@ -106,7 +106,7 @@ class Heartbeat:
             assert self._left is not None
             raise self._left from value
 
-    def border(self, *, last: bool = False) -> None:
+    def step_boundary(self, *, last: bool = False) -> None:
         """A step begins, and the one before it has ended; `last`: no more steps, and no bound on what follows."""
         now = time.monotonic()
         if self._since is not None:
@@ -329,7 +329,7 @@ class StopRequest:
 
     SIGHUP is what a closed session sends; under nohup, which has it ignored, it stays so. A second SIGINT acts as if
     there were no handler. `requested` holds, too, once DeepSpeed's launcher is gone. The heartbeat ends a rank that is
-    asked to stop and reaches no border of a step. Use as a context manager, in the main thread, while steps are made.
+    asked to stop and reaches no step boundary. Use as a context manager, in the main thread, while steps are made.
     """
 
     def __init__(self, heartbeat: Heartbeat) -> None:
@@ -349,12 +349,12 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._handle)
-        self._heartbeat.border()
+        self._heartbeat.step_boundary()
         return self
 
-    def border(self, *, last: bool = False) -> None:
+    def step_boundary(self, *, last: bool = False) -> None:
         """All ranks have ended a step together; `last`: it was the last one."""
-        self._heartbeat.border(last=last)
+        self._heartbeat.step_boundary(last=last)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # Ctrl-C reaches a rank twice: from the terminal, then as SIGTERM from the launcher.
@@ -365,7 +365,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._heartbeat.border(last=True)
+        self._heartbeat.step_boundary(last=True)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._wakeup)

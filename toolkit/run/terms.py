@@ -1,4 +1,4 @@
-"""What a run that is resumed keeps to: whatever the command line leaves open stays as the checkpoint has it."""
+"""What a resumed run takes from its checkpoint: every setting that the command line does not give."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, Kept
 from toolkit.run.merge import WITH_WARMUP
 from toolkit.run.settings import RunSettings, check_settings, flag_of
 
-# Settings that are kept unless they are typed, and keys of the JSON whose `--set` counts as typing them.
+# Settings that are kept unless they are given, and keys of the JSON whose `--set` counts as giving them.
 KEPT: dict[str, tuple[str, ...]] = {
     "steps": (),
     "lr": ("optimizer.params.lr", "scheduler.params.warmup_max_lr", "scheduler.params.cycle_max_lr"),
@@ -27,7 +27,7 @@ KEPT: dict[str, tuple[str, ...]] = {
     "loss": (),
 }
 
-# Keys and sections of the JSON whose change is said. Nothing that could hold a secret is among them.
+# Keys and sections of the JSON whose change is reported. Nothing that could hold a secret is among them.
 _TOLD = (
     "optimizer",
     "scheduler",
@@ -82,7 +82,7 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def note(settings: RunSettings, config: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+def saved_facts(settings: RunSettings, config: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
     """What a checkpoint notes, for `Saved.of`."""
     chosen = {name: getattr(settings, name) for name in KEPT}
     return {"settings": chosen, "terms": terms(settings, config, batch)}
@@ -112,7 +112,7 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def changes(saved: Saved, now: Mapping[str, Any]) -> list[str]:
-    """What is not as in the run that saved the checkpoint, in words."""
+    """What differs from the run that saved the checkpoint, in words."""
     before = saved.terms or ({GLOBAL: saved.global_batch} if saved.global_batch else {})
     names = [*before, *(name for name in now if name not in before)] if saved.terms else list(before)
     return [
@@ -132,7 +132,7 @@ def _shown(value: Any) -> str:
 
 
 def kept_settings(settings: RunSettings, saved: Saved, config: Mapping[str, Any]) -> tuple[RunSettings, list[str]]:
-    """`settings` with what the command line leaves open as the checkpoint has it, and the flags that this is about.
+    """`settings` with the checkpoint's values where the command line gives none, and what these are, by flag.
 
     Raises:
         UserError: the checkpoint holds a value that no run can have had.

@@ -170,7 +170,7 @@ class Run:
         with bad_documents.saved_before(self._save_now(step - 1)):
             mine = optimizer_step(engine, self.batches, self.batch.accumulation)
         [loss], [memory, asked] = ranks.mean_max([mine], [memory_now(ledger), self.stop.requested], engine.device)
-        self.stop.border(last=bool(asked))
+        self.stop.step_boundary(last=bool(asked))
         seconds = time.perf_counter() - started
         norm = engine.get_global_grad_norm()
         record: dict[str, Any] = {

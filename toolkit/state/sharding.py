@@ -88,6 +88,12 @@ def fragments(start: int, stop: int, *, size: int, shift: int = 0, before: int =
     return found
 
 
+def held(rank: int, numel: int, *, size: int, shift: int = 0, before: int = 0) -> Fragment | None:
+    """What `rank` holds of a parameter of `numel` elements, padding left out; arguments as of `fragments`."""
+    start, stop = max(rank * size - shift, 0), min((rank + 1) * size - shift, numel)
+    return Fragment(rank, start, stop, start + shift - rank * size + before) if start < stop else None
+
+
 @dataclass(frozen=True)
 class Place:
     """A parameter in a flat tensor.
@@ -156,9 +162,12 @@ class Sharding:
         """What `rank` holds in flat tensor `index`, padding left out."""
         flat, found = self.flats[index], []
         for place in flat.places:
-            size, shift = (place.share, 0) if self.stage == 3 else (flat.size, place.offset)
-            start, stop = max(rank * size - shift, 0), min((rank + 1) * size - shift, place.numel)
-            found += [(place, fragment) for fragment in self.fragments(index, place, start, stop)]
+            if self.stage == 3:
+                fragment = held(rank, place.numel, size=place.share, before=place.offset)
+            else:
+                fragment = held(rank, place.numel, size=flat.size, shift=place.offset)
+            if fragment is not None:
+                found.append((place, fragment))
         return found
 
     def straddling(self) -> str | None:

@@ -40,7 +40,7 @@ _MOMENTUM = ("betas", "momentum")
 
 
 def resume(engine: Any, source: Source) -> list[str]:
-    """Let the schedule of `engine` go on where that of `source` was; changes nothing but schedule and groups.
+    """Let the schedule of `engine` continue where that of `source` was; changes nothing but schedule and groups.
 
     Returns:
         What is not simply continued, a sentence each.
@@ -153,7 +153,7 @@ def _state_of(scheduler: Any) -> dict[str, Any]:
     return state
 
 
-# ---- going on -------------------------------------------------------------------------------------------------------
+# ---- continuing -----------------------------------------------------------------------------------------------------
 
 
 def _take_over(

@@ -9,7 +9,6 @@ and the clip factor goes into the compiled step.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +23,9 @@ from toolkit.optim import RuleOptimizer
 from toolkit.optim.statistics import Member, Parameter, Share, small_states, step_together
 from toolkit.optim.streaming import StreamedStep
 from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import Fragment, fragments
 from toolkit.zero.exchange import DataParallel, check_whole
-from toolkit.zero.gradients import HostCopy, Piece, Reducer, Slice, clip_scale, slices, squared_norm, takes_mean
+from toolkit.zero.gradients import GradientFragment, HostCopy, Reducer, clip_scale, squared_norm, takes_mean
 from toolkit.zero.turns import OrderedZeroOptimizer
 
 logger = logging.getLogger("toolkit")
@@ -74,15 +74,17 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
                 "divided by the number of ranks and added up at the rank that owns them",
                 type(init_optimizer).__name__,
             )
-        places = {}
+        groups, placed = {}, {}
         for i, params in enumerate(self.round_robin_bit16_groups):
             for param, offset in zip(params, self.round_robin_bit16_offsets[i], strict=True):
-                places[id(param)] = slices(i, offset, param.numel(), int(self.partition_size[i]))
+                groups[id(param)] = i
+                placed[id(param)] = fragments(0, param.numel(), size=int(self.partition_size[i]), shift=int(offset))
         # As DeepSpeed: the mean over all data-parallel ranks, or their sum, in whatever group they are added up.
         replicas = dist.get_world_size(self.dp_process_group) / self.sequence_parallel_size
         self._reducer = Reducer(
             deliver=self._deliver,
-            places=places,
+            groups=groups,
+            fragments=placed,
             process_groups=self.real_dp_process_group,
             divisor=replicas if self.gradient_average else 1.0,
             bucket_elements=self.reduce_bucket_size,
@@ -95,10 +97,10 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
     def flatten_dense_tensors_aligned(
         self, tensor_list: list[Tensor], alignment: int, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Called to lay groups out; `alignment` is twice the world size."""
+        """Called to lay groups out; `alignment` is twice the world size, of which blocks are a multiple."""
         if self._laying_out:
             world_size = alignment // self.nccl_start_alignment_factor
-            alignment = math.lcm(alignment, BLOCK * world_size)
+            alignment = BLOCK * world_size
         return super().flatten_dense_tensors_aligned(tensor_list, alignment, *args, **kwargs)
 
     def _configure_master_weights(self, *args: Any, **kwargs: Any) -> torch.dtype:
@@ -131,9 +133,10 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
         own: Tensor = self.parallel_partitioned_bit16_groups[i][rank]
         return own
 
-    def slices_of(self, param: Tensor) -> list[Slice]:
-        """Which rank holds which elements of `param`."""
-        return self._reducer.places[id(param)]
+    def own_fragment(self, param: Tensor) -> Fragment | None:
+        """What this rank holds of `param`."""
+        rank = dist.get_rank(group=self.real_dp_process_group[self._reducer.groups[id(param)]])
+        return next((part for part in self._reducer.fragments[id(param)] if part.rank == rank), None)
 
     # ---- gradients ----------------------------------------------------------------------------------------------
 
@@ -197,7 +200,7 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
             self.reduce_gradients()
         self._publish()
 
-    def _deliver(self, params: Sequence[Tensor], pieces: list[Piece]) -> None:
+    def _deliver(self, params: Sequence[Tensor], pieces: list[GradientFragment]) -> None:
         for piece in pieces:
             held = self._held[piece.group]
             if self.cpu_offload:
@@ -217,12 +220,11 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
     def _publish(self) -> None:
         """Show gradients where DeepSpeed's `safe_get_full_grad` looks for them; zeros for parameters without."""
         for i, params in enumerate(self.params_in_partition):
-            rank = dist.get_rank(group=self.real_dp_process_group[i])
             for param in params:
-                for place in self.slices_of(param):
-                    if place.owner == rank and place.offset not in self._held[i]:
-                        zeros = torch.zeros(place.stop - place.start, dtype=param.dtype, device=param.device)
-                        self._deliver([param], [Piece(param, i, place.offset, zeros)])
+                own = self.own_fragment(param)
+                if own is not None and own.offset not in self._held[i]:
+                    zeros = torch.zeros(own.numel, dtype=param.dtype, device=param.device)
+                    self._deliver([param], [GradientFragment(param, i, own.offset, zeros)])
             self.averaged_gradients[i] = [self._held[i][offset] for offset in sorted(self._held[i])]
 
     def _get_offload_gradient_dict(self) -> None:
@@ -334,13 +336,10 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
         small = small_states(self.optimizer.running, parameters, self.optimizer.state[flat], flat.device)
         members, base = [], rank * int(self.partition_size[i])
         for param, parameter, states in zip(params, parameters, small, strict=True):
-            share, places = None, self.slices_of(param)
-            for place in places:
-                if place.owner == rank and place.offset in held:
-                    gradient, first_block = held.pop(place.offset), (base + place.offset) // BLOCK
-                    share = Share(place.start, place.offset, gradient, first_block)
-            parts = [(place.owner, place.start, place.stop) for place in places]
-            members.append(Member(parameter, begun, states, share, parts))
+            own, share = self.own_fragment(param), None
+            if own is not None and own.offset in held:
+                share = Share(own, held.pop(own.offset), (base + own.offset) // BLOCK)
+            members.append(Member(parameter, begun, states, self._reducer.fragments[id(param)], share))
         return members
 
     def _show(self, i: int) -> None:

@@ -28,6 +28,7 @@ from toolkit.optim import RuleOptimizer
 from toolkit.optim.statistics import Member, Parameter, Share, small_states, step_together
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import fragments
 from toolkit.zero.agreement import Order, have_nothing
 from toolkit.zero.exchange import DataParallel, check_whole
 from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mean
@@ -227,13 +228,10 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         members, offset = [], 0
         for param, parameter, states in zip(params, parameters, small, strict=True):
             part, rank = param.partition_numel(), self._get_param_partition_rank(param)
-            starts = range(0, parameter.numel, part)
-            held = [(owner, start, min(start + part, parameter.numel)) for owner, start in enumerate(starts)]
-            share = None
-            if rank < len(held):
-                _, first, last = held[rank]
-                share = Share(first, offset, gradient[offset : offset + last - first], self._block_of(param))
-            members.append(Member(parameter, begun, states, share, held))
+            held = fragments(0, parameter.numel, size=part, before=offset)
+            own = next((fragment for fragment in held if fragment.rank == rank), None)
+            share = Share(own, gradient[own.elements], self._block_of(param)) if own is not None else None
+            members.append(Member(parameter, begun, states, held, share))
             offset += part
         return members
 

@@ -47,8 +47,8 @@ def test_runs_pass_over_count_stop_and_resume(tmp_path: Path) -> None:
     )
     assert plain["skipped_documents"] == 2 and plain["replaced_characters"] == 2
     assert {problem.split(" of ")[0] for problem in plain["skipped_documents_first"]} == {"line 4", "line 21"}
-    assert all(f"note: passed over: {problem}" in plain["said"] for problem in plain["skipped_documents_first"])
-    assert "bytes that are no text in their encoding" in plain["said"]
+    assert all(f"note: skipped: {problem}" in plain["said"] for problem in plain["skipped_documents_first"])
+    assert "bytes that are not text in their encoding" in plain["said"]
     assert [cut[key] for key in COUNTED] == [plain[key] for key in COUNTED]
     assert "line 4 of" in refused and "--bad-documents skip" in refused and not (tmp_path / "refused").exists()
     assert "line 1096 of" in stopped and "'text' holds a number" in stopped
