@@ -16,6 +16,7 @@ from toolkit.errors import UserError
 from toolkit.estimate.dry_run import DryRun, dry_run, scaled
 from toolkit.estimate.optimizer_memory import OptimizerMemory, optimizer_memory
 from toolkit.estimate.zero_step import Step, simulate
+from toolkit.optim import RECOMMENDED
 from toolkit.records.categories import LOGITS
 from toolkit.records.memory import Change, Prediction, Setup
 from toolkit.records.sizes import size_text
@@ -275,8 +276,8 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
         yield "optimizer.params.release_gradients true", params_with(release_gradients=True)
     if not ours and in_bf16:
         own = {"lr": ds.params.get("lr", 1e-4), **({} if stage else {"weights": "fp32"})}
-        optimizer = {"type": "AMCS", "params": own}
-        yield "optimizer.type AMCS (8bit)", replace(case, config={**config, "optimizer": optimizer})
+        optimizer = {"type": RECOMMENDED, "params": own}
+        yield f"optimizer.type {RECOMMENDED} (8bit)", replace(case, config={**config, "optimizer": optimizer})
     if not offloaded and stage > 0 and not released and case.device == "cuda":
         yield "zero_optimization.offload_optimizer", zero_with(offload_optimizer={"device": "cpu"})
     if case.activation_checkpointing is not True:
