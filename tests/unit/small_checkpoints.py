@@ -67,7 +67,8 @@ def whole(folder: Path, keep_last: int = 2, weights: str = "bf16+8", step: int =
     for number, (component, shapes) in enumerate(SHAPES.items()):
         formats = dict.fromkeys((s.name for s in AMCSRule.states), "fp32" if component == "norm" else "8bit")
         places = tuple(Place(name, shape, 0) for name, shape in shapes.items())
-        flats.append(Flat(number, component, 0, "bfloat16", weights, formats, places))
+        kept = "bf16+16" if component == "norm" else weights  # as `RuleOptimizer` has it
+        flats.append(Flat(number, component, 0, "bfloat16", kept, formats, places))
     sharding = reshard(Sharding(1, 1, "AMCS", AMCSRule.states, tuple(flats)), stage=1, world_size=1)
     masters, state = [], {}
     for index, flat in enumerate(sharding.flats):
@@ -76,8 +77,8 @@ def whole(folder: Path, keep_last: int = 2, weights: str = "bf16+8", step: int =
         kept = sharding.layout(index)
         made = {s.name: torch.randn(flat.size, generator=generator).square().view(-1, 256) for s in AMCSRule.states}
         low = {
-            key: torch.randint(0, 127, (flat.size // 256, part.per_block), generator=generator).to(part.dtype)
-            for key, part in kept.parts()
+            key: torch.randint(0, 127, (flat.size // 256, spec.per_block), generator=generator).to(spec.dtype)
+            for key, spec in kept.specs()
             if key.startswith("remainder")
         }
         state[index] = kept.encode(made) | low | {"step": step}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.zero import engine, partition
+from toolkit.zero import compatibility, engine
 
 
 class Changed:
@@ -18,15 +18,15 @@ class Changed:
 
 
 def test_the_installed_deepspeed_fits() -> None:
-    assert partition.incompatibilities() == []
+    assert compatibility.incompatibilities() == []
 
 
 def test_what_is_gone_is_named() -> None:
-    assert partition._missing(Changed, "step reduce", "kept lost") == ["Changed.reduce", "Changed.lost"]
+    assert compatibility._missing(Changed, "step reduce", "kept lost") == ["Changed.reduce", "Changed.lost"]
 
 
 def test_registering_with_another_deepspeed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_registered", False)
-    monkeypatch.setattr(partition, "incompatibilities", lambda: ["stage3.step"])
+    monkeypatch.setattr(compatibility, "incompatibilities", lambda: ["stage3.step"])
     with pytest.raises(RuntimeError, match=r"does not fit DeepSpeed .*stage3\.step changed; install"):
         engine.register()

@@ -19,7 +19,7 @@ from toolkit.cli import app
 from toolkit.config import load_config, validate
 from toolkit.errors import UserError
 from toolkit.optim import AMCS, RULES, NonNegative, Rule, State, as_optimizer
-from toolkit.state.codecs import BLOCK, FORMATS, Codec, from_parts, to_parts
+from toolkit.state.codecs import BLOCK, FORMATS, Codec, decode_blocks, encode_blocks
 
 ROOT = Path(__file__).parents[2]
 LION = ROOT / "tests" / "distributed" / "lion.py"
@@ -45,28 +45,28 @@ def test_the_documented_rule_is_the_tested_one() -> None:
 
 
 @pytest.fixture
-def codec() -> Iterator[type[Codec]]:
+def codec() -> Iterator[Codec]:
     """The documented codec, registered by the document's own code."""
     section = (ROOT / "docs" / "extending.md").read_text().split("## A codec")[1]
     before, names = dict(FORMATS), {}
     exec(section.split("```python\n")[1].split("```")[0], names)
-    yield names["Linear8"]
+    yield names["Linear8"]()
     FORMATS.clear()
     FORMATS.update(before)
 
 
-def test_the_documented_codec_keeps_the_contract(codec: type[Codec]) -> None:
+def test_the_documented_codec_keeps_the_contract(codec: Codec) -> None:
     torch.manual_seed(0)
     x = torch.randn(2048, BLOCK)
-    codes, scale = to_parts(codec, x)
-    back = from_parts(codec, codes, scale)
+    codes, scale = encode_blocks(codec, x)
+    back = decode_blocks(codec, codes, scale)
     error = (back - x) / (scale / 127)
     assert error.abs().max() <= 1.001 and abs(error.mean()) < 1e-3
-    assert torch.equal(to_parts(codec, back)[0], codes)
+    assert torch.equal(encode_blocks(codec, back)[0], codes)
     zeros = torch.zeros(2, BLOCK)
-    assert torch.equal(from_parts(codec, *to_parts(codec, zeros)), zeros)
-    fresh = [torch.zeros(2, part.per_block, dtype=part.dtype) for part in codec.parts()]
-    assert torch.equal(from_parts(codec, *fresh), zeros)
+    assert torch.equal(decode_blocks(codec, *encode_blocks(codec, zeros)), zeros)
+    fresh = [torch.zeros(2, spec.per_block, dtype=spec.dtype) for spec in codec.specs()]
+    assert torch.equal(decode_blocks(codec, *fresh), zeros)
     assert codec.bytes_per_element() == 1 + 4 / BLOCK
 
 
@@ -77,7 +77,7 @@ def test_the_documented_codec_keeps_the_contract(codec: type[Codec]) -> None:
         ({"m_slow": "linear8", "m_fast": "4bit"}, ["residual4", "linear8", "root8"]),
     ],
 )
-def test_the_documented_codec_works_everywhere(codec: type[Codec], state_format: Any, codecs: list[str]) -> None:
+def test_the_documented_codec_works_everywhere(codec: Codec, state_format: Any, codecs: list[str]) -> None:
     """In the compiled step, too, and with another state's codes relative to it."""
     moved = {}
     for name in ("fp32", state_format):

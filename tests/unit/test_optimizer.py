@@ -98,6 +98,16 @@ def test_formats_per_state_and_fp32_for_one_dimension() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1], "bare tensors decay alike"
 
 
+def test_a_matrix_that_is_not_whole_blocks_is_a_group_of_its_own() -> None:
+    """So no block belongs to two parameters, and the user's settings hold for all groups made of one."""
+    shapes = [(5, 7), (16, 16), (300, 3), (10,), (2, 128)]
+    params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = AMCS([{"params": params, "lr": 0.5, "weight_decay": 0.25}], alpha=0.5)
+    groups = [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]
+    assert groups == [[(16, 16), (2, 128)], [(5, 7)], [(300, 3)], [(10,)]]
+    assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {(0.5, 0.25)}
+
+
 @pytest.mark.parametrize("state_format", ["compact", "minimal"])
 def test_one_dimension_is_kept_exactly(state_format: str) -> None:
     matrix, vector = (nn.Parameter(torch.ones(*size, dtype=torch.bfloat16)) for size in ((64, 64), (64,)))

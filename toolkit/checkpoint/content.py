@@ -15,8 +15,8 @@ from toolkit.checkpoint.files import squeezed_as
 from toolkit.checkpoint.schema import LARGEST, RANKS_LIMIT, Count
 from toolkit.errors import UserError
 from toolkit.sentences import explain
-from toolkit.state.codecs import BLOCK
-from toolkit.state.sharding import Flat, Sharding
+from toolkit.state.layout import dtype_name
+from toolkit.state.sharding import Flat, Sharding, blocks_of
 
 PER_RANK = "leanstate"
 """Key of what this package adds to each rank's optimizer file: the states of random number generators, and `OWN`."""
@@ -135,14 +135,14 @@ def check_rank(content: Mapping[str, Any], sharding: Sharding, rank: int, path: 
 def _needed(sharding: Sharding, flat: Flat, rank: int) -> int:
     """Elements of a rank's flat tensor without padding at its end, which DeepSpeed leaves out."""
     if sharding.stage == 3:
-        return max((place.offset + place.part for place in flat.places), default=0)
+        return max((place.offset + place.share for place in flat.places), default=0)
     end = max((place.offset + place.numel for place in flat.places), default=0)
     return min(max(end - rank * flat.size, 0), flat.size)
 
 
 def _flat_problem(tensor: Tensor, flat: Flat, needed: int) -> str | None:
     if tensor.dtype != flat.torch_dtype:
-        return f"it is {str(tensor.dtype).removeprefix('torch.')} instead of {flat.dtype}"
+        return f"it is {dtype_name(tensor.dtype)} instead of {flat.dtype}"
     if tensor.dim() != 1 or not needed <= tensor.numel() <= flat.size:
         return f"it has {list(tensor.shape)} elements instead of {flat.size}"
     return None
@@ -152,17 +152,17 @@ def _state_problem(held: Mapping[str, Any], sharding: Sharding, index: int, nume
     if not is_step(held.get("step", 0)):
         return "its step is no number of steps"
     kept = sharding.layout(index)
-    for key, part in kept.specs():
+    for key, spec in kept.specs():
         value = held.get(key)
         if sharding.rule is None:  # optimizers of torch and DeepSpeed have flat state
             if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < numel:
                 return f"its state {key!r} is not {numel} numbers"
             continue
-        shape = [-(-sharding.flats[index].size // BLOCK), part.per_block]
+        shape = [blocks_of(sharding.flats[index].size), spec.per_block]
         there = value if not isinstance(value, Mapping) else squeezed_as(value)
-        good = isinstance(there, Tensor) and there.dtype == part.dtype and list(there.shape) == shape
+        good = isinstance(there, Tensor) and there.dtype == spec.dtype and list(there.shape) == shape
         if not good:
-            return f"its state {key!r} is not {str(part.dtype).removeprefix('torch.')} {shape}"
+            return f"its state {key!r} is not {dtype_name(spec.dtype)} {shape}"
     return None
 
 

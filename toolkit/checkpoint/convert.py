@@ -17,21 +17,25 @@ from toolkit.checkpoint.store import Store, name_of
 from toolkit.checkpoint.transfer import WEIGHTS, Transfer
 from toolkit.errors import UserError
 from toolkit.masking import masked
-from toolkit.state.sharding import Sharding, part_of, reshard
+from toolkit.state.sharding import Sharding, reshard, share_of
 
 
-def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> list[str]:
+def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> None:
     """Write `source` into `folder`/global_step<n> as `world_size` ranks at `stage` would have saved it.
 
     One rank's tensors are in memory at a time.
 
-    Returns:
-        Names of parameters whose state had to be decoded and encoded on other blocks; mostly none.
-
     Raises:
-        UserError: such a checkpoint is there already.
+        UserError: such a checkpoint is there already; an older version saved it, whose groups have no grid of blocks
+            at that stage.
     """
     target = reshard(source.origin, stage=stage, world_size=world_size)
+    shared = target.straddling()
+    if shared is not None:
+        raise UserError(
+            f"{source.folder} cannot be converted to stage {stage}: an older version saved it, and there {shared!r} "
+            "would share a block with the parameter before it; resume from it, and convert what that run saves"
+        )
     transfer = Transfer(source, target)
     store = Store(folder, keep_last=len(Store(folder).steps()) + 1)  # whatever else is there stays
     step = source.manifest.step
@@ -55,7 +59,6 @@ def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> lis
         raise UserError(f"{source.folder} cannot be converted: {error}") from None
     finally:
         store.discard(draft)
-    return transfer.regridded()
 
 
 def _optimizer_file(transfer: Transfer, rank: int) -> Any:
@@ -129,7 +132,7 @@ def model_states(source: Source, target: Sharding, rank: int = 0) -> Any:
 
 def _part(whole: Tensor, rank: int, world_size: int) -> Tensor:
     """What `rank` holds of a parameter at stage 3, padding included."""
-    size = part_of(tuple(whole.shape), world_size)
+    size = share_of(whole.shape, world_size)
     padded = torch.zeros(size * world_size, dtype=whole.dtype)
     padded[: whole.numel()] = whole.reshape(-1)
     return padded[rank * size : (rank + 1) * size]

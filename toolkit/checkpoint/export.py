@@ -19,6 +19,7 @@ from toolkit.checkpoint.files import new_file_mode, synced
 from toolkit.checkpoint.model_files import CONFIG, config_hash, model_files, tokenizer_hash
 from toolkit.checkpoint.source import Source
 from toolkit.errors import UserError
+from toolkit.state.layout import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -204,9 +205,7 @@ class _Tensors:
             value, dtype = self._value(name), self.shapes[name].dtype
             made = torch.empty(value.shape, dtype=dtype).copy_(value)
             if dtype.itemsize < value.dtype.itemsize and not torch.equal(made.isfinite(), value.isfinite()):
-                raise UserError(
-                    f"{name!r} has values that {str(dtype).removeprefix('torch.')} cannot hold; give another --dtype"
-                )
+                raise UserError(f"{name!r} has values that {dtype_name(dtype)} cannot hold; give another --dtype")
             yield name, made.view(self.shapes[name].shape)
 
     def _value(self, name: str) -> Tensor:

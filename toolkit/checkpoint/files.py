@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.state.layout import dtype_name
+
 _SCALARS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
@@ -126,7 +128,7 @@ def squeeze(tensor: Tensor) -> Any:
     packed = zstandard.ZstdCompressor(level=1).compress(raw.data)
     if len(packed) >= raw.nbytes:
         return tensor
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     return {_ZSTD: torch.frombuffer(bytearray(packed), dtype=torch.uint8), "dtype": dtype, "shape": list(tensor.shape)}
 
 
@@ -137,7 +139,7 @@ def squeezed_as(value: Mapping[str, Any]) -> Tensor | None:
     packed: Any = value.get(_ZSTD)
     shape: Any = value.get("shape")
     dtype = value.get("dtype")
-    known = {str(code).removeprefix("torch."): code for code in _CODES}
+    known = {dtype_name(code): code for code in _CODES}
     sizes = isinstance(shape, list) and len(shape) < 8 and all(type(n) is int and 0 <= n <= 1 << 53 for n in shape)
     flat = isinstance(packed, Tensor) and packed.dtype == torch.uint8 and packed.dim() == 1 and packed.is_contiguous()
     if not (sizes and flat and isinstance(dtype, str) and dtype in known):

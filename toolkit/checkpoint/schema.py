@@ -173,9 +173,9 @@ def _overlap(sharding: Sharding, number: int, flat: Flat) -> str | None:
     for place in sorted(flat.places, key=lambda place: (place.offset, place.numel)):
         if place.offset < end:
             return f"{place.name!r} overlaps the parameter before it in flat tensor {number}"
-        if three and not 0 <= place.part * world - place.numel <= SLACK * world:
-            return f"{place.name!r} has {place.numel} elements, {place.part} on each of {world} ranks"
-        end = place.offset + (place.part if three else place.numel)
+        if three and not 0 <= place.share * world - place.numel <= SLACK * world:
+            return f"{place.name!r} has {place.numel} elements, {place.share} on each of {world} ranks"
+        end = place.offset + (place.share if three else place.numel)
     there = flat.size if three else flat.size * world
     if not end <= there <= end + SLACK * (1 if three else world):
         return f"flat tensor {number} has room for {there} elements, and its parameters end at {end}"
@@ -184,12 +184,12 @@ def _overlap(sharding: Sharding, number: int, flat: Flat) -> str | None:
 
 def _alignment(sharding: Sharding, number: int, flat: Flat) -> str | None:
     """Blocks of codes must be whole on each rank."""
-    if not any(codec.scaled for codec in sharding.layout(number).codecs):
+    if not sharding.layout(number).blocked:
         return None
     small = next((place.name for place in flat.places if len(place.shape) < 2), None)
     if small is not None:
         return f"{small!r} has compressed state, which only matrices have"
-    cuts = [edge for place in flat.places for edge in (place.offset, place.part)]
+    cuts = [edge for place in flat.places for edge in (place.offset, place.share)]
     edges = cuts if sharding.stage == 3 else [flat.size]
     return f"flat tensor {number} cuts a block of {BLOCK} elements" if any(edge % BLOCK for edge in edges) else None
 

@@ -22,8 +22,8 @@ from toolkit.checkpoint.schema import disagreement
 from toolkit.errors import UserError
 from toolkit.paths import regular
 from toolkit.state.codecs import BLOCK, unpack
-from toolkit.state.layout import REMAINDER, State
-from toolkit.state.sharding import Flat, Place, Sharding, part_of
+from toolkit.state.layout import REMAINDER, State, dtype_name
+from toolkit.state.sharding import Flat, Fragment, Place, Sharding, blocks_of, share_of
 
 OPTIMIZER_FILE = "zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 PREFIXES = ("", "bf16_", "fp16_")
@@ -69,6 +69,7 @@ class Source:
         else:
             self.manifest = self._stock()
         self.sharding = self.manifest.sharding
+        self._check_grid()
         self.stage = self.sharding.stage
         self._cut = True
 
@@ -76,6 +77,15 @@ class Source:
     def origin(self) -> Sharding:
         """The parameter groups and formats that the checkpoint was trained with."""
         return self.sharding
+
+    def _check_grid(self) -> None:
+        shared = self.sharding.straddling()
+        if shared is not None:
+            raise manifests.NotUnderstood(
+                f"{self.folder} was saved by an older version, which let {shared!r} share a block of {BLOCK} elements "
+                "with the parameter before it; with that version, convert it to stage 3 (toolkit checkpoint convert "
+                "--stage 3), which this one reads, or export its weights"
+            )
 
     # ---- files --------------------------------------------------------------------------------------------------
 
@@ -175,54 +185,33 @@ class Source:
 
     # ---- elements -----------------------------------------------------------------------------------------------
 
-    def _ranges(self, index: int, place: Place, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """As `Sharding.ranges`; nothing of rank 0's for a parameter without elements."""
-        return list(self.sharding.ranges(index, place, start, stop)) or [(0, 0, 0)]
+    def _fragments(self, index: int, place: Place, start: int, stop: int) -> list[Fragment]:
+        """As `Sharding.fragments`; nothing of rank 0's for a parameter without elements."""
+        return self.sharding.fragments(index, place, start, stop) or [Fragment(0, 0, 0, 0)]
 
     def elements(self, name: str, key: str | None, start: int, stop: int) -> Tensor:
         """Elements of a state that is kept as one number each, or (`key` None) of the flat tensor itself, 1-D."""
         index, place = self.sharding.by_name[name]
         found = []
-        for rank, first, last in self._ranges(index, place, start, stop):
+        for fragment in self._fragments(index, place, start, stop):
+            rank = fragment.rank
             tensor = self.master(rank, index) if key is None else self.stored(rank, index, key)
-            found.append(tensor.reshape(-1)[first:last])
+            found.append(tensor.reshape(-1)[fragment.elements])
         return torch.cat(found) if len(found) != 1 else found[0]
 
     def blocks(self, name: str, key: str, first: int, last: int) -> Tensor:
-        """Blocks `first` to `last` of a stored tensor, counted from where the parameter begins, a block's start."""
+        """Blocks `first` to `last` of a parameter in a stored tensor; the last one may be filled in part."""
         index, place = self.sharding.by_name[name]
-        assert self.sharding.grid_offset(place) % BLOCK == 0
-        return self._blocks(index, place, key, first * BLOCK, last * BLOCK)
+        found = self._fragments(index, place, first * BLOCK, min(last * BLOCK, place.numel))
+        return torch.cat([self.stored(fragment.rank, index, key)[fragment.blocks] for fragment in found])
 
-    def flat_blocks(self, index: int, key: str, first: int, last: int) -> Tensor:
-        """Blocks `first` to `last` of a stored tensor of the whole flat tensor (stages 1 and 2)."""
-        return self._blocks(index, Place("", (), 0), key, first * BLOCK, last * BLOCK)
-
-    def _blocks(self, index: int, place: Place, key: str, start: int, stop: int) -> Tensor:
-        ranges = self._ranges(index, place, start, stop)
-        return torch.cat([self.stored(rank, index, key)[a // BLOCK : -(-b // BLOCK)] for rank, a, b in ranges])
-
-    def lanes(self, name: str, key: str, per_block: int, start: int, stop: int) -> Tensor:
+    def _lanes(self, name: str, key: str, per_block: int, start: int, stop: int) -> Tensor:
         """Elements of a remainder's stored tensor, 4-bit ones unpacked, 1-D."""
         if per_block == BLOCK:
             return self.elements(name, key, start, stop)
-        index, place = self.sharding.by_name[name]
-        found = []
-        # By the rank's flat tensor, whose rows are cut without regard to where a parameter begins.
-        for rank, first, last in self._ranges(index, place, start, stop):
-            top = first // BLOCK
-            rows = self.stored(rank, index, key)[top : -(-last // BLOCK)]
-            found.append(torch.cat(unpack(rows), dim=1).reshape(-1)[first - top * BLOCK : last - top * BLOCK])
-        return torch.cat(found)
-
-    def _covering(self, name: str, key: str, start: int, stop: int) -> tuple[Tensor, slice]:
-        """The blocks that hold elements `start` to `stop` of a parameter, and where in them these are."""
-        index, place = self.sharding.by_name[name]
-        shift = self.sharding.grid_offset(place)
-        first = (start + shift) // BLOCK * BLOCK
-        grid = Place("", (), place.offset, place.part) if self.sharding.stage == 3 else Place("", (), 0)
-        rows = self._blocks(index, grid, key, first, -(-(stop + shift) // BLOCK) * BLOCK)
-        return rows, slice(start + shift - first, stop + shift - first)
+        first = start // BLOCK
+        rows = self.blocks(name, key, first, blocks_of(stop))
+        return torch.cat(unpack(rows), dim=1).reshape(-1)[start - first * BLOCK : stop - first * BLOCK]
 
     def weights(self, name: str, start: int, stop: int) -> Tensor:
         """Elements of a parameter as trained, fp32, 1-D: joined with its remainder where it has one."""
@@ -232,7 +221,7 @@ class Source:
         if kept.remainder is None or not self.saved_state(0, index):
             return weights.float()
         parts = zip(kept.keys(REMAINDER), kept.remainder.specs(), strict=True)
-        low = [self.lanes(name, key, part.per_block, start, stop) for key, part in parts]
+        low = [self._lanes(name, key, part.per_block, start, stop) for key, part in parts]
         joined: Tensor = kept.remainder.join(weights, *low)
         return joined
 
@@ -242,10 +231,10 @@ class Source:
         kept = self.sharding.layout(index)
         if not any(codec.scaled for codec in kept.codecs):
             return {state.name: self.elements(name, state.name, start, stop) for state in kept.states}
+        first = start // BLOCK
         keys = [key for state in kept.states for key in kept.keys(state.name)]
-        rows = {key: self._covering(name, key, start, stop) for key in keys}
-        inside = next(iter(rows.values()))[1]
-        decoded = kept.decode({key: tensor for key, (tensor, _) in rows.items()})
+        decoded = kept.decode({key: self.blocks(name, key, first, blocks_of(stop)) for key in keys})
+        inside = slice(start - first * BLOCK, stop - first * BLOCK)
         return {key: value.reshape(-1)[inside] for key, value in decoded.items()}
 
     def digest(self) -> str:
@@ -355,13 +344,13 @@ class Source:
             size = held["exp_avg"].numel()
             parts = [-(-math.prod(shape) // world_size) for shape in group.values()]
             if stage == 3 and sum(parts) != size:  # saved where this package lays out stage 3
-                parts = [part_of(tuple(shape), world_size) for shape in group.values()]
+                parts = [share_of(tuple(shape), world_size) for shape in group.values()]
             at, places = 0, []
             for (name, shape), part, padding in zip(group.items(), parts, paddings[index], strict=True):
                 places.append(Place(name, tuple(shape), at, part if stage == 3 else 0))
                 at += part if stage == 3 else math.prod(shape) + padding
             formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
-            dtype = str(masters[index].dtype).removeprefix("torch.")
+            dtype = dtype_name(masters[index].dtype)
             flats.append(Flat(index, "other", size, dtype, "fp32", formats, tuple(places)))
         states = (State("exp_avg"), State("exp_avg_sq", signed=False))
         sharding = Sharding(stage, world_size, None, states, tuple(flats))

@@ -99,6 +99,9 @@ class Universal(Source):
         self.stage = 3
         self.sharding = self._whole()
 
+    def _check_grid(self) -> None:
+        """State is whole and fp32, without blocks."""
+
     @property
     def origin(self) -> Sharding:
         if self._written is None:

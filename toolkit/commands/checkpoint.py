@@ -160,10 +160,8 @@ def convert(
         echo(f"{to}: DeepSpeed's universal layout, {len(source.sharding.by_name)} parameters")
         return
     stage, ranks = stage or source.origin.stage, ranks or source.origin.world_size
-    moved = rewrite(source, to, stage=stage, world_size=ranks)
+    rewrite(source, to, stage=stage, world_size=ranks)
     echo(f"{find(to)}: {ranks} rank(s) at ZeRO stage {stage}")
-    if moved:
-        echo(f"note: state of {len(moved)} parameters was decoded and encoded on other blocks, {moved[0]} for one.")
 
 
 def export(

@@ -141,7 +141,7 @@ def _deepspeed(found: Findings) -> None:
     try:
         from deepspeed.accelerator import get_accelerator
 
-        from toolkit.zero.partition import incompatibilities
+        from toolkit.zero.compatibility import incompatibilities
 
         found.facts["accelerator"] = get_accelerator().device_name()
         missing = incompatibilities()

@@ -16,6 +16,7 @@ from toolkit.estimate.optimizer_memory import Group, OptimizerMemory
 from toolkit.memory.storages import Curve, Lifetime, curve
 from toolkit.records import categories as c
 from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import held, shard_size
 from toolkit.zero.gradients import NORM_CHUNK
 
 _UNSHARDED_REDUCTION = 500_000_000
@@ -109,11 +110,11 @@ class _Simulation:
             if self.ds.stage == 3:
                 own.update({number: -(-self.numels[number] // ranks) for number in group.numbers})
                 continue
-            share, start = self.group_share(group), 0
+            size, start = self.group_share(group), 0
             for number in group.numbers:
-                stop = start + self.numels[number]
-                own[number] = max(0, min(stop, (self.rank + 1) * share) - max(start, self.rank * share))
-                start = stop
+                mine = held(self.rank, self.numels[number], size=size, shift=start)
+                own[number] = mine.numel if mine is not None else 0
+                start += self.numels[number]
         return own
 
     def group_share(self, group: Group) -> int:
@@ -122,10 +123,9 @@ class _Simulation:
         if self.ds.stage == 0:
             return sum(sizes)
         if self.ds.stage == 3:
-            unit = BLOCK * ranks if group.whole_blocks or not self.optimizer.ours else ranks
-            return sum(-(-size // unit) * unit // ranks for size in sizes)
-        unit = BLOCK * ranks if self.optimizer.ours else 2 * ranks
-        return -(-sum(sizes) // unit) * unit // ranks
+            unit = BLOCK if group.whole_blocks or not self.optimizer.ours else 1
+            return sum(shard_size(size, ranks, unit) for size in sizes)
+        return shard_size(sum(sizes), ranks, BLOCK if self.optimizer.ours else 2)
 
     # ---- the step -------------------------------------------------------------------------------------------------
 

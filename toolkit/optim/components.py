@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import UserError, some
 from toolkit.state.layout import check_dtype
+from toolkit.state.sharding import whole_shape
 
 logger = logging.getLogger("toolkit")
 
@@ -93,7 +93,7 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
     if unplaced:
         logger.warning('component "other" (no known component fits): %s', some(unplaced, 8))
     # A group without elements has nothing to train, and ZeRO cannot cut it.
-    return [group for group in groups.values() if any(_whole_numel(tensor) for tensor in group["params"])]
+    return [group for group in groups.values() if any(whole_shape(tensor).numel() for tensor in group["params"])]
 
 
 def plain_name(name: str) -> str:
@@ -103,16 +103,7 @@ def plain_name(name: str) -> str:
 
 def _is_delicate(name: str, component: str, tensor: Tensor) -> bool:
     """Norms, biases and whatever is 1-D, by role and not by shape alone: a bias of packed experts is 2-D."""
-    return component == "norm" or name.endswith("bias") or whole_dim(tensor) <= 1
-
-
-def whole_dim(tensor: Tensor) -> int:
-    """Dimensions of the whole parameter: under ZeRO-3 the tensor at hand is an empty shell."""
-    return len(getattr(tensor, "ds_shape", tensor.shape))
-
-
-def _whole_numel(tensor: Tensor) -> int:
-    return math.prod(getattr(tensor, "ds_shape", tensor.shape))
+    return component == "norm" or name.endswith("bias") or len(whole_shape(tensor)) <= 1
 
 
 _Given = list[tuple[list[Tensor], dict[str, Any]]]

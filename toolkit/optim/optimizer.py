@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from toolkit.errors import UserError, nearest
-from toolkit.optim.components import whole_dim
 from toolkit.optim.kernel import step_function
 from toolkit.optim.rule import NEEDS, Rule, check_component
 from toolkit.optim.streaming import TensorStep, check_gradient
@@ -23,11 +22,13 @@ from toolkit.state.layout import (
     Layout,
     check_dtype,
     check_weights,
+    dtype_name,
     layout,
     state_formats,
     state_of,
 )
 from toolkit.state.remainders import DEFAULT_WEIGHTS, MASTER, Remainder
+from toolkit.state.sharding import whole_shape
 
 RULES: dict[str, type[RuleOptimizer]] = {}
 """Every optimizer that `as_optimizer` made, by the name that `optimizer.type` of a DeepSpeed JSON selects."""
@@ -85,10 +86,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         return self.rule.variant(self.defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group: settles its component, rate scale and formats, and sets 1-D tensors apart.
+        """Add a group: settles its component, rate scale and formats, and sets some tensors apart.
 
-        A group that mixes 1-D tensors (fp32 state) with others becomes two: under ZeRO a group is flattened
-        into one tensor, which can have one format only.
+        Under ZeRO a group is flattened into one tensor, which has one format and one grid of blocks. So a group that
+        mixes 1-D tensors (fp32 state) with others becomes two, and a matrix whose size is no multiple of a block is a
+        group of its own: no block belongs to two parameters, and the grid is the same at every stage.
         """
         group = dict(param_group)
         group["params"] = _as_list(group["params"])
@@ -115,13 +117,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         exact = {"state_format": plain, "weights": MASTER if group["weights"] == MASTER else Remainder(16).name}
         small: list[Any] = []
         large: list[Any] = []
+        alone: list[Any] = []
         for item in group["params"]:
             name, tensor = item if isinstance(item, tuple) else (None, item)  # torch takes (name, tensor) pairs too
             _check_tensor(tensor, f"{where}, parameter {name!r}" if name else where)
-            (small if whole_dim(tensor) <= 1 else large).append(item)
-        if large:
-            super().add_param_group(group | {"params": large})
-        if small or not large:
+            shape = whole_shape(tensor)
+            (small if len(shape) <= 1 else alone if shape.numel() % BLOCK else large).append(item)
+        for params in (large, *([item] for item in alone)):
+            if params:
+                super().add_param_group(group | {"params": params})
+        if small or not (large or alone):
             super().add_param_group(group | {"params": small} | (exact if small else {}))
 
     @torch.no_grad()
@@ -267,7 +272,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             if surplus:
                 raise ValueError(
                     f"saved optimizer state of parameter {number} has {', '.join(surplus)}, which this optimizer does "
-                    f"not keep for {str(parameter.dtype).removeprefix('torch.')} weights"
+                    f"not keep for {dtype_name(parameter.dtype)} weights"
                 )
             for key, value in state.items():
                 given = saved[number].get(key)

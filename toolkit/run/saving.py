@@ -67,7 +67,7 @@ class Saver:
         assert self._running is None, "poll or wait first"
         began = time.perf_counter()
         draft = ranks.from_first(self._store.draft(step))
-        files = capture(self._engine, draft, step, {"random": random_states()})
+        files = capture(self._engine, self._sharding.by_name, draft, step, {"random": random_states()})
         files |= {draft / name_of(step) / name: content for name, content in self._model_files.items()}
         about = {"saved": datetime.now().astimezone().isoformat(timespec="seconds"), **facts, "versions": versions()}
         self._step = step

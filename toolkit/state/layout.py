@@ -51,6 +51,11 @@ class Layout:
             for spec in specs:
                 yield (f"{name}.{spec.suffix}" if spec.suffix else name), spec
 
+    @property
+    def blocked(self) -> bool:
+        """Whether elements of a block are stored together: under one scale, or two to a byte."""
+        return any(spec.per_block != BLOCK for _, spec in self.specs())
+
     def allocate(self, numel: int, device: torch.device) -> dict[str, Tensor]:
         """Zeros for a tensor of `numel` elements: each stored tensor as [ceil(numel / BLOCK), per_block]."""
         blocks = -(-numel // BLOCK)
@@ -91,11 +96,6 @@ def state_of(key: str) -> str:
     return key.partition(".")[0]
 
 
-def is_scale(key: str) -> bool:
-    """Whether the stored tensor `key` holds scales of blocks."""
-    return key.partition(".")[2] == "scale"
-
-
 def layout(states: tuple[State, ...], formats: Mapping[str, str], weights: str, dtype: torch.dtype) -> Layout:
     """The layout of a tensor of `dtype`. Remainders belong to bf16 tensors; all others hold their weights whole.
 
@@ -110,10 +110,15 @@ def layout(states: tuple[State, ...], formats: Mapping[str, str], weights: str, 
     return layout_of(states, formats, weights if dtype == torch.bfloat16 else MASTER)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files and sentences have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_dtype(dtype: torch.dtype, where: str, allowed: Sequence[torch.dtype] = DTYPES) -> None:
     """Raise UserError unless weights of `dtype` can be trained."""
     if dtype not in allowed:
-        names = [str(one).removeprefix("torch.") for one in (dtype, *allowed)]
+        names = [dtype_name(one) for one in (dtype, *allowed)]
         raise UserError(f"{where}: trainable weights are {names[0]}, but must be one of {', '.join(names[1:])}")
 
 

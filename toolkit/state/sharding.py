@@ -2,51 +2,114 @@
 
 DeepSpeed hands the optimizer flat tensors. At stages 1 and 2 there is one for each parameter group, the parameters one
 after the other, cut into equal parts for the ranks; at stage 3 each parameter is cut, and a rank's flat tensor is its
-parts one after the other. A `Sharding` says this in numbers, so that files can be read and written, for any number of
-ranks, without DeepSpeed and without a process group.
+parts one after the other. Either way a block of a matrix belongs to it alone, and begins at the same of its elements:
+sizes are padded to whole blocks, and a matrix of another size is a group of its own. A `Sharding` says this in numbers,
+so that files can be read and written, for any number of ranks, without DeepSpeed and without a process group.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import Layout, State, layout_of
 from toolkit.state.remainders import MASTER
 
 
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole parameter: under ZeRO-3 the tensor at hand is an empty shell."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def blocks_of(numel: int) -> int:
+    """Blocks that hold `numel` elements."""
+    return -(-numel // BLOCK)
+
+
+def shard_size(numel: int, world_size: int, unit: int = BLOCK) -> int:
+    """Elements on each rank of `numel` in all, padding included, where every rank has whole units."""
+    return -(-numel // (unit * world_size)) * unit
+
+
+def share_of(shape: Sequence[int], world_size: int) -> int:
+    """Elements of a parameter on each rank at stage 3, padding included; 1-D ones have fp32 state and no blocks."""
+    return shard_size(math.prod(shape), world_size, BLOCK if len(shape) > 1 else 1)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `start` to `stop` of a parameter: they lie from `offset` on in the flat tensor of `rank`.
+
+    Of a matrix all three begin at a block, and no other parameter has elements in its blocks. 1-D parameters have no
+    blocks of their own: their elements follow one another, and state is kept for each element by itself.
+    """
+
+    rank: int
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def elements(self) -> slice:
+        """In the rank's flat tensor."""
+        return slice(self.offset, self.offset + self.numel)
+
+    @property
+    def blocks(self) -> slice:
+        """Of the rank's flat tensor; the last one may be filled in part."""
+        return slice(self.offset // BLOCK, blocks_of(self.offset + self.numel))
+
+
+def fragments(start: int, stop: int, *, size: int, shift: int = 0, before: int = 0) -> list[Fragment]:
+    """Where elements `start` to `stop` of a parameter lie, in order, by rank.
+
+    Args:
+        size: elements of each rank of what is cut: a parameter group (stages 1 and 2) or the parameter (stage 3).
+        shift: elements of what is cut that come before the parameter.
+        before: elements that come before this in the flat tensor of each rank.
+    """
+    found = []
+    while start < stop:
+        rank = (start + shift) // size
+        end = min(stop, (rank + 1) * size - shift)
+        found.append(Fragment(rank, start, end, start + shift - rank * size + before))
+        start = end
+    return found
+
+
+def held(rank: int, numel: int, *, size: int, shift: int = 0, before: int = 0) -> Fragment | None:
+    """What `rank` holds of a parameter of `numel` elements, padding left out; arguments as of `fragments`."""
+    start, stop = max(rank * size - shift, 0), min((rank + 1) * size - shift, numel)
+    return Fragment(rank, start, stop, start + shift - rank * size + before) if start < stop else None
+
+
 @dataclass(frozen=True)
 class Place:
     """A parameter in a flat tensor.
 
-    `offset` counts from the start of the whole flat tensor at stages 1 and 2, of every rank's own at stage 3. `part`
-    is what a rank holds of the parameter at stage 3, padding included; 0 at stages 1 and 2.
+    `offset` counts from the start of the whole flat tensor at stages 1 and 2, of every rank's own at stage 3. `share`
+    is how many elements each rank has of the parameter at stage 3, padding included; 0 at stages 1 and 2.
     """
 
     name: str
     shape: tuple[int, ...]
     offset: int
-    part: int = 0
+    share: int = 0
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements `start` to `stop` of parameter `name` lie from `offset` on in one rank's flat tensor."""
-
-    name: str
-    start: int
-    stop: int
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -88,40 +151,33 @@ class Sharding:
         flat = self.flats[index]
         return layout_of(self.states, flat.formats, flat.weights if flat.dtype == "bfloat16" else MASTER)
 
-    def pieces(self, index: int, rank: int) -> list[Piece]:
-        """What of which parameter `rank` holds in flat tensor `index`, padding left out."""
+    def fragments(self, index: int, place: Place, start: int = 0, stop: int | None = None) -> list[Fragment]:
+        """Where elements `start` to `stop` of a parameter of flat tensor `index` lie, on all ranks."""
+        end = place.numel if stop is None else stop
+        if self.stage == 3:
+            return fragments(start, end, size=place.share, before=place.offset)
+        return fragments(start, end, size=self.flats[index].size, shift=place.offset)
+
+    def on_rank(self, index: int, rank: int) -> list[tuple[Place, Fragment]]:
+        """What `rank` holds in flat tensor `index`, padding left out."""
         flat, found = self.flats[index], []
         for place in flat.places:
             if self.stage == 3:
-                start, offset = rank * place.part, place.offset
-                stop = min(start + place.part, place.numel)
+                fragment = held(rank, place.numel, size=place.share, before=place.offset)
             else:
-                start = max(rank * flat.size - place.offset, 0)
-                stop = min((rank + 1) * flat.size - place.offset, place.numel)
-                offset = place.offset + start - rank * flat.size
-            if start < stop:
-                found.append(Piece(place.name, start, stop, offset))
+                fragment = held(rank, place.numel, size=flat.size, shift=place.offset)
+            if fragment is not None:
+                found.append((place, fragment))
         return found
 
-    def ranges(self, index: int, place: Place, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(rank, first, last) of the flat tensors that hold elements `start` to `stop` of a parameter, in order.
-
-        `stop` may reach into the padding behind the parameter, but not past the last rank's.
-        """
-        if self.stage == 3:
-            size, shift, local = place.part, 0, place.offset
-        else:
-            size, shift, local = self.flats[index].size, place.offset, 0
-        at, end = start + shift, min(stop + shift, size * self.world_size)
-        while at < end:
-            rank = at // size
-            last = min(end, (rank + 1) * size)
-            yield rank, at - rank * size + local, last - rank * size + local
-            at = last
-
-    def grid_offset(self, place: Place) -> int:
-        """Where a parameter begins in its grid of blocks: at stage 3 the grid restarts at each parameter."""
-        return 0 if self.stage == 3 else place.offset
+    def straddling(self) -> str | None:
+        """A parameter whose first block is another one's as well, in whose flat tensor blocks matter."""
+        for index, flat in enumerate(self.flats):
+            if self.layout(index).blocked:
+                for place in flat.places:
+                    if place.offset % BLOCK and place.numel:
+                        return place.name
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """As a manifest holds it."""
@@ -140,7 +196,7 @@ class Sharding:
                     "state_format": dict(flat.formats),
                     "parameters": [
                         {"name": p.name, "shape": list(p.shape), "offset": p.offset}
-                        | ({"elements_per_rank": p.part} if self.stage == 3 else {})
+                        | ({"elements_per_rank": p.share} if self.stage == 3 else {})
                         for p in flat.places
                     ],
                 }
@@ -170,12 +226,6 @@ class Sharding:
         return cls(value["stage"], value["world_size"], value["rule"], states, flats)
 
 
-def part_of(shape: tuple[int, ...], world_size: int) -> int:
-    """Elements of a parameter on each rank at stage 3; 1-D ones have fp32 state and no blocks."""
-    unit = world_size * (BLOCK if len(shape) > 1 else 1)
-    return -(-math.prod(shape) // unit) * unit // world_size
-
-
 def reshard(sharding: Sharding, *, stage: int, world_size: int) -> Sharding:
     """The same parameter groups at another stage and number of ranks, as this package's engines lay them out."""
     groups: dict[int, list[tuple[Flat, Place]]] = {}
@@ -186,12 +236,10 @@ def reshard(sharding: Sharding, *, stage: int, world_size: int) -> Sharding:
     for number, members in groups.items():
         first, at, places = members[0][0], 0, []
         for _, place in members:
-            part = part_of(place.shape, world_size) if stage == 3 else 0
-            places.append(Place(place.name, place.shape, at, part))
-            at += part or place.numel
-        # As `ShardedZeroOptimizer`: DeepSpeed aligns to 2 N elements, this package to whole blocks for each rank.
-        unit = math.lcm(2 * world_size, BLOCK * world_size)
-        size = at if stage == 3 else -(-at // unit) * unit // world_size
+            share = share_of(place.shape, world_size) if stage == 3 else 0
+            places.append(Place(place.name, place.shape, at, share))
+            at += share or place.numel
+        size = at if stage == 3 else shard_size(at, world_size)
         flats.append(
             Flat(number, first.component, size, first.dtype, first.weights, first.formats, tuple(places)),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from toolkit.checkpoint.transfer import WEIGHTS, Transfer
 from toolkit.errors import UserError
 from toolkit.masking import masked
 from toolkit.optim import RuleOptimizer
-from toolkit.state.layout import State
-from toolkit.state.sharding import Flat, Place, Sharding
+from toolkit.state.layout import State, dtype_name
+from toolkit.state.sharding import Flat, Place, Sharding, whole_shape
 from toolkit.zero import schedule
 from toolkit.zero.engine import rule_optimizer
 from toolkit.zero.release import RELEASED_NORM
+from toolkit.zero.shards import shards
 
 # The class; DeepSpeed's name for it is a function once `engine.register` has been called.
 from toolkit.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -41,14 +42,6 @@ def refusal(engine: Any) -> str | None:
     if engine.has_moe_layers or engine.mp_world_size > 1:
         return "checkpoints of expert, tensor and pipeline parallelism are not supported"
     return Untrained(engine.module, ()).refusal()
-
-
-def _flats(engine: Any) -> list[Tensor]:
-    """The tensors that the optimizer updates on this rank."""
-    zero = engine.optimizer
-    stage_3 = isinstance(zero, DeepSpeedZeroOptimizer_Stage3)
-    flats: list[Tensor] = zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
-    return flats
 
 
 def sharding(engine: Any) -> Sharding:
@@ -66,23 +59,18 @@ def sharding(engine: Any) -> Sharding:
     states = optimizer.running.states if optimizer else (State("exp_avg"), State("exp_avg_sq", signed=False))
     groups = engine.basic_optimizer.param_groups
     flats = []
-    for index, flat in enumerate(_flats(engine)):
-        number = zero.sub_group_to_group_id[index] if stage == 3 else index
-        places, at = [], 0
-        if stage == 3:
-            for param in zero.fp16_groups[index]:
-                places.append(Place(names[id(param)], tuple(param.ds_shape), at, param.partition_numel()))
-                at += param.partition_numel()
-        else:
-            members = zip(zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True)
-            places = [Place(names[id(param)], tuple(param.shape), int(offset)) for param, offset in members]
-        group = groups[number]
+    for shard in shards(zero):
+        places = [
+            Place(names[id(member.param)], tuple(whole_shape(member.param)), member.offset, member.share)
+            for member in shard.members
+        ]
+        group = groups[shard.group]
         flats.append(
             Flat(
-                number,
+                shard.group,
                 group.get("component", "other"),
-                flat.numel(),
-                str(flat.dtype).removeprefix("torch."),
+                shard.tensor.numel(),
+                dtype_name(shard.tensor.dtype),
                 group["weights"] if optimizer else "fp32",
                 dict(group["state_format"]) if optimizer else dict.fromkeys((s.name for s in states), "fp32"),
                 tuple(places),
@@ -101,11 +89,14 @@ RECOVERY_SCRIPT = Path(deepspeed.__file__).with_name("utils") / "zero_to_fp32.py
 class _Capture(CheckpointEngine):
     """Stands in for DeepSpeed's writer and keeps what it is given, copied to host memory."""
 
-    def __init__(self, engine: Any, per_rank: Mapping[str, Any]) -> None:
+    def __init__(
+        self, engine: Any, untrained: Untrained, extra: Mapping[str, Any], per_rank: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         self.files: dict[Path, Any] = {}
         self._engine = engine
-        self._untrained = Untrained(engine.module, sharding(engine).by_name)
+        self._untrained = untrained
+        self._extra = dict(extra)
         self._per_rank = per_rank
         self._staging: Staging | None = None
 
@@ -127,7 +118,8 @@ class _Capture(CheckpointEngine):
         if "module" in content:
             whole = self._module(content)
         else:
-            whole = {PER_RANK: {**self._per_rank, OWN: self._untrained.own() if dist.get_rank() else {}}}
+            own = self._untrained.saved_buffers() | self._extra if dist.get_rank() else {}
+            whole = {PER_RANK: {**self._per_rank, OWN: own}}
         self.files[Path(path)] = plain(content | whole, self._on_host)
 
     def _module(self, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,13 +151,21 @@ class _Capture(CheckpointEngine):
             self._staging.finish()
 
 
-def capture(engine: Any, draft: Path, step: int, per_rank: Mapping[str, Any]) -> dict[Path, Any]:
+def capture(
+    engine: Any, trained: Collection[str], draft: Path, step: int, per_rank: Mapping[str, Any]
+) -> dict[Path, Any]:
     """What this rank writes of a checkpoint, by path below `draft`, in host memory; every rank must call this.
 
     Args:
+        trained: names of the parameters that the optimizer holds.
         per_rank: plain values that go into this rank's file beside its state.
     """
-    writer, engine.checkpoint_engine = engine.checkpoint_engine, _Capture(engine, per_rank)
+    untrained = Untrained(engine.module, trained)
+    extra = untrained.extra_states()
+    problem = untrained.unsaveable(extra)
+    if problem is not None:  # what modules keep may have changed since the run began
+        raise UserError(problem)
+    writer, engine.checkpoint_engine = engine.checkpoint_engine, _Capture(engine, untrained, extra, per_rank)
     engine._copy_recovery_script = lambda folder: None  # which would write at once; `RECOVERY_SCRIPT` is it
     try:
         # Frozen parameters are added by `_Capture`: DeepSpeed would have copies of them, or of some.
@@ -210,25 +210,19 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
             f"{source.folder} cannot be taken over as it is: {converted[0]}; --convert-state (convert=True) takes over "
             "what it can, and encodes state anew"
         )
-    moved = transfer.regridded()
-    if moved:
-        converted.append(
-            f"stages 1 and 2 and stage 3 begin blocks at other elements of {len(moved)} parameters whose size is no "
-            f"multiple of 256 or that follow such a one, {moved[0]} for one: their state was decoded and encoded again"
-        )
     converted += schedule.resume(engine, source)  # which may refuse: until here nothing has changed
     zero = engine.optimizer
     if target.stage == 3:
         zero.checkpoint_event_prologue()  # small parameters may be whole, and would stay what they are
-    for index, flat in enumerate(_flats(engine)):
-        _put(engine, flat, transfer.tensors(index, dist.get_rank()), transfer.step_of(index))
+    for index, shard in enumerate(shards(zero)):
+        _put(engine, shard.tensor, transfer.tensors(index, dist.get_rank()), transfer.step_of(index))
     _show(engine)
     untrained.restore(source)
     if target.stage == 3:
         zero.checkpoint_event_epilogue()
     _restore_rest(engine, source)
-    if hasattr(engine, "leanstate_watch"):
-        engine.leanstate_watch.accept()  # the weights that the model now has are the optimizer's
+    if hasattr(engine, "leanstate_changes"):
+        engine.leanstate_changes.accept()  # the weights that the model now has are the optimizer's
     return converted
 
 

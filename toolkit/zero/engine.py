@@ -1,6 +1,6 @@
 """DeepSpeed engines that run this package's optimizers.
 
-Together with `partition.py` the only place that knows DeepSpeed's runtime.
+`compatibility.py` checks what it relies on.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from toolkit.optim import RuleOptimizer, find_rule, param_groups
 from toolkit.optim.warm import kinds, warm
 from toolkit.sentences import shown
 from toolkit.state.layout import check_dtype
-from toolkit.zero import partition, shared_memory
+from toolkit.zero import compatibility, partition, shared_memory
+from toolkit.zero.changes import ChangeDetector
 from toolkit.zero.release import ReleasingZeroOptimizer
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
 from toolkit.zero.stage12 import ShardedZeroOptimizer
 from toolkit.zero.turns import OrderedZeroOptimizer
-from toolkit.zero.watch import Watch
 
 if TYPE_CHECKING:
     from toolkit.config import DeepSpeedSettings
@@ -135,7 +135,7 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    missing = partition.incompatibilities()
+    missing = compatibility.incompatibilities()
     if missing:
         raise RuntimeError(
             f"leanstate does not fit DeepSpeed {deepspeed.__version__}: {', '.join(missing)} changed; install "
@@ -162,20 +162,21 @@ def register() -> None:
         with RuleOptimizer.allocating():
             configure(self, client_optimizer, model_parameters)
         _finish(self)
-        self.leanstate_watch = Watch(self.module, zero=bool(self.zero_optimization()), copies=_steps_copies(self))
+        copies = _steps_copies(self)
+        self.leanstate_changes = ChangeDetector(self.module, zero=bool(self.zero_optimization()), copies=copies)
 
     def take_model_step(self: Any, *args: Any, **kwargs: Any) -> None:
-        watch = getattr(self, "leanstate_watch", None)  # None where the engine was made before
-        if watch is not None:
-            watch.look()
+        changes = getattr(self, "leanstate_changes", None)  # None where the engine was made before
+        if changes is not None:
+            changes.look()
         take(self, *args, **kwargs)
-        if watch is not None:
-            watch.accept()
+        if changes is not None:
+            changes.accept()
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = load(self, *args, **kwargs)
-        if hasattr(self, "leanstate_watch"):
-            self.leanstate_watch.accept()
+        if hasattr(self, "leanstate_changes"):
+            self.leanstate_changes.accept()
         return loaded
 
     engine._take_model_step, engine.load_checkpoint = take_model_step, load_checkpoint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from toolkit.errors import UserError
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import REMAINDER
+from toolkit.state.sharding import Fragment, whole_shape
+from toolkit.zero.shards import Shard, members
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
 from toolkit.zero.stage12 import ShardedZeroOptimizer
 
@@ -39,19 +40,20 @@ def full_precision_state_dict(engine: Any, *, gather: bool = True) -> dict[str, 
     names = {id(param): name for name, param in module.named_parameters()}
     found: dict[str, Tensor] = {}
     trained = set()
-    parts = _parts_3(zero) if isinstance(zero, ShardedZeroOptimizer3) else _parts_12(zero)
-    for param, group, pieces in parts:
+    for shard, member in members(zero):
+        param, own = member.param, member.fragment
         trained.add(id(param))
+        values = None if own is None else _values(zero, shard, own)
         if not gather:
-            for start, values in pieces:
-                found[f"{names[id(param)]}[{start}:{start + values.numel()}]"] = values.cpu()
+            if own is not None and values is not None:
+                found[f"{names[id(param)]}[{own.start}:{own.stop}]"] = values.cpu()
             continue
-        shape = getattr(param, "ds_shape", param.shape)
+        shape = whole_shape(param)
         # Bit patterns of one rank beside zeros of all others: their sum is exact, the sign of zero included.
         bits = torch.zeros(shape.numel(), dtype=torch.int32, device=get_accelerator().current_device_name())
-        for start, values in pieces:
-            bits[start : start + values.numel()] = values.to(bits.device).view(torch.int32)
-        dist.reduce(bits, dist.get_global_rank(group, 0), group=group)
+        if own is not None and values is not None:
+            bits[own.start : own.stop] = values.to(bits.device).view(torch.int32)
+        dist.reduce(bits, dist.get_global_rank(member.process_group, 0), group=member.process_group)
         if dist.get_rank() == 0:
             found[names[id(param)]] = bits.view(torch.float32).view(shape).cpu()
         del bits
@@ -73,50 +75,18 @@ def _saved(module: nn.Module, name: str) -> bool:
     return key not in module.get_submodule(owner)._non_persistent_buffers_set
 
 
-_Part = tuple[Any, Any, list[tuple[int, Tensor]]]
-
-
-def _parts_12(zero: ShardedZeroOptimizer) -> Iterator[_Part]:
-    """Each parameter, its process group, and what this rank holds of it: (start, fp32 values)."""
-    for i, params in enumerate(zero.bit16_groups):
-        group = zero.real_dp_process_group[i]
-        rank = dist.get_rank(group=group)
-        for param in params:
-            places = [place for place in zero.slices_of(param) if place.owner == rank]
-            master = zero.single_partition_of_fp32_groups[i]
-            yield (
-                param,
-                group,
-                [(p.start, _values(zero, i, master, p.offset, p.offset + p.stop - p.start)) for p in places],
-            )
-
-
-def _parts_3(zero: ShardedZeroOptimizer3) -> Iterator[_Part]:
-    for i, params in enumerate(zero.fp16_groups):
-        master, offset = zero.fp32_partitioned_groups_flat[i], 0
-        for param in params:
-            size = param.partition_numel()
-            start = size * zero._get_param_partition_rank(param)
-            held = min(max(param.ds_numel - start, 0), size)
-            group = zero.sub_group_to_group_id[i]
-            pieces = [(start, _values(zero, group, master, offset, offset + held))] if held else []
-            yield param, zero._get_param_partition_group(param), pieces
-            offset += size
-
-
-def _values(zero: Any, group: int, master: Tensor, start: int, stop: int) -> Tensor:
-    """Elements `start` to `stop` of an optimizer's tensor, fp32."""
-    weights = master.detach()[start:stop]
+def _values(zero: Any, shard: Shard, own: Fragment) -> Tensor:
+    """What `own` stands for, fp32."""
+    weights = shard.tensor.detach()[own.elements]
     if weights.dtype != torch.bfloat16:
         return weights.float()
-    kept = zero.optimizer.layout(zero.optimizer.param_groups[group], master.dtype)
-    state = zero.optimizer.state.get(master, {})
+    kept = zero.optimizer.layout(zero.optimizer.param_groups[shard.group], weights.dtype)
+    state = zero.optimizer.state.get(shard.tensor, {})
     if not state:  # nothing has been trained yet
         return weights.float()
-    first, last = start // BLOCK, -(-stop // BLOCK)
-    keys = kept.keys(REMAINDER)
-    low = kept.remainder.unpacked(*(state[key][first:last] for key in keys))
-    inside = slice(start - first * BLOCK, stop - first * BLOCK)
+    first = own.blocks.start * BLOCK
+    low = kept.remainder.unpacked(*(state[key][own.blocks] for key in kept.keys(REMAINDER)))
+    inside = slice(own.offset - first, own.offset + own.numel - first)
     joined: Tensor = kept.remainder.join(weights, *(part.reshape(-1)[inside] for part in low))
     return joined
 

@@ -19,6 +19,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.distributed.distributed_c10d import _coalescing_manager
 
+from toolkit.state.sharding import Fragment
+
 NORM_CHUNK = 2**17
 """Elements at a time that a norm is taken of on a CPU, where a wider type is a copy."""
 
@@ -36,19 +38,8 @@ def takes_mean(kwargs: dict[str, Any]) -> bool:
     return asked
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Elements `start` to `stop` of a parameter: rank `owner` holds them, from `offset` of its part of `group` on."""
-
-    group: int
-    owner: int
-    start: int
-    stop: int
-    offset: int
-
-
 @dataclass
-class Piece:
+class GradientFragment:
     """This rank's part of the averaged gradient of `param`, flat."""
 
     param: Tensor
@@ -57,23 +48,13 @@ class Piece:
     gradient: Tensor
 
 
-def slices(group: int, start: int, numel: int, partition_size: int) -> list[Slice]:
-    """Where the elements of a parameter go that begins at `start` in its flattened group."""
-    found = []
-    for owner in range(start // partition_size, -(-(start + numel) // partition_size)):
-        first = max(start, owner * partition_size)
-        last = min(start + numel, (owner + 1) * partition_size)
-        found.append(Slice(group, owner, first - start, last - start, first - owner * partition_size))
-    return found
-
-
 @dataclass
 class Reducer:
     """Averages gradients over ranks, bucket by bucket, each part at the rank that owns it.
 
     Args:
-        deliver: called with the parameters of a bucket and this rank's pieces of them.
-        places: by id of the parameter, its slices.
+        deliver: called with the parameters of a bucket and this rank's fragments of their gradients.
+        groups, fragments: by id of the parameter, its parameter group, and which rank holds what of it.
         process_groups: by parameter group.
         divisor: what the sum over ranks is divided by.
         bucket_elements: gradients wait until so many elements are there.
@@ -81,8 +62,9 @@ class Reducer:
         overlap: let a bucket's reduction run until the next bucket is full.
     """
 
-    deliver: Callable[[Sequence[Tensor], list[Piece]], None]
-    places: Mapping[int, list[Slice]]
+    deliver: Callable[[Sequence[Tensor], list[GradientFragment]], None]
+    groups: Mapping[int, int]
+    fragments: Mapping[int, list[Fragment]]
     process_groups: Sequence[Any]
     divisor: float
     bucket_elements: int
@@ -107,7 +89,7 @@ class Reducer:
             self.flush()
 
     def _process_group(self, param: Tensor) -> Any:
-        return self.process_groups[self.places[id(param)][0].group]
+        return self.process_groups[self.groups[id(param)]]
 
     def flush(self) -> None:
         """Reduce what is waiting."""
@@ -116,17 +98,17 @@ class Reducer:
             return
         process_group = self._process_group(bucket[0][0])
         params = [param for param, _ in bucket]
-        by_owner: dict[int, list[Piece]] = {}
+        by_owner: dict[int, list[GradientFragment]] = {}
         for param, gradient in bucket:
-            for place in self.places[id(param)]:
-                piece = Piece(param, place.group, place.offset, gradient[place.start : place.stop])
-                by_owner.setdefault(place.owner, []).append(piece)
+            for part in self.fragments[id(param)]:
+                piece = GradientFragment(param, self.groups[id(param)], part.offset, gradient[part.start : part.stop])
+                by_owner.setdefault(part.rank, []).append(piece)
         if dist.get_world_size(process_group) == 1:
             self.deliver(params, by_owner[0])
             return
         self.wait()
         rank = dist.get_rank(process_group)
-        mine: list[Piece] = []
+        mine: list[GradientFragment] = []
         works, buffers, shared = [], [], False
         with _together(process_group, bucket[0][1].device) as grouped:
             for owner, pieces in by_owner.items():

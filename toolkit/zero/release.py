@@ -32,7 +32,7 @@ from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.streaming import StreamedStep
 from toolkit.state.codecs import BLOCK
-from toolkit.zero.gradients import HostCopy, Piece, squared_norms
+from toolkit.zero.gradients import GradientFragment, HostCopy, squared_norms
 from toolkit.zero.stage12 import ShardedZeroOptimizer, gather_weights
 
 RELEASED_NORM = "released_norm"
@@ -44,7 +44,7 @@ class _Measured:
     """A bucket on its way: this rank's pieces, and the squared norm of the whole gradient of each of `params`, fp64."""
 
     params: Sequence[Tensor]
-    pieces: list[Piece]
+    pieces: list[GradientFragment]
     squares: HostCopy
 
     @property
@@ -81,7 +81,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         self._streams: dict[int, StreamedStep] = {}
         self._measured: deque[_Measured] = deque()
 
-    def _deliver(self, params: Sequence[Tensor], pieces: list[Piece]) -> None:
+    def _deliver(self, params: Sequence[Tensor], pieces: list[GradientFragment]) -> None:
         for param in params:
             if id(param) in self._seen:
                 raise UserError(
@@ -96,7 +96,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         while len(self._measured) > 1 and sum(bucket.elements for bucket in self._measured) > self.reduce_bucket_size:
             self._apply()
 
-    def _squared_norms(self, params: Sequence[Tensor], pieces: list[Piece]) -> Tensor:
+    def _squared_norms(self, params: Sequence[Tensor], pieces: list[GradientFragment]) -> Tensor:
         """Of the whole gradient of each parameter, fp64, the same on every rank."""
         mine = {}
         if pieces:  # of a parameter a rank has one piece, or none
@@ -171,15 +171,14 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
 
     def _rest(self, i: int) -> None:
         """Parameters without gradient take a step with zeros, as they do without release."""
-        rank = dist.get_rank(group=self.real_dp_process_group[i])
         zero_scale = torch.zeros((), device=self.single_partition_of_fp32_groups[i].device)
         for param in self.params_in_partition[i]:
             if id(param) in self._seen:
                 continue
-            for place in self.slices_of(param):
-                if place.owner == rank:
-                    zeros = torch.zeros(place.stop - place.start, dtype=param.dtype, device=zero_scale.device)
-                    self._begun(i).apply(place.offset, zeros, zero_scale)
+            own = self.own_fragment(param)
+            if own is not None:
+                zeros = torch.zeros(own.numel, dtype=param.dtype, device=zero_scale.device)
+                self._begun(i).apply(own.offset, zeros, zero_scale)
 
 
 def _refusal(zero: ShardedZeroOptimizer) -> str | None:

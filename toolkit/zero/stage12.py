@@ -9,7 +9,6 @@ and the clip factor goes into the compiled step.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,8 @@ from torch import Tensor
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.streaming import StreamedStep
 from toolkit.state.codecs import BLOCK
-from toolkit.zero.gradients import HostCopy, Piece, Reducer, Slice, clip_scale, slices, squared_norm, takes_mean
+from toolkit.state.sharding import Fragment, fragments
+from toolkit.zero.gradients import GradientFragment, HostCopy, Reducer, clip_scale, squared_norm, takes_mean
 from toolkit.zero.turns import OrderedZeroOptimizer
 
 logger = logging.getLogger("toolkit")
@@ -71,15 +71,17 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
                 "divided by the number of ranks and added up at the rank that owns them",
                 type(init_optimizer).__name__,
             )
-        places = {}
+        groups, placed = {}, {}
         for i, params in enumerate(self.round_robin_bit16_groups):
             for param, offset in zip(params, self.round_robin_bit16_offsets[i], strict=True):
-                places[id(param)] = slices(i, offset, param.numel(), int(self.partition_size[i]))
+                groups[id(param)] = i
+                placed[id(param)] = fragments(0, param.numel(), size=int(self.partition_size[i]), shift=int(offset))
         # As DeepSpeed: the mean over all data-parallel ranks, or their sum, in whatever group they are added up.
         replicas = dist.get_world_size(self.dp_process_group) / self.sequence_parallel_size
         self._reducer = Reducer(
             deliver=self._deliver,
-            places=places,
+            groups=groups,
+            fragments=placed,
             process_groups=self.real_dp_process_group,
             divisor=replicas if self.gradient_average else 1.0,
             bucket_elements=self.reduce_bucket_size,
@@ -92,10 +94,10 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
     def flatten_dense_tensors_aligned(
         self, tensor_list: list[Tensor], alignment: int, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Called to lay groups out; `alignment` is twice the world size."""
+        """Called to lay groups out; `alignment` is twice the world size, of which blocks are a multiple."""
         if self._laying_out:
             world_size = alignment // self.nccl_start_alignment_factor
-            alignment = math.lcm(alignment, BLOCK * world_size)
+            alignment = BLOCK * world_size
         return super().flatten_dense_tensors_aligned(tensor_list, alignment, *args, **kwargs)
 
     def _configure_master_weights(self, *args: Any, **kwargs: Any) -> torch.dtype:
@@ -128,9 +130,10 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
         own: Tensor = self.parallel_partitioned_bit16_groups[i][rank]
         return own
 
-    def slices_of(self, param: Tensor) -> list[Slice]:
-        """Which rank holds which elements of `param`."""
-        return self._reducer.places[id(param)]
+    def own_fragment(self, param: Tensor) -> Fragment | None:
+        """What this rank holds of `param`."""
+        rank = dist.get_rank(group=self.real_dp_process_group[self._reducer.groups[id(param)]])
+        return next((part for part in self._reducer.fragments[id(param)] if part.rank == rank), None)
 
     # ---- gradients ----------------------------------------------------------------------------------------------
 
@@ -194,7 +197,7 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
             self.reduce_gradients()
         self._publish()
 
-    def _deliver(self, params: Sequence[Tensor], pieces: list[Piece]) -> None:
+    def _deliver(self, params: Sequence[Tensor], pieces: list[GradientFragment]) -> None:
         for piece in pieces:
             held = self._held[piece.group]
             if self.cpu_offload:
@@ -214,12 +217,11 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
     def _publish(self) -> None:
         """Show gradients where DeepSpeed's `safe_get_full_grad` looks for them; zeros for parameters without."""
         for i, params in enumerate(self.params_in_partition):
-            rank = dist.get_rank(group=self.real_dp_process_group[i])
             for param in params:
-                for place in self.slices_of(param):
-                    if place.owner == rank and place.offset not in self._held[i]:
-                        zeros = torch.zeros(place.stop - place.start, dtype=param.dtype, device=param.device)
-                        self._deliver([param], [Piece(param, i, place.offset, zeros)])
+                own = self.own_fragment(param)
+                if own is not None and own.offset not in self._held[i]:
+                    zeros = torch.zeros(own.numel, dtype=param.dtype, device=param.device)
+                    self._deliver([param], [GradientFragment(param, i, own.offset, zeros)])
             self.averaged_gradients[i] = [self._held[i][offset] for offset in sorted(self._held[i])]
 
     def _get_offload_gradient_dict(self) -> None:

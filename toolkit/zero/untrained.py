@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import deepspeed
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from toolkit.checkpoint.files import is_plain
 from toolkit.checkpoint.source import Source
+from toolkit.state.layout import dtype_name
+from toolkit.state.sharding import whole_shape
 
 
 class Untrained:
@@ -33,29 +35,39 @@ class Untrained:
 
     def refusal(self) -> str | None:
         """Why a checkpoint cannot hold all of it, in half a sentence, or None."""
-        for name, child in self._modules.items():
-            if not is_plain(child.get_extra_state()):
-                return (
-                    f"{name!r} (of {type(child).__name__}) holds other objects than tensors, numbers, text, lists and "
-                    "dicts, and cannot be saved"
-                )
+        problem = self.unsaveable(self.extra_states())
+        if problem is not None:
+            return problem
         for name, param in self.parameters.items():
             if not param.requires_grad and hasattr(getattr(param, "ds_tensor", None), "ds_quant_scale"):
                 return f"{name!r} is quantized by zero_quantized_nontrainable_weights, and cannot be saved"
         return None
 
+    def unsaveable(self, values: Mapping[str, Any]) -> str | None:
+        """Which extra state in `values`, by name, a checkpoint cannot hold, in half a sentence, or None."""
+        for name, child in self._modules.items():
+            if not is_plain(values[name]):
+                return (
+                    f"{name!r} (of {type(child).__name__}) holds other objects than tensors, numbers, text, lists and "
+                    "dicts, and cannot be saved"
+                )
+        return None
+
     def shapes(self) -> dict[str, torch.Size]:
         """Shapes of the frozen parameters."""
-        return {name: _shape(param) for name, param in self.parameters.items()}
+        return {name: whole_shape(param) for name, param in self.parameters.items()}
 
     def parts(self) -> dict[str, Tensor]:
         """Of each frozen parameter what this rank holds: its part at stage 3, else all of it."""
         return {name: getattr(param, "ds_tensor", param).detach() for name, param in self.parameters.items()}
 
-    def own(self) -> dict[str, Any]:
-        """Buffers and extra state as they are on this rank."""
-        kept = {name: buffer for name, buffer in self.buffers.items() if name not in self._computed}
-        return kept | {name: child.get_extra_state() for name, child in self._modules.items()}
+    def saved_buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers as they are on this rank."""
+        return {name: buffer for name, buffer in self.buffers.items() if name not in self._computed}
+
+    def extra_states(self) -> dict[str, Any]:
+        """What modules return from `get_extra_state` on this rank, by name."""
+        return {name: child.get_extra_state() for name, child in self._modules.items()}
 
     def mismatch(self, source: Source) -> str | None:
         """What is of another shape or has no place here, in half a sentence; None if nothing is."""
@@ -64,8 +76,8 @@ class Untrained:
             new = self.buffers.get(name) if name in buffers else self.parameters.get(name)
             if new is None:
                 return f"this model lacks the {'buffer' if name in buffers else 'frozen parameter'} {name!r}"
-            if _shape(new) != old.shape:
-                return f"{name!r} is {list(old.shape)} in the checkpoint and {list(_shape(new))} here"
+            if whole_shape(new) != old.shape:
+                return f"{name!r} is {list(old.shape)} in the checkpoint and {list(whole_shape(new))} here"
         lacking = source.extra_states().keys() - self._modules.keys()
         return f"this model lacks the extra state {min(lacking)!r}" if lacking else None
 
@@ -84,7 +96,7 @@ class Untrained:
         changed: dict[tuple[str, str], list[str]] = {}
         for name, new in here.items():
             if name in there and not _holds(new.dtype, there[name].dtype):
-                changed.setdefault((_named(there[name].dtype), _named(new.dtype)), []).append(name)
+                changed.setdefault((dtype_name(there[name].dtype), dtype_name(new.dtype)), []).append(name)
         for (old, new_dtype), names in changed.items():
             count = f"{len(names)} of the frozen parameters and buffers"
             said.append(f"{count} were {old} and are {new_dtype}, {names[0]!r} for one")
@@ -110,10 +122,6 @@ class Untrained:
             self._modules[name].set_extra_state(copy.deepcopy(own.get(name, value)))
 
 
-def _shape(tensor: Tensor) -> torch.Size:
-    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
-
-
 def _holds(new: torch.dtype, old: torch.dtype) -> bool:
     """Whether every number of dtype `old` is one of `new`."""
     return new == old or (new.itemsize > old.itemsize and new.is_floating_point == old.is_floating_point)
@@ -122,7 +130,3 @@ def _holds(new: torch.dtype, old: torch.dtype) -> bool:
 def _persistent(module: nn.Module, name: str) -> bool:
     owner, _, key = name.rpartition(".")
     return key not in module.get_submodule(owner)._non_persistent_buffers_set
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -150,13 +150,13 @@ def equal_codes(one: Run, other: Run) -> float:
     from toolkit.state.codecs import unpack
 
     equal = total = 0
-    for key, part in one.layout.parts():
-        if key.startswith("remainder") or part.suffix == "scale":
+    for key, spec in one.layout.specs():
+        if key.startswith("remainder") or spec.suffix == "scale":
             continue
         mine, theirs = one.state[key].cpu(), other.state[key].cpu()
         if mine.is_floating_point():
             same = torch.isclose(mine, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
-        elif part.per_block < 256:
+        elif spec.per_block < 256:
             same = torch.cat([a == b for a, b in zip(unpack(mine), unpack(theirs), strict=True)])
         else:
             same = mine == theirs
@@ -210,7 +210,7 @@ def twin_differs(recorder: Recorder) -> None:
         runs.append(Run(optimizer, parameter))
     small, large = runs
     different = 0
-    for key in ("weight", *(key for key, _ in small.layout.parts())):
+    for key in ("weight", *(key for key, _ in small.layout.specs())):
         mine, theirs = ((run.parameter.detach() if key == "weight" else run.state[key]).flatten() for run in runs)
         tail = mine.numel() * TAIL // (size + TAIL)  # both end in the twin's first blocks
         body = mine[: mine.numel() - tail]

@@ -12,7 +12,7 @@ from toolkit.errors import some
 logger = logging.getLogger("toolkit")
 
 
-class Watch:
+class ChangeDetector:
     """Remembers what `model` trained when its engine was made, and warns, once each, of what changes.
 
     An engine shards and steps the parameters that it was made with.
