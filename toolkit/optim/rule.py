@@ -76,6 +76,8 @@ class Rule(BaseModel):
     statistics: ClassVar[tuple[Mean | Matrix, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields that the run fills in where the user leaves them open, each one of NEEDS."""
+    update_error: ClassVar[Mapping[str, float]] = {}
+    """How far an update with coded state is from the exact one, in %, by state format; empty: not measured."""
 
     lr: NonNegative
 
