@@ -15,8 +15,9 @@ from toolkit.errors import UserError, nearest
 from toolkit.optim.kernel import step_function
 from toolkit.optim.purity import check_declared, check_pure, with_defaults
 from toolkit.optim.rule import Rule, check_component
-from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states, step_together
+from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep, check_gradient
+from toolkit.optim.together import step_together
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import (
     DEFAULT_FORMAT,
@@ -118,9 +119,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         plain = dict.fromkeys(group["state_format"], "fp32")
         exact = {"state_format": plain, "weights": MASTER if group["weights"] == MASTER else Remainder(16).name}
-        small: list[Any] = []
-        large: list[Any] = []
-        alone: list[Any] = []
+        small, large, alone = list[Any](), list[Any](), list[Any]()
         for item in group["params"]:
             name, tensor = item if isinstance(item, tuple) else (None, item)  # torch takes (name, tensor) pairs too
             _check_tensor(tensor, f"{where}, parameter {name!r}" if name else where)

@@ -1,12 +1,11 @@
-"""A step of a rule that looks at more than one element: at means, at small states, at whole matrices.
+"""What a step finds out before it updates, for a rule that looks at more than one element: means, and small states.
 
-The order of such a step: each measuring pass over what this rank holds; sums by owner (a parameter, a row or column of
-it, a component, the model); one sum over ranks for all parameters; then the update, to which a mean comes like any
-scalar. A rule without `statistics` has no part in any of this.
+Each measuring pass goes over what this rank holds; sums are by owner (a parameter, a row or column of it, a component,
+the model) and go over the ranks once for all parameters.
 
-A pass and the update are one compiled kernel each. Sums over whole parameters leave the pass as one number for each
-block. Rows and columns do not fit blocks: elements go through a buffer of CHUNK elements for each such mean, and come
-back through one, so that nothing of the parameter's size is made.
+A pass is one compiled kernel. Sums over whole parameters leave it as one number for each block. Rows and columns do not
+fit blocks: elements go through a buffer of CHUNK elements for each such mean, and come back through one, so that
+nothing of the parameter's size is made.
 """
 
 from __future__ import annotations
@@ -129,28 +128,6 @@ def small_states(
     return found
 
 
-@torch.no_grad()
-def step_together(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> None:
-    """Step all parameters of a rule with statistics, on every rank the same ones in the same order.
-
-    Gradients are multiplied by `scale`, and let go of as soon as they have been used.
-    """
-    if not members:
-        return
-    rule = members[0].step.function.rule
-    for number, (function, means) in enumerate(rule.passes().items()):
-        _measure(members, function, means, scale, ranks)
-        if number == 0:
-            _follow(rule, members)
-    if rule.matrix() is None:
-        for member in members:
-            member.update(scale)
-    else:
-        from toolkit.optim.matrices import step_matrices
-
-        step_matrices(members, scale, ranks)
-
-
 # ---- means --------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +158,15 @@ def _places(
             counts[number[index, owner]] += count
             places[-1].append(found[index, owner])
     return places, lengths, counts
+
+
+def find_means(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> None:
+    """Every measuring pass of the rule, one after the other, and its small states after the first."""
+    rule = members[0].step.function.rule
+    for number, (function, means) in enumerate(rule.passes().items()):
+        _measure(members, function, means, scale, ranks)
+        if number == 0:
+            _follow(rule, members)
 
 
 def _measure(members: Sequence[Member], function: str, means: tuple[Mean, ...], scale: Tensor, ranks: Ranks) -> None:

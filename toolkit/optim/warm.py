@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from toolkit.optim.optimizer import RuleOptimizer
-from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states, step_together
+from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states
+from toolkit.optim.together import step_together
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import Fragment
 

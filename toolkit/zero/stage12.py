@@ -20,8 +20,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from torch import Tensor
 
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.statistics import Member, Parameter, Share, small_states, step_together
+from toolkit.optim.statistics import Member, Parameter, Share, small_states
 from toolkit.optim.streaming import StreamedStep
+from toolkit.optim.together import step_together
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import Fragment, fragments
 from toolkit.zero.exchange import DataParallel, check_whole

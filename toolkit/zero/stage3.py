@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.statistics import Member, Parameter, Share, small_states, step_together
+from toolkit.optim.statistics import Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep, check_gradient
+from toolkit.optim.together import step_together
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import fragments
 from toolkit.zero.agreement import Order, have_nothing
