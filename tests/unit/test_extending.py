@@ -22,7 +22,7 @@ from toolkit.optim import AMCS, RULES, NonNegative, Rule, State, as_optimizer
 from toolkit.state.codecs import BLOCK, FORMATS, Codec, decode_blocks, encode_blocks
 
 ROOT = Path(__file__).parents[2]
-LION = ROOT / "tests" / "distributed" / "lion.py"
+LION = ROOT / "tests" / "plugins" / "lion.py"
 
 
 @pytest.fixture
@@ -35,13 +35,12 @@ def registered() -> Iterator[None]:
         table.update(before)
 
 
-def test_the_documented_rule_is_the_tested_one() -> None:
-    """docs/extending.md shows the very file that the multi-rank tests load."""
-    code = (ROOT / "tests" / "distributed" / "lion.py").read_text()
-    body = code[code.index("from torch import Tensor") :]
-    assert body in (ROOT / "docs" / "extending.md").read_text()
-    rule = body[body.index("class LionRule") : body.index("Lion = ")].rstrip()
-    assert len(rule.splitlines()) < 30
+@pytest.mark.parametrize("plugin", ["lion", "qhadam", "stableadamw", "adafactor", "muon"])
+def test_the_documented_rules_are_the_tested_ones(plugin: str) -> None:
+    """docs/extending.md shows the very files that the tests of one and of several ranks load."""
+    code = (ROOT / "tests" / "plugins" / f"{plugin}.py").read_text()
+    body = code[code.index('"""\n\n') + len('"""\n\n') :]
+    assert f"```python\n{body}```" in (ROOT / "docs" / "extending.md").read_text()
 
 
 @pytest.fixture

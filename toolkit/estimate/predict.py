@@ -160,7 +160,7 @@ class Estimator:
 
     def _prediction(self, case: Case, run: DryRun, optimizer: OptimizerMemory, step: Step) -> Prediction:
         at = step.curve.peak_at
-        remarks = [*optimizer.remarks, *_unknown(case.config)]
+        remarks = [*optimizer.remarks, *_unknown(case.config), *_whole_parameters(case)]
         if counted := [key for key in case.defaults if key.startswith(("zero_optimization.", "bf16.", "fp16."))]:
             remarks.append(f'{", ".join(counted)}: "auto" is counted as DeepSpeed\'s default.')
         if case.device == "cuda":
@@ -216,6 +216,16 @@ def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
             at = at.get(key) if isinstance(at, Mapping) else None
         if at is not None and (value is None or at is value):
             yield f"{path} is not modelled: the prediction is that without it."
+
+
+def _whole_parameters(case: Case) -> Iterator[str]:
+    """A remark for a rule that looks at more than single elements."""
+    rule = case.ds.rule
+    if rule is not None and rule.rule.variant({}).statistics:
+        yield (
+            f"what {rule.__name__} holds of whole parameters in a step is not modelled: buffers for means over rows "
+            "and columns, their states, and matrices at their owners with what goes over the wire."
+        )
 
 
 def _ranks(world_size: int, stage: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from toolkit.optim.components import component_of, param_groups
 from toolkit.optim.optimizer import RULES, RuleOptimizer, as_optimizer, check_params, find_rule
-from toolkit.optim.rule import COMPONENTS, Beta, NonNegative, Rule, State
+from toolkit.optim.rule import COMPONENTS, Beta, Matrix, Mean, NonNegative, Rule, State
 from toolkit.optim.rules import RECOMMENDED
 from toolkit.optim.rules.amcs import AMCS, AMCSRule
 from toolkit.optim.rules.soam import SOAM, SOAMRule
@@ -15,6 +15,8 @@ __all__ = [
     "SOAM",
     "AMCSRule",
     "Beta",
+    "Matrix",
+    "Mean",
     "NonNegative",
     "Rule",
     "RuleOptimizer",
