@@ -13,6 +13,7 @@ from toolkit.commands import checkpoint as checkpoints
 from toolkit.commands.doctor import doctor
 from toolkit.commands.estimate import estimate, plan
 from toolkit.errors import UserError, nearest
+from toolkit.plugins import Plugins, import_plugins
 from toolkit.printable import echo, printable
 from toolkit.run.output import outliving
 from toolkit.usage import USAGE_ERROR, check_given, sentence
@@ -42,10 +43,12 @@ def toolkit(
 @app.command()
 def configs(
     name: Annotated[str | None, typer.Argument(help="Print this configuration's JSON instead of the list.")] = None,
+    plugins: Plugins = None,
 ) -> None:
     """List the shipped DeepSpeed configurations and what each is for."""
     from toolkit.config import shipped_configs
 
+    import_plugins(plugins)
     shipped = shipped_configs()
     if name is not None:
         if name not in shipped:
@@ -84,10 +87,12 @@ def report(
     formats: Annotated[
         list[ReportFormat] | None, typer.Option("--format", help="What to write; repeatable. (default: all)")
     ] = None,
+    plugins: Plugins = None,
 ) -> None:
     """Report what runs took and why: a page, Markdown and JSON."""
     from toolkit.report import build_report, report_paths, write_report
 
+    import_plugins(plugins)
     paths = report_paths(runs, out, () if formats is None or ReportFormat.ALL in formats else formats)
     built = build_report(runs)
     write_report(built, paths)

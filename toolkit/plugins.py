@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from toolkit.errors import UserError
+
+PLUGIN = typer.Option("--plugin", help="A Python file imported first, e.g. to register a rule; repeatable.")
+Plugins = Annotated[list[Path] | None, PLUGIN]
+"""Of every command: what it looks at may name a rule, a codec or a model that a plug-in brings."""
+
+
+def import_plugins(paths: Iterable[Path] | None) -> None:
+    """Import each of `paths`, in order. Raises UserError for the first that cannot be."""
+    for path in paths or ():
+        import_plugin(path)
 
 
 def import_plugin(path: Path) -> None:

@@ -156,20 +156,27 @@ class _Written(Exception):
 
 
 def step_arguments(
-    rule: type[Rule], kept: Layout, dtype: torch.dtype, blocks: int, device: torch.device | str
+    rule: type[Rule],
+    kept: Layout,
+    dtype: torch.dtype,
+    blocks: int,
+    device: torch.device | str,
+    name: str = "update",
 ) -> tuple[StepFunction, list[list[Tensor]], list[Tensor | None]]:
-    """The step of a rule and what it takes, for weights and gradients of `dtype`: tensors of zeros."""
+    """A function of a rule and what it takes, for weights and gradients of `dtype`: tensors of zeros."""
     made = rule(total_steps=10) if "total_steps" in rule.model_fields else rule()
-    function = StepFunction(rule, tuple(made.scalars(1)), kept)
+    function = StepFunction(rule, tuple(made.scalars(1)), kept, name)
     theta, g = (torch.zeros(blocks, BLOCK, dtype=dtype, device=device) for _ in range(2))
     parts = list(kept.allocate(blocks * BLOCK, torch.device(device)).values())
-    rest = [torch.zeros(len(made.scalars(1)), device=device), torch.ones((), device=device)]
+    parts += [torch.zeros(blocks, BLOCK if wide else 1, device=device) for wide in function.wide]
+    numbers = len(made.scalars(1)) + len(rule.given(name)[0])
+    rest = [torch.zeros(numbers, device=device), torch.ones((), device=device)]
     rest.append(function._phase(theta, (0, 1, 0)))
     return function, function._inputs(theta, g, parts), rest
 
 
-def write(rule: type[Rule], kept: Layout, dtype: torch.dtype, launch: Launch) -> Source:
-    """The Triton source of the step for weights and gradients of `dtype` on an H100."""
+def write(rule: type[Rule], kept: Layout, dtype: torch.dtype, launch: Launch, name: str = "update") -> Source:
+    """The Triton source of a function of the rule for weights and gradients of `dtype` on an H100."""
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
     from torch._inductor.graph import GraphLowering
@@ -183,7 +190,7 @@ def write(rule: type[Rule], kept: Layout, dtype: torch.dtype, launch: Launch) ->
 
     with pretend(), inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         with FakeTensorMode():
-            function, inputs, rest = step_arguments(rule, kept, dtype, 64, _DEVICE)
+            function, inputs, rest = step_arguments(rule, kept, dtype, 64, _DEVICE, name)
         with mock.patch.object(GraphLowering, "save_output_code", staticmethod(stop)):
             try:
                 compile_blocks(function.eager, inputs, rest, launch)

@@ -148,9 +148,9 @@ def test_formats_change_on_request_only(runs: World) -> None:
         # What is said is what was done, in the run as in the engine alone.
         assert said and all(sentence in " ".join(resumed["said"].split("\n")) for sentence in said)
     said = {name: " ".join(results[3 * i + 1]) for i, name in enumerate(changes)}
-    assert "m_fast was kept as signed8 and is now residual4" in said["compact"]
+    assert "m_fast was kept as 8bit and is now 4bit (the difference from another state)" in said["compact"]
     assert "weights were bf16+8 and are bf16+4" in said["compact"]
-    assert "m_slow was kept as fp32 and is now signed8" in said["8bit"]
+    assert "m_slow was kept as fp32 and is now 8bit" in said["8bit"]
     assert "the optimizer was AMCS and is SOAM: m from m_fast, v from v" in said["soam"]
     assert "exp_avg from m_fast, exp_avg_sq from v" in said["adamw"]
     main, fp32 = states(source_of(runs, "main")), states(source_of(runs, "fp32"))

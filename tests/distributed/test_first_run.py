@@ -18,7 +18,7 @@ from ranks import case, deepspeed_command, environment, run_ranks
 from toolkit.records.run import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LION = Path(__file__).with_name("lion.py")
+LION = Path(__file__).parents[1] / "plugins" / "lion.py"
 
 # What each process compiled, written when it ends; in the background process nothing of this file runs on.
 COUNTING = f"""

@@ -92,7 +92,7 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
     """By world size, what every case's ranks wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    plugin = Path(__file__).with_name("lion.py")
+    plugin = Path(__file__).parents[1] / "plugins" / "lion.py"
     return {n: run_ranks(folder / str(n), n, cases(n), plugins=[plugin]) for n in (1, 2, 4)}
 
 

@@ -12,7 +12,8 @@ import pytest
 from toolkit import cli
 from toolkit.config import load_config, validate
 from toolkit.errors import UserError
-from toolkit.estimate.recommend import UPDATE_ERROR, Candidate, recommend
+from toolkit.estimate.recommend import Candidate, recommend
+from toolkit.optim import AMCSRule
 from toolkit.records.memory import Prediction
 from toolkit.records.sizes import parse_size
 
@@ -143,8 +144,8 @@ def test_update_errors_are_those_of_the_docs() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "state.md").read_text()
     rows = [[cell.strip(" `") for cell in line.split("|")] for line in page.splitlines() if line.count("|") == 9]
     heading = next(row for row in rows if "all" in row)
-    measured = {row[1]: float(row[heading.index("all")]) for row in rows if row[1] in UPDATE_ERROR}
-    assert measured == UPDATE_ERROR
+    measured = {row[1]: float(row[heading.index("all")]) for row in rows if row[1] in AMCSRule.update_error}
+    assert measured == AMCSRule.update_error
 
 
 def test_a_plan_counts_the_hosts_memory(

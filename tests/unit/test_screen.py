@@ -66,6 +66,20 @@ def test_screen_shows_progress_and_summary(terminal: bool) -> None:
         assert "\x1b" not in shown
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_screen_shows_what_the_rule_reports(terminal: bool) -> None:
+    lines: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"beta": 0.925, "[b]": 2.0}, "beta 0.9250  [b] 2.0000  5,120 tok/s"),
+        ({"beta": None}, "beta not finite"),
+    )
+    for reported, figures in lines:
+        out = io.StringIO()
+        console = Console(file=out, width=120, force_terminal=terminal, highlight=False)
+        with Screen(1, shown=True, console=console) as screen:
+            screen.step(record(1, other=7.0, **reported), reported)
+        assert figures in out.getvalue() and "other" not in out.getvalue()
+
+
 @pytest.mark.parametrize("seconds", [0.5, 45.0])
 def test_time_left_is_that_of_the_later_steps(seconds: float) -> None:
     now = 0.0

@@ -68,11 +68,15 @@ class NotUnderstood(UserError):
     """A checkpoint that another version wrote. It is no damage, and nobody's to replace or remove."""
 
 
+class UnknownFormat(NotUnderstood):
+    """A checkpoint that was written with a plug-in's codec."""
+
+
 def read(folder: Path) -> Manifest:
     """The manifest of the checkpoint in `folder`, checked: its numbers agree, its names stay in the folder.
 
     Raises:
-        NotUnderstood: it is of a newer format.
+        NotUnderstood: it is of a newer format, or of a plug-in's (UnknownFormat).
         UserError: there is none, or it is damaged.
     """
     path = folder / NAME
@@ -89,6 +93,11 @@ def read(folder: Path) -> Manifest:
         if body.get("block") != BLOCK:
             raise NotUnderstood(f"{path} is of blocks of {shown(body.get('block'))}, this version of {BLOCK}")
         checked = ManifestFile.model_validate(body)
+        if unknown := checked.sharding.unknown_formats():
+            raise UnknownFormat(
+                f"{path} keeps state in the format {shown(unknown[0])}, which no codec here has; if a plug-in "
+                "registers it, name that with --plugin"
+            )
         sharding = Sharding.from_json(body["sharding"])
         problem = disagreement(sharding) or _more_than_there_is(sharding, body["files"])
         if problem is not None:

@@ -74,7 +74,7 @@ class _Flat(_Strict):
     elements_per_rank: Count
     dtype: Annotated[str, AfterValidator(_one_of(DTYPES))]
     weights: Annotated[str, AfterValidator(_one_of([*WEIGHTS, MASTER]))]
-    state_format: dict[Word, Annotated[str, AfterValidator(_one_of(FORMATS))]]
+    state_format: dict[Word, Name]  # a plug-in may bring formats: `unknown_formats`
     parameters: list[_Place]
 
 
@@ -84,6 +84,10 @@ class _Sharding(_Strict):
     rule: Word | None
     states: Annotated[list[_State], Field(max_length=32)]
     flat_tensors: list[_Flat]
+
+    def unknown_formats(self) -> list[str]:
+        """State formats that no codec here has."""
+        return sorted({name for flat in self.flat_tensors for name in flat.state_format.values()} - FORMATS.keys())
 
 
 class _File(_Strict):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.source import Source
-from toolkit.state.codecs import BLOCK, pack
+from toolkit.state.codecs import BLOCK, Codec, pack
 from toolkit.state.layout import REMAINDER, Layout, State
+from toolkit.state.remainders import MASTER
 from toolkit.state.sharding import Flat, Fragment, Sharding, blocks_of
 
 WEIGHTS = ""
@@ -63,9 +64,11 @@ class Transfer:
                 old, kept, before = there.flats[old_index], here.layout(index), there.layout(old_index)
                 codecs = dict(zip((s.name for s in before.states), before.codecs, strict=True))
                 for state, codec in zip(kept.states, kept.codecs, strict=True):
-                    was = codecs.get(self._origin(state) or "")
+                    origin = self._origin(state) or ""
+                    was = codecs.get(origin)
                     if was is not None and was != codec:
-                        said[f"{state.name} was kept as {was.name} and is now {codec.name}"] = None
+                        then, now = _kept_as(old.formats[origin], was), _kept_as(flat.formats[state.name], codec)
+                        said[f"{state.name} was kept as {then} and is now {now}"] = None
                 if _weights(before, old.dtype) != _weights(kept, flat.dtype):
                     said[f"weights were {_weights(before, old.dtype)} and are {_weights(kept, flat.dtype)}"] = None
         return list(said)
@@ -156,5 +159,11 @@ def _put(into: Tensor, fragment: Fragment, lanes: Tensor) -> None:
     into[fragment.blocks] = pack(whole.view(-1, BLOCK).split(BLOCK // 2, dim=1))
 
 
+def _kept_as(state_format: str, codec: Codec) -> str:
+    """A format, and what it codes where that is not the state itself."""
+    return f"{state_format} (the difference from another state)" if codec.relative else state_format
+
+
 def _weights(kept: Layout, dtype: str) -> str:
-    return kept.remainder.name if kept.remainder is not None else dtype
+    """Formats of weights are those of `optimizer.params.weights`; without remainder, the type that they have."""
+    return kept.remainder.name if kept.remainder is not None else MASTER if dtype == "float32" else dtype

@@ -9,6 +9,7 @@ import typer
 
 from toolkit.checkpoint.wrong import is_checkpoint, not_a_checkpoint
 from toolkit.errors import UserError, nearest
+from toolkit.plugins import Plugins, import_plugins
 from toolkit.printable import echo
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ def find(path: Path) -> Path:
     return path
 
 
-def _open(path: Path, trust_pickle: bool) -> Source:
+def _open(path: Path, trust_pickle: bool, plugins: Plugins) -> Source:
     from toolkit.checkpoint.universal import open_checkpoint
 
+    import_plugins(plugins)
     return open_checkpoint(find(path), trust_pickle=trust_pickle)
 
 
@@ -56,13 +58,14 @@ def inspect(
     path: Where,
     digest: Annotated[bool, typer.Option("--digest", help="Hash the state, however it is cut.")] = False,
     trust_pickle: TrustPickle = False,
+    plugins: Plugins = None,
 ) -> None:
     """Show what a checkpoint holds, and how large it is."""
     from rich.table import Table
 
     from toolkit.console import PlainConsole
 
-    source = _open(path, trust_pickle)
+    source = _open(path, trust_pickle, plugins)
     manifest, sharding = source.manifest, source.origin
     facts: dict[str, Any] = manifest.facts
     rows = {
@@ -104,10 +107,11 @@ def _formats(flats: Any) -> set[str]:
 
 
 @app.command()
-def verify(path: Where) -> None:
+def verify(path: Where, plugins: Plugins = None) -> None:
     """Compare every file with the manifest and its hash, of one checkpoint or of all of a run."""
     from toolkit.checkpoint.store import Store
 
+    import_plugins(plugins)
     stores = [Store(folder) for folder in (path / "checkpoints", path) if Store(folder).steps()]
     folders = [stores[0].path(step) for step in stores[0].steps()] if stores else [find(path)]
     damaged = 0
@@ -144,12 +148,13 @@ def convert(
     stage: Annotated[int | None, typer.Option(min=1, max=3, help="ZeRO stage. (default: as it was)")] = None,
     universal: Annotated[bool, typer.Option("--universal", help="Write DeepSpeed's universal layout.")] = False,
     trust_pickle: TrustPickle = False,
+    plugins: Plugins = None,
 ) -> None:
     """Rewrite a checkpoint for another number of ranks or stage, or into DeepSpeed's universal layout and back."""
     from toolkit.checkpoint import universal as layout
     from toolkit.checkpoint.convert import convert as rewrite
 
-    source = _open(path, trust_pickle)
+    source = _open(path, trust_pickle, plugins)
     if universal:
         layout.write(source, to)
         echo(f"{to}: DeepSpeed's universal layout, {len(source.sharding.by_name)} parameters")
@@ -169,6 +174,7 @@ def export(
         ),
     ] = None,
     trust_pickle: TrustPickle = False,
+    plugins: Plugins = None,
 ) -> None:
     """Write a run's model in the layout of Hugging Face."""
     from toolkit.checkpoint.export import DTYPES
@@ -177,7 +183,7 @@ def export(
     wanted = None if dtype is None else dtype.lower().removeprefix("torch.")
     if wanted is not None and wanted not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, but must be bf16, fp16 or fp32.{nearest(wanted, DTYPES)}")
-    source = _open(path, trust_pickle)
+    source = _open(path, trust_pickle, plugins)
     files = write(source, to, dtype=wanted)
     kept = f"in {wanted}" if wanted is not None else "as trained"
     echo(f"{to}: step {source.manifest.step} {kept}, {len(files)} file(s)")

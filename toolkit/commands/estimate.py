@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from toolkit.errors import UserError, nearest
+from toolkit.plugins import Plugins, import_plugins
 from toolkit.run.ranks import settle_accelerator
 from toolkit.run.settings import RunSettings
 
@@ -37,9 +38,7 @@ def estimate(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Overwrite one key of the JSON; repeatable."),
     ] = None,
-    plugins: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="A Python file imported first, e.g. a rule; repeatable.")
-    ] = None,
+    plugins: Plugins = None,
     gpus: Gpus = 1,
     nodes: Nodes = 1,
     micro_batch: Annotated[
@@ -78,12 +77,10 @@ def estimate(
     from toolkit.console import PlainConsole
     from toolkit.estimate.predict import Case, Estimator, variants
     from toolkit.estimate.show import show_prediction
-    from toolkit.plugins import import_plugin
     from toolkit.records.sizes import parse_size
 
     memory = None if gpu_memory is None else parse_size(gpu_memory, where="--gpu-memory")
-    for plugin in plugins or []:
-        import_plugin(plugin)
+    import_plugins(plugins)
     config = configs.apply_overrides(configs.load_config(name), overrides or [])
     configs.validate(config, origin=name)
     models.check_length(models.load_config(model)[0], model, seq_len)
@@ -117,10 +114,14 @@ def plan(
     gpus: Gpus = 1,
     nodes: Nodes = 1,
     seq_len: SeqLen = _SEQ_LEN,
-    optimizer: Annotated[str, typer.Option(help="AMCS, SOAM or AdamW.")] = "AMCS",
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="Of a shipped configuration, or a rule of --plugin. (default: the recommended rule)"),
+    ] = None,
+    plugins: Plugins = None,
     state_format: Annotated[
         Literal["8bit", "compact", "minimal", "any"],
-        typer.Option(help="The state format to recommend; smaller ones change updates more. Not for AdamW."),
+        typer.Option(help="The state format to recommend; smaller ones change updates more. For rules only."),
     ] = "8bit",
     host_memory: Annotated[
         str | None, typer.Option(help="Of one machine, such as 512GB, for what is offloaded. (default: this machine's)")
@@ -142,9 +143,12 @@ def plan(
     from toolkit.console import PlainConsole
     from toolkit.estimate.recommend import recommend
     from toolkit.estimate.show import show_candidates
+    from toolkit.optim import RECOMMENDED, RULES
     from toolkit.records.sizes import parse_size, size_text
 
-    known = sorted({shipped.optimizer for shipped in shipped_configs().values()})
+    import_plugins(plugins)
+    optimizer = optimizer or RECOMMENDED
+    known = sorted({*RULES, *(shipped.optimizer for shipped in shipped_configs().values())})
     chosen = next((name for name in known if name.lower() == optimizer.lower()), None)
     if chosen is None:
         raise UserError(f"--optimizer is {optimizer!r}, but must be {', '.join(known)}.{nearest(optimizer, known)}")

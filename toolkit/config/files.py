@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,6 @@ from toolkit.masking import MASK, is_secret, masked_assignment
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
-_OPTIMIZERS = {"AMCS": "dual momentum", "SOAM": "momentum per component", "AdamW": "baseline"}
 _STAGES = {
     1: "fewest collectives; model and gradients fit",
     2: "the usual choice; the model fits",
@@ -40,7 +40,16 @@ class ShippedConfig:
     def purpose(self) -> str:
         """One line: the optimizer's idea and what this way of sharding is good for."""
         placing = _OFFLOAD if self.offload else _STAGES
-        return f"{_OPTIMIZERS[self.optimizer]}; {placing[self.stage]}"
+        return f"{_idea(self.optimizer)}; {placing[self.stage]}"
+
+
+def _idea(optimizer: str) -> str:
+    """What a rule does, by the first line of its module ("AMCS: dual momentum."), which is slow to import."""
+    path = _PACKAGE / "optim" / "rules" / f"{optimizer.lower()}.py"
+    if not path.is_file():
+        return "baseline"
+    first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+    return first.partition(": ")[2].rstrip(".")
 
 
 def shipped_configs(package: Path = _PACKAGE) -> dict[str, ShippedConfig]:

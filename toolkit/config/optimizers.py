@@ -45,8 +45,8 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
         # Of spellings that differ in case only, the last is offered.
         hint = nearest(kind, [*DEEPSPEED_OPTIMIZERS, *in_torch, *RULES])
         raise UserError(
-            f"optimizer.type {kind!r} is unknown; it names one of {', '.join(RULES)}, an optimizer of "
-            f"DeepSpeed ({', '.join(DEEPSPEED_OPTIMIZERS)}) or a class of torch.optim.{hint}"
+            f"optimizer.type {kind!r} is unknown; it names one of {', '.join(RULES)}, a rule that --plugin imports, an "
+            f"optimizer of DeepSpeed ({', '.join(DEEPSPEED_OPTIMIZERS)}) or a class of torch.optim.{hint}"
         )
     if "max_grad_norm" in params:
         raise UserError("DeepSpeed refuses optimizer.params.max_grad_norm; set gradient_clipping instead.")

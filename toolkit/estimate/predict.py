@@ -16,6 +16,7 @@ from toolkit.errors import UserError
 from toolkit.estimate.dry_run import DryRun, dry_run, scaled
 from toolkit.estimate.optimizer_memory import OptimizerMemory, optimizer_memory
 from toolkit.estimate.zero_step import Step, simulate
+from toolkit.optim import RECOMMENDED
 from toolkit.records.categories import LOGITS
 from toolkit.records.memory import Change, Prediction, Setup
 from toolkit.records.sizes import size_text
@@ -159,7 +160,7 @@ class Estimator:
 
     def _prediction(self, case: Case, run: DryRun, optimizer: OptimizerMemory, step: Step) -> Prediction:
         at = step.curve.peak_at
-        remarks = [*optimizer.remarks, *_unknown(case.config)]
+        remarks = [*optimizer.remarks, *_unknown(case.config), *_whole_parameters(case)]
         if counted := [key for key in case.defaults if key.startswith(("zero_optimization.", "bf16.", "fp16."))]:
             remarks.append(f'{", ".join(counted)}: "auto" is counted as DeepSpeed\'s default.')
         if case.device == "cuda":
@@ -215,6 +216,16 @@ def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
             at = at.get(key) if isinstance(at, Mapping) else None
         if at is not None and (value is None or at is value):
             yield f"{path} is not modelled: the prediction is that without it."
+
+
+def _whole_parameters(case: Case) -> Iterator[str]:
+    """A remark for a rule that looks at more than single elements."""
+    rule = case.ds.rule
+    if rule is not None and rule.rule.variant({}).statistics:
+        yield (
+            f"what {rule.__name__} holds of whole parameters in a step is not modelled: buffers for means over rows "
+            "and columns, their states, and matrices at their owners with what goes over the wire."
+        )
 
 
 def _ranks(world_size: int, stage: int) -> list[int]:
@@ -275,8 +286,8 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
         yield "optimizer.params.release_gradients true", params_with(release_gradients=True)
     if not ours and in_bf16:
         own = {"lr": ds.params.get("lr", 1e-4), **({} if stage else {"weights": "fp32"})}
-        optimizer = {"type": "AMCS", "params": own}
-        yield "optimizer.type AMCS (8bit)", replace(case, config={**config, "optimizer": optimizer})
+        optimizer = {"type": RECOMMENDED, "params": own}
+        yield f"optimizer.type {RECOMMENDED} (8bit)", replace(case, config={**config, "optimizer": optimizer})
     if not offloaded and stage > 0 and not released and case.device == "cuda":
         yield "zero_optimization.offload_optimizer", zero_with(offload_optimizer={"device": "cpu"})
     if case.activation_checkpointing is not True:

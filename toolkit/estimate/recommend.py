@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from toolkit.config import load_config, shipped_configs
+from toolkit.config import DeepSpeedSettings, load_config, shipped_configs
 from toolkit.estimate.predict import Case, Estimator, assumed_context, with_section
+from toolkit.optim import RECOMMENDED, find_rule
 
 LARGEST_MICRO_BATCH = 64
 
@@ -19,14 +20,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "minimal, bf16+4": {"state_format": "minimal", "weights": "bf16+4"},
 }
 """What is tried for this package's rules, in order of preference."""
-
-UPDATE_ERROR = {"8bit": 2.9, "compact": 12.2, "minimal": 22.7}
-"""How far an update of AMCS with coded state is from the exact one: norm of the difference over the norm, in %.
-
-Measured: `python tests/benchmarks/codec_error.py --hidden 256`, all tensors; docs/state.md ("Why these roots") has the
-table. Other rules were not measured.
-"""
-MEASURED_RULE = "AMCS"
 
 ANY = "any"
 DEFAULT_FORMAT = "8bit"
@@ -82,8 +75,8 @@ def recommend(
     Args:
         model: a preset or a folder with a config.json.
         gpu_memory: bytes of one device.
-        optimizer: of the shipped configurations to try ("AMCS", "SOAM" or "AdamW").
-        state_format: "8bit", "compact", "minimal", or "any" of them; AdamW has only its own.
+        optimizer: of the shipped configurations to try; a rule without any is tried in those of the recommended one.
+        state_format: "8bit", "compact", "minimal", or "any" of them; optimizers that are no rule have only their own.
         host_memory: bytes of one machine, which what is offloaded by its `ranks_per_machine` must fit into.
 
     Raises:
@@ -105,14 +98,13 @@ def recommend(
 def _cases(
     model: str, world_size: int, seq_len: int, optimizer: str, device: str, loss: str | None
 ) -> Iterator[tuple[str, str, Case]]:
-    for name, shipped in shipped_configs().items():
-        if shipped.optimizer != optimizer:
-            continue
-        formats = FORMATS if optimizer != "AdamW" else {"fp32": {}}
+    formats = FORMATS if find_rule(optimizer) else {"fp32": {}}
+    for name, base in _bases(optimizer).items():
+        ds = DeepSpeedSettings.read(base)
         for state, params in formats.items():
-            if params.get("release_gradients") and (shipped.stage == 3 or shipped.offload):
+            if params.get("release_gradients") and (ds.stage == 3 or ds.offload_optimizer != "none"):
                 continue
-            config = with_section(load_config(name), ["optimizer", "params"], params)
+            config = with_section(base, ["optimizer", "params"], params)
             for checkpointing in (False, True):
                 yield (
                     name,
@@ -128,6 +120,20 @@ def _cases(
                         loss=loss,
                     ),
                 )
+
+
+def _bases(optimizer: str) -> dict[str, dict[str, Any]]:
+    """The JSONs to try, by the name of the shipped configuration that each is or was made from."""
+    shipped, rule = shipped_configs(), find_rule(optimizer)
+    own = {name: load_config(name) for name, one in shipped.items() if one.optimizer == optimizer}
+    if own or rule is None:
+        return own
+    others = {name: load_config(name) for name, one in shipped.items() if one.optimizer == RECOMMENDED}
+    rate = rule.rule.model_fields["lr"]
+    for config in others.values():
+        lr = config["optimizer"]["params"]["lr"] if rate.is_required() else rate.default
+        config["optimizer"] = {"type": optimizer, "params": {"lr": lr}}
+    return others
 
 
 def _fit(

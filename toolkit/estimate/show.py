@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from toolkit.console import PlainConsole
-from toolkit.estimate.recommend import MEASURED_RULE, UPDATE_ERROR, Candidate
+from toolkit.estimate.recommend import Candidate
+from toolkit.optim import find_rule
 from toolkit.records import categories as c
 from toolkit.records.memory import Prediction
 from toolkit.records.sizes import size_text
@@ -98,9 +99,11 @@ def show_candidates(
         title = f"fits with smaller state, which is not recommended unless asked for (--state-format {names}):"
         _rows(console, title, smaller, found[0].cost, optimizer)
     if fitting:
-        error = "not measured" if optimizer != MEASURED_RULE else "of an update of AMCS, against fp32 state"
         notes = "batch: sequences of a pass; host: memory of one machine; time: assumed, relative"
-        console.print_line(notes if optimizer == "AdamW" else f"{notes}; error: {error}")
+        if rule := find_rule(optimizer):
+            measured = f"of an update of {optimizer}, against fp32 state"
+            notes += f"; error: {measured if rule.rule.update_error else 'not measured'}"
+        console.print_line(notes)
     failed = [one for one in found if not one.fits]
     if failed:
         console.print_line(f"does not fit {where}, with one sequence:")
@@ -115,18 +118,18 @@ def show_candidates(
 
 
 def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest: float, optimizer: str) -> None:
-    coded = optimizer != "AdamW"
+    rule = find_rule(optimizer)
     table = Table("config", "state, weights", "ckpt", box=None, pad_edge=False)
-    for heading in ("batch", "device", "host", "time", *(["error"] if coded else [])):
+    for heading in ("batch", "device", "host", "time", *(["error"] if rule else [])):
         table.add_column(heading, justify="right")
     for column in table.columns:
         column.no_wrap = True
     for one in shown[:_SHOWN]:
-        error = f"{UPDATE_ERROR[one.state_format]} %" if optimizer == MEASURED_RULE else "?"
+        error = rule.rule.update_error.get(one.state_format) if rule else None
         table.add_row(
             *(one.config, one.state, "on" if one.checkpointing else "off", str(one.micro_batch)),
             *(size_text(one.needs), size_text(one.host) if one.host else "-", f"{one.cost / fastest:.2f}"),
-            *([error] if coded else []),
+            *(["?" if error is None else f"{error} %"] if rule else []),
         )
     console.print_line(title)
     console.print(table)

@@ -50,16 +50,30 @@ LARGEST_GRADIENT = 2.0**63
 
 
 class StepFunction:
-    """One step of one rule on tensors of one layout, in place. `rounds`: weights are rounded stochastically."""
+    """One step of one rule on tensors of one layout, in place. `rounds`: weights are rounded stochastically.
 
-    def __init__(self, rule: type[Rule], names: tuple[str, ...], layout: Layout) -> None:
+    `function` names one of the rule's measuring functions, instead of `update`: it changes no weights and no state, and
+    fills what comes behind the stored tensors in `parts`. `wide` is by each of those whether it has a value for every
+    lane: the results, a sum over each block for those that have not; if there is such a one, how many lanes of each
+    block count, fp32 [blocks, 1]; then what `Rule.given` names. For `update` only the last are there.
+    """
+
+    def __init__(self, rule: type[Rule], names: tuple[str, ...], layout: Layout, function: str = "update") -> None:
+        self.rule, self.names, self.layout = rule, names, layout
+        self.numbers, self.spread = rule.given(function)
+        self.results = () if function == "update" else _measured_by_element(rule, function)
+        counts = not all(self.results)
+        self.wide = (*self.results, *([False] if counts else []), *(True for _ in self.spread))
         stored = [codec.name for codec in layout.codecs] + ([layout.remainder.name] if layout.remainder else [])
-        self.name = "_".join([rule.__name__, *stored])
-        self._parts = [spec for _, spec in layout.specs()]
+        self.name = "_".join([rule.__name__, *([] if function == "update" else [function]), *stored])
+        self._wide = [*(part.per_block == BLOCK for _, part in layout.specs()), *self.wide]
         narrow = [codec.bits for codec in layout.codecs] + ([layout.remainder.bits] if layout.remainder else [])
         self._lanes = BLOCK // 2 if 4 in narrow else BLOCK
-        self.rounds = layout.remainder is not None and layout.remainder.bits < 16
-        self.eager = _block_step(rule, names, layout)
+        self.rounds = function == "update" and layout.remainder is not None and layout.remainder.bits < 16
+        if function == "update":
+            self.eager = _block_step(rule, names + self.numbers, self.spread, layout)
+        else:
+            self.eager = _block_measure(rule, function, names + self.numbers, self.spread, layout, self.results)
         self._launch = LAUNCH
         self._compiled: dict[tuple[torch.device, torch.dtype, torch.dtype], BlockStep | None] = {}
         self.fallback_reason: str | None = None
@@ -80,9 +94,9 @@ class StepFunction:
             compiled: as Inductor compiles it, where that works.
             theta: weights, [blocks, BLOCK], blocks >= 2 (the compiler counts on that).
             g: gradient, same shape, any float dtype.
-            scalars: fp32 [k], in the order of `rule.scalars()`.
+            scalars: fp32 [k], in the order of `rule.scalars()`, then the numbers that `rule.given` names.
             scale: fp32, 0-d; multiplies the gradient.
-            parts: one tensor for each of `layout.specs()`, of as many blocks.
+            parts: one tensor for each of `layout.specs()`, of as many blocks, and what `wide` says.
             rounding: seed, optimizer step and number of the first block in its parameter group.
         """
         run = self._prepare(theta, g, scalars, scale, parts) if compiled else None
@@ -125,7 +139,7 @@ class StepFunction:
     def _inputs(self, theta: Tensor, g: Tensor, parts: Sequence[Tensor]) -> list[list[Tensor]]:
         whole = [theta, g, *parts]
         # Scales and packed codes are taken whole, what has a value for every lane in halves.
-        wide = [True, True, *(part.per_block == BLOCK for part in self._parts)]
+        wide = [True, True, *self._wide]
         return [list(x.split(self._lanes, dim=1)) if cut else [x] for x, cut in zip(whole, wide, strict=True)]
 
     def _phase(self, theta: Tensor, rounding: tuple[int, int, int]) -> Tensor | None:
@@ -140,49 +154,69 @@ def _slices(rows: int, most: int) -> list[slice]:
 
 
 @functools.cache
-def step_function(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> StepFunction:
-    """The one StepFunction of this rule and this layout, shared by all optimizers of the process."""
-    return StepFunction(rule, names, layout)
+def step_function(rule: type[Rule], names: tuple[str, ...], layout: Layout, function: str = "update") -> StepFunction:
+    """The one StepFunction of these, shared by all optimizers of the process."""
+    return StepFunction(rule, names, layout, function)
 
 
-def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> BlockStep:
+def _measured_by_element(rule: type[Rule], function: str) -> tuple[bool, ...]:
+    """Of each result of a measuring function, whether every element is wanted, and not the sum over each block."""
+    means = rule.passes().get(function)
+    return tuple(mean.over in ("row", "column") for mean in means) if means is not None else (True,)
+
+
+class _Opened:
+    """What a step is given, decoded: lists of halves, as fp32 (weights that are fp64 stay so)."""
+
+    def __init__(self, layout: Layout, scale: Tensor, theta: Any, g: Any, parts: Sequence[Any]) -> None:
+        codecs, remainder = layout.codecs, layout.remainder
+        place = {state.name: index for index, state in enumerate(layout.states)}
+        # By state, the one that its codes are relative to.
+        self.anchors = [
+            place[state.residual_of] if codec.relative and state.residual_of is not None else None
+            for state, codec in zip(layout.states, codecs, strict=True)
+        ]
+        stored = iter(parts)
+        self.held = [[next(stored) for _ in codec.specs()] for codec in codecs]
+        self.low = [next(stored) for _ in remainder.specs()] if remainder is not None else []
+        self.rest = list(stored)
+        self.states = [decode_halves(codec, *tensors) for codec, tensors in zip(codecs, self.held, strict=True)]
+        for index, anchor in enumerate(self.anchors):
+            if anchor is not None:
+                self.states[index] = [x + base for x, base in zip(self.states[index], self.states[anchor], strict=True)]
+        self.weights = [_at_least_fp32(half) for half in theta]
+        if remainder is not None:
+            rests = zip(*([unpack(self.low[0][0])] if remainder.bits == 4 else self.low), strict=True)
+            self.weights = [remainder.join(half, *rest) for half, rest in zip(theta, rests, strict=True)]
+        self._g, self._scale = g, scale
+
+    def arguments(self, i: int) -> tuple[Tensor, ...]:
+        """Weights, gradient and states of half `i`."""
+        weights = self.weights[i]
+        g = _bounded(self._g[i].to(weights.dtype) * self._scale)
+        return (weights, g, *(state[i] for state in self.states))
+
+
+def _block_step(rule: type[Rule], names: tuple[str, ...], spread: tuple[str, ...], layout: Layout) -> BlockStep:
     codecs, remainder = layout.codecs, layout.remainder
-    place = {state.name: index for index, state in enumerate(layout.states)}
-    # By state, the one that its codes are relative to.
-    anchors = [
-        place[state.residual_of] if codec.relative and state.residual_of is not None else None
-        for state, codec in zip(layout.states, codecs, strict=True)
-    ]
+    update: Any = rule.update
 
     def step(*inputs: Any) -> None:
         theta, g, *parts = inputs[:-3]
         scalars, scale, phase = inputs[-3:]
-        stored = iter(parts)
         named = dict(zip(names, scalars.unbind(), strict=True))
-        held = [[next(stored) for _ in codec.specs()] for codec in codecs]
-        low = list(stored)
-        states = [decode_halves(codec, *tensors) for codec, tensors in zip(codecs, held, strict=True)]
-        for index, anchor in enumerate(anchors):
-            if anchor is not None:
-                states[index] = [x + base for x, base in zip(states[index], states[anchor], strict=True)]
-        weights = [_at_least_fp32(half) for half in theta]
-        if remainder is not None:
-            rests = zip(*([unpack(low[0][0])] if remainder.bits == 4 else low), strict=True)
-            weights = [remainder.join(half, *rest) for half, rest in zip(theta, rests, strict=True)]
-
-        results = [
-            rule.update(
-                weights[i], _bounded(g[i].to(weights[i].dtype) * scale), *(state[i] for state in states), **named
-            )
-            for i in range(len(theta))
-        ]
+        opened = _Opened(layout, scale, theta, g, parts)
+        results = []
+        for i in range(len(theta)):
+            wide = {name: halves[i] for name, halves in zip(spread, opened.rest, strict=True)}
+            results.append(update(*opened.arguments(i), **named, **wide))
         new_theta, *new_states = (list(halves) for halves in zip(*results, strict=True))
 
         for index, codec in enumerate(codecs):
-            halves, anchor = [half.float() for half in new_states[index]], anchors[index]
+            halves, anchor = [half.float() for half in new_states[index]], opened.anchors[index]
             if anchor is not None:
                 halves = [x - base.float() for x, base in zip(halves, new_states[anchor], strict=True)]
-            for target, source in zip(held[index], encode_halves(codec, halves), strict=True):
+            for target, source in zip(opened.held[index], encode_halves(codec, halves), strict=True):
                 _write(target, source)
         if remainder is None:
             _write(theta, new_theta)
@@ -194,10 +228,53 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], layout: Layout) -> Blo
             lane += lanes
         written, *rest_parts = zip(*cut, strict=True)
         _write(theta, written)
-        for target, new_rests in zip(low, rest_parts, strict=True):
+        for target, new_rests in zip(opened.low, rest_parts, strict=True):
             _write(target, [pack(new_rests)] if remainder.bits == 4 else new_rests)
 
     return step
+
+
+def _block_measure(
+    rule: type[Rule],
+    function: str,
+    names: tuple[str, ...],
+    spread: tuple[str, ...],
+    layout: Layout,
+    by_element: tuple[bool, ...],
+) -> BlockStep:
+    call = getattr(rule, function)
+
+    def measure(*inputs: Any) -> None:
+        theta, g, *parts = inputs[:-3]
+        scalars, scale, _ = inputs[-3:]
+        named = dict(zip(names, scalars.unbind(), strict=True))
+        opened = _Opened(layout, scale, theta, g, parts)
+        targets, others = opened.rest[: len(by_element)], opened.rest[len(by_element) :]
+        lanes = None if all(by_element) else others.pop(0)[0]
+        found = []
+        for i in range(len(theta)):
+            wide = {name: halves[i] for name, halves in zip(spread, others, strict=True)}
+            result = call(*opened.arguments(i), **named, **wide)
+            found.append((result,) if isinstance(result, Tensor) else tuple(result))
+        for target, halves, whole in zip(targets, zip(*found, strict=True), by_element, strict=True):
+            if whole:
+                _write(target, halves)
+            else:
+                assert lanes is not None
+                _write(target, [_block_sum(halves, lanes)])
+
+    return measure
+
+
+def _block_sum(halves: Sequence[Tensor], lanes: Tensor) -> Tensor:
+    """The sum over each block of its first `lanes` lanes, [blocks, 1]: what is behind the end of a tensor is no 0."""
+    counted, lane = [], 0
+    for half in halves:
+        place = torch.arange(lane, lane + half.shape[1], device=half.device)
+        counted.append(torch.where(place < lanes, half.float(), 0.0))
+        lane += half.shape[1]
+    # Halves first, then lanes, so that it is one loop over a block.
+    return sum(counted[1:], start=counted[0]).sum(dim=1, keepdim=True)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

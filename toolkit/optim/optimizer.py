@@ -13,8 +13,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from toolkit.errors import UserError, nearest
 from toolkit.optim.kernel import step_function
-from toolkit.optim.rule import NEEDS, Rule, check_component
+from toolkit.optim.purity import check_declared, check_pure, with_defaults
+from toolkit.optim.rule import Rule, check_component
+from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep, check_gradient
+from toolkit.optim.together import step_together
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import (
     DEFAULT_FORMAT,
@@ -28,7 +31,7 @@ from toolkit.state.layout import (
     state_of,
 )
 from toolkit.state.remainders import DEFAULT_WEIGHTS, MASTER, Remainder
-from toolkit.state.sharding import whole_shape
+from toolkit.state.sharding import Fragment, whole_shape
 
 RULES: dict[str, type[RuleOptimizer]] = {}
 """Every optimizer that `as_optimizer` made, by the name that `optimizer.type` of a DeepSpeed JSON selects."""
@@ -102,6 +105,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         rule.check_ready()
         if self.rule.variant(merged) is not self.running:
             raise UserError(f"{where}: it keeps other states than the first group; all groups must run the same rule")
+        check_pure(self.running.parse(_fields(self.running, merged), where=where))
         for key, value in rule.for_component(component).items():
             group.setdefault(key, value)
         group.setdefault("lr_scale", 1.0)
@@ -115,9 +119,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         plain = dict.fromkeys(group["state_format"], "fp32")
         exact = {"state_format": plain, "weights": MASTER if group["weights"] == MASTER else Remainder(16).name}
-        small: list[Any] = []
-        large: list[Any] = []
-        alone: list[Any] = []
+        small, large, alone = list[Any](), list[Any](), list[Any]()
         for item in group["params"]:
             name, tensor = item if isinstance(item, tuple) else (None, item)  # torch takes (name, tensor) pairs too
             _check_tensor(tensor, f"{where}, parameter {name!r}" if name else where)
@@ -142,6 +144,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 "toolkit.initialize or toolkit.register"
             )
         known: KnownScalars = {}
+        together: list[tuple[Tensor, Member]] = []
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter.grad is not None:
                 check_gradient(parameter.grad)
@@ -150,13 +153,23 @@ class RuleOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.numel():
                     begun = self.begin(group, parameter, known)
-                    if begun is not None:
+                    gradient = parameter.grad.detach().reshape(-1)
+                    if begun is not None and self.running.statistics:
+                        own = Parameter(tuple(parameter.shape), group["component"])
+                        whole = Fragment(0, 0, own.numel, 0)
+                        [small] = small_states(self.running, [own], self.state[parameter], parameter.device)
+                        share = Share(whole, gradient, blocks)
+                        together.append((parameter, Member(own, begun, small, [whole], share)))
+                    elif begun is not None:
                         scale = torch.ones((), device=parameter.device)
                         stream = begun.stream(first_block=blocks)
-                        stream.add(parameter.grad.detach().reshape(-1), scale)
+                        stream.add(gradient, scale)
                         stream.finish(scale)
                         begun.write_back(parameter)
                 blocks += -(-parameter.numel() // BLOCK)
+        step_together([member for _, member in together], torch.ones(()), Alone())
+        for parameter, member in together:
+            member.step.write_back(parameter)
         return loss
 
     def begin(self, group: dict[str, Any], tensor: Tensor, known: KnownScalars | None = None) -> TensorStep | None:
@@ -268,6 +281,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 continue
             self.state.pop(parameter, None)
             state = self._allocate(parameter, self.layout(group, parameter.dtype))
+            for small in (one.name for one in self.running.states if one.of is not None and one.name in saved[number]):
+                state[small] = saved[number][small].to(parameter.device, copy=True)
             surplus = sorted(saved[number].keys() - state.keys())
             if surplus:
                 raise ValueError(
@@ -292,23 +307,15 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 def as_optimizer(rule: type[Rule]) -> type[RuleOptimizer]:
-    """The optimizer class for `rule`, named after it without "Rule", and registered under that name."""
+    """The optimizer class for `rule`, named after it without "Rule", and registered under that name.
+
+    Raises UserError for a rule that is not elementwise (`purity.py`); one without defaults is tried when it is made.
+    """
+    check_declared(rule)
+    made = with_defaults(rule)
+    if made is not None:
+        check_pure(made)
     name = rule.__name__.removesuffix("Rule")
-    anchors = {state.name for state in rule.states if state.residual_of is None}
-    for state in rule.states:
-        if state.residual_of is not None and state.residual_of not in anchors:
-            raise ValueError(
-                f"{rule.__name__}: state {state.name!r} is a residual of {state.residual_of!r}, which must be a state "
-                "of the rule that is itself a residual of none"
-            )
-    for need in rule.needs:
-        if need not in NEEDS:
-            hint = nearest(need, NEEDS)
-            raise UserError(
-                f"{rule.__name__}: needs names {need!r}, which no run knows; known is {', '.join(NEEDS)}.{hint}"
-            )
-        if need not in rule.model_fields:
-            raise UserError(f"{rule.__name__}: needs names {need!r}, for which the rule must have a field.")
     parameters = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     defaults = {key: field.get_default() for key, field in rule.model_fields.items()} | _OPTIONS
     parameters += [

@@ -1,12 +1,14 @@
-"""What an update rule is: hyper-parameters, the states it keeps, and one pure function on fp32 tensors.
+"""What an update rule is: hyper-parameters, the states it keeps, and pure functions on fp32 tensors.
 
 A rule knows nothing of bits, devices, shards or checkpoints. `toolkit.optim.optimizer` runs any rule.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -25,6 +27,33 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
 
 
+@dataclass(frozen=True)
+class Mean:
+    """A mean over more than one element of what a rule measures elementwise, the same whatever ranks hold of it.
+
+    `over` says what it is one number of: a whole parameter, a row or a column of it, all parameters of a component, or
+    the model. `by` names the rule's function whose result is averaged; those of one function are its results in order,
+    measured in one pass over the tensors. Passes come in the order in which their functions first appear.
+    """
+
+    name: str
+    over: Literal["parameter", "row", "column", "component", "model"]
+    by: str = "measure"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What a rule's function `by` gives elementwise, put together as a whole matrix on one rank, and there transformed.
+
+    `transform` names the rule's function of that matrix, fp32 [rows, columns], to another one of its shape, whose
+    elements `update` is given.
+    """
+
+    name: str
+    by: str = "direction"
+    transform: str = "transform"
+
+
 class Rule(BaseModel):
     """Base class of all update rules: a frozen model whose fields are the hyper-parameters.
 
@@ -35,24 +64,65 @@ class Rule(BaseModel):
       `scalars` are the 0-d fp32 tensors that `scalars()` named;
     * `scalars(t)`: every number that `update` needs at step t = 1, 2, ..., computed here in Python's float64
       (bias corrections lose digits in fp32).
+
+    What depends on more than one element is declared in `statistics` and handed to `update` by name, like a scalar
+    (docs/extending.md). Rows are along a parameter's first dimension, columns along all others together; a 1-D
+    parameter is one row. `State(name, of="rows")` or `"columns"` is kept by `follow`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     states: ClassVar[tuple[State, ...]]
+    statistics: ClassVar[tuple[Mean | Matrix, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields that the run fills in where the user leaves them open, each one of NEEDS."""
+    update_error: ClassVar[Mapping[str, float]] = {}
+    """How far an update with coded state is from the exact one, in %, by state format; empty: not measured."""
 
     lr: NonNegative
 
     @staticmethod
-    def update(theta: Tensor, g: Tensor, *states: Tensor, **scalars: Tensor) -> tuple[Tensor, ...]:
+    def update(theta: Tensor, g: Tensor, *states: Any, **scalars: Any) -> tuple[Tensor, ...]:
         """One step for one tensor. Pure: no side effects, no dependence on shape or position."""
+        raise NotImplementedError
+
+    @staticmethod
+    def follow(*states: Any, **scalars: Any) -> tuple[Tensor, ...]:
+        """The new states of rows and columns, in order, after the first pass: [rows] or [columns] like the means."""
         raise NotImplementedError
 
     def scalars(self, t: int) -> dict[str, float]:
         """The scalars of `update` at optimizer step `t` (from 1), the same names at every step."""
         raise NotImplementedError
+
+    @classmethod
+    def passes(cls) -> dict[str, tuple[Mean, ...]]:
+        """The means by the function that measures them, in the order in which the functions run."""
+        means = [one for one in cls.statistics if isinstance(one, Mean)]
+        return {by: tuple(one for one in means if one.by == by) for by in dict.fromkeys(one.by for one in means)}
+
+    @classmethod
+    def matrix(cls) -> Matrix | None:
+        """What this rule transforms as a whole, if anything."""
+        return next((one for one in cls.statistics if isinstance(one, Matrix)), None)
+
+    @classmethod
+    def given(cls, function: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What `function` is given by name beside scalars: single numbers, and what has a value for each element.
+
+        A measuring function is given what earlier passes have found. What has a value for each element is made for
+        those functions only that name it in their signature.
+        """
+        passes = list(cls.passes())
+        earlier = passes[: passes.index(function)] if function in passes else passes
+        means = [one for by in earlier for one in cls.passes()[by]]
+        numbers = tuple(one.name for one in means if one.over not in ("row", "column"))
+        matrix = cls.matrix()
+        wide = [one.name for one in means if one.over in ("row", "column")]
+        wide += [state.name for state in cls.states if state.of is not None and earlier]
+        wide += [matrix.name] if matrix is not None and function == "update" else []
+        named = inspect.signature(getattr(cls, function)).parameters
+        return numbers, tuple(name for name in wide if name in named)
 
     @classmethod
     def variant(cls, settings: Mapping[str, Any]) -> type[Rule]:

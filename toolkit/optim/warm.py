@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 from toolkit.optim.optimizer import RuleOptimizer
+from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states
+from toolkit.optim.together import step_together
 from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import Fragment
 
 BLOCKS = 1024
 """Blocks of the tensor of zeros. What the compiler decides by size (whether to use threads, how many blocks a program
@@ -44,7 +47,14 @@ def warm(
     del optimizer.state[tensor]
     assert begun is not None, "state is not only allocated here"
     scale = torch.ones((), device=device)
-    stream = begun.stream(first_block=0)
-    stream.add(torch.zeros_like(tensor, dtype=gradient), scale)
-    stream.finish(scale)
+    zeros = torch.zeros_like(tensor, dtype=gradient)
+    if optimizer.running.statistics:
+        whole = Parameter((BLOCKS, BLOCK), group["component"])
+        small = small_states(optimizer.running, [whole], {}, tensor.device)[0]
+        everything = Fragment(0, 0, zeros.numel(), 0)
+        step_together([Member(whole, begun, small, [everything], Share(everything, zeros, 0))], scale, Alone())
+    else:
+        stream = begun.stream(first_block=0)
+        stream.add(zeros, scale)
+        stream.finish(scale)
     return begun.function.fallback_reason

@@ -165,13 +165,12 @@ def _carry_out(order: Mapping[str, Any]) -> None:
     from toolkit.config.deepspeed import torch_dtype
     from toolkit.optim import COMPONENTS, find_rule
     from toolkit.optim.warm import kinds, warm
-    from toolkit.plugins import import_plugin
+    from toolkit.plugins import import_plugins
     from toolkit.run import deterministic
 
     if order["deterministic"]:  # part of the key in the compiler's cache
         deterministic.enforce()
-    for plugin in order["plugins"]:
-        import_plugin(Path(plugin))
+    import_plugins(map(Path, order["plugins"]))
     rule = find_rule(order["optimizer"])
     if rule is None:
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from toolkit.checkpoint.model_files import model_files
 from toolkit.config.batch import Batch
 from toolkit.errors import UserError
-from toolkit.plugins import import_plugin
+from toolkit.plugins import import_plugins
 from toolkit.run import folder as run_folder
 from toolkit.run import ranks
 from toolkit.run.folder import RunFolder
@@ -92,8 +92,7 @@ def prepare(settings: RunSettings) -> PreparedRun:
     from toolkit import data, models
     from toolkit.models.build import skeleton
 
-    for plugin in settings.plugins:
-        import_plugin(plugin)
+    import_plugins(settings.plugins)
     config = configs.apply_overrides(configs.load_config(settings.config), settings.overrides)
     configs.validate(config, origin=settings.config)
     model_config, preset = models.load_config(settings.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -33,7 +33,7 @@ class Screen:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", markup=False),
                 TimeRemainingColumn(),
                 console=self.console,
                 # From the mean of all steps but the first, which is slower than the others, and however long one takes.
@@ -63,15 +63,17 @@ class Screen:
         """One line above the progress bar."""
         self.console.print(printable(message), markup=False, emoji=False, soft_wrap=True)
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Show one line of the metrics."""
+    def step(self, record: Mapping[str, Any], reported: Iterable[str] = ()) -> None:
+        """Show one line of the metrics; `reported` names what is in it from the rule."""
         step = record["step"]
         where = f"step {step:>{len(str(self._steps))}}/{self._steps}"
-        figures = f"loss {_figure(record['loss'])}  lr {record['lr']:.2e}  {record['tokens_per_s']:,.0f} tok/s"
+        figures = f"loss {_figure(record['loss'])}  lr {record['lr']:.2e}  "
+        figures += "".join(f"{name} {_figure(record[name])}  " for name in reported)
+        figures += f"{record['tokens_per_s']:,.0f} tok/s"
         if record.get("skipped"):
             figures += "  (skipped: the gradient is not finite)"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=figures)
+            self._bar.update(self._task, completed=step, figures=printable(figures))
         elif step % self._every == 0 or step in (1, self._steps) or record.get("skipped"):
             self.say(f"{where}  {figures}")
         if "val_loss" in record:

@@ -12,6 +12,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from toolkit.errors import UserError
+from toolkit.plugins import PLUGIN
 from toolkit.usage import USAGE_ERROR, check_given, sentence
 
 
@@ -58,10 +59,7 @@ class RunSettings(BaseModel):
         list[str],
         typer.Option("--set", metavar="KEY=VALUE", help="Overwrite one key of the JSON; repeatable."),
     ] = []
-    plugins: Annotated[
-        list[Path],
-        typer.Option("--plugin", help="A Python file imported first, e.g. to register a rule; repeatable."),
-    ] = []
+    plugins: Annotated[list[Path], PLUGIN] = []
     steps: Annotated[int, Field(gt=0), typer.Option(help="Optimizer steps.")] = 300
     seq_len: Annotated[int, Field(gt=0), typer.Option(help="Predictions per sequence.")] = 256
     micro_batch: Annotated[

@@ -181,12 +181,14 @@ def _problem(path: Path, step: int | None = None) -> str | None:
             mine = f"{path / manifests.NAME} is of step {manifest.step}"
         if mine is None:
             open_checkpoint(path).check(share)
-    except manifests.NotUnderstood as error:
+    except manifests.UnknownFormat as error:
         foreign = str(error)
+    except manifests.NotUnderstood as error:
+        foreign = f"{error}; resume with that version"
     except UserError as error:
         mine = str(error)
     everyone = ranks.everyones((mine, foreign))
     for _, found in everyone:
         if found is not None:
-            raise UserError(f"{found}; resume with that version, or give another --run-dir.")
+            raise UserError(f"{found}, or give another --run-dir.")
     return next((found for found, _ in everyone if found is not None), None)

@@ -178,7 +178,7 @@ class Run:
             "loss": loss,
             "lr": lr,
             "grad_norm": None if norm is None else float(norm),
-            **(self._rule.report() if self._rule is not None else {}),
+            **self._reported(),
             **{"sequences": self.batch.total, "tokens": tokens},
             "tokens_per_s": tokens / seconds,
             "step_time_s": seconds,
@@ -218,12 +218,16 @@ class Run:
         if self.folder is not None:
             self.folder.write_step(record)
         if self.engine.monitor.enabled:  # what DeepSpeed does not write itself (it writes the rate)
-            names = {"loss": "Train/loss", "val_loss": "Validation/loss", "alpha": "Train/alpha"}
-            names |= {"grad_norm": "Train/grad_norm", "tokens_per_s": "Train/tokens_per_s"}
+            names = {name: f"Train/{name}" for name in ("loss", *self._reported(), "grad_norm", "tokens_per_s")}
+            names["val_loss"] = "Validation/loss"
             events = [(name, record[key], record["step"]) for key, name in names.items() if record.get(key) is not None]
             self.engine.monitor.write_events(events)
-        self.screen.step(record)
+        self.screen.step(record, self._reported())
         self._notes.say_new()
+
+    def _reported(self) -> dict[str, float]:
+        """What the rule says of the latest step; empty for other optimizers."""
+        return self._rule.report() if self._rule is not None else {}
 
     def save(self, step: int, ending: bool) -> None:
         """Save where a checkpoint is due, after the record of its step: it must not be ahead of the metrics."""

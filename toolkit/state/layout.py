@@ -27,11 +27,19 @@ class State:
 
     `signed=False`: a second moment, never negative. `residual_of` names another state of the rule that this one stays
     close to, like a second average of the same gradients: formats that can store the difference.
+
+    `of` "rows" or "columns": one fp32 number for each row or column of a parameter, whole on every rank.
     """
 
     name: str
     signed: bool = True
     residual_of: str | None = None
+    of: str | None = None
+
+
+def elementwise(states: tuple[State, ...]) -> tuple[State, ...]:
+    """Those with a number for every element, which are sharded and coded."""
+    return tuple(state for state in states if state.of is None)
 
 
 @dataclass(frozen=True)
@@ -124,8 +132,9 @@ def check_dtype(dtype: torch.dtype, where: str, allowed: Sequence[torch.dtype] =
 
 def layout_of(states: tuple[State, ...], formats: Mapping[str, str], weights: str) -> Layout:
     """The layout of a tensor with these `states`; `weights` "fp32": without remainder."""
-    codecs = tuple(_codec(state, formats[state.name]) for state in states)
-    return Layout(states, codecs, WEIGHTS.get(weights))
+    kept = elementwise(states)
+    codecs = tuple(_codec(state, formats[state.name]) for state in kept)
+    return Layout(kept, codecs, WEIGHTS.get(weights))
 
 
 def _codec(state: State, name: str) -> Codec:
@@ -137,6 +146,7 @@ def _codec(state: State, name: str) -> Codec:
 
 def state_formats(states: tuple[State, ...], wanted: str | Mapping[str, str], *, where: str) -> dict[str, str]:
     """The format of each of `states`, from one name or a mapping from state to name. Raises UserError."""
+    states = elementwise(states)
     names = [state.name for state in states]
     if not isinstance(wanted, (str, Mapping)):
         raise UserError(f"{where}: state_format is {wanted!r}, but must be a name or a mapping from state to name")

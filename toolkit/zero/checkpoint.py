@@ -41,6 +41,10 @@ def refusal(engine: Any) -> str | None:
         return "checkpoints need ZeRO stage 1, 2 or 3 (with one rank, stage 1 is stage 0)"
     if engine.has_moe_layers or engine.mp_world_size > 1:
         return "checkpoints of expert, tensor and pipeline parallelism are not supported"
+    optimizer = rule_optimizer(engine)
+    small = [state.name for state in optimizer.running.states if state.of is not None] if optimizer else []
+    if small:
+        return f"checkpoints of states of rows and columns ({', '.join(small)}) are not supported yet"
     return Untrained(engine.module, ()).refusal()
 
 

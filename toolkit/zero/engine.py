@@ -31,6 +31,7 @@ from toolkit.sentences import shown
 from toolkit.state.layout import check_dtype
 from toolkit.zero import compatibility, partition, shared_memory
 from toolkit.zero.changes import ChangeDetector
+from toolkit.zero.exchange import names
 from toolkit.zero.release import ReleasingZeroOptimizer
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
 from toolkit.zero.stage12 import ShardedZeroOptimizer
@@ -289,6 +290,11 @@ def _finish(engine: Any) -> None:
         partition.check_stage_3(engine.optimizer)
     if not isinstance(engine.basic_optimizer, RuleOptimizer):
         return
+    if isinstance(engine.optimizer, BF16_Optimizer) and engine.basic_optimizer.running.statistics:
+        raise UserError(
+            f"{type(engine.basic_optimizer).__name__} looks at whole parameters ({names(engine.basic_optimizer)}), "
+            "which DeepSpeed's BF16_Optimizer flattens; use ZeRO stage 1, 2 or 3"
+        )
     if engine.fp16_enabled() and getattr(engine.optimizer, "loss_scaler", None) is None:
         engine.optimizer.loss_scaler = _LossScale(engine.optimizer.loss_scale_config)
     if engine.zero_optimization() and isinstance(engine.optimizer, BF16_Optimizer):

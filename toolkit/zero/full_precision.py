@@ -33,7 +33,7 @@ def full_precision_state_dict(engine: Any, *, gather: bool = True) -> dict[str, 
     zero = engine.optimizer
     if not isinstance(zero, ShardedZeroOptimizer | ShardedZeroOptimizer3):
         raise UserError(
-            "full_precision_state_dict needs an engine that runs AMCS, SOAM or another rule at ZeRO stage 1, 2 or 3, "
+            "full_precision_state_dict needs an engine that runs a rule of this package at ZeRO stage 1, 2 or 3, "
             f"not {type(zero).__name__}"
         )
     module: nn.Module = engine.module

@@ -20,9 +20,12 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from torch import Tensor
 
 from toolkit.optim import RuleOptimizer
+from toolkit.optim.statistics import Member, Parameter, Share, small_states
 from toolkit.optim.streaming import StreamedStep
+from toolkit.optim.together import step_together
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import Fragment, fragments
+from toolkit.zero.exchange import DataParallel, check_whole
 from toolkit.zero.gradients import GradientFragment, HostCopy, Reducer, clip_scale, squared_norm, takes_mean
 from toolkit.zero.turns import OrderedZeroOptimizer
 
@@ -65,6 +68,7 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
         ignored = takes_mean(kwargs) or not kwargs.get("reduce_scatter", True)
         super().__init__(init_optimizer, *args, **kwargs)
         self._laying_out = False
+        check_whole(init_optimizer, split=self.has_moe_layers or self.model_parallel_world_size > 1)
         if ignored:
             logger.warning(
                 "reduce_scatter, prescale_gradients and gradient_predivide_factor have no effect for %s: gradients are "
@@ -268,8 +272,11 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
         clip = self.clip_grad if norm is not None else 0.0
         device = self.single_partition_of_fp32_groups[0].device
         scale = clip_scale(known, clip, scale_before).to(device, non_blocking=True)
-        for i in range(len(self.bit16_groups)):
-            self._step_group(i, scale)
+        if self.optimizer.running.statistics:
+            self._step_together(scale)
+        else:
+            for i in range(len(self.bit16_groups)):
+                self._step_group(i, scale)
         gather_weights(self)
 
     def _must_be_finite(self) -> bool:
@@ -308,6 +315,33 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
                 del gradient
             stream.finish(scale)
         self._show(i)
+
+    def _step_together(self, scale: Tensor) -> None:
+        """The step of a rule that looks at whole parameters: at all of them before any is updated."""
+        members: list[Member] = []
+        for i in range(len(self.bit16_groups)):
+            held, self._held[i], self.averaged_gradients[i] = self._held[i], {}, None
+            members += self._members(i, held)
+        step_together(members, scale, DataParallel(self.dp_process_group))
+        for i in range(len(self.bit16_groups)):
+            self._show(i)
+
+    def _members(self, i: int, held: dict[int, Tensor]) -> list[Member]:
+        """The parameters of group `i` and what this rank holds of them; none while state is only allocated."""
+        group, flat = self.optimizer.param_groups[i], self.single_partition_of_fp32_groups[i]
+        begun = self.optimizer.begin(group, flat)
+        if begun is None:
+            return []
+        params, rank = self.round_robin_bit16_groups[i], dist.get_rank(group=self.real_dp_process_group[i])
+        parameters = [Parameter(tuple(param.shape), group["component"]) for param in params]
+        small = small_states(self.optimizer.running, parameters, self.optimizer.state[flat], flat.device)
+        members, base = [], rank * int(self.partition_size[i])
+        for param, parameter, states in zip(params, parameters, small, strict=True):
+            own, share = self.own_fragment(param), None
+            if own is not None and own.offset in held:
+                share = Share(own, held.pop(own.offset), (base + own.offset) // BLOCK)
+            members.append(Member(parameter, begun, states, self._reducer.fragments[id(param)], share))
+        return members
 
     def _show(self, i: int) -> None:
         """Copy this rank's weights of group `i` into the model, unless they are the model's."""

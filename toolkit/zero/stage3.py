@@ -25,9 +25,13 @@ from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.streaming import check_gradient
+from toolkit.optim.statistics import Member, Parameter, Share, small_states
+from toolkit.optim.streaming import TensorStep, check_gradient
+from toolkit.optim.together import step_together
 from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import fragments
 from toolkit.zero.agreement import Order, have_nothing
+from toolkit.zero.exchange import DataParallel, check_whole
 from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mean
 
 logger = logging.getLogger("toolkit")
@@ -53,6 +57,13 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         super().__init__(module, init_optimizer, *args, **kwargs)
         if self.swap_optimizer:
             raise UserError(f"{type(init_optimizer).__name__}'s state cannot be offloaded to NVMe; use the CPU")
+        sizes = {int(dist.get_world_size(self._get_param_partition_group(p))) for g in self.fp16_groups for p in g}
+        check_whole(
+            init_optimizer,
+            split=self.model_parallel_group is not None
+            or len(set(map(id, self.sub_group_process_groups))) > 1
+            or sizes != {int(dist.get_world_size(self.dp_process_group))},
+        )
         self._gathers = self.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
         if not get_accelerator().is_synchronized_device():
             stream = self._gathers  # and not `self`, which the model would keep alive
@@ -141,11 +152,16 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         self.zero_grad(set_to_none=True)
         scale = clip_scale(known, self.clip_grad, scale_before)
         scale = scale.to(self.fp32_partitioned_groups_flat[0].device, non_blocking=True)
+        members: list[Member] = []
         start = 0
         for i in range(len(self.fp16_groups)):
             stop = start + self.fp32_partitioned_groups_flat[i].numel()
-            self._step_sub_group(i, self.grad_partitions_flat_buffer[start:stop], scale)
+            members += self._step_sub_group(i, self.grad_partitions_flat_buffer[start:stop], scale)
             start = stop
+        if self.optimizer.running.statistics:
+            step_together(members, scale, DataParallel(self.dp_process_group))
+            for i in range(len(self.fp16_groups)):
+                self._show(i)
         self.timers(OPTIMIZER_STEP_TIMER).stop()
         self.invalidate_secondary_tensor()
         self._gather_persistent()
@@ -178,15 +194,17 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         dist.all_reduce(total, group=self.dp_process_group)
         return torch.stack([total[0].sqrt(), total[1]])
 
-    def _step_sub_group(self, i: int, gradient: Tensor, scale: Tensor) -> None:
+    def _step_sub_group(self, i: int, gradient: Tensor, scale: Tensor) -> list[Member]:
+        """Step a sub-group; what is to be stepped together with others comes back as it is."""
         master = self.fp32_partitioned_groups_flat[i]
         begun = self.optimizer.begin(self.optimizer.param_groups[self.sub_group_to_group_id[i]], master)
+        if begun is not None and self.optimizer.running.statistics:
+            return self._members(i, begun, gradient)
         if begun is not None and begun.function.rounds:
             start = 0
             for param in self.fp16_groups[i]:
                 size = param.partition_numel()
-                first = self._first_block[param.ds_id] + self._get_param_partition_rank(param) * size // BLOCK
-                stream = begun.stream(start, start + size, first_block=first)
+                stream = begun.stream(start, start + size, first_block=self._block_of(param))
                 stream.add(gradient[start : start + size], scale)
                 stream.finish(scale)
                 start += size
@@ -194,7 +212,33 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
             stream = begun.stream(first_block=0)
             stream.add(gradient, scale)
             stream.finish(scale)
-        own = self.fp16_partitioned_groups_flat[i]
+        self._show(i)
+        return []
+
+    def _block_of(self, param: Any) -> int:
+        """The number of this rank's first block of `param`, in the whole parameter group and over all ranks."""
+        before = self._get_param_partition_rank(param) * param.partition_numel() // BLOCK
+        return self._first_block[param.ds_id] + int(before)
+
+    def _members(self, i: int, begun: TensorStep, gradient: Tensor) -> list[Member]:
+        """The parameters of a sub-group and what this rank holds of them, without the padding."""
+        params, master = self.fp16_groups[i], self.fp32_partitioned_groups_flat[i]
+        component = self.optimizer.param_groups[self.sub_group_to_group_id[i]]["component"]
+        parameters = [Parameter(tuple(param.ds_shape), component) for param in params]
+        small = small_states(self.optimizer.running, parameters, self.optimizer.state[master], master.device)
+        members, offset = [], 0
+        for param, parameter, states in zip(params, parameters, small, strict=True):
+            part, rank = param.partition_numel(), self._get_param_partition_rank(param)
+            held = fragments(0, parameter.numel, size=part, before=offset)
+            own = next((fragment for fragment in held if fragment.rank == rank), None)
+            share = Share(own, gradient[own.elements], self._block_of(param)) if own is not None else None
+            members.append(Member(parameter, begun, states, held, share))
+            offset += part
+        return members
+
+    def _show(self, i: int) -> None:
+        """Give the model the weights of a sub-group, unless they are the model's."""
+        own, master = self.fp16_partitioned_groups_flat[i], self.fp32_partitioned_groups_flat[i]
         if own is None or own.data_ptr() != master.data_ptr():  # None: the weights lie on NVMe
             self._reassign_or_swap_out_partitioned_parameters(i)
 

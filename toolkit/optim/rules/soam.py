@@ -1,4 +1,4 @@
-"""SOAM: momentum and learning rate per parameter group."""
+"""SOAM: momentum per component."""
 
 from __future__ import annotations
 

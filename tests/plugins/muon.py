@@ -1,0 +1,47 @@
+"""Muon (Jordan et al. 2024), a rule that transforms whole matrices."""
+
+from torch import Tensor
+
+from toolkit.optim import Beta, Matrix, NonNegative, Rule, State, as_optimizer
+
+
+class MuonRule(Rule):
+    """Momentum, made orthogonal by five Newton-Schulz steps; of a vector, its sign.
+
+    m     <- mu m + (1 - mu) g
+    theta <- theta - lr wd theta - lr sqrt(max(1, rows / columns)) orthogonal(mu m + (1 - mu) g)
+    """
+
+    states = (State("m"),)
+    statistics = (Matrix("o"),)
+
+    lr: NonNegative = 1e-3
+    momentum: Beta = 0.95
+    weight_decay: NonNegative = 0.1
+
+    def scalars(self, t: int) -> dict[str, float]:
+        return {"lr": self.lr, "decay": self.lr * self.weight_decay, "rate": 1 - self.momentum}
+
+    @staticmethod
+    def direction(theta: Tensor, g: Tensor, m: Tensor, **s: Tensor) -> Tensor:
+        m = m + s["rate"] * (g - m)
+        return m + s["rate"] * (g - m)
+
+    @staticmethod
+    def transform(matrix: Tensor) -> Tensor:
+        rows, columns = matrix.shape
+        if rows == 1:
+            return matrix.sign()
+        x = matrix.T if rows > columns else matrix
+        x = x / x.norm().clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return max(1.0, rows / columns) ** 0.5 * (x.T if rows > columns else x)
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, m: Tensor, *, o: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return theta - (s["decay"] * theta + s["lr"] * o), m + s["rate"] * (g - m)
+
+
+Muon = as_optimizer(MuonRule)

@@ -1,0 +1,184 @@
+"""What a rule may look at beside single elements: means by owner, small states, schedules of a statistic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from toolkit.errors import UserError
+from toolkit.optim import RULES, Matrix, Mean, NonNegative, Rule, State, as_optimizer
+from toolkit.optim.matrices import rounds
+from toolkit.optim.schedules import Cosine, Linear, Points, fraction_done
+
+SCALE = Points(((0.0, 2.0), (1.0, 1.0), (3.0, 0.5)))
+
+
+@pytest.fixture(autouse=True)
+def registry() -> Iterator[None]:
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+class ClosedRule(Rule):
+    """A rate that follows the mean square of a component's gradient, and weights that follow the model's."""
+
+    states = (State("m"),)
+    statistics = (Mean("part2", over="component"), Mean("all2", over="model"))
+
+    lr: NonNegative = 0.1
+
+    def scalars(self, t: int) -> dict[str, float]:
+        return {"lr": self.lr}
+
+    @staticmethod
+    def measure(theta: Tensor, g: Tensor, m: Tensor, **s: Tensor) -> tuple[Tensor, Tensor]:
+        return g * g, (g + 1.0) ** 2  # of padding the second is no 0
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, m: Tensor, *, part2: Tensor, all2: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return theta - s["lr"] * SCALE.of(part2) * g, m + all2
+
+
+class CentredRule(Rule):
+    """What a row has more than its mean, and a state that counts steps by row."""
+
+    states = (State("count", of="rows"),)
+    statistics = (Mean("row_mean", over="row"),)
+
+    lr: NonNegative = 0.1
+
+    def scalars(self, t: int) -> dict[str, float]:
+        return {"lr": self.lr}
+
+    @staticmethod
+    def measure(theta: Tensor, g: Tensor, **s: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def follow(count: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return (count + 1.0,)
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, *, row_mean: Tensor, count: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return (theta - s["lr"] * (g - row_mean) / count,)
+
+
+def model(optimizer_class: Any, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[list[Any], Any]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(30, 50), (1, 7), (300,), (4, 3, 100)]
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    groups = [{"params": params[:2], "component": "ffn"}, {"params": params[2:], "component": "norm"}]
+    optimizer = optimizer_class(groups, **options)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+    return params, optimizer
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("state_format", ["fp32", "4bit"])
+def test_means_over_components_and_the_model(state_format: str, compiled: bool) -> None:
+    params, optimizer = model(as_optimizer(ClosedRule), state_format=state_format, compile=compiled)
+    before = [p.detach().double().numpy() for p in params]
+    optimizer.step()
+    grads = [p.grad.double().numpy() for p in params]
+    for mine in ((0, 1), (2, 3)):
+        square = np.mean(np.concatenate([grads[i].ravel() ** 2 for i in mine]))
+        scale = np.interp(square, [0.0, 1.0, 3.0], [2.0, 1.0, 0.5])
+        for i in mine:
+            assert np.allclose(params[i].detach(), before[i] - 0.1 * scale * grads[i], atol=1e-6)
+    whole = np.mean(np.concatenate([(g.ravel() + 1.0) ** 2 for g in grads]))
+    assert np.allclose(optimizer.state[params[2]]["m"].flatten()[:300], whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_means_over_rows_and_a_state_of_them(dtype: torch.dtype) -> None:
+    params, optimizer = model(as_optimizer(CentredRule), dtype, weights="bf16+16", compile=False)
+    want = [p.detach().double().clone().numpy() for p in params]
+    for step in (1, 2, 3):
+        optimizer.step()
+        for i, p in enumerate(params):
+            g = p.grad.double().numpy().reshape(len(p) if p.dim() > 1 else 1, -1)
+            want[i] = want[i] - (0.1 / step * (g - g.mean(1, keepdims=True))).reshape(want[i].shape)
+    for p, value in zip(params, want, strict=True):
+        assert np.allclose(p.detach().double(), value, atol=1e-5 if dtype != torch.bfloat16 else 2e-2)
+    assert [optimizer.state[p]["count"].tolist() for p in params] == [[3.0] * n for n in (30, 1, 1, 4)]
+    assert optimizer.state_bytes()["count"] == 4 * 36
+
+
+def test_small_states_are_saved_and_loaded() -> None:
+    params, optimizer = model(as_optimizer(CentredRule))
+    optimizer.step()
+    others, other = model(RULES["Centred"])
+    other.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(optimizer.state[p]["count"], other.state[q]["count"])
+        q.data.copy_(p.detach())
+    optimizer.step()
+    other.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def test_any_layout_of_memory_and_parameters_without_gradient() -> None:
+    plain, optimizer = model(as_optimizer(ClosedRule), compile=False)
+    turned, other = model(RULES["Closed"], compile=False)
+    turned[0].data = turned[0].data.t().contiguous().t()
+    for one in (plain, turned):
+        one[3].grad = None
+    optimizer.step()
+    other.step()
+    assert not turned[0].is_contiguous()
+    assert all(torch.equal(p, q) for p, q in zip(plain, turned, strict=True))
+
+
+def declared(**body: Any) -> type[Rule]:
+    return type("WrongRule", (ClosedRule,), {"__module__": __name__} | body)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"statistics": (Mean("m", over="model"),)}, "'m' names two of its states and statistics"),
+        ({"statistics": (Mean("x", over="block"),)}, "'x' is over 'block', but must be over parameter"),  # type: ignore[arg-type]
+        ({"statistics": (Mean("x", over="model", by="size"),)}, "needs a function 'size'"),
+        ({"statistics": (Matrix("x"), Matrix("y"))}, "two matrices"),
+        ({"statistics": (Matrix("x"),)}, "needs a function 'direction'"),
+        ({"states": (State("m"), State("r", of="lines"))}, "of 'lines', but must be of rows or columns"),
+        ({"states": (State("r", of="rows"),), "statistics": ()}, "there are no means to follow"),
+        ({"measure": staticmethod(lambda theta, g, m, **s: (g, g.cumsum(0)))}, "WrongRule.measure is not elementwise"),
+        ({"measure": staticmethod(lambda theta, g, m, **s: g)}, "measure returns 1 tensors, but must return 2"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_sentence(body: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        as_optimizer(declared(**body))
+
+
+def test_matrices_are_shared_out_evenly_and_no_round_holds_more_than_the_largest() -> None:
+    sizes = [100, 7, 60, 60, 3, 99, 1, 50]
+    for ranks in (1, 2, 3, 4):
+        made = rounds(sizes, ranks)
+        assert sorted(number for now in made for number, _ in now) == list(range(len(sizes)))
+        loads = [0] * ranks
+        for now in made:
+            for rank in range(ranks):
+                mine = sum(sizes[number] for number, owner in now if owner == rank)
+                loads[rank] += mine
+                assert mine <= max(sizes)
+        assert max(loads) - min(loads) <= max(sizes)
+
+
+def test_schedules() -> None:
+    assert [Linear().at(x) for x in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
+    assert [Cosine(3.0, 1.0).at(x) for x in (0.0, 0.5, 1.0)] == pytest.approx([3.0, 2.0, 1.0])
+    assert [SCALE.at(x) for x in (-1.0, 0.0, 0.5, 2.0, 9.0)] == [2.0, 2.0, 1.5, 0.75, 0.5]
+    x = torch.tensor([-1.0, 0.0, 0.5, 2.0, 9.0])
+    assert SCALE.of(x).tolist() == [SCALE.at(value) for value in x.tolist()]
+    assert [fraction_done(t, 5) for t in (1, 3, 5, 6)] == [0.0, 0.5, 1.0, 1.0]
+    assert fraction_done(1, 1) == 0.0

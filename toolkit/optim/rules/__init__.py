@@ -1,0 +1,10 @@
+"""The rules of the package, one file each: every module here is imported, which registers its rule."""
+
+import importlib
+import pkgutil
+
+RECOMMENDED = "AMCS"
+"""What is suggested to users of other optimizers, and planned with where they name none."""
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
