@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ValidationError
@@ -58,6 +58,13 @@ def unknown_key(place: list[str], known: Iterable[str], kind: str = "key") -> st
 
 def dotted(place: Iterable[str]) -> str:
     return ".".join(place)
+
+
+def value_at(document: Any, path: str) -> Any:
+    """What a JSON document has at a dotted path; None where it has nothing."""
+    for key in path.split("."):
+        document = document.get(key) if isinstance(document, Mapping) else None
+    return document
 
 
 def shown(value: Any) -> str:

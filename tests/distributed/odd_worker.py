@@ -63,7 +63,7 @@ def save(folder: str, stage: int, steps: int, source: str | None = None) -> list
 
 
 if __name__ == "__main__":
-    ranks.prepare()
+    ranks.prepare_environment()
     ranks.start()
     answer({"save": save})
     ranks.finish()

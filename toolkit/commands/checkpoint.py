@@ -74,7 +74,7 @@ def inspect(
         "saved": facts.get("saved", "?"),
         "ranks": f"{sharding.world_size} at ZeRO stage {sharding.stage}",
         "optimizer": f"{sharding.rule or 'Adam'}: {', '.join(state.name for state in sharding.states)}",
-        "kept as": "; ".join(sorted(_formats(sharding.flats))),
+        "stored as": "; ".join(sorted(_formats(sharding.flats))),
         "parameters": f"{manifest.parameters:,}",
         "not trained": f"{sum(kept.numel() for kept in source.frozen.values()):,} in frozen parameters, "
         f"{sum(buffer.numel() for buffer in source.buffers().values()):,} in buffers",

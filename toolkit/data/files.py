@@ -305,10 +305,10 @@ def _open(file: Path) -> Iterator[IO[str]]:
 
 def no_column(where: str, column: str, columns: list[str]) -> str:
     """The sentence for a column that is not among `columns`."""
-    return f"{where} has no column {column!r}: it has {listed(columns)}.{nearest(column, columns)}"
+    return f"{where} has no column {column!r}: it has {quoted(columns)}.{nearest(column, columns)}"
 
 
-def listed(words: Iterable[str]) -> str:
+def quoted(words: Iterable[str]) -> str:
     shown = [repr(word) for word in words]
     return some(shown, 12)
 

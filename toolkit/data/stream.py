@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from toolkit.data.documents import BadDocuments, Document, Documents, document
-from toolkit.data.files import SUPPORTED, check_parquet, first_line, kind_of, listed, no_column, read_file
+from toolkit.data.files import SUPPORTED, check_parquet, first_line, kind_of, no_column, quoted, read_file
 from toolkit.errors import UserError, nearest
 
 FINEWEB = "HuggingFaceFW/fineweb"
@@ -118,7 +118,7 @@ def _fineweb(subset: str, text_column: str, split: str) -> Callable[[], Iterator
     try:
         known = datasets.get_dataset_config_names(FINEWEB)
         if subset not in known:
-            raise UserError(f"{FINEWEB} has no subset {subset!r}: it has {listed(known)}.{nearest(subset, known)}")
+            raise UserError(f"{FINEWEB} has no subset {subset!r}: it has {quoted(known)}.{nearest(subset, known)}")
         stream = datasets.load_dataset(FINEWEB, name=subset, split=split, streaming=True)
         if text_column not in (columns := stream.column_names or [text_column]):
             raise UserError(no_column(FINEWEB, text_column, columns))
@@ -174,7 +174,7 @@ def _find_files(spec: str) -> tuple[list[Path], str]:
             raise UserError(f"data file {str(file)!r} is of no supported kind: supported are {SUPPORTED}.")
     kinds = sorted({kind_of(file) or "" for file in files})
     if len(kinds) != 1:
-        raise UserError(f"data {spec!r} mixes {listed(kinds)} files: choose one kind with a glob such as '*.parquet'.")
+        raise UserError(f"data {spec!r} mixes {quoted(kinds)} files: choose one kind with a glob such as '*.parquet'.")
     return files, kinds[0]
 
 

@@ -20,6 +20,7 @@ from toolkit.optim import RECOMMENDED
 from toolkit.records.categories import LOGITS
 from toolkit.records.memory import Change, Prediction, Setup
 from toolkit.records.sizes import size_text
+from toolkit.sentences import value_at
 
 _CONTEXT = 1_000_000_000
 _COMMUNICATOR = 200_000_000
@@ -211,10 +212,8 @@ _NOT_MODELLED = (
 def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
     """A remark for each setting that this prediction passes over; None stands for any value."""
     for path, value in _NOT_MODELLED:
-        at: Any = config
-        for key in path.split("."):
-            at = at.get(key) if isinstance(at, Mapping) else None
-        if at is not None and (value is None or at is value):
+        found = value_at(config, path)
+        if found is not None and (value is None or found is value):
             yield f"{path} is not modelled: the prediction is that without it."
 
 

@@ -21,6 +21,8 @@ RUN, CONFIG, METRICS, SUMMARY, PLOT = (
     "loss.png",
 )
 CHECKPOINTS = "checkpoints"
+LAST_STEPS = 10
+"""Steps whose mean is the final training loss: a single batch is too noisy to report."""
 METRICS_LIMIT = 1 << 30
 """Bytes of a metrics.jsonl: three million steps."""
 

@@ -28,9 +28,13 @@ def parse_size(text: str, *, where: str) -> int:
     return round(float(match[1]) * _UNITS[unit])
 
 
+SHOWN_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+"""The units that sizes are shown in, and their bytes."""
+
+
 def size_text(count: float) -> str:
     """A number of bytes in GB, MB or kB (powers of 1000)."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, factor in SHOWN_UNITS:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count:.0f} B"

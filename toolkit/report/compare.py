@@ -10,9 +10,10 @@ from pathlib import Path
 
 from toolkit.errors import UserError
 from toolkit.printable import printable
+from toolkit.records.run import LAST_STEPS
 from toolkit.report.data import Method, Paired, Report, RunReport
 from toolkit.report.read import read_folder
-from toolkit.report.run_report import LAST_STEPS, build_run
+from toolkit.report.run_report import build_run
 from toolkit.report.words import batch_words, listed, size
 
 # What a comparison of losses takes to be equal, with the reason why it matters.

@@ -10,22 +10,23 @@ from typing import Any
 from toolkit.records.memory import Measurement, Prediction, Setup
 from toolkit.report.data import RunFacts
 from toolkit.report.read import Folder, RunFile
+from toolkit.sentences import value_at
 
 
 def facts_of(folder: Folder) -> RunFacts:
     """From run.json and the DeepSpeed JSON in it, with the defaults that the memory records know."""
     run = folder.run or RunFile()
     settings, config = run.settings, run.ds_config
-    parameters = _at(config, "optimizer", "params")
-    state_format, weights = _at(parameters, "state_format"), _at(parameters, "weights")
+    parameters = value_at(config, "optimizer.params")
+    state_format, weights = value_at(parameters, "state_format"), value_at(parameters, "weights")
     data = f"{settings.data} ({settings.data_subset})" if settings.data_subset else settings.data
     facts = RunFacts(
         model=settings.model,
         parameters=run.parameters,
-        optimizer=_text(_at(config, "optimizer", "type")),
+        optimizer=_text(value_at(config, "optimizer.type")),
         state_format=_text(state_format),
         weights=_text(weights),
-        stage=_number(_at(config, "zero_optimization", "stage")),
+        stage=_number(value_at(config, "zero_optimization.stage")),
         world_size=run.world_size,
         micro_batch=run.micro_batch,
         gradient_accumulation=run.gradient_accumulation,
@@ -66,17 +67,17 @@ _PEAKS = ("warmup_max_lr", "cycle_max_lr")
 
 def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides how fast weights move, as the JSON has it."""
-    params, scheduler = _at(config, "optimizer", "params"), _at(config, "scheduler", "params")
-    rates = [_at(scheduler, name) for name in _PEAKS] + [_at(params, "lr")]
-    betas = _at(params, "betas")
+    params, scheduler = value_at(config, "optimizer.params"), value_at(config, "scheduler.params")
+    rates = [value_at(scheduler, name) for name in _PEAKS] + [value_at(params, "lr")]
+    betas = value_at(params, "betas")
     plain = isinstance(betas, list) and all(_real(beta) is not None for beta in betas)
     return {
         "learning_rate": next((_real(rate) for rate in rates if _real(rate) is not None), None),
         "betas": betas if plain else None,
-        "weight_decay": _real(_at(params, "weight_decay")),
-        "clipping": _real(_at(config, "gradient_clipping")),
-        "scheduler": _text(_at(config, "scheduler", "type")),
-        "warmup": _number(_at(scheduler, "warmup_num_steps")),
+        "weight_decay": _real(value_at(params, "weight_decay")),
+        "clipping": _real(value_at(config, "gradient_clipping")),
+        "scheduler": _text(value_at(config, "scheduler.type")),
+        "warmup": _number(value_at(scheduler, "warmup_num_steps")),
     }
 
 
@@ -88,12 +89,6 @@ def _setup(folder: Folder) -> Setup | None:
     records: list[Measurement | Prediction | None] = [*folder.measured.values(), folder.predicted]
     records += [explanation.record for explanation in folder.out_of_memory]  # type: ignore[misc]
     return next((record.setup for record in records if record is not None and record.setup is not None), None)
-
-
-def _at(value: Any, *keys: str) -> Any:
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def _text(value: Any) -> str | None:

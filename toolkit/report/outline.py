@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from toolkit.records.run import LAST_STEPS
 from toolkit.report import svg
 from toolkit.report.data import Report, RunReport
 from toolkit.report.elements import Chart, Item, Kind, RunPart, Section, Table, legend, table
-from toolkit.report.run_report import LAST_STEPS
 from toolkit.report.sections import run_part
 from toolkit.report.words import UNKNOWN, duration, listed, number, signed
 

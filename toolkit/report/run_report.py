@@ -9,7 +9,7 @@ from typing import Literal
 from toolkit.printable import printable
 from toolkit.records.categories import PHASES, model_state, ordered
 from toolkit.records.memory import Measurement, Prediction
-from toolkit.records.run import METRICS
+from toolkit.records.run import LAST_STEPS, METRICS
 from toolkit.report.data import (
     BatchChange,
     Comparison,
@@ -34,8 +34,6 @@ _Moment = Literal["at the peak", "between steps", "in host memory"]
 
 _MATTERS = 0.001
 """Share of the whole below which the error of a category says nothing: a few bytes are always off."""
-# Final loss as `toolkit.train` has it: a single batch is too noisy to report.
-LAST_STEPS = 10
 
 
 def build_run(folder: Folder, name: str) -> RunReport:

@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 
 from toolkit.records.categories import MEANING, in_order, ordered
 from toolkit.records.memory import Span, Timeline
+from toolkit.records.sizes import SHOWN_UNITS
 from toolkit.report.words import size
 
 _STATES, _SERIES = 8, 6
@@ -244,7 +245,7 @@ def _round_step(about: float) -> float:
 
 def _bytes_unit(top: float) -> Callable[[float], str]:
     """Writes ticks of an axis that reaches `top` bytes, all in one unit."""
-    name, factor = next(((name, by) for name, by in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if top >= by), ("B", 1.0))
+    name, factor = next((unit for unit in SHOWN_UNITS if top >= unit[1]), ("B", 1.0))
     return lambda value: f"{value / factor:.4g} {name}" if value else "0"
 
 

@@ -12,6 +12,7 @@ from toolkit.config.files import without_auto
 from toolkit.config.schedulers import LENGTHS
 from toolkit.errors import UserError
 from toolkit.run.settings import RunSettings
+from toolkit.sentences import value_at
 
 # Which key of a DeepSpeed scheduler holds the peak learning rate, the warm-up and the length of the run.
 # WarmupCosineLR and most schedulers of torch take their peak from the optimizer.
@@ -105,15 +106,8 @@ def _passed_over(
 
 def _check_loop(config: Mapping[str, Any], batch: Batch) -> None:
     """Refuse what DeepSpeed leaves to a training loop and this one does not do."""
-
-    def inner(section: str, key: str) -> Any:
-        found = config.get(section)
-        return found.get(key) if isinstance(found, Mapping) else None
-
-    for place, value in (
-        ("sequence_parallel_size", config.get("sequence_parallel_size")),
-        ("tensor_parallel.autotp_size", inner("tensor_parallel", "autotp_size")),
-    ):
+    for place in ("sequence_parallel_size", "tensor_parallel.autotp_size"):
+        value = value_at(config, place)
         if isinstance(value, int | float) and value > 1:
             raise UserError(
                 f"{place} is {value}, for which ranks must be given the same sequences, and here each is given its "
@@ -124,7 +118,7 @@ def _check_loop(config: Mapping[str, Any], batch: Batch) -> None:
             "managed_gradient_accumulation is false, with which every micro-batch would be a step of its own; leave it "
             "out, or set --grad-accum to 1."
         )
-    if inner("autotuning", "enabled") is True:
+    if value_at(config, "autotuning.enabled") is True:
         raise UserError(
             "autotuning.enabled ends a run after a few steps, for `deepspeed --autotuning` to measure; leave it out."
         )

@@ -6,16 +6,13 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from toolkit.records.memory import FOLDER as MEMORY_FOLDER
-from toolkit.records.run import tokens_of
+from toolkit.records.run import LAST_STEPS, tokens_of
 from toolkit.run import ranks
 from toolkit.run.bad_documents import document_counts
 from toolkit.run.prepare import PreparedRun
 
 if TYPE_CHECKING:
     from toolkit.data import Position
-
-# Steps whose mean is the final training loss: a single batch is too noisy to report.
-LAST_STEPS = 10
 
 
 def summarize(

@@ -11,6 +11,7 @@ from toolkit.config import DeepSpeedSettings
 from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, Kept
 from toolkit.run.merge import WITH_WARMUP
 from toolkit.run.settings import RunSettings, check_settings, flag_of
+from toolkit.sentences import value_at
 
 # Settings that are kept unless they are given, and keys of the JSON whose `--set` counts as giving them.
 KEPT: dict[str, tuple[str, ...]] = {
@@ -96,10 +97,7 @@ def terms(settings: RunSettings, config: Mapping[str, Any], batch: Batch) -> dic
     found |= {flag_of(name): getattr(settings, name) for name in KEPT if name not in ("lr", "warmup")}
     found["--deterministic"] = settings.deterministic
     for path in _TOLD:
-        value: Any = config
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        found.update(_flat(path, value))
+        found.update(_flat(path, value_at(config, path)))
     return found
 
 
