@@ -52,7 +52,8 @@ def train(name: str, shapes: Any, steps: int = 4, **settings: Any) -> tuple[list
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_plugin_follows_its_equations(name: str) -> None:
-    start, got, gradients = train(name, SHAPES, state_format="fp32")
+    compiled = name in ("StableAdamW", "Adafactor")  # which takes seconds for each kernel
+    start, got, gradients = train(name, SHAPES, state_format="fp32", compile=compiled)
     for before, after, seen in zip(start, got, gradients, strict=True):
         want = follow(name, 1e-2, before, seen)
         moved = np.linalg.norm(want - before)
