@@ -85,6 +85,7 @@ def test_flags_and_json_give_a_batch(
         ({GLOBAL: 3, ACCUMULATION: 2}, {}, "gradient accumulation 2 * world size 2 = 4; nearest that fit: 4."),
         ({}, {}, "the batch size is not given"),
         ({ACCUMULATION: 2}, {}, "the batch size is not given"),
+        ({MICRO: 10**20}, {}, f"the micro-batch is {10**20}, but it must be at most 1048576."),
         ({}, {"train_batch_size": 2.5}, "train_batch_size is 2.5"),
         ({}, {"train_batch_size": True}, "train_batch_size is True"),
         ({}, {"gradient_accumulation_steps": 0, "train_batch_size": 4}, "gradient_accumulation_steps is 0"),

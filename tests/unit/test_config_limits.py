@@ -24,6 +24,27 @@ from toolkit.config import validate
             ["zero_optimization.zenflow={}"],
             "zero_optimization.zenflow needs zero_optimization.stage 1, 2 or 3, offload",
         ),
+        (
+            ["bf16.enabled=false", "fp16.enabled=true", "torch_autocast.enabled=true"],
+            "torch_autocast.dtype is not given, but the model is in fp16; give 'fp16'",
+        ),
+        (
+            [
+                "zero_optimization.stage=0",
+                "bf16.enabled=false",
+                "fp16.enabled=true",
+                'torch_autocast={"enabled": true, "dtype": "fp16"}',
+            ],
+            "torch_autocast.enabled and fp16.enabled at stage 0 scale the loss twice",
+        ),
+        (
+            [
+                "zero_optimization.zenflow={}",
+                'zero_optimization.offload_optimizer={"device": "cpu"}',
+                'optimizer={"type": "AdamW"}',
+            ],
+            "zero_optimization.zenflow needs optimizer.params, if only an empty one",
+        ),
     ],
 )
 def test_what_deepspeed_refuses_later_is_refused_for_its_own_optimizers(assignments: list[str], sentence: str) -> None:

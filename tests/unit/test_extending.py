@@ -12,7 +12,7 @@ import pytest
 import torch
 import typer
 from small_checkpoints import call, cut, rewrite
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from toolkit.cli import app
@@ -180,6 +180,13 @@ def test_what_a_rule_needs_comes_from_the_run(registered: None) -> None:
         def check_ready(self) -> None:
             if self.total_steps is None:
                 raise UserError("Paced: total_steps is missing")
+
+        def scalars(self, t: int) -> dict[str, float]:
+            return {"lr": self.lr}
+
+        @staticmethod
+        def update(theta: Tensor, g: Tensor, m: Tensor, *, lr: Tensor) -> tuple[Tensor, ...]:
+            return theta - lr * g, m
 
     as_optimizer(PacedRule)
     config = load_config("amcs_zero2") | {"optimizer": {"type": "Paced", "params": {"lr": 1e-3}}}

@@ -17,6 +17,10 @@ JSON_KEYS = {
 }
 
 
+LARGEST_MICRO = 2**20
+"""Sequences of a forward pass: beyond that sizes of tensors overflow, and no memory holds them."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sequences of one optimizer step: `total` = `micro` * `accumulation` * `world_size`."""
@@ -101,6 +105,8 @@ def resolve_batch(
         accumulation = each // micro
     assert accumulation is not None
     batch = Batch(micro, accumulation, world_size)
+    if micro > LARGEST_MICRO:
+        raise UserError(f"the micro-batch is {micro}, but it must be at most {LARGEST_MICRO}.")
     if total is not None and batch.total != total:
         raise UserError(
             f"the batch sizes do not multiply: micro-batch {micro} * gradient accumulation {accumulation} "

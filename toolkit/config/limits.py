@@ -213,6 +213,14 @@ def _other(facts: Facts) -> Iterator[str]:
                 f"torch_autocast.dtype 'fp16' scales the loss in a way that the step of {ds.optimizer} under ZeRO "
                 "does not know; use 'bf16', or fp16.enabled."
             )
+        if ds.computed == "fp16" and not ds.stage:
+            yield (
+                "torch_autocast.enabled and fp16.enabled at stage 0 scale the loss twice; use one of them, or a stage "
+                "of zero_optimization."
+            )
+        elif ds.computed == "fp16" and autocast.get("dtype") is None:
+            # A device's default, which is bf16 on a CPU.
+            yield "torch_autocast.dtype is not given, but the model is in fp16; give 'fp16', or leave autocast out."
         given = dtype_name(autocast.get("dtype")) or "fp32"
         if ds.computed != "fp32" and given not in ("fp32", ds.computed):
             yield f"torch_autocast.dtype is {shown(autocast['dtype'])}, but the model is in {ds.computed}; use one."
@@ -241,6 +249,8 @@ def _zenflow(facts: Facts) -> Iterator[str]:
         return
     if not ds.on_cpu_adam or not ds.stage:
         yield f"{place} needs zero_optimization.stage 1, 2 or 3, offload_optimizer, and DeepSpeed's Adam or AdamW."
+    if "params" not in facts.config["optimizer"]:  # of which DeepSpeed's own optimizer for it takes a mapping
+        yield f"{place} needs optimizer.params, if only an empty one ({{}})."
     counted = isinstance(flow.select_interval, int)
     if counted != (flow.select_strategy != "auto"):
         needed = '"auto", like select_strategy' if counted else "a number with this select_strategy"
