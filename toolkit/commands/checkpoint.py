@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-Where = Annotated[Path, typer.Argument(help="A run, its newest checkpoint then, or a checkpoint.")]
+Where = Annotated[Path, typer.Argument(help="A run (its newest checkpoint is taken) or a checkpoint.")]
 TrustPickle = Annotated[
     bool,
     typer.Option(

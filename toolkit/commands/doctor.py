@@ -71,7 +71,8 @@ def _processor(found: Findings) -> None:
         found.problems.append(f"{error}")
     else:
         forced = f" ({VARIABLE} says so)" if os.environ.get(VARIABLE, "auto") != "auto" else ""
-        found.facts["bf16 products"] = f"on the CPU {'slow: computed in fp32' if slow else 'native'}{forced}"
+        how = "computed in fp32, native ones are slow" if slow else "native"
+        found.facts["bf16 products"] = f"on the CPU: {how}{forced}"
 
 
 def _gpus(found: Findings) -> None:

@@ -116,7 +116,7 @@ def plan(
     seq_len: SeqLen = _SEQ_LEN,
     optimizer: Annotated[
         str | None,
-        typer.Option(help="Of a shipped configuration, or a rule of --plugin. (default: the recommended rule)"),
+        typer.Option(help="Of a shipped configuration, or a rule of --plugin. (default: AMCS)"),
     ] = None,
     plugins: Plugins = None,
     state_format: Annotated[

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from toolkit.errors import UserError, some
+from toolkit.optim.rule import COMPONENTS
 from toolkit.state.layout import check_dtype
 from toolkit.state.sharding import whole_shape
 
@@ -91,7 +92,8 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
                     groups[key] = group | own
             groups[key]["params"].append(tensor)
     if unplaced:
-        logger.warning('component "other" (no known component fits): %s', some(unplaced, 8))
+        known = ", ".join(component for component in COMPONENTS if component != "other")
+        logger.warning('parameters that are in no known component (%s) train as "other": %s', known, some(unplaced, 8))
     # A group without elements has nothing to train, and ZeRO cannot cut it.
     return [group for group in groups.values() if any(whole_shape(tensor).numel() for tensor in group["params"])]
 
