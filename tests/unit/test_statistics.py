@@ -137,6 +137,44 @@ def test_any_layout_of_memory_and_parameters_without_gradient() -> None:
     assert all(torch.equal(p, q) for p, q in zip(plain, turned, strict=True))
 
 
+class RelativeRule(Rule):
+    """The momentum of a gradient relative to what its row and column usually are: no number but of real elements."""
+
+    states = (State("r", of="rows"), State("c", of="columns"), State("m"))
+    statistics = (Mean("row", over="row"), Mean("column", over="column"))
+
+    lr: NonNegative = 0.1
+
+    def scalars(self, t: int) -> dict[str, float]:
+        return {"lr": self.lr, "rate": 1.0 / t}
+
+    @staticmethod
+    def measure(theta: Tensor, g: Tensor, m: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return g * g, g * g
+
+    @staticmethod
+    def follow(r: Tensor, c: Tensor, *, row: Tensor, column: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return r + s["rate"] * (row - r), c + s["rate"] * (column - c)
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, m: Tensor, *, r: Tensor, c: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        m = m + 0.1 * (g * r.rsqrt() * c.rsqrt() - m)
+        return theta - s["lr"] * m, m
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("state_format", ["8bit", "4bit"])
+def test_nothing_behind_the_end_of_a_matrix_is_seen_in_its_last_block(state_format: str, compiled: bool) -> None:
+    optimizer_class = as_optimizer(RelativeRule)
+    params, optimizer = model(optimizer_class, state_format=state_format, compile=compiled)
+    exact, other = model(optimizer_class, state_format="fp32", compile=False)
+    for _ in range(3):
+        optimizer.step()
+        other.step()
+    for p, q in zip(params, exact, strict=True):
+        assert (p - q).norm() < 0.02 * q.norm()
+
+
 def declared(**body: Any) -> type[Rule]:
     return type("WrongRule", (ClosedRule,), {"__module__": __name__} | body)
 

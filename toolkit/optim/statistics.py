@@ -264,7 +264,11 @@ def _lanes(size: int, blocks: int, device: torch.device) -> Tensor:
 
 
 def _spread(member: Member, name: str, start: int, size: int, blocks: int) -> Tensor:
-    """What is called `name`, for each of `size` elements from `start` on: [blocks, BLOCK]."""
+    """What is called `name`, for each of `size` elements from `start` on: [blocks, BLOCK].
+
+    Behind the end the last one is repeated: a rule may divide by it, and what it makes of a 0 there would be part of
+    the last block's scale.
+    """
     kind, values = member.wide[name]
     columns = member.parameter.columns
     if kind == "elements":
@@ -275,8 +279,8 @@ def _spread(member: Member, name: str, start: int, size: int, blocks: int) -> Te
         rows = -(-(before + size) // columns)
         grid = values[first : first + rows, None] if kind == "rows" else values[None, :]
         flat = grid.expand(rows, columns).reshape(-1)[before : before + size]
-    spread = flat.new_zeros(blocks * BLOCK)
-    spread[:size] = flat
+    spread = flat.new_empty(blocks * BLOCK)
+    spread[:size], spread[size:] = flat, flat[-1]
     return spread.view(blocks, BLOCK)
 
 
