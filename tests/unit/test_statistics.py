@@ -198,6 +198,94 @@ def test_what_does_not_fit_together_is_one_sentence(body: dict[str, Any], says: 
         as_optimizer(declared(**body))
 
 
+class LaterRule(Rule):
+    """Weights follow the mean over a row of the gradient before this one."""
+
+    states = (State("now", of="rows"), State("before", of="rows"))
+    statistics = (Mean("row", over="row"),)
+
+    lr: NonNegative = 1.0
+
+    def scalars(self, t: int) -> dict[str, float]:
+        return {"lr": self.lr}
+
+    @staticmethod
+    def measure(theta: Tensor, g: Tensor, **s: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def follow(now: Tensor, before: Tensor, *, row: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return row, now
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, *, before: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return (theta - s["lr"] * before,)
+
+
+def test_a_small_state_that_is_handed_on_is_the_one_before_the_step() -> None:
+    p = nn.Parameter(torch.zeros(4, 8))
+    optimizer: Any = as_optimizer(LaterRule)([p], compile=False)
+    for value in (1.0, 2.0, 5.0):
+        p.grad = torch.full((4, 8), value)
+        optimizer.step()
+    assert torch.equal(p, torch.full((4, 8), -3.0))
+
+
+def test_small_states_are_fp32_whatever_torch_makes_by_default() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        p = nn.Parameter(torch.zeros(4, 8, dtype=torch.float32))
+        p.grad = torch.full((4, 8), 1.001, dtype=torch.float32)
+        optimizer: Any = as_optimizer(LaterRule)([p], compile=False)
+        optimizer.step()
+        assert optimizer.state[p]["now"].tolist() == pytest.approx([1.001] * 4, abs=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class TurnedRule(Rule):
+    """Returns a matrix with rows for columns."""
+
+    states = ()
+    statistics = (Matrix("o"),)
+
+    lr: NonNegative = 0.1
+
+    def scalars(self, t: int) -> dict[str, float]:
+        return {"lr": self.lr}
+
+    @staticmethod
+    def direction(theta: Tensor, g: Tensor, **s: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def transform(matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, *, o: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return (theta - s["lr"] * o,)
+
+
+class RepeatedRule(LaterRule):
+    """Returns one number for all rows."""
+
+    @staticmethod
+    def follow(now: Tensor, before: Tensor, *, row: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return row.mean(), now
+
+
+@pytest.mark.parametrize(("rule", "says"), [
+    (TurnedRule, r"TurnedRule.transform returns \[8, 4\] for a matrix of \[4, 8\]"),
+    (RepeatedRule, r"RepeatedRule.follow returns \[\] for state 'now', which is \[4\]"),
+])
+def test_another_shape_than_a_matrix_or_a_small_state_has_is_refused(rule: Any, says: str) -> None:
+    p = nn.Parameter(torch.zeros(4, 8))
+    p.grad = torch.ones(4, 8)
+    with pytest.raises(UserError, match=says):
+        as_optimizer(rule)([p], compile=False).step()
+
+
 def test_matrices_are_shared_out_evenly_and_no_round_holds_more_than_the_largest() -> None:
     sizes = [100, 7, 60, 60, 3, 99, 1, 50]
     for ranks in (1, 2, 3, 4):

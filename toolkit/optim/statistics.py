@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from toolkit.errors import UserError
 from toolkit.optim.kernel import StepFunction, step_function
 from toolkit.optim.rule import Mean, Rule
 from toolkit.optim.streaming import StreamedStep, TensorStep
@@ -122,7 +123,7 @@ def small_states(
         if small.of is not None:
             sizes = [parameter.size(small.of) for parameter in parameters]
             if small.name not in state:
-                state[small.name] = torch.zeros(sum(sizes), device=device)
+                state[small.name] = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
             for views, view in zip(found, state[small.name].split(sizes), strict=True):
                 views[small.name] = view
     return found
@@ -214,8 +215,13 @@ def _follow(rule: type[Rule], members: Sequence[Member]) -> None:
         if member.small:
             scalars = dict(zip(member.step.function.names, member.step.scalars.unbind(), strict=True))
             means = member.numbers | {name: value for name, (_, value) in member.wide.items()}
-            new = rule.follow(*member.small.values(), **scalars, **means)
-            for state, value in zip(member.small.values(), new, strict=True):
+            new = rule.follow(*(state.clone() for state in member.small.values()), **scalars, **means)
+            for (name, state), value in zip(member.small.items(), new, strict=True):
+                if value.shape != state.shape:  # which copying would repeat
+                    raise UserError(
+                        f"{rule.__name__}.follow returns {list(value.shape)} for state {name!r}, which is "
+                        f"{list(state.shape)}"
+                    )
                 state.copy_(value)
             kinds = {state.name: state.of for state in rule.states if state.of is not None}
             member.wide |= {name: (str(kinds[name]), value) for name, value in member.small.items()}
@@ -258,7 +264,7 @@ def run(member: Member, function: str, scale: Tensor) -> Iterator[tuple[int, lis
 
 def _lanes(size: int, blocks: int, device: torch.device) -> Tensor:
     """How many lanes of each block there are: fewer in the last one."""
-    lanes = torch.full((blocks, 1), float(BLOCK), device=device)
+    lanes = torch.full((blocks, 1), float(BLOCK), dtype=torch.float32, device=device)
     lanes[-1:].fill_(float(size - (blocks - 1) * BLOCK))
     return lanes
 
