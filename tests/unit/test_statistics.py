@@ -189,6 +189,16 @@ def declared(**body: Any) -> type[Rule]:
         ({"statistics": (Matrix("x"),)}, "needs a function 'direction'"),
         ({"states": (State("m"), State("r", of="lines"))}, "of 'lines', but must be of rows or columns"),
         ({"states": (State("r", of="rows"),), "statistics": ()}, "there are no means to follow"),
+        ({"states": (State("m"), State("r", of="rows"))}, "state 'r' is of rows, which needs a function 'follow'"),
+        ({"statistics": (Mean("lr", over="model"),)}, "'lr' names one of its scalars and one of its states or"),
+        ({"statistics": (Mean("x", over="model", by="update"),)}, "a function of its own, but 'update' updates"),
+        (
+            {
+                "statistics": (Mean("x", over="model"), Matrix("o", by="measure")),
+                "transform": staticmethod(lambda matrix: matrix),
+            },
+            "'o' must have a function of its own, but 'measure' gives means",
+        ),
         ({"measure": staticmethod(lambda theta, g, m, **s: (g, g.cumsum(0)))}, "WrongRule.measure is not elementwise"),
         ({"measure": staticmethod(lambda theta, g, m, **s: g)}, "measure returns 1 tensors, but must return 2"),
     ],
