@@ -15,7 +15,7 @@ from toolkit.optim.purity import check_pure, with_defaults
 def rule(update: Any, **fields: Any) -> type[Rule]:
     """A rule with one state and this update."""
     body = {"states": (State("m"),), "update": staticmethod(update), "lr": 0.1, "__module__": __name__}
-    body |= {"scalars": lambda self, t: {"lr": self.lr}, "__annotations__": {"lr": NonNegative} | fields}
+    body |= {"scalars": lambda self, t: {"lr": self.lr, "off": 0.0, "tiny": 1e-5}, "__annotations__": {"lr": NonNegative} | fields}
     return type("OddRule", (Rule,), body)
 
 
@@ -33,6 +33,8 @@ def in_place(theta: Any, g: Any, m: Any, **s: Any) -> Any:
         (lambda theta, g, m, **s: (theta - s["lr"] * g / g.square().mean().sqrt(), m), "OddRule.update is not element"),
         (lambda theta, g, m, **s: (theta - s["lr"] * (g - g.mean(1, keepdim=True)), m), "not elementwise"),
         (lambda theta, g, m, **s: (theta, m + g / g.norm()), "not elementwise"),
+        (lambda theta, g, m, **s: (theta - s["tiny"] * g / g.norm(), m), "not elementwise"),
+        (lambda theta, g, m, **s: (theta - s["lr"] * (g - s["off"] * g.mean()), m), "not elementwise"),
         (lambda theta, g, m, **s: (theta, g.roll(1, dims=1)), "not elementwise"),
         (lambda theta, g, m, **s: (theta + torch.rand_like(theta), m), "random numbers"),
         (lambda theta, g, m, **s: (theta, m.sum()), "another shape"),
@@ -44,6 +46,13 @@ def test_what_is_not_elementwise_is_refused_by_name(update: Any, says: str) -> N
     with pytest.raises(UserError, match=says):
         as_optimizer(rule(update))
     assert "Odd" not in RULES
+
+
+def test_results_that_are_not_finite_are_as_elementwise_as_others() -> None:
+    try:
+        as_optimizer(rule(lambda theta, g, m, **s: (theta - s["lr"] * g.log(), m / 0.0 + g.exp().exp().sin())))
+    finally:
+        RULES.pop("Odd", None)
 
 
 def test_a_rule_without_defaults_is_checked_when_it_is_made() -> None:

@@ -137,6 +137,44 @@ def test_any_layout_of_memory_and_parameters_without_gradient() -> None:
     assert all(torch.equal(p, q) for p, q in zip(plain, turned, strict=True))
 
 
+class RelativeRule(Rule):
+    """The momentum of a gradient relative to what its row and column usually are: no number but of real elements."""
+
+    states = (State("r", of="rows"), State("c", of="columns"), State("m"))
+    statistics = (Mean("row", over="row"), Mean("column", over="column"))
+
+    lr: NonNegative = 0.1
+
+    def scalars(self, t: int) -> dict[str, float]:
+        return {"lr": self.lr, "rate": 1.0 / t}
+
+    @staticmethod
+    def measure(theta: Tensor, g: Tensor, m: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return g * g, g * g
+
+    @staticmethod
+    def follow(r: Tensor, c: Tensor, *, row: Tensor, column: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return r + s["rate"] * (row - r), c + s["rate"] * (column - c)
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, m: Tensor, *, r: Tensor, c: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        m = m + 0.1 * (g * r.rsqrt() * c.rsqrt() - m)
+        return theta - s["lr"] * m, m
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("state_format", ["8bit", "4bit"])
+def test_nothing_behind_the_end_of_a_matrix_is_seen_in_its_last_block(state_format: str, compiled: bool) -> None:
+    optimizer_class = as_optimizer(RelativeRule)
+    params, optimizer = model(optimizer_class, state_format=state_format, compile=compiled)
+    exact, other = model(optimizer_class, state_format="fp32", compile=False)
+    for _ in range(3):
+        optimizer.step()
+        other.step()
+    for p, q in zip(params, exact, strict=True):
+        assert (p - q).norm() < 0.02 * q.norm()
+
+
 def declared(**body: Any) -> type[Rule]:
     return type("WrongRule", (ClosedRule,), {"__module__": __name__} | body)
 
@@ -151,6 +189,16 @@ def declared(**body: Any) -> type[Rule]:
         ({"statistics": (Matrix("x"),)}, "needs a function 'direction'"),
         ({"states": (State("m"), State("r", of="lines"))}, "of 'lines', but must be of rows or columns"),
         ({"states": (State("r", of="rows"),), "statistics": ()}, "there are no means to follow"),
+        ({"states": (State("m"), State("r", of="rows"))}, "state 'r' is of rows, which needs a function 'follow'"),
+        ({"statistics": (Mean("lr", over="model"),)}, "'lr' names one of its scalars and one of its states or"),
+        ({"statistics": (Mean("x", over="model", by="update"),)}, "a function of its own, but 'update' updates"),
+        (
+            {
+                "statistics": (Mean("x", over="model"), Matrix("o", by="measure")),
+                "transform": staticmethod(lambda matrix: matrix),
+            },
+            "'o' must have a function of its own, but 'measure' gives means",
+        ),
         ({"measure": staticmethod(lambda theta, g, m, **s: (g, g.cumsum(0)))}, "WrongRule.measure is not elementwise"),
         ({"measure": staticmethod(lambda theta, g, m, **s: g)}, "measure returns 1 tensors, but must return 2"),
     ],
@@ -158,6 +206,94 @@ def declared(**body: Any) -> type[Rule]:
 def test_what_does_not_fit_together_is_one_sentence(body: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         as_optimizer(declared(**body))
+
+
+class LaterRule(Rule):
+    """Weights follow the mean over a row of the gradient before this one."""
+
+    states = (State("now", of="rows"), State("before", of="rows"))
+    statistics = (Mean("row", over="row"),)
+
+    lr: NonNegative = 1.0
+
+    def scalars(self, t: int) -> dict[str, float]:
+        return {"lr": self.lr}
+
+    @staticmethod
+    def measure(theta: Tensor, g: Tensor, **s: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def follow(now: Tensor, before: Tensor, *, row: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return row, now
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, *, before: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return (theta - s["lr"] * before,)
+
+
+def test_a_small_state_that_is_handed_on_is_the_one_before_the_step() -> None:
+    p = nn.Parameter(torch.zeros(4, 8))
+    optimizer: Any = as_optimizer(LaterRule)([p], compile=False)
+    for value in (1.0, 2.0, 5.0):
+        p.grad = torch.full((4, 8), value)
+        optimizer.step()
+    assert torch.equal(p, torch.full((4, 8), -3.0))
+
+
+def test_small_states_are_fp32_whatever_torch_makes_by_default() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        p = nn.Parameter(torch.zeros(4, 8, dtype=torch.float32))
+        p.grad = torch.full((4, 8), 1.001, dtype=torch.float32)
+        optimizer: Any = as_optimizer(LaterRule)([p], compile=False)
+        optimizer.step()
+        assert optimizer.state[p]["now"].tolist() == pytest.approx([1.001] * 4, abs=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class TurnedRule(Rule):
+    """Returns a matrix with rows for columns."""
+
+    states = ()
+    statistics = (Matrix("o"),)
+
+    lr: NonNegative = 0.1
+
+    def scalars(self, t: int) -> dict[str, float]:
+        return {"lr": self.lr}
+
+    @staticmethod
+    def direction(theta: Tensor, g: Tensor, **s: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def transform(matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, *, o: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return (theta - s["lr"] * o,)
+
+
+class RepeatedRule(LaterRule):
+    """Returns one number for all rows."""
+
+    @staticmethod
+    def follow(now: Tensor, before: Tensor, *, row: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return row.mean(), now
+
+
+@pytest.mark.parametrize(("rule", "says"), [
+    (TurnedRule, r"TurnedRule.transform returns \[8, 4\] for a matrix of \[4, 8\]"),
+    (RepeatedRule, r"RepeatedRule.follow returns \[\] for state 'now', which is \[4\]"),
+])
+def test_another_shape_than_a_matrix_or_a_small_state_has_is_refused(rule: Any, says: str) -> None:
+    p = nn.Parameter(torch.zeros(4, 8))
+    p.grad = torch.ones(4, 8)
+    with pytest.raises(UserError, match=says):
+        as_optimizer(rule)([p], compile=False).step()
 
 
 def test_matrices_are_shared_out_evenly_and_no_round_holds_more_than_the_largest() -> None:

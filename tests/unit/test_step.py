@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import toolkit.optim.kernel as step_module
 from toolkit.errors import UserError
-from toolkit.optim import AMCS, RULES, SOAM, AMCSRule, Rule, State, as_optimizer, inductor
+from toolkit.optim import AMCS, RULES, SOAM, AMCSRule, NonNegative, Rule, State, as_optimizer, inductor
 from toolkit.optim.kernel import StepFunction, step_function
 from toolkit.state.codecs import BLOCK, Root, Signed, decode_blocks, unpack
 from toolkit.state.layout import layout_of
@@ -360,3 +360,37 @@ def test_fp64_weights_keep_their_digits(rule: Any, compiled: bool) -> None:
     assert torch.equal(still.detach(), start), "a gradient of zero moves nothing"
     torch.testing.assert_close((moves - start).detach(), same.detach().double() - start, rtol=1e-3, atol=3e-7)
     assert not torch.equal(moves.detach(), moves.detach().float().double())
+
+
+class ShiftRule(Rule):
+    """Hands on what it is given: the gradient, the one before it, and the weights before this step."""
+
+    states = (State("last"), State("before"), State("weights"))
+
+    lr: NonNegative = 1e-2
+
+    def scalars(self, t: int) -> dict[str, float]:
+        return {"lr": self.lr}
+
+    @staticmethod
+    def update(
+        theta: Tensor, g: Tensor, last: Tensor, before: Tensor, weights: Tensor, **s: Tensor
+    ) -> tuple[Tensor, ...]:
+        return theta - s["lr"] * (g + last + before + weights), g, last, theta
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (16, 32)])
+def test_a_state_that_is_handed_on_is_the_one_before_the_step(shape: tuple[int, ...], compiled: bool) -> None:
+    p = nn.Parameter(torch.ones(shape))
+    try:
+        optimizer: Any = as_optimizer(ShiftRule)([p], lr=0.5, state_format="fp32", compile=compiled)
+    finally:
+        RULES.pop("Shift")
+    want, held = torch.ones(shape), [torch.zeros(shape)] * 3
+    for step in range(4):
+        p.grad = g = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        new = want - 0.5 * (g + held[0] + held[1] + held[2])
+        want, held = new, [g, held[0], want]
+        assert torch.allclose(p.detach(), want, atol=1e-5)

@@ -209,7 +209,7 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], spread: tuple[str, ...
         results = []
         for i in range(len(theta)):
             wide = {name: halves[i] for name, halves in zip(spread, opened.rest, strict=True)}
-            results.append(update(*opened.arguments(i), **named, **wide))
+            results.append([_own(x) for x in update(*opened.arguments(i), **named, **wide)])
         new_theta, *new_states = (list(halves) for halves in zip(*results, strict=True))
 
         for index, codec in enumerate(codecs):
@@ -288,6 +288,15 @@ def _bounded(g: Tensor) -> Tensor:
     A product and not `clamp` or `where`, which cost three times as much.
     """
     return g * (g.abs() <= LARGEST_GRADIENT)
+
+
+def _own(x: Tensor) -> Tensor:
+    """`x`, computed anew if it is what a rule was given and hands on as something else, like a state that is the one
+    before another: it is a view of a stored tensor, which may be written before it is read.
+
+    A product with 1, for Inductor takes a copy for superfluous and then reads what has just been written.
+    """
+    return x * 1.0 if x._is_view() else x
 
 
 def _write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

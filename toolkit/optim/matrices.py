@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from toolkit.errors import UserError
 from toolkit.optim.rule import Rule
 from toolkit.optim.statistics import Member, Ranks, run
 
@@ -62,12 +63,18 @@ def _transform(rule: type[Rule], now: Sequence[tuple[Member, int]], scale: Tenso
     back: list[list[Tensor]] = [[] for _ in range(ranks.size)]
     at = [0] * ranks.size
     for member in mine:
-        whole = torch.empty(member.parameter.numel, device=device)
+        whole = torch.empty(member.parameter.numel, dtype=torch.float32, device=device)
         for part in member.fragments:
             whole[part.start : part.stop] = received[part.rank][at[part.rank] :][: part.numel]
             at[part.rank] += part.numel
         shape = (member.parameter.rows, member.parameter.columns)
-        made = getattr(rule, matrix.transform)(whole.view(shape)).float().reshape(-1)
+        made = getattr(rule, matrix.transform)(whole.view(shape))
+        if made.shape != shape:  # of a transposed one the elements would go to other places
+            raise UserError(
+                f"{rule.__name__}.{matrix.transform} returns {list(made.shape)} for a matrix of {list(shape)}, and "
+                "must return one of its shape"
+            )
+        made = made.float().reshape(-1)
         for part in member.fragments:
             back[part.rank].append(made[part.start : part.stop])
     del received
@@ -91,4 +98,4 @@ def _held(member: Member, rank: int) -> int:
 
 
 def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.cat(list(parts)) if parts else torch.empty(0, device=device)
+    return torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.float32, device=device)

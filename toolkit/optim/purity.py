@@ -46,6 +46,9 @@ def check_pure(rule: Rule) -> None:
     with _disable_current_modes(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         scalars = {key: torch.tensor(value, dtype=torch.float32) for key, value in rule.scalars(1).items()}
+        _check_names(kind, scalars)
+        # What hyper-parameters and steps make small, or 0, would hide what other ones show: a small rate, a warm-up.
+        drawn = {key: 0.1 + 0.8 * torch.rand(()) for key in scalars}
         # Of very different size, so that whatever is summed over both is far from what is summed over one.
         matrix = kind.matrix()
         results = {by: len(means) for by, means in kind.passes().items()} | ({matrix.by: 1} if matrix else {})
@@ -53,7 +56,8 @@ def check_pure(rule: Rule) -> None:
         for name, count in results.items():
             numbers, wide = kind.given(name)
             tensors = [_draw(kind, len(wide), 1.0), _draw(kind, len(wide), 100.0)]
-            _check(kind, name, tensors, scalars | {number: torch.tensor(0.5) for number in numbers}, wide, count)
+            for values in (scalars, drawn):
+                _check(kind, name, tensors, values | {number: torch.tensor(0.5) for number in numbers}, wide, count)
     _checked.add(kind)
 
 
@@ -84,6 +88,9 @@ def check_declared(rule: type[Rule]) -> None:
         for function in (one.by, *([one.transform] if isinstance(one, Matrix) else [])):
             if not callable(getattr(rule, function, None)):
                 raise UserError(f"{rule.__name__}: {one.name!r} needs a function {function!r}, which it does not have")
+        if one.by == "update" or (isinstance(one, Matrix) and one.by in rule.passes()):
+            other = "updates" if one.by == "update" else "gives means"
+            raise UserError(f"{rule.__name__}: {one.name!r} must have a function of its own, but {one.by!r} {other}")
         if isinstance(one, Mean) and one.over not in OVER:
             raise UserError(f"{rule.__name__}: {one.name!r} is over {one.over!r}, but must be over {_or(OVER)}")
     for state in rule.states:
@@ -91,6 +98,8 @@ def check_declared(rule: type[Rule]) -> None:
             raise UserError(f"{rule.__name__}: state {state.name!r} is of {state.of!r}, but must be of {_or(OF)}")
         if state.of is not None and not rule.passes():
             raise UserError(f"{rule.__name__}: state {state.name!r} is of {state.of}, but there are no means to follow")
+        if state.of is not None and rule.follow is Rule.follow:
+            raise UserError(f"{rule.__name__}: state {state.name!r} is of {state.of}, which needs a function 'follow'")
 
 
 OVER = ("parameter", "row", "column", "component", "model")
@@ -99,6 +108,14 @@ OF = ("rows", "columns")
 
 def _or(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _check_names(rule: type[Rule], scalars: Mapping[str, Tensor]) -> None:
+    """Raise UserError if a function would be given two things by one name."""
+    names = [state.name for state in rule.states if state.of is not None] + [one.name for one in rule.statistics]
+    twice = next((name for name in names if name in scalars), None)
+    if twice is not None:
+        raise UserError(f"{rule.__name__}: {twice!r} names one of its scalars and one of its states or statistics")
 
 
 def _draw(rule: type[Rule], wide: int, size: float) -> list[Tensor]:
@@ -135,9 +152,14 @@ def _check(
     for dim in (0, 1):
         together = run([torch.cat(pair, dim) for pair in zip(*tensors, strict=True)])
         for got, *parts in zip(together, *alone, strict=True):
-            want = torch.cat(parts, dim)
-            if not torch.allclose(got, want, rtol=0.0, atol=TOLERANCE * float(want.abs().amax()), equal_nan=True):
+            if not all(map(_close, got.tensor_split(len(parts), dim), parts)):
                 raise UserError(
                     f"{where} is not elementwise: two tensors joined give other numbers than each of them alone; it "
                     "may not look at other elements (mean, sum, norm, sorting), shapes or random numbers"
                 )
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
+    finite = want[want.isfinite()].abs()
+    most = float(finite.amax()) if finite.numel() else 0.0
+    return torch.allclose(got, want, rtol=0.0, atol=TOLERANCE * most, equal_nan=True)

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from toolkit.errors import UserError
 from toolkit.optim.kernel import StepFunction, step_function
 from toolkit.optim.rule import Mean, Rule
 from toolkit.optim.streaming import StreamedStep, TensorStep
@@ -122,7 +123,7 @@ def small_states(
         if small.of is not None:
             sizes = [parameter.size(small.of) for parameter in parameters]
             if small.name not in state:
-                state[small.name] = torch.zeros(sum(sizes), device=device)
+                state[small.name] = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
             for views, view in zip(found, state[small.name].split(sizes), strict=True):
                 views[small.name] = view
     return found
@@ -214,8 +215,13 @@ def _follow(rule: type[Rule], members: Sequence[Member]) -> None:
         if member.small:
             scalars = dict(zip(member.step.function.names, member.step.scalars.unbind(), strict=True))
             means = member.numbers | {name: value for name, (_, value) in member.wide.items()}
-            new = rule.follow(*member.small.values(), **scalars, **means)
-            for state, value in zip(member.small.values(), new, strict=True):
+            new = rule.follow(*(state.clone() for state in member.small.values()), **scalars, **means)
+            for (name, state), value in zip(member.small.items(), new, strict=True):
+                if value.shape != state.shape:  # which copying would repeat
+                    raise UserError(
+                        f"{rule.__name__}.follow returns {list(value.shape)} for state {name!r}, which is "
+                        f"{list(state.shape)}"
+                    )
                 state.copy_(value)
             kinds = {state.name: state.of for state in rule.states if state.of is not None}
             member.wide |= {name: (str(kinds[name]), value) for name, value in member.small.items()}
@@ -258,13 +264,17 @@ def run(member: Member, function: str, scale: Tensor) -> Iterator[tuple[int, lis
 
 def _lanes(size: int, blocks: int, device: torch.device) -> Tensor:
     """How many lanes of each block there are: fewer in the last one."""
-    lanes = torch.full((blocks, 1), float(BLOCK), device=device)
+    lanes = torch.full((blocks, 1), float(BLOCK), dtype=torch.float32, device=device)
     lanes[-1:].fill_(float(size - (blocks - 1) * BLOCK))
     return lanes
 
 
 def _spread(member: Member, name: str, start: int, size: int, blocks: int) -> Tensor:
-    """What is called `name`, for each of `size` elements from `start` on: [blocks, BLOCK]."""
+    """What is called `name`, for each of `size` elements from `start` on: [blocks, BLOCK].
+
+    Behind the end the last one is repeated: a rule may divide by it, and what it makes of a 0 there would be part of
+    the last block's scale.
+    """
     kind, values = member.wide[name]
     columns = member.parameter.columns
     if kind == "elements":
@@ -275,8 +285,8 @@ def _spread(member: Member, name: str, start: int, size: int, blocks: int) -> Te
         rows = -(-(before + size) // columns)
         grid = values[first : first + rows, None] if kind == "rows" else values[None, :]
         flat = grid.expand(rows, columns).reshape(-1)[before : before + size]
-    spread = flat.new_zeros(blocks * BLOCK)
-    spread[:size] = flat
+    spread = flat.new_empty(blocks * BLOCK)
+    spread[:size], spread[size:] = flat, flat[-1]
     return spread.view(blocks, BLOCK)
 
 
