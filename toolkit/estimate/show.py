@@ -50,17 +50,18 @@ def show_prediction(
     table.add_row("all", *sums, f"{found.needed / s.parameters:.2f}", style="bold")
     console.print(table)
     peaks = ", ".join(f"{phase.name} {size_text(phase.peak or 0)}" for phase in found.phases)
-    console.print_line(f"peak in the phase: {found.peak_phase} ({peaks})")
+    console.print_line(f"the peak lies in the phase {found.peak_phase} ({peaks})")
     for title, sizes in (("host memory of a rank", found.host), ("NVMe of a rank", found.nvme)):
         if any(sizes.values()):
             parts = ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())
             console.print_line(f"{title}: {size_text(sum(sizes.values()))} ({parts})")
     if variants:
-        console.print_line("one transformer block, and the loss:" if len(variants) > 2 else "one transformer block:")
+        loss = ", and of the loss" if len(variants) > 2 else ""
+        console.print_line(f"activations of one transformer block{loss} (kept: until its backward pass):")
         for name, size in variants.items():
             console.print_line(f"  {name}: {size_text(size)}")
     if found.changes:
-        console.print_line("what would change the peak:")
+        console.print_line(f"what would change the peak{', context left out' if found.context else ''}:")
         for change in found.changes:
             console.print_line(
                 f"  {change.change}: {size_text(change.peak)} ({_signed(-change.saves)})",
@@ -99,7 +100,10 @@ def show_candidates(
         title = f"fits with smaller state, which is not recommended unless asked for (--state-format {names}):"
         _rows(console, title, smaller, found[0].cost, optimizer)
     if fitting:
-        notes = "batch: sequences of a pass; host: memory of one machine; time: assumed, relative"
+        notes = (
+            "released: release_gradients; ckpt: activation checkpointing; batch: sequences of a pass; "
+            "device: peak of a GPU; host: memory of one machine; time: assumed, relative"
+        )
         if rule := find_rule(optimizer):
             measured = f"of an update of {optimizer}, against fp32 state"
             notes += f"; error: {measured if rule.rule.update_error else 'not measured'}"

@@ -47,9 +47,11 @@ def check_same(saved: Mapping[str, Any] | None, here: Mapping[str, Any], where: 
             raise UserError(f"the checkpoint {where} was trained with {part} {old['name']!r}, {now}.")
     for key, flag in (("seq_len", "--seq-len"), ("seed", "--seed"), ("windows", "shuffling in windows of")):
         if saved["data"][key] != here["data"][key]:
+            old = saved["data"][key]
+            advice = f"; give {flag} {old}" if flag.startswith("--") else ""
             raise UserError(
-                f"the checkpoint {where} was trained with {flag} {saved['data'][key]}, and this run has "
-                f"{here['data'][key]}: the data would differ."
+                f"the checkpoint {where} was trained with {flag} {old}, and this run has {here['data'][key]}: "
+                f"the data would differ{advice}."
             )
     if saved["data"]["part"] != here["data"]["part"]:
         raise UserError(

@@ -87,6 +87,7 @@ class Screen:
         table.add_column(overflow="fold")
         validation = summary["val_loss"]
         peak = size_text(summary["peak_memory_bytes"])
+        more = ", Python and libraries included" if summary["memory_kind"] == "resident" else ""
         by_name = summary["state_bytes_by_name"].items()
         compiling = f", after {summary['compile_s']:.0f} s of compiling" if summary["compile_s"] else ""
         rows = {
@@ -95,7 +96,7 @@ class Screen:
             "training loss": f"{_figure(summary['loss'])} (mean of the last {summary['loss_steps']} steps)",
             "validation loss": "not measured" if validation is None else _figure(validation),
             "speed": f"{summary['tokens_per_s']:,.0f} tokens/s",
-            "peak memory": f"{peak} {summary['memory_kind']}, largest rank",
+            "peak memory": f"{peak} {summary['memory_kind']}, largest rank{more}",
             "  records": summary["memory_files"] or "none: --memory-profile off",
             "optimizer state": f"{summary['state_bytes_per_parameter']:.2f} bytes per parameter, "
             f"{summary['state_bytes_per_parameter_per_rank']:.2f} of them on each rank",

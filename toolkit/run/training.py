@@ -46,7 +46,7 @@ def train_on_this_rank(
 
     import toolkit.memory.out_of_memory  # noqa: F401 (when it is needed, there is no memory to import it)
 
-    screen.say(f"reading {settings.data}")
+    screen.say(f"checking the settings, then reading {settings.data}")
     prepared = ranks.agreed(lambda: prepare(settings))
     prepared.folder = ranks.from_first(prepared.folder)  # its default name holds the time
     folder = ranks.agreed(lambda: claim_folder(prepared, device))
