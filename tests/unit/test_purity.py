@@ -15,7 +15,10 @@ from toolkit.optim.purity import check_pure, with_defaults
 def rule(update: Any, **fields: Any) -> type[Rule]:
     """A rule with one state and this update."""
     body = {"states": (State("m"),), "update": staticmethod(update), "lr": 0.1, "__module__": __name__}
-    body |= {"scalars": lambda self, t: {"lr": self.lr, "off": 0.0, "tiny": 1e-5}, "__annotations__": {"lr": NonNegative} | fields}
+    body |= {
+        "scalars": lambda self, t: {"lr": self.lr, "off": 0.0, "tiny": 1e-5},
+        "__annotations__": {"lr": NonNegative} | fields,
+    }
     return type("OddRule", (Rule,), body)
 
 

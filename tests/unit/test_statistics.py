@@ -285,10 +285,13 @@ class RepeatedRule(LaterRule):
         return row.mean(), now
 
 
-@pytest.mark.parametrize(("rule", "says"), [
-    (TurnedRule, r"TurnedRule.transform returns \[8, 4\] for a matrix of \[4, 8\]"),
-    (RepeatedRule, r"RepeatedRule.follow returns \[\] for state 'now', which is \[4\]"),
-])
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (TurnedRule, r"TurnedRule.transform returns \[8, 4\] for a matrix of \[4, 8\]"),
+        (RepeatedRule, r"RepeatedRule.follow returns \[\] for state 'now', which is \[4\]"),
+    ],
+)
 def test_another_shape_than_a_matrix_or_a_small_state_has_is_refused(rule: Any, says: str) -> None:
     p = nn.Parameter(torch.zeros(4, 8))
     p.grad = torch.ones(4, 8)
