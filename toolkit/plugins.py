@@ -37,5 +37,5 @@ def import_plugin(path: Path) -> None:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends by sys.exit() is no plug-in
         raise UserError(f"--plugin {path}: {type(error).__name__}: {error}") from error

@@ -54,6 +54,9 @@ def test_plugins_are_imported_or_named(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()
     with pytest.raises(UserError, match="bad.py: ZeroDivisionError: division by zero"):
         import_plugin(bad)
+    bad.write_text("raise SystemExit(0)\n")
+    with pytest.raises(UserError, match="bad.py: SystemExit: 0"):
+        import_plugin(bad)
     with pytest.raises(UserError, match="there is no such file"):
         import_plugin(tmp_path / "absent.py")
 

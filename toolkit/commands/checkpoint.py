@@ -53,6 +53,10 @@ def _open(path: Path, trust_pickle: bool, plugins: Plugins) -> Source:
     return open_checkpoint(find(path), trust_pickle=trust_pickle)
 
 
+_PLACE = (("epoch", "epoch"), ("window", "window"), ("document", "index"))
+"""Of a position in the data, the word and the field."""
+
+
 @app.command()
 def inspect(
     path: Where,
@@ -68,6 +72,7 @@ def inspect(
     source = _open(path, trust_pickle, plugins)
     manifest, sharding = source.manifest, source.origin
     facts: dict[str, Any] = manifest.facts
+    at = facts.get("position")
     rows = {
         "folder": source.folder,
         "step": manifest.step,
@@ -80,7 +85,7 @@ def inspect(
         f"{sum(buffer.numel() for buffer in source.buffers().values()):,} in buffers",
         "bytes": f"{manifest.bytes:,} ({manifest.bytes / max(manifest.parameters, 1):.2f} per parameter)",
         **{part: entry["name"] for part, entry in facts.get("identity", {}).items()},
-        "data continue at": ", ".join(f"{key} {value}" for key, value in facts.get("position", {}).items()) or "?",
+        "data continue at": ", ".join(f"{word} {at.get(key, 0)}" for word, key in _PLACE) if at else "?",
         "versions": ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items()) or "?",
     }
     if digest:
