@@ -21,6 +21,7 @@ from toolkit.records.categories import LOGITS
 from toolkit.records.memory import Change, Prediction, Setup
 from toolkit.records.sizes import size_text
 from toolkit.sentences import value_at
+from toolkit.state.layout import format_text
 
 _CONTEXT = 1_000_000_000
 _COMMUNICATOR = 200_000_000
@@ -243,7 +244,7 @@ def setup_of(case: Case, run: DryRun) -> Setup:
         parameters=sum(parameter.numel for parameter in run.parameters),
         optimizer=rule.__name__ if rule else str(ds.optimizer),
         stage=ds.stage,
-        state_format=formats if isinstance(formats, str) else ", ".join(f"{k} {v}" for k, v in formats.items()),
+        state_format=format_text(formats),
         weights=ds.weights,
         offload=[part for part, device in places.items() if device != "none"],
         world_size=case.world_size,

@@ -177,6 +177,11 @@ def _role(state: State, states: tuple[State, ...]) -> str:
     return "anchor" if any(other.residual_of == state.name for other in states) else "signed"
 
 
+def format_text(formats: str | Mapping[str, str]) -> str:
+    """A state format as records show it: its name, or "m 8bit, v 4bit" for one by state."""
+    return formats if isinstance(formats, str) else ", ".join(f"{state} {name}" for state, name in formats.items())
+
+
 def check_weights(value: object, *, where: str) -> None:
     """Raise UserError unless `value` names a way of holding weights."""
     known = [*WEIGHTS, MASTER]

@@ -7,6 +7,7 @@ from typing import Any
 from toolkit.models.loss import LossHead
 from toolkit.optim import RuleOptimizer
 from toolkit.records.memory import Setup
+from toolkit.state.layout import format_text
 
 
 def describe(engine: Any, *, model: str = "", seq_len: int = 0) -> Setup:
@@ -22,8 +23,7 @@ def describe(engine: Any, *, model: str = "", seq_len: int = 0) -> Setup:
     config = getattr(hf, "config", None)
     state_format, weights = "fp32", "fp32"
     if isinstance(basic, RuleOptimizer):
-        chosen = basic.defaults["state_format"]
-        state_format = chosen if isinstance(chosen, str) else ", ".join(f"{k} {v}" for k, v in chosen.items())
+        state_format = format_text(basic.defaults["state_format"])
         weights = basic.defaults["weights"]
     offload = []
     for name, setting in (("optimizer", engine.zero_offload_optimizer()), ("param", engine.zero_offload_param())):
