@@ -6,15 +6,11 @@ from typing import Any
 
 import torch
 import transformers
+from small_models import SHAPE
 
 SIZES = {
     "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
+    **SHAPE,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from small_models import SHAPE
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -17,12 +18,7 @@ from toolkit.models.loss import CHUNKABLE, LossHead, linear_cross_entropy, plain
 
 SMALL: dict[str, Any] = {
     "vocab_size": 160,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
+    **SHAPE,
     "max_position_embeddings": 64,
     "pad_token_id": None,
 }
