@@ -208,20 +208,13 @@ def test_what_does_not_fit_together_is_one_sentence(body: dict[str, Any], says: 
         as_optimizer(declared(**body))
 
 
-class LaterRule(Rule):
+class LaterRule(CentredRule):
     """Weights follow the mean over a row of the gradient before this one."""
 
     states = (State("now", of="rows"), State("before", of="rows"))
     statistics = (Mean("row", over="row"),)
 
     lr: NonNegative = 1.0
-
-    def scalars(self, t: int) -> dict[str, float]:
-        return {"lr": self.lr}
-
-    @staticmethod
-    def measure(theta: Tensor, g: Tensor, **s: Tensor) -> Tensor:
-        return g
 
     @staticmethod
     def follow(now: Tensor, before: Tensor, *, row: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
