@@ -102,7 +102,7 @@ def shipped_rules() -> list[type[Rule]]:
     for optimizer in RULES.values():
         if optimizer.__module__.startswith("toolkit."):
             for mode in ("", "single"):
-                found[optimizer.rule.variant({"mode": mode})] = None
+                found |= dict.fromkeys(optimizer.rule.variants({"mode": mode}))
     return list(found)
 
 

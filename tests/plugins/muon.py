@@ -1,4 +1,6 @@
-"""Muon (Jordan et al. 2024), a rule that transforms whole matrices."""
+"""Muon (Jordan et al. 2024), a rule that transforms whole matrices, with AdamW for all else."""
+
+from typing import Any
 
 from torch import Tensor
 
@@ -6,7 +8,7 @@ from toolkit.optim import Beta, Matrix, NonNegative, Rule, State, as_optimizer
 
 
 class MuonRule(Rule):
-    """Momentum, made orthogonal by five Newton-Schulz steps; of a vector, its sign.
+    """Momentum, made orthogonal by five Newton-Schulz steps, of hidden matrices; all else is trained with AdamW.
 
     m     <- mu m + (1 - mu) g
     theta <- theta - lr wd theta - lr sqrt(max(1, rows / columns)) orthogonal(mu m + (1 - mu) g)
@@ -17,7 +19,13 @@ class MuonRule(Rule):
 
     lr: NonNegative = 1e-3
     momentum: Beta = 0.95
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: NonNegative = 1e-8
     weight_decay: NonNegative = 0.1
+
+    @classmethod
+    def variant(cls, settings: Any, *, component: str, matrix: bool) -> type[Rule]:
+        return MuonRule if matrix and component in ("attention", "ffn", "other") else MuonAdamWRule
 
     def scalars(self, t: int) -> dict[str, float]:
         return {"lr": self.lr, "decay": self.lr * self.weight_decay, "rate": 1 - self.momentum}
@@ -30,8 +38,6 @@ class MuonRule(Rule):
     @staticmethod
     def transform(matrix: Tensor) -> Tensor:
         rows, columns = matrix.shape
-        if rows == 1:
-            return matrix.sign()
         x = matrix.T if rows > columns else matrix
         x = x / x.norm().clamp(min=1e-7)
         for _ in range(5):
@@ -42,6 +48,24 @@ class MuonRule(Rule):
     @staticmethod
     def update(theta: Tensor, g: Tensor, m: Tensor, *, o: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
         return theta - (s["decay"] * theta + s["lr"] * o), m + s["rate"] * (g - m)
+
+
+class MuonAdamWRule(MuonRule):
+    """AdamW, at the same rate."""
+
+    states = (State("m"), State("v", signed=False))
+    statistics = ()
+
+    def scalars(self, t: int) -> dict[str, float]:
+        b1, b2 = self.betas
+        shares = {"m_share": 1 / (1 - b1**t), "v_share": 1 / (1 - b2**t), "rate1": 1 - b1, "rate2": 1 - b2}
+        return {"lr": self.lr, "decay": self.lr * self.weight_decay, "eps": self.eps} | shares
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, m: Tensor, v: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        m, v = m + s["rate1"] * (g - m), v + s["rate2"] * (g * g - v)
+        step = s["m_share"] * m / ((s["v_share"] * v).sqrt() + s["eps"])
+        return theta - (s["decay"] * theta + s["lr"] * step), m, v
 
 
 Muon = as_optimizer(MuonRule)

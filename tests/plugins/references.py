@@ -72,15 +72,17 @@ def adafactor(lr: float) -> Update:
     return update
 
 
-def muon(lr: float, decay: float = 0.1) -> Update:
-    m = np.zeros(1)
+def muon(lr: float, decay: float = 0.1, hidden: bool = True) -> Update:
+    m, v = np.zeros(1), np.zeros(1)
 
     def update(theta: Array, g: Array, t: int) -> Array:
-        nonlocal m
+        nonlocal m, v
+        if g.ndim == 1 or not hidden:
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+            step = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+            return theta - lr * decay * theta - lr * step
         m = 0.95 * m + 0.05 * g
         d = 0.95 * m + 0.05 * g
-        if d.ndim == 1:
-            return theta - lr * decay * theta - lr * np.sign(d)
         matrix = d.reshape(len(d), -1)
         rows, columns = matrix.shape
         # On singular values alone, so as to share nothing with the plug-in but its polynomial.

@@ -13,7 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from toolkit.optim import RULES
+from toolkit.config import DeepSpeedSettings
+from toolkit.errors import UserError
+from toolkit.estimate.optimizer_memory import optimizer_memory
+from toolkit.optim import RULES, NonNegative, Rule, State, as_optimizer, check_params, param_groups
+from toolkit.records.categories import category_of_state
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 sys.path.insert(0, str(PLUGINS))
@@ -58,6 +62,53 @@ def test_a_plugin_follows_its_equations(name: str) -> None:
         want = follow(name, 1e-2, before, seen)
         moved = np.linalg.norm(want - before)
         assert moved > 0 and np.linalg.norm(after - want) < 2e-5 * moved, (name, before.shape)
+
+
+def test_what_runs_is_the_groups_own() -> None:
+    """Muon in a model with components: what is kept, what a prediction counts, what a format may name, what is said."""
+    model = nn.ModuleDict(
+        {name: nn.Linear(32, 40) for name in ("self_attn", "lm_head")} | {"embed_tokens": nn.Embedding(50, 32)}
+    )
+    config = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3, "state_format": {"v": "4bit"}, "compile": False}}}
+    optimizer = RULES["Muon"](param_groups(model), **config["optimizer"]["params"])
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = {id(p): {key for key in held if key != "step"} for p, held in optimizer.state.items()}
+    assert {name: kept[id(p)] for name, p in model.named_parameters()} == {
+        "self_attn.weight": {"m", "m.scale"},
+        "self_attn.bias": {"m", "v"},
+        "lm_head.weight": {"m", "m.scale", "v", "v.scale"},
+        "lm_head.bias": {"m", "v"},
+        "embed_tokens.weight": {"m", "m.scale", "v", "v.scale"},
+    }
+    counted: dict[str, float] = {}
+    for group in optimizer_memory(model, DeepSpeedSettings.read(config)).groups:
+        blocks = sum(-(-list(model.parameters())[number].numel() // 256) for number in group.numbers)
+        for category, each in group.per_element.items():
+            counted[category] = counted.get(category, 0.0) + 256 * blocks * each
+    held: dict[str, float] = {}
+    for key, tensor in (item for state in optimizer.state.values() for item in state.items() if item[0] != "step"):
+        held[category_of_state(key)] = held.get(category_of_state(key), 0.0) + tensor.nbytes
+    assert counted == held and optimizer.state_bytes().keys() == {"m", "v"}
+    with pytest.raises(UserError, match="unknown state 'w'; its states are m, v"):
+        check_params("muon", {"state_format": {"w": "8bit"}})
+
+
+def test_a_state_is_the_same_in_all_variants() -> None:
+    class One(Rule):
+        states = (State("m"),)
+        lr: NonNegative = 1.0
+
+        @classmethod
+        def variant(cls, settings: Any, *, component: str, matrix: bool) -> type[Rule]:
+            return One if matrix else Other
+
+    class Other(One):
+        states = (State("m", signed=False),)
+
+    with pytest.raises(UserError, match="Other: state 'm' is another one in another variant of the rule"):
+        as_optimizer(One)
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -159,13 +159,53 @@ def test_one_momentum_is_close_to_two() -> None:
     assert 1e-4 < error < 0.05, error
 
 
-def test_modes_do_not_mix() -> None:
+def test_a_mode_is_its_groups_own() -> None:
+    """Two groups with other states: each steps as it does in an optimizer of its own."""
+    generator = torch.Generator().manual_seed(0)
+    start, g = (torch.randn(2, 20, 30, generator=generator) for _ in range(2))
+    settings = {"lr": 1e-2, "alpha": 0.5, "state_format": "8bit", "compile": False}
+
+    def step(*groups: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
+        params = [torch.nn.Parameter(start[group["number"]].clone()) for group in groups]
+        optimizer = AMCS([group | {"params": [p]} for group, p in zip(groups, params, strict=True)], **settings)
+        for _ in range(3):
+            for p, group in zip(params, groups, strict=True):
+                p.grad = g[group["number"]]
+            optimizer.step()
+        return optimizer, params
+
+    one, other = {"number": 0}, {"number": 1, "mode": "single"}
+    optimizer, both = step(one, other)
+    for group, got in zip((one, other), both, strict=True):
+        assert torch.equal(step(group)[1][0], got)
+    blocks = -(-600 // 256)
+    assert optimizer.state_bytes() == {
+        "m_fast": blocks * 260,
+        "m_slow": blocks * 260,
+        "v": 2 * blocks * 260,
+        "m": blocks * 260,
+    }
+    assert [set(held) for held in optimizer.state.values()] == [
+        {"step", "m_fast", "m_fast.scale", "m_slow", "m_slow.scale", "v", "v.scale"},
+        {"step", "m", "m.scale", "v", "v.scale"},
+    ]
+    assert optimizer.report() == {"alpha": 0.5, "beta": 0.925}
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["matrix"]  # of an older version
+    again, _ = step(one, other)
+    again.load_state_dict(saved)
+    assert again.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_a_format_names_the_states_of_its_mode() -> None:
     p, q = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2, 2))
-    with pytest.raises(UserError, match="all groups must run the same rule"):
-        AMCS([{"params": [p]}, {"params": [q], "mode": "single"}], alpha=0.5)
+    groups = [{"params": [p]}, {"params": [q], "mode": "single", "state_format": {"m": "4bit", "m_fast": "fp32"}}]
+    formats = [group["state_format"] for group in AMCS(groups, alpha=0.5).param_groups]
+    assert formats == [dict.fromkeys(("m_fast", "m_slow", "v"), "8bit"), {"m": "4bit", "v": "8bit"}]
     with pytest.raises(UserError, match="unknown state 'm_fast'; its states are m, v"):
         AMCS([p], alpha=0.5, mode="single", state_format={"m_fast": "4bit"})
-    assert AMCS([p], alpha=0.5, mode="single").running is not AMCS.rule
+    assert AMCS([p], alpha=0.5, mode="single").rules() != (AMCS.rule,)
 
 
 @pytest.mark.parametrize(

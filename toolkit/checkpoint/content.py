@@ -151,8 +151,11 @@ def _flat_problem(tensor: Tensor, flat: Flat, needed: int) -> str | None:
 def _state_problem(held: Mapping[str, Any], sharding: Sharding, index: int, numel: int) -> str | None:
     if not is_step(held.get("step", 0)):
         return "its step is no number of steps"
-    kept = sharding.layout(index)
-    for key, spec in kept.specs():
+    kept = dict(sharding.layout(index).specs())
+    more = sorted(held.keys() - kept.keys() - {"step"}) if sharding.rule is not None else []
+    if more:
+        return f"it has a state {more[0]!r}, which its manifest does not have"
+    for key, spec in kept.items():
         value = held.get(key)
         if sharding.rule is None:  # optimizers of torch and DeepSpeed have flat state
             if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < numel:

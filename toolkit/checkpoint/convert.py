@@ -69,7 +69,7 @@ def _optimizer_file(transfer: Transfer, rank: int) -> Any:
     for index in range(len(target.flats)):
         made = transfer.tensors(index, rank)
         flats.append(made.pop(WEIGHTS))
-        if made:
+        if source.trained():
             if target.rule is None:  # optimizers of torch and DeepSpeed have flat state
                 made = {key: value.view(-1)[: flats[-1].numel()] for key, value in made.items()}
             state[index] = {**made, "step": transfer.step_of(index)}

@@ -149,14 +149,14 @@ def disagreement(sharding: Sharding) -> str | None:
     names = [state.name for state in sharding.states]
     if len(set(names)) != len(names):
         return "a state appears twice"
-    if any(state.residual_of is not None and state.residual_of not in names for state in sharding.states):
-        return "a state is a residual of one that there is not"
     seen: set[str] = set()
     for number, flat in enumerate(sharding.flats):
         if flat.dtype not in DTYPES:
             return f"flat tensor {number} is {flat.dtype}"
-        if set(flat.formats) != set(names):
-            return f"flat tensor {number} has formats of {', '.join(flat.formats) or 'nothing'}"
+        if not flat.formats.keys() <= set(names):
+            return f"flat tensor {number} has formats of {', '.join(flat.formats)}"
+        if any(state.residual_of not in {None, *flat.formats} for state in sharding.layout(number).states):
+            return f"a state of flat tensor {number} is a residual of one that there is not"
         problem = _overlap(sharding, number, flat) or _alignment(sharding, number, flat)
         if problem is not None:
             return problem

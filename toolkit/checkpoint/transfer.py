@@ -6,12 +6,13 @@ Only where its format changes it is decoded and encoded again.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from toolkit.checkpoint.source import Source
+from toolkit.errors import some
 from toolkit.state.codecs import BLOCK, Codec, pack
 from toolkit.state.layout import REMAINDER, Layout, State
 from toolkit.state.remainders import MASTER
@@ -55,22 +56,28 @@ class Transfer:
         """What is not taken over as it is, a sentence each: optimizer, formats, weights."""
         there, here = self.source.sharding, self.target
         said: dict[str, None] = {}  # a set in order
-        if there.states != here.states or there.rule != here.rule:
-            pairs = ", ".join(f"{state.name} from {self._origin(state)}" for state in here.states)
+        whole = (set(there.states), set(here.states))
+        if whole[0] != whole[1] or there.rule != here.rule:
+            pairs = _pairs(here.states, there.states)
             said[f"the optimizer was {there.rule or 'Adam'} and is {here.rule or 'Adam'}: {pairs}"] = None
+        moved: dict[str, list[str]] = {}
         for index, flat in enumerate(here.flats):
             for place in flat.places:
                 old_index, _ = there.by_name[place.name]
                 old, kept, before = there.flats[old_index], here.layout(index), there.layout(old_index)
+                if set(before.states) != set(kept.states) and (set(before.states), set(kept.states)) != whole:
+                    moved.setdefault(_pairs(kept.states, before.states), []).append(place.name)
                 codecs = dict(zip((s.name for s in before.states), before.codecs, strict=True))
                 for state, codec in zip(kept.states, kept.codecs, strict=True):
-                    origin = self._origin(state) or ""
+                    origin = _origin(state, before.states) or ""
                     was = codecs.get(origin)
                     if was is not None and was != codec:
                         then, now = _kept_as(old.formats[origin], was), _kept_as(flat.formats[state.name], codec)
                         said[f"{state.name} was kept as {then} and is now {now}"] = None
                 if _weights(before, old.dtype) != _weights(kept, flat.dtype):
                     said[f"weights were {_weights(before, old.dtype)} and are {_weights(kept, flat.dtype)}"] = None
+        for pairs, names in moved.items():
+            said[f"{some(names, 3)}: other states are kept than in the checkpoint ({pairs or 'none'})"] = None
         return list(said)
 
     def tensors(self, index: int, rank: int) -> dict[str, Tensor]:
@@ -120,7 +127,7 @@ class Transfer:
         decoded = self.source.states(name, fragment.start, fragment.stop)
         values = {}
         for state in kept.states:
-            origin = self._origin(state)
+            origin = _origin(state, old.states)
             whole = torch.zeros(blocks_of(fragment.numel) * BLOCK)
             if origin is not None:
                 whole[: fragment.numel] = decoded[origin]
@@ -137,16 +144,20 @@ class Transfer:
         else:
             into.view(-1)[fragment.elements] = self.source.elements(name, key, fragment.start, fragment.stop)
 
-    def _origin(self, state: State) -> str | None:
-        """The state of the checkpoint that `state` is taken from: its namesake, else the first of its kind."""
-        there = self.source.sharding.states
-        names = [old.name for old in there]
-        alike = [old.name for old in there if old.signed == state.signed]
-        return state.name if state.name in names else next(iter(alike), None)
-
     def _old(self, index: int) -> int:
         """The flat tensor of the checkpoint that holds the first parameter of flat tensor `index`."""
         return self.source.sharding.by_name[self.target.flats[index].places[0].name][0]
+
+
+def _pairs(states: Sequence[State], there: Sequence[State]) -> str:
+    return ", ".join(f"{state.name} from {_origin(state, there)}" for state in states)
+
+
+def _origin(state: State, there: Sequence[State]) -> str | None:
+    """Which of the states `there` `state` is taken from: its namesake, else the first of its kind."""
+    names = [old.name for old in there]
+    alike = [old.name for old in there if old.signed == state.signed]
+    return state.name if state.name in names else next(iter(alike), None)
 
 
 def _put(into: Tensor, fragment: Fragment, lanes: Tensor) -> None:

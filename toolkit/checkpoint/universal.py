@@ -49,16 +49,16 @@ def write(source: Source, folder: Path) -> None:
     def put(content: Any, path: Path) -> None:
         entries[path.relative_to(folder).as_posix()] = save(content, path)
 
-    names = {state.name for state in source.sharding.states}
     for name, (index, place) in source.sharding.by_name.items():
         home = homes[name]
         home.mkdir(parents=True)
         found = {"fp32": source.weights(name, 0, place.numel)}
         if source.trained():
             found |= source.states(name, 0, place.numel)
+            kept = source.sharding.layout(index).states
             for state in ADAM:
-                alike = next((old.name for old in source.sharding.states if old.signed == state.signed), None)
-                if state.name not in names and alike is not None:
+                alike = next((old.name for old in kept if old.signed == state.signed), None)
+                if state.name not in found and alike is not None:
                     found[state.name] = found[alike]
             put(torch.tensor(float(source.step_of(index))), home / "step.pt")
         for key, values in found.items():
@@ -115,15 +115,18 @@ class Universal(Source):
         shapes: list[dict[str, Any]] = self.model_states().get("param_shapes") or []
         states = self._written.sharding.states if self._written is not None else ADAM
         rule = self._written.sharding.rule if self._written is not None else None
-        formats = {state.name: "fp32" for state in states}
+        written = self._written.sharding.by_name if self._written is not None else {}
         flats: list[Flat] = []
         for group in shapes:
             for name, shape in group.items():
                 _home(self.folder, name)
                 place = Place(name, tuple(shape), 0, torch.Size(shape).numel())
+                formats = dict.fromkeys((state.name for state in states), "fp32")
+                if self._written is not None and name in written:
+                    formats = dict.fromkeys(self._written.sharding.flats[written[name][0]].formats, "fp32")
                 flats.append(Flat(len(flats), "other", place.numel, "float32", "fp32", formats, (place,)))
         made = Sharding(3, 1, rule, states, tuple(flats))
-        written = self._written.sharding.by_name if self._written is not None else made.by_name
+        written = written if self._written is not None else made.by_name
         if {name: place.shape for name, (_, place) in written.items()} != {
             name: place.shape for name, (_, place) in made.by_name.items()
         } or len(flats) != len(made.by_name):
@@ -136,10 +139,10 @@ class Universal(Source):
     def check(self, share: tuple[int, int] = (0, 1)) -> None:
         self.optimizer_states(0)
         self._find(f"{ZERO}/{GROUPS}")
-        kinds = {state.signed for state in self.sharding.states}
         for index in range(share[0], len(self.sharding.flats), share[1]):
             self.master(0, index)
             if self.saved_state(0, index):
+                kinds = {state.signed for state in self.sharding.layout(index).states}
                 for state in ADAM:  # DeepSpeed's Adam looks for them
                     if state.signed in kinds:
                         self._parameter(index, state.name)
@@ -163,7 +166,7 @@ class Universal(Source):
         step = self._load(name)
         if not is_step(step):
             raise UserError(f"{self.folder / name} is damaged (it is no number of steps)")
-        held = {state.name: self._parameter(index, state.name) for state in self.sharding.states}
+        held = {state.name: self._parameter(index, state.name) for state in self.sharding.layout(index).states}
         return held | {"step": step}
 
     def optimizer_states(self, rank: int) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
 def _whole_parameters(case: Case) -> Iterator[str]:
     """A remark for a rule that looks at more than single elements."""
     rule = case.ds.rule
-    if rule is not None and rule.rule.variant({}).statistics:
+    if rule is not None and any(kind.statistics for kind in rule.rule.variants(case.ds.params)):
         yield (
             f"what {rule.__name__} holds of whole parameters in a step is not modelled: buffers for means over rows "
             "and columns, their states, and matrices at their owners with what goes over the wire."

@@ -87,7 +87,7 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
             if key not in groups:
                 group: dict[str, Any] = {"params": [], "component": component} | options
                 if delicate:
-                    groups[key] = group | {"weight_decay": 0.0} | own | {"state_format": "fp32"}
+                    groups[key] = group | {"weight_decay": 0.0} | own | {"state_format": "fp32", "matrix": False}
                 else:
                     groups[key] = group | own
             groups[key]["params"].append(tensor)

@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from toolkit.errors import UserError, nearest
+from toolkit.errors import UserError
+from toolkit.optim.arguments import OPTIONS, as_list, bind, check_tensor, fields, separate
 from toolkit.optim.kernel import step_function
 from toolkit.optim.purity import check_declared, check_pure, with_defaults
-from toolkit.optim.rule import Rule, check_component
+from toolkit.optim.rule import Rule, all_states, check_component
 from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.optim.together import step_together
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import (
-    DEFAULT_FORMAT,
     REMAINDER,
     Layout,
-    check_dtype,
     check_weights,
     dtype_name,
     layout,
     state_formats,
     state_of,
 )
-from toolkit.state.remainders import DEFAULT_WEIGHTS, MASTER, Remainder
+from toolkit.state.remainders import MASTER, Remainder
 from toolkit.state.sharding import Fragment, whole_shape
 
 RULES: dict[str, type[RuleOptimizer]] = {}
 """Every optimizer that `as_optimizer` made, by the name that `optimizer.type` of a DeepSpeed JSON selects."""
-
-_OPTIONS: dict[str, Any] = {
-    "state_format": DEFAULT_FORMAT,
-    "weights": DEFAULT_WEIGHTS,
-    "seed": 0,
-    "release_gradients": False,
-    "compile": True,
-}
-"""Constructor keywords that belong to the optimizer, not to the rule, with their defaults."""
 
 KnownScalars = dict[tuple[int, int, torch.device], tuple[tuple[str, ...], Tensor]]
 """The scalars of a step with their names, by number of the parameter group, step and device."""
@@ -78,15 +67,18 @@ class RuleOptimizer(torch.optim.Optimizer):
     _allocate_only: ClassVar[bool] = False
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        options = _bind(type(self), args, kwargs)
-        own, hyper = _separate(options)
+        options = bind(type(self), args, kwargs)
+        own, hyper = separate(options)
         rule = self.rule.parse(hyper, where=type(self).__name__)
         super().__init__(params, dict(rule) | own)
 
-    @property
-    def running(self) -> type[Rule]:
-        """The rule that runs: `rule`, or the variant of it that a hyper-parameter selects."""
-        return self.rule.variant(self.defaults)
+    def rule_of(self, group: Mapping[str, Any]) -> type[Rule]:
+        """The rule that runs in this parameter group: `rule`, or a variant of it."""
+        return self.rule.variant(group, component=group["component"], matrix=group["matrix"])
+
+    def rules(self) -> tuple[type[Rule], ...]:
+        """The rules of all parameter groups, each once."""
+        return tuple(dict.fromkeys(self.rule_of(group) for group in self.param_groups))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: settles its component, rate scale and formats, and sets some tensors apart.
@@ -96,40 +88,45 @@ class RuleOptimizer(torch.optim.Optimizer):
         group of its own: no block belongs to two parameters, and the grid is the same at every stage.
         """
         group = dict(param_group)
-        group["params"] = _as_list(group["params"])
-        component = group.setdefault("component", "other")
-        check_component(component)
-        merged = self.defaults | {k: v for k, v in group.items() if k in self.rule.model_fields}
+        group["params"] = as_list(group["params"])
+        check_component(group.setdefault("component", "other"))
         where = f"{type(self).__name__}, parameter group {len(self.param_groups)}"
-        rule = self.rule.parse(_fields(self.rule, merged), where=where)
+        small, large, alone = list[Any](), list[Any](), list[Any]()
+        for item in group["params"]:
+            name, tensor = item if isinstance(item, tuple) else (None, item)  # torch takes (name, tensor) pairs too
+            check_tensor(tensor, f"{where}, parameter {name!r}" if name else where)
+            shape = whole_shape(tensor)
+            (small if len(shape) <= 1 else alone if shape.numel() % BLOCK else large).append(item)
+        group.setdefault("matrix", True)
+        made = [self._settle(group | {"params": some}, where) for some in (large, *([one] for one in alone)) if some]
+        if small or not made:
+            made.append(self._settle(group | {"params": small, "matrix": False}, where, exact=bool(small)))
+        for one in made:
+            super().add_param_group(one)
+
+    def _settle(self, group: dict[str, Any], where: str, exact: bool = False) -> dict[str, Any]:
+        """A parameter group with all that its rule and the options settle; `exact`: state is fp32."""
+        settings = self.defaults | fields(self.rule, group)
+        kind = self.rule.variant(settings, component=group["component"], matrix=group["matrix"])
+        rule = kind.parse(fields(kind, settings), where=where)
         rule.check_ready()
-        if self.rule.variant(merged) is not self.running:
-            raise UserError(f"{where}: it keeps other states than the first group; all groups must run the same rule")
-        check_pure(self.running.parse(_fields(self.running, merged), where=where))
-        for key, value in rule.for_component(component).items():
+        check_pure(rule)
+        for key, value in rule.for_component(group["component"]).items():
             group.setdefault(key, value)
         group.setdefault("lr_scale", 1.0)
+        known = all_states([*self.rule.variants(self.defaults), *self.rule.variants(settings)])
         wanted = group.get("state_format", self.defaults["state_format"])
-        group["state_format"] = state_formats(self.running.states, wanted, where=where)
+        group["state_format"] = state_formats(kind.states, wanted, known=known, where=where)
         check_weights(group.setdefault("weights", self.defaults["weights"]), where=where)
         if (group["weights"] == MASTER) != (self.defaults["weights"] == MASTER):
             raise UserError(
                 f"{where}: weights is {group['weights']!r}, but {self.defaults['weights']!r} for the optimizer; either "
                 f"all groups have {MASTER!r} weights or none"
             )
-        plain = dict.fromkeys(group["state_format"], "fp32")
-        exact = {"state_format": plain, "weights": MASTER if group["weights"] == MASTER else Remainder(16).name}
-        small, large, alone = list[Any](), list[Any](), list[Any]()
-        for item in group["params"]:
-            name, tensor = item if isinstance(item, tuple) else (None, item)  # torch takes (name, tensor) pairs too
-            _check_tensor(tensor, f"{where}, parameter {name!r}" if name else where)
-            shape = whole_shape(tensor)
-            (small if len(shape) <= 1 else alone if shape.numel() % BLOCK else large).append(item)
-        for params in (large, *([item] for item in alone)):
-            if params:
-                super().add_param_group(group | {"params": params})
-        if small or not (large or alone):
-            super().add_param_group(group | {"params": small} | (exact if small else {}))
+        if exact:
+            group["state_format"] = dict.fromkeys(group["state_format"], "fp32")
+            group["weights"] = MASTER if group["weights"] == MASTER else Remainder(16).name
+        return group
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -149,15 +146,15 @@ class RuleOptimizer(torch.optim.Optimizer):
             if parameter.grad is not None:
                 check_gradient(parameter.grad)
         for group in self.param_groups:
-            blocks = 0
+            rule, blocks = self.rule_of(group), 0
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.numel():
                     begun = self.begin(group, parameter, known)
                     gradient = parameter.grad.detach().reshape(-1)
-                    if begun is not None and self.running.statistics:
+                    if begun is not None and rule.statistics:
                         own = Parameter(tuple(parameter.shape), group["component"])
                         whole = Fragment(0, 0, own.numel, 0)
-                        [small] = small_states(self.running, [own], self.state[parameter], parameter.device)
+                        [small] = small_states(rule, [own], self.state[parameter], parameter.device)
                         share = Share(whole, gradient, blocks)
                         together.append((parameter, Member(own, begun, small, [whole], share)))
                     elif begun is not None:
@@ -188,7 +185,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             known[key] = self._scalars(group, state["step"], tensor.device)
         names, scalars = known[key]
         return TensorStep(
-            function=step_function(self.running, names, kept),
+            function=step_function(self.rule_of(group), names, kept),
             compiled=group["compile"],
             theta=tensor.detach().reshape(-1),
             parts=[state[key] for key, _ in kept.specs()],
@@ -199,7 +196,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def layout(self, group: Mapping[str, Any], dtype: torch.dtype) -> Layout:
         """What is stored for a tensor of `dtype` in this parameter group."""
-        return layout(self.running.states, group["state_format"], group["weights"], dtype)
+        return layout(self.rule_of(group).states, group["state_format"], group["weights"], dtype)
 
     def holds_weights(self) -> bool:
         """Whether bf16 weights are kept whole by their remainders, so that no master weights are needed."""
@@ -228,10 +225,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _group_rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule with this group's hyper-parameters as they stand now (schedulers write to groups)."""
-        rule = self.running
-        fields = _fields(rule, group)
-        fields["lr"] = float(fields["lr"]) * group["lr_scale"]
-        return rule.parse(fields, where=f"{type(self).__name__}, group {group['component']!r}")
+        rule = self.rule_of(group)
+        values = fields(rule, group)
+        values["lr"] = float(values["lr"]) * group["lr_scale"]
+        return rule.parse(values, where=f"{type(self).__name__}, group {group['component']!r}")
 
     @staticmethod
     @contextmanager
@@ -248,14 +245,17 @@ class RuleOptimizer(torch.optim.Optimizer):
             RuleOptimizer._allocate_only = False
 
     def report(self) -> dict[str, float]:
-        """Values worth logging after the latest step (AMCS: alpha); empty before the first."""
+        """Values worth logging after the latest step (AMCS: alpha), of the first group of each rule; empty before."""
         # Not by way of groups: ZeRO-3 empties them between steps.
         t = max((held["step"] for held in self.state.values()), default=0)
-        return self._group_rule(self.param_groups[0]).report(t) if t else {}
+        found: dict[str, float] = {}
+        for group in {self.rule_of(group): group for group in reversed(self.param_groups)}.values() if t else ():
+            found |= self._group_rule(group).report(t)
+        return found
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes held on this process by state, scales counted with their state, and by remainders of weights."""
-        total = {state.name: 0 for state in self.running.states}
+        total = {state.name: 0 for state in all_states(self.rules())}
         for held in self.state.values():
             for key, value in held.items():
                 if isinstance(value, Tensor):
@@ -272,7 +272,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             for key in ("state_format", "weights"):
                 if group.get(key) != own[key]:
                     raise ValueError(f"the saved optimizer keeps {key} {group.get(key)}, this one {own[key]}")
+        matrices = [group["matrix"] for group in self.param_groups]
         super().load_state_dict(state_dict | {"state": {}})
+        for own, matrix in zip(self.param_groups, matrices, strict=True):
+            own["matrix"] = matrix  # whatever the saved ones say
         saved = state_dict["state"]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         here = [(p, group) for group in self.param_groups for p in group["params"]]
@@ -281,8 +284,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                 continue
             self.state.pop(parameter, None)
             state = self._allocate(parameter, self.layout(group, parameter.dtype))
-            for small in (one.name for one in self.running.states if one.of is not None and one.name in saved[number]):
-                state[small] = saved[number][small].to(parameter.device, copy=True)
+            for one in self.rule_of(group).states:
+                if one.of is not None and one.name in saved[number]:
+                    state[one.name] = saved[number][one.name].to(parameter.device, copy=True)
             surplus = sorted(saved[number].keys() - state.keys())
             if surplus:
                 raise ValueError(
@@ -311,13 +315,17 @@ def as_optimizer(rule: type[Rule]) -> type[RuleOptimizer]:
 
     Raises UserError for a rule that is not elementwise (`purity.py`); one without defaults is tried when it is made.
     """
-    check_declared(rule)
-    made = with_defaults(rule)
-    if made is not None:
-        check_pure(made)
+    given = {key: field.get_default() for key, field in rule.model_fields.items() if not field.is_required()}
+    kinds = list(dict.fromkeys([rule, *rule.variants(given)]))
+    for kind in kinds:
+        check_declared(kind)
+        made = with_defaults(kind)
+        if made is not None:
+            check_pure(made)
+    all_states(kinds)
     name = rule.__name__.removesuffix("Rule")
     parameters = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    defaults = {key: field.get_default() for key, field in rule.model_fields.items()} | _OPTIONS
+    defaults = {key: field.get_default() for key, field in rule.model_fields.items()} | OPTIONS
     parameters += [
         inspect.Parameter(key, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
         for key, default in defaults.items()
@@ -342,58 +350,7 @@ def check_params(name: str, params: Mapping[str, Any]) -> None:
     """
     optimizer = find_rule(name)
     assert optimizer is not None, name
-    own, hyper = _separate(_bind(optimizer, (), {k: v for k, v in params.items() if v != "auto"}))
+    own, hyper = separate(bind(optimizer, (), {k: v for k, v in params.items() if v != "auto"}))
     rule = optimizer.rule.parse(hyper, where=name)
-    state_formats(rule.variant(dict(rule)).states, own["state_format"], where=name)
+    state_formats(all_states(rule.variants(dict(rule))), own["state_format"], where=name)
     check_weights(own["weights"], where=name)
-
-
-def _bind(optimizer: type[RuleOptimizer], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    known = [key for key in inspect.signature(optimizer).parameters if key != "params"]
-    positional = dict(zip(known, args, strict=False))
-    if len(args) > len(known) or positional.keys() & kwargs.keys():
-        raise TypeError(f"{optimizer.__name__} got a hyper-parameter twice or too many of them: {args}, {dict(kwargs)}")
-    given = positional | dict(kwargs)
-    for key in given:
-        if key not in known:
-            raise UserError(
-                f"{optimizer.__name__}: unknown hyper-parameter {key!r}; known are {', '.join(known)}."
-                f"{nearest(key, known)}"
-            )
-    options = dict(_OPTIONS) | given
-    for key in ("compile", "release_gradients"):
-        if not isinstance(options[key], bool):
-            raise UserError(f"{optimizer.__name__}: {key} must be true or false, not {options[key]!r}")
-    if type(options["seed"]) is not int or options["seed"] < 0:
-        raise UserError(f"{optimizer.__name__}: seed must be a whole number, 0 or more, not {options['seed']!r}")
-    return options
-
-
-def _separate(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The optimizer's own options, and the rule's hyper-parameters."""
-    own = {key: value for key, value in options.items() if key in _OPTIONS}
-    return own, {key: value for key, value in options.items() if key not in _OPTIONS}
-
-
-def _fields(rule: type[Rule], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: values[key] for key in rule.model_fields if key in values}
-
-
-def _check_tensor(tensor: Any, where: str) -> None:
-    """Raise UserError for tensors that would train wrongly."""
-    if isinstance(tensor, Tensor) and tensor.requires_grad:
-        check_dtype(tensor.dtype, where)
-        if is_traceable_wrapper_subclass(tensor):
-            raise UserError(
-                f"{where}: a tensor of shape {list(tensor.shape)} is a {type(tensor).__name__} and not a plain one "
-                "(FSDP2's fully_shard and tensor parallelism make DTensors); shard with DeepSpeed's ZeRO instead, "
-                "through toolkit.initialize"
-            )
-
-
-def _as_list(params: Any) -> list[Any]:
-    if isinstance(params, Tensor):
-        return [params]
-    if isinstance(params, Iterable) and not isinstance(params, (set, frozenset, str)):
-        return list(params)
-    raise UserError(f"params must be a tensor or an ordered collection of tensors, not {type(params).__name__}")

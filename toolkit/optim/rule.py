@@ -6,7 +6,7 @@ A rule knows nothing of bits, devices, shards or checkpoints. `toolkit.optim.opt
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -125,9 +125,20 @@ class Rule(BaseModel):
         return numbers, tuple(name for name in wide if name in named)
 
     @classmethod
-    def variant(cls, settings: Mapping[str, Any]) -> type[Rule]:
-        """The rule that runs these hyper-parameters; a rule with modes that keep other states has a class for each."""
+    def variant(cls, settings: Mapping[str, Any], *, component: str, matrix: bool) -> type[Rule]:
+        """The rule that runs in a parameter group: this one, or a subclass with the same fields.
+
+        For modes that keep other states, and for rules that do something else with some parameters. `settings` are the
+        group's hyper-parameters; `matrix` says whether its tensors have two dimensions or more and are no biases.
+        """
         return cls
+
+    @classmethod
+    def variants(cls, settings: Mapping[str, Any]) -> tuple[type[Rule], ...]:
+        """Every rule that runs in some parameter group with these hyper-parameters."""
+        kinds = ((component, matrix) for matrix in (True, False) for component in COMPONENTS)
+        found = (cls.variant(settings, component=component, matrix=matrix) for component, matrix in kinds)
+        return tuple(dict.fromkeys(found))
 
     @classmethod
     def supply(cls, params: Mapping[str, Any], **known: Any) -> dict[str, Any]:
@@ -163,6 +174,19 @@ def check_component(name: str) -> None:
     if name not in COMPONENTS:
         hint = nearest(name, COMPONENTS)
         raise UserError(f"{name!r} is no component.{hint} Components are {', '.join(COMPONENTS)}")
+
+
+def all_states(rules: Iterable[type[Rule]]) -> tuple[State, ...]:
+    """The states of several variants of a rule, each once.
+
+    Raises UserError where one name stands for states of two kinds: files and formats go by names.
+    """
+    found: dict[str, State] = {}
+    for rule in rules:
+        for state in rule.states:
+            if found.setdefault(state.name, state) != state:
+                raise UserError(f"{rule.__name__}: state {state.name!r} is another one in another variant of the rule")
+    return tuple(found.values())
 
 
 def component_mapping(value: Mapping[str, float] | None) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""A step of all parameters together, for a rule that looks at more than one element.
+"""A step of all parameters together, for rules that look at more than one element.
 
 Means first, over everything that this rank holds; then the update of one parameter after the other, to which a mean
-comes like any scalar, or of one round of matrices after the other. A rule without `statistics` has no part in this.
+comes like any scalar, or of one round of matrices after the other. Variants of a rule come one after the other. What
+has no `statistics` has no part in this.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.optim.matrices import step_matrices
+from toolkit.optim.rule import Rule
 from toolkit.optim.statistics import Member, Ranks, find_means
 
 
@@ -21,11 +23,13 @@ def step_together(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> Non
 
     Gradients are multiplied by `scale`, and let go of as soon as they have been used.
     """
-    if not members:
-        return
-    find_means(members, scale, ranks)
-    if members[0].step.function.rule.matrix() is not None:
-        step_matrices(members, scale, ranks)
-        return
+    by_rule: dict[type[Rule], list[Member]] = {}
     for member in members:
-        member.update(scale)
+        by_rule.setdefault(member.step.function.rule, []).append(member)
+    for rule, own in by_rule.items():
+        find_means(own, scale, ranks)
+        if rule.matrix() is not None:
+            step_matrices(own, scale, ranks)
+            continue
+        for member in own:
+            member.update(scale)

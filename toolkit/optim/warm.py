@@ -24,7 +24,7 @@ on a GPU takes) it decides at the first call: the tensor is large enough for wha
 def kinds(optimizer: RuleOptimizer, weights: torch.dtype) -> list[dict[str, Any]]:
     """A parameter group for each function that steps tensors of dtype `weights` through the compiler."""
     compiled = (group for group in optimizer.param_groups if group["compile"])
-    return list({optimizer.layout(group, weights): group for group in compiled}.values())
+    return list({(optimizer.rule_of(group), optimizer.layout(group, weights)): group for group in compiled}.values())
 
 
 @torch.no_grad()
@@ -48,9 +48,10 @@ def warm(
     assert begun is not None, "state is not only allocated here"
     scale = torch.ones((), device=device)
     zeros = torch.zeros_like(tensor, dtype=gradient)
-    if optimizer.running.statistics:
+    rule = optimizer.rule_of(group)
+    if rule.statistics:
         whole = Parameter((BLOCKS, BLOCK), group["component"])
-        small = small_states(optimizer.running, [whole], {}, tensor.device)[0]
+        small = small_states(rule, [whole], {}, tensor.device)[0]
         everything = Fragment(0, 0, zeros.numel(), 0)
         step_together([Member(whole, begun, small, [everything], Share(everything, zeros, 0))], scale, Alone())
     else:

@@ -144,10 +144,15 @@ def _codec(state: State, name: str) -> Codec:
     return entry.residual if state.residual_of is not None and entry.residual is not None else entry.signed
 
 
-def state_formats(states: tuple[State, ...], wanted: str | Mapping[str, str], *, where: str) -> dict[str, str]:
-    """The format of each of `states`, from one name or a mapping from state to name. Raises UserError."""
+def state_formats(
+    states: tuple[State, ...], wanted: str | Mapping[str, str], *, known: tuple[State, ...] = (), where: str
+) -> dict[str, str]:
+    """The format of each of `states`, from one name or a mapping from state to name; `known`: others that it may name.
+
+    Raises UserError.
+    """
     states = elementwise(states)
-    names = [state.name for state in states]
+    names = list(dict.fromkeys(state.name for state in (*states, *elementwise(known))))
     if not isinstance(wanted, (str, Mapping)):
         raise UserError(f"{where}: state_format is {wanted!r}, but must be a name or a mapping from state to name")
     if isinstance(wanted, str) and wanted in MIXES:
@@ -159,14 +164,14 @@ def state_formats(states: tuple[State, ...], wanted: str | Mapping[str, str], *,
                 f"{where}: state_format names the unknown state {state!r}; its states are "
                 f"{', '.join(names)}.{nearest(state, names)}"
             )
-    known = [*FORMATS, *MIXES] if isinstance(wanted, str) else list(FORMATS)
+    formats = [*FORMATS, *MIXES] if isinstance(wanted, str) else list(FORMATS)
     for value in given.values():
-        if str(value) not in known:
+        if str(value) not in formats:
             what = "state_format" if isinstance(wanted, str) else "the format of a single state,"
             raise UserError(
-                f"{where}: {what} {value!r} is unknown; known are {', '.join(known)}.{nearest(str(value), known)}"
+                f"{where}: {what} {value!r} is unknown; known are {', '.join(formats)}.{nearest(str(value), formats)}"
             )
-    return {name: given.get(name, DEFAULT_FORMAT) for name in names}
+    return {state.name: given.get(state.name, DEFAULT_FORMAT) for state in states}
 
 
 def _role(state: State, states: tuple[State, ...]) -> str:

@@ -114,7 +114,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Flat:
-    """One flat tensor: `size` elements on each rank, in `dtype`, of parameter group `group`."""
+    """One flat tensor: `size` elements on each rank, in `dtype`, of parameter group `group`.
+
+    `formats`: by state; variants of a rule keep different ones.
+    """
 
     group: int
     component: str
@@ -133,7 +136,10 @@ class Flat:
 
 @dataclass(frozen=True)
 class Sharding:
-    """All flat tensors of a run. `rule` is None for an optimizer of torch's or DeepSpeed's, with fp32 state."""
+    """All flat tensors of a run, and the states of all of them together.
+
+    `rule` is None for an optimizer of torch's or DeepSpeed's, with fp32 state.
+    """
 
     stage: int
     world_size: int
@@ -147,9 +153,10 @@ class Sharding:
         return {place.name: (index, place) for index, flat in enumerate(self.flats) for place in flat.places}
 
     def layout(self, index: int) -> Layout:
-        """What is stored for flat tensor `index`."""
+        """What is stored for flat tensor `index`: of the states, those that it has a format of."""
         flat = self.flats[index]
-        return layout_of(self.states, flat.formats, flat.weights if flat.dtype == "bfloat16" else MASTER)
+        kept = tuple(state for state in self.states if state.name in flat.formats)
+        return layout_of(kept, flat.formats, flat.weights if flat.dtype == "bfloat16" else MASTER)
 
     def fragments(self, index: int, place: Place, start: int = 0, stop: int | None = None) -> list[Fragment]:
         """Where elements `start` to `stop` of a parameter of flat tensor `index` lie, on all ranks."""

@@ -22,6 +22,7 @@ from toolkit.checkpoint.transfer import WEIGHTS, Transfer
 from toolkit.errors import UserError
 from toolkit.masking import masked
 from toolkit.optim import RuleOptimizer
+from toolkit.optim.rule import all_states
 from toolkit.state.layout import State, dtype_name
 from toolkit.state.sharding import Flat, Place, Sharding, whole_shape
 from toolkit.zero import schedule
@@ -42,7 +43,7 @@ def refusal(engine: Any) -> str | None:
     if engine.has_moe_layers or engine.mp_world_size > 1:
         return "checkpoints of expert, tensor and pipeline parallelism are not supported"
     optimizer = rule_optimizer(engine)
-    small = [state.name for state in optimizer.running.states if state.of is not None] if optimizer else []
+    small = [s.name for s in all_states(optimizer.rules()) if s.of is not None] if optimizer else []
     if small:
         return f"checkpoints of states of rows and columns ({', '.join(small)}) are not supported yet"
     return Untrained(engine.module, ()).refusal()
@@ -60,7 +61,7 @@ def sharding(engine: Any) -> Sharding:
     zero, optimizer = engine.optimizer, rule_optimizer(engine)
     stage = int(engine.zero_optimization_stage())
     names = {id(param): name for name, param in engine.module.named_parameters()}
-    states = optimizer.running.states if optimizer else (State("exp_avg"), State("exp_avg_sq", signed=False))
+    states = all_states(optimizer.rules()) if optimizer else (State("exp_avg"), State("exp_avg_sq", signed=False))
     groups = engine.basic_optimizer.param_groups
     flats = []
     for shard in shards(zero):
@@ -81,7 +82,7 @@ def sharding(engine: Any) -> Sharding:
             )
         )
     rule = type(optimizer).__name__ if optimizer else None
-    return Sharding(stage, dist.get_world_size(), rule, tuple(states), tuple(flats))
+    return Sharding(stage, dist.get_world_size(), rule, states, tuple(flats))
 
 
 RECOVERY_SCRIPT = Path(deepspeed.__file__).with_name("utils") / "zero_to_fp32.py"
@@ -219,7 +220,8 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
     if target.stage == 3:
         zero.checkpoint_event_prologue()  # small parameters may be whole, and would stay what they are
     for index, shard in enumerate(shards(zero)):
-        _put(engine, shard.tensor, transfer.tensors(index, dist.get_rank()), transfer.step_of(index))
+        step = transfer.step_of(index) if source.trained() else None
+        _put(engine, shard.tensor, transfer.tensors(index, dist.get_rank()), step)
     _show(engine)
     untrained.restore(source)
     if target.stage == 3:
@@ -230,10 +232,11 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
     return converted
 
 
-def _put(engine: Any, flat: Tensor, made: dict[str, Tensor], step: int) -> None:
+def _put(engine: Any, flat: Tensor, made: dict[str, Tensor], step: int | None) -> None:
+    """Set a flat tensor and its state; `step` None: there is no state yet."""
     flat.data.copy_(made.pop(WEIGHTS))
     optimizer = engine.basic_optimizer
-    if not made:
+    if step is None:
         return
     if isinstance(optimizer, RuleOptimizer):
         held: dict[str, Any] = optimizer.state[flat]

@@ -290,7 +290,7 @@ def _finish(engine: Any) -> None:
         partition.check_stage_3(engine.optimizer)
     if not isinstance(engine.basic_optimizer, RuleOptimizer):
         return
-    if isinstance(engine.optimizer, BF16_Optimizer) and engine.basic_optimizer.running.statistics:
+    if isinstance(engine.optimizer, BF16_Optimizer) and names(engine.basic_optimizer):
         raise UserError(
             f"{type(engine.basic_optimizer).__name__} looks at whole parameters ({names(engine.basic_optimizer)}), "
             "which DeepSpeed's BF16_Optimizer flattens; use ZeRO stage 1, 2 or 3"

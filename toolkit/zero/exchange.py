@@ -45,7 +45,7 @@ class DataParallel:
 
 def check_whole(optimizer: RuleOptimizer, *, split: bool) -> None:
     """Raise UserError for a rule that looks at whole parameters where `split` says that more than ZeRO cuts them."""
-    if optimizer.running.statistics and split:
+    if split and names(optimizer):
         raise UserError(
             f"{type(optimizer).__name__} looks at whole parameters ({names(optimizer)}), which is supported neither "
             "with mixture-of-experts layers under expert parallelism nor with model parallelism nor MiCS"
@@ -53,5 +53,5 @@ def check_whole(optimizer: RuleOptimizer, *, split: bool) -> None:
 
 
 def names(optimizer: RuleOptimizer) -> str:
-    """What the rule looks at beside single elements, for sentences."""
-    return ", ".join(one.name for one in optimizer.running.statistics)
+    """What the rules of its groups look at beside single elements, for sentences; empty for nothing."""
+    return ", ".join(dict.fromkeys(one.name for rule in optimizer.rules() for one in rule.statistics))

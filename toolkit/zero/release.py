@@ -184,7 +184,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
 
 def _refusal(zero: ShardedZeroOptimizer) -> str | None:
     """What `toolkit.config` cannot know that gradients cannot be released with, or None."""
-    if zero.optimizer.running.statistics:
+    if names(zero.optimizer):
         return f"does not fit a rule that looks at whole parameters ({names(zero.optimizer)}); leave it out"
     if zero.gradient_accumulation_dtype != zero.dtype:
         return "needs data_types.grad_accum_dtype to be that of the model; leave that out"

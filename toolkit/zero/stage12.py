@@ -272,11 +272,11 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
         clip = self.clip_grad if norm is not None else 0.0
         device = self.single_partition_of_fp32_groups[0].device
         scale = clip_scale(known, clip, scale_before).to(device, non_blocking=True)
-        if self.optimizer.running.statistics:
-            self._step_together(scale)
-        else:
-            for i in range(len(self.bit16_groups)):
+        together = [bool(self.optimizer.rule_of(group).statistics) for group in self.optimizer.param_groups]
+        for i, whole in enumerate(together):
+            if not whole:
                 self._step_group(i, scale)
+        self._step_together([i for i, whole in enumerate(together) if whole], scale)
         gather_weights(self)
 
     def _must_be_finite(self) -> bool:
@@ -316,14 +316,14 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
             stream.finish(scale)
         self._show(i)
 
-    def _step_together(self, scale: Tensor) -> None:
-        """The step of a rule that looks at whole parameters: at all of them before any is updated."""
+    def _step_together(self, groups: Sequence[int], scale: Tensor) -> None:
+        """The step of groups whose rule looks at whole parameters: at all of them before any is updated."""
         members: list[Member] = []
-        for i in range(len(self.bit16_groups)):
+        for i in groups:
             held, self._held[i], self.averaged_gradients[i] = self._held[i], {}, None
             members += self._members(i, held)
         step_together(members, scale, DataParallel(self.dp_process_group))
-        for i in range(len(self.bit16_groups)):
+        for i in groups:
             self._show(i)
 
     def _members(self, i: int, held: dict[int, Tensor]) -> list[Member]:
@@ -334,7 +334,7 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
             return []
         params, rank = self.round_robin_bit16_groups[i], dist.get_rank(group=self.real_dp_process_group[i])
         parameters = [Parameter(tuple(param.shape), group["component"]) for param in params]
-        small = small_states(self.optimizer.running, parameters, self.optimizer.state[flat], flat.device)
+        small = small_states(self.optimizer.rule_of(group), parameters, self.optimizer.state[flat], flat.device)
         members, base = [], rank * int(self.partition_size[i])
         for param, parameter, states in zip(params, parameters, small, strict=True):
             own, share = self.own_fragment(param), None

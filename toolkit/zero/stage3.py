@@ -152,15 +152,16 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         self.zero_grad(set_to_none=True)
         scale = clip_scale(known, self.clip_grad, scale_before)
         scale = scale.to(self.fp32_partitioned_groups_flat[0].device, non_blocking=True)
-        members: list[Member] = []
+        members: dict[int, list[Member]] = {}
         start = 0
         for i in range(len(self.fp16_groups)):
             stop = start + self.fp32_partitioned_groups_flat[i].numel()
-            members += self._step_sub_group(i, self.grad_partitions_flat_buffer[start:stop], scale)
+            members[i] = self._step_sub_group(i, self.grad_partitions_flat_buffer[start:stop], scale)
             start = stop
-        if self.optimizer.running.statistics:
-            step_together(members, scale, DataParallel(self.dp_process_group))
-            for i in range(len(self.fp16_groups)):
+        together = [member for own in members.values() for member in own]
+        step_together(together, scale, DataParallel(self.dp_process_group))
+        for i, own in members.items():
+            if own:
                 self._show(i)
         self.timers(OPTIMIZER_STEP_TIMER).stop()
         self.invalidate_secondary_tensor()
@@ -197,9 +198,10 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
     def _step_sub_group(self, i: int, gradient: Tensor, scale: Tensor) -> list[Member]:
         """Step a sub-group; what is to be stepped together with others comes back as it is."""
         master = self.fp32_partitioned_groups_flat[i]
-        begun = self.optimizer.begin(self.optimizer.param_groups[self.sub_group_to_group_id[i]], master)
-        if begun is not None and self.optimizer.running.statistics:
-            return self._members(i, begun, gradient)
+        group = self.optimizer.param_groups[self.sub_group_to_group_id[i]]
+        begun = self.optimizer.begin(group, master)
+        if begun is not None and self.optimizer.rule_of(group).statistics:
+            return self._members(i, group, begun, gradient)
         if begun is not None and begun.function.rounds:
             start = 0
             for param in self.fp16_groups[i]:
@@ -220,12 +222,11 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         before = self._get_param_partition_rank(param) * param.partition_numel() // BLOCK
         return self._first_block[param.ds_id] + int(before)
 
-    def _members(self, i: int, begun: TensorStep, gradient: Tensor) -> list[Member]:
+    def _members(self, i: int, group: dict[str, Any], begun: TensorStep, gradient: Tensor) -> list[Member]:
         """The parameters of a sub-group and what this rank holds of them, without the padding."""
         params, master = self.fp16_groups[i], self.fp32_partitioned_groups_flat[i]
-        component = self.optimizer.param_groups[self.sub_group_to_group_id[i]]["component"]
-        parameters = [Parameter(tuple(param.ds_shape), component) for param in params]
-        small = small_states(self.optimizer.running, parameters, self.optimizer.state[master], master.device)
+        parameters = [Parameter(tuple(param.ds_shape), group["component"]) for param in params]
+        small = small_states(self.optimizer.rule_of(group), parameters, self.optimizer.state[master], master.device)
         members, offset = [], 0
         for param, parameter, states in zip(params, parameters, small, strict=True):
             part, rank = param.partition_numel(), self._get_param_partition_rank(param)

@@ -88,7 +88,7 @@ class AMCSRule(Rule):
         return schedule(self.alpha).at(fraction_done(t, self.total_steps))
 
     @classmethod
-    def variant(cls, settings: Mapping[str, Any]) -> type[Rule]:
+    def variant(cls, settings: Mapping[str, Any], **group: Any) -> type[Rule]:
         return AMCSSingleRule if settings.get("mode") == "single" else AMCSRule
 
     def for_component(self, component: str) -> dict[str, Any]:
