@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from toolkit.commands import checkpoint as checkpoints
+from toolkit.commands.compare import compare
 from toolkit.commands.doctor import doctor
 from toolkit.commands.estimate import estimate, plan
 from toolkit.errors import UserError, nearest
@@ -109,6 +110,7 @@ def report(
 app.command()(estimate)
 app.command()(plan)
 app.command()(doctor)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(compare)
 
 
 def main() -> None:

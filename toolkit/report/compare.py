@@ -54,19 +54,20 @@ def build_report(paths: Sequence[Path]) -> Report:
             raise UserError(f"the run folder {path} is given twice.")
     runs = [build_run(read_folder(path), name) for path, name in zip(paths, _names(paths), strict=True)]
     several = len(runs) > 1
-    kind, sizes = _comparable(runs)
+    kind, sizes = comparable(runs)
     return Report(
         title=runs[0].name if not several else f"{len(runs)} runs",
         headline=_headline(runs, kind, sizes) if several else runs[0].headline,
-        gaps=_gaps(runs) + _unknown_memory(runs, kind, sizes),
+        gaps=gaps(runs) + _unknown_memory(runs, kind, sizes),
         methods=[_method(run, runs[0], kind, one) for run, one in zip(runs, sizes, strict=True)] if several else [],
         footnotes=_footnotes(runs) if several else [],
         runs=runs,
-        leanstate=_version(),
+        leanstate=version(),
     )
 
 
-def _version() -> str:
+def version() -> str:
+    """Of this package."""
     try:
         return metadata.version("leanstate")
     except metadata.PackageNotFoundError:
@@ -83,8 +84,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _gaps(runs: Sequence[RunReport]) -> list[str]:
-    gaps = []
+def gaps(runs: Sequence[RunReport]) -> list[str]:
+    """In what the runs differ that a comparison takes to be equal, a sentence each."""
+    found = []
     for name, read, why in _EQUAL:
         values: dict[str, list[str]] = {}
         for run in runs:
@@ -93,11 +95,11 @@ def _gaps(runs: Sequence[RunReport]) -> list[str]:
             values.setdefault(text, []).append(run.name)
         if len(values) > 1:
             what = "; ".join(f"{value} in {listed(names)}" for value, names in values.items())
-            gaps.append(f"Different {name}: {what} ({why}).")
+            found.append(f"Different {name}: {what} ({why}).")
     unfinished = [run.name for run in runs if run.training is None or not run.training.complete]
     if unfinished and len(runs) > 1:
-        gaps.append(f"Not finished: {listed(unfinished)}.")
-    return gaps
+        found.append(f"Not finished: {listed(unfinished)}.")
+    return found
 
 
 ALLOCATED, HELD, PREDICTED, PROCESS = (
@@ -108,7 +110,7 @@ ALLOCATED, HELD, PREDICTED, PROCESS = (
 )
 
 
-def _comparable(runs: Sequence[RunReport]) -> tuple[str | None, list[int | None]]:
+def comparable(runs: Sequence[RunReport]) -> tuple[str | None, list[int | None]]:
     """The memory of each run, all of one kind: the best that most of them have, bytes held by the model first.
 
     A resident set is mostly libraries and what the C library keeps: it stands for memory only where nothing else does.

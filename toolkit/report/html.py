@@ -10,11 +10,16 @@ from markupsafe import Markup
 from toolkit.report import svg
 from toolkit.report.data import Report
 from toolkit.report.elements import Chart, Preformatted, Table
-from toolkit.report.outline import outline
+from toolkit.report.outline import Outline, outline
 
 
 def to_html(report: Report) -> str:
-    """The page; every text from outside is escaped."""
+    """The page of `report`."""
+    return page_html(outline(report))
+
+
+def page_html(page: Outline) -> str:
+    """`page` as HTML; every text from outside is escaped."""
     environment = Environment(
         loader=PackageLoader("toolkit.report"),
         autoescape=True,
@@ -24,7 +29,6 @@ def to_html(report: Report) -> str:
     )
     environment.tests |= {"table": _is(Table), "chart": _is(Chart), "preformatted": _is(Preformatted)}
     environment.filters["breakable"] = breakable
-    page = outline(report)
     swatches = {name: svg.swatch(colour) for name, colour in page.palette.items()}
     return environment.get_template("report.html.j2").render(page=page, swatches=swatches)
 

@@ -12,11 +12,15 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~&])")
 
 
 def to_markdown(report: Report) -> str:
+    """`report` as Markdown."""
+    return page_markdown(outline(report))
+
+
+def page_markdown(page: Outline) -> str:
     """GitHub's Markdown, with names from outside escaped."""
-    page: Outline = outline(report)
     blocks = [f"# {escaped(page.title)}", escaped(page.headline)]
     if page.gaps:
-        blocks += ["**Not like for like:**", "\n".join(f"* {escaped(gap)}" for gap in page.gaps)]
+        blocks += [f"**{page.gaps_title}:**", "\n".join(f"* {escaped(gap)}" for gap in page.gaps)]
     for section in page.comparison:
         blocks += _section(section, "##")
     alone = len(page.runs) == 1

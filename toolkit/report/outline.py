@@ -26,6 +26,8 @@ class Outline:
     palette: dict[str, str]
     """The CSS colour of every category in the report."""
     leanstate: str
+    kind: str = "Memory report"
+    gaps_title: str = "Not like for like"
 
 
 def outline(report: Report) -> Outline:

@@ -1,0 +1,187 @@
+"""`toolkit compare`: methods side by side, swept and over several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from toolkit.errors import UserError, nearest
+from toolkit.plugins import import_plugins
+from toolkit.printable import echo
+
+if TYPE_CHECKING:
+    from toolkit.compare.plan import Plan
+    from toolkit.run.settings import RunSettings
+
+_OWN = {
+    "config": "--methods NAME=CONFIG",
+    "lr": "--sweep lr=VALUE,VALUE",
+    "seed": "--seeds",
+    "run_dir": "--out",
+    "resume": "--out, whose runs resume by themselves",
+    "convert_state": "another --out",
+}
+"""Options of launch/train.py that a comparison sets itself, and what to give instead."""
+_EVAL_TOKENS = 65_536
+_FAILED = 1
+
+
+def compare(
+    ctx: typer.Context,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,NAME=CONFIG,...|FILE",
+            help="Shipped configs, rules, classes by import path, NAME=a config; or a JSON or TOML file; repeatable.",
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE,...", help="Values to try: of lr, warmup or a key of the JSON; repeatable."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds at the best values; the sweep is made with the first.")] = 3,
+    extend: Annotated[
+        int, typer.Option(min=0, help="Values at most to add to a sweep whose best value is at its end.")
+    ] = 4,
+    baseline: Annotated[
+        str | None, typer.Option(help="The method that others are compared with. (default: the first)")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of each run.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage of methods that do not name theirs.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="The comparison's folder; one that is there is continued.")] = None,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Leave the last checkpoint of runs that have ended.")
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report", help="Write the report of what is there; run nothing.")
+    ] = False,
+) -> None:
+    """Train with several methods, each swept and over several seeds, and report them side by side.
+
+    All other options are those of launch/train.py, and every run gets them.
+    """
+    from toolkit.compare.drive import INTERRUPTED, Driver, locked
+    from toolkit.compare.plan import extended, load, save
+    from toolkit.compare.report import write
+    from toolkit.compare.runs import Runs
+
+    settings = _settings(ctx.args)
+    folder = out or Path("runs") / f"compare-{Path(settings.model).name}"
+    old = load(folder)
+    if methods or old is None:
+        new = _plan(settings, methods or (), sweep or (), seeds, extend, baseline, ranks, zero_stage)
+        plan = extended(old, new, folder)
+    else:
+        if ctx.args or sweep:
+            raise UserError(f"{folder} holds a comparison; to change it, give --methods too, or another --out.")
+        plan = old
+    if report_only:
+        if old is None:
+            raise UserError(f"{folder} holds no comparison to report.")
+        _show(write(Runs(plan, folder)))
+        return
+    with locked(folder):
+        save(plan, folder)
+        runs = Runs(plan, folder)
+        driver = Driver(
+            runs, jobs=jobs, keep_checkpoints=keep_checkpoints, say=echo, ended=lambda: None if write(runs) else None
+        )
+        finished = driver.drive()
+        _show(write(runs))
+    if not finished:
+        echo("stopped; the same command resumes.")
+        raise typer.Exit(INTERRUPTED)
+    if driver.failures:
+        raise typer.Exit(_FAILED)
+
+
+def _show(report: Any) -> None:
+    echo(report.headline)
+    for note in report.notes:
+        echo(f"note: {note}")
+    for path in report.files:
+        echo(f"written: {path}")
+
+
+def _settings(arguments: Sequence[str]) -> RunSettings:
+    """The options that are launch/train.py's.
+
+    Raises:
+        UserError: one is unknown there, or is set by the comparison.
+    """
+    from toolkit.run.settings import RunSettings, flag_of, parse
+
+    known = [flag_of(name) for name in RunSettings.model_fields]
+    own = ["--methods", "--sweep", "--seeds", "--extend", "--baseline", "--ranks", "--jobs", "--zero-stage", "--out"]
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag not in known and not any(option.startswith(flag) for option in known):
+            hint = nearest(flag, own)
+            if hint:
+                raise UserError(f"there is no option {flag}.{hint}")
+    settings = parse(arguments)
+    if settings is None:
+        raise typer.Exit
+    for name, instead in _OWN.items():
+        if name in settings.model_fields_set:
+            raise UserError(f"{flag_of(name)} is set by the comparison; give {instead}.")
+    return settings
+
+
+def _plan(
+    settings: RunSettings,
+    methods: Sequence[str],
+    sweeps: Sequence[str],
+    seeds: int,
+    extend: int,
+    baseline: str | None,
+    ranks: int,
+    stage: int,
+) -> Plan:
+    from toolkit.compare.methods import read_methods, read_sweep
+    from toolkit.compare.plan import Plan
+
+    if not methods:
+        raise UserError("--methods is missing: give what to compare, as in --methods amcs,adamw.")
+    import_plugins(settings.plugins)
+    shared = [read_sweep(text) for text in sweeps]
+    found = read_methods(methods, shared, stage, settings.overrides)
+    first = baseline or found[0].name
+    if first not in [method.name for method in found]:
+        names = [method.name for method in found]
+        raise UserError(f"--baseline {first!r} is none of the methods {', '.join(names)}.{nearest(first, names)}")
+    given = settings.model_dump(mode="json", include=settings.model_fields_set)
+    usual = {
+        "model": settings.model,
+        "data": settings.data,
+        "steps": settings.steps,
+        "seq_len": settings.seq_len,
+        "eval_every": settings.steps,  # the loss is compared at the end of the schedule only
+        "eval_sequences": max(32, _EVAL_TOKENS // settings.seq_len),
+        "keep_last": 1,
+        "memory_profile": "full",
+    }
+    plan = Plan(settings=usual | given, ranks=ranks, seeds=seeds, extend=extend, baseline=first, methods=found)
+    _check(plan)
+    return plan
+
+
+def _check(plan: Plan) -> None:
+    """Validate every method's JSON as its runs will. Raises UserError, which names the method."""
+    from toolkit.compare.runs import point_settings
+    from toolkit.config import apply_overrides, validate
+    from toolkit.run.merge import merge_flags
+    from toolkit.run.settings import check_settings
+
+    for method in plan.methods:
+        for point in (
+            [()] if not method.sweeps else [((one.key, value),) for one in method.sweeps for value in one.values]
+        ):
+            flags, assignments = point_settings(point)
+            settings = check_settings(**(plan.settings | flags | {"overrides": assignments}))
+            merged, _, _ = merge_flags(apply_overrides(method.config, assignments), settings, plan.ranks)
+            validate(merged, origin=method.name, world_size=plan.ranks, total_steps=settings.steps)

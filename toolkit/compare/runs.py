@@ -1,0 +1,140 @@
+"""The runs of a comparison: where each one is, how it is started, and whether it has ended."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.compare.plan import CONFIGS, RUNS, Method, Plan, Point
+from toolkit.compare.tuning import Tuning, tune
+from toolkit.errors import UserError
+from toolkit.paths import read_text
+from toolkit.records.run import CHECKPOINTS, METRICS, RUN, SUMMARY
+
+_FLAGS = ("lr", "warmup")
+"""Swept keys that are options of their own."""
+
+
+def words(point: Point) -> str:
+    """A point as the name of a folder and for the screen."""
+    return ",".join(f"{key}={value:g}" for key, value in point) or "as-configured"
+
+
+def point_settings(point: Point) -> tuple[dict[str, float], list[str]]:
+    """A point as settings of a run and as assignments for `--set`."""
+    flags = {key: value for key, value in point if key in _FLAGS}
+    return flags, [f"{key}={value:g}" for key, value in point if key not in _FLAGS]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison."""
+
+    method: str
+    point: Point
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method} {words(self.point)} seed {self.seed}"
+
+
+class Runs:
+    """The runs of `plan` in the comparison's folder `out`."""
+
+    def __init__(self, plan: Plan, out: Path) -> None:
+        self.plan, self.out = plan, out
+        self._ended: dict[Cell, float] = {}
+
+    def folder(self, cell: Cell) -> Path:
+        return self.out / RUNS / cell.method / words(cell.point) / f"seed{cell.seed}"
+
+    def log(self, cell: Cell) -> Path:
+        """What the run says."""
+        return self.folder(cell).with_suffix(".log")
+
+    def loss(self, cell: Cell) -> float | None:
+        """The final validation loss, infinite where there is none since the run diverged; None: it has not ended."""
+        if cell not in self._ended:
+            summary = read_summary(self.folder(cell))
+            if summary is None or (summary.get("interrupted") and not summary.get("diverged")):
+                return None
+            loss = summary.get("val_loss")
+            finite = isinstance(loss, int | float) and math.isfinite(loss) and not summary.get("diverged")
+            self._ended[cell] = float(loss) if finite and loss is not None else math.inf
+        return self._ended[cell]
+
+    def tuning(self, method: Method) -> Tuning:
+        """How far `method` is."""
+        return tune(
+            method.sweeps,
+            self.plan.seeds,
+            self.plan.extend,
+            lambda point, seed: self.loss(Cell(method.name, point, seed)),
+        )
+
+    def losses(self, method: str, point: Point) -> dict[int, float]:
+        """The finite final losses at `point` by seed."""
+        known = {seed: self.loss(Cell(method, point, seed)) for seed in range(self.plan.seeds)}
+        return {seed: loss for seed, loss in known.items() if loss is not None and math.isfinite(loss)}
+
+    def command(self, cell: Cell) -> list[str]:
+        """What starts the run, or resumes it."""
+        settings = {"config": str(self.out / CONFIGS / f"{cell.method}.json"), **self.plan.settings}
+        settings |= {"seed": cell.seed, "run_dir": str(self.folder(cell))}
+        options = [text for name, value in settings.items() for text in _option(name, value)]
+        flags, assignments = point_settings(cell.point)
+        options += [text for name, value in flags.items() for text in _option(name, value)]
+        options += [text for assignment in assignments for text in ("--set", assignment)]
+        if (
+            self.plan.ranks == 1
+        ):  # one process needs no launcher, which takes longer to start than the run's first steps
+            return [sys.executable, "-m", "toolkit.train", *options]
+        from toolkit.run.ranks import free_port
+
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        port = ["--num_gpus", str(self.plan.ranks), "--master_port", str(free_port())]
+        return [sys.executable, launcher, *port, "--module", "toolkit.train", *options]
+
+    def environment(self, jobs: int) -> dict[str, str]:
+        """Of a run beside `jobs` - 1 others: the cores are shared out."""
+        cores = len(os.sched_getaffinity(0))
+        return {"OMP_NUM_THREADS": str(max(1, cores // (jobs * self.plan.ranks)))} | os.environ
+
+    def clear(self, cell: Cell) -> bool:
+        """Remove a run that was cut before its first checkpoint, which nothing can resume; whether there was one."""
+        folder = self.folder(cell)
+        if not any((folder / name).exists() for name in (RUN, METRICS)):
+            return False
+        if any((folder / CHECKPOINTS).glob("global_step*")):
+            return False
+        shutil.rmtree(folder)
+        return True
+
+    def remove_checkpoints(self, cell: Cell) -> None:
+        shutil.rmtree(self.folder(cell) / CHECKPOINTS, ignore_errors=True)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """summary.json of a run; None where there is none, or one that is cut short."""
+    try:
+        found = json.loads(read_text(folder, SUMMARY))
+    except (UserError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _option(name: str, value: Any) -> list[str]:
+    from toolkit.run.settings import flag_of
+
+    if name == "overrides" or value is None:  # those are in the method's JSON
+        return []
+    flag = flag_of(name)
+    if isinstance(value, bool):
+        return [flag] if value else [f"--no-{flag[2:]}"] if name == "activation_checkpointing" else []
+    return [text for one in (value if isinstance(value, list) else [value]) for text in (flag, str(one))]
