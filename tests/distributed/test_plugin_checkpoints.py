@@ -1,0 +1,130 @@
+"""Checkpoints of rules whose states differ between parameter groups, or are of rows and columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import launch
+
+from toolkit.checkpoint import universal
+from toolkit.checkpoint.convert import convert
+from toolkit.checkpoint.universal import open_checkpoint
+from toolkit.commands.checkpoint import find
+from toolkit.records.run import read_metrics
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+PLUGINS = Path(__file__).parents[1] / "plugins"
+STEPS, STOP = 5, 3
+RULES = ("Muon",)
+SHAPE = {
+    "model_type": "qwen3",
+    "vocab_size": 4099,
+    "hidden_size": 40,
+    "intermediate_size": 80,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32,
+}
+"""Most matrices are no whole blocks."""
+
+
+class World:
+    """The folder of the tests, and what its launches gave."""
+
+    trained: list[Any]
+    carried: list[Any]
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "model").mkdir()
+        (root / "model" / "config.json").write_text(json.dumps(SHAPE))
+        texts = [f"Document {n} counts: " + " ".join(map(str, range(n, n + 15))) for n in range(30)]
+        (root / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def arguments(self, run: str, rule: str, stage: int, ranks: int) -> list[str]:
+        optimizer = {"type": rule, "params": {"lr": 2e-3, "compile": False}}
+        fixed = (
+            f"--model {self.root / 'model'} --tokenizer python-4k --data {self.root / 'data.jsonl'} --seq-len 16 "
+            f"--global-batch 4 --micro-batch {4 // ranks} --eval-every 0 --steps {STEPS} --save-every {STEPS} "
+            f"--run-dir {self.root / run} --plugin {PLUGINS / rule.lower()}.py --config amcs_zero{stage} --set"
+        )
+        return [*fixed.split(), f"optimizer={json.dumps(optimizer)}"]
+
+    def carry(self, rule: str, stage: int, ranks: int, source: str, to: str) -> dict[str, Any]:
+        unused = self.arguments("unused", rule, stage, ranks)
+        return {"carry": unused, "source": str(self.root / source), "to": str(self.root / to)}
+
+    def launch(self, name: str, ranks: int, steps: list[dict[str, Any]]) -> list[Any]:
+        found: list[Any] = launch(self.root / name, ranks, WORKER, {"steps": steps})[0]
+        return found
+
+    def digest(self, place: str) -> str:
+        return open_checkpoint(find(self.root / place)).digest()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Two ranks train, uninterrupted and with a stop; then their state goes to other ranks, stages and layouts."""
+    made = World(tmp_path_factory.mktemp("plugin-checkpoints"))
+    steps: list[dict[str, Any]] = []
+    for rule in RULES:
+        cut = made.arguments(f"{rule}/cut", rule, 2, 2)
+        steps += [{"run": made.arguments(f"{rule}/plain", rule, 2, 2)}, {"run": cut, "stop_at": STOP}, {"run": cut}]
+    made.trained = made.launch("train", 2, steps)
+    one = [made.carry(rule, 3, 1, f"{rule}/plain", f"{rule}/one-3") for rule in RULES]
+    assert made.launch("one", 1, one) == [[] for _ in RULES]
+    two = []
+    for rule in RULES:
+        origin = open_checkpoint(find(made.root / rule / "one-3"))
+        universal.write(origin, made.root / rule / "universal" / f"global_step{STEPS}")
+        convert(origin, made.root / rule / "converted-1", stage=1, world_size=3)
+        two.append(made.carry(rule, 2, 2, f"{rule}/one-3", f"{rule}/two-2"))
+        two.append(made.carry(rule, 3, 2, f"{rule}/converted-1", f"{rule}/two-3"))
+        two.append(made.carry(rule, 2, 2, f"{rule}/universal", f"{rule}/back") | {"convert": True})
+    made.carried = made.launch("two", 2, two)
+    return made
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_resumed_run_is_the_uninterrupted_one(world: World, rule: str) -> None:
+    plain, cut = (read_metrics(world.root / rule / name / "metrics.jsonl") for name in ("plain", "cut"))
+    assert [record["step"] for record in cut] == list(range(1, STEPS + 1))
+    assert [record["loss"] for record in cut] == [record["loss"] for record in plain]
+    assert [record["grad_norm"] for record in cut] == [record["grad_norm"] for record in plain]
+    assert world.digest(f"{rule}/plain") == world.digest(f"{rule}/cut")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_other_ranks_and_stages_keep_every_state(world: World, rule: str) -> None:
+    """2 -> 1 -> 2 ranks through engines, stage 2 -> 3 -> 2, and 3 ranks at stage 1 without an engine."""
+    assert world.carried[3 * RULES.index(rule) :][:2] == [[], []]
+    places = ("one-3", "converted-1", "two-2", "two-3")
+    assert {world.digest(f"{rule}/{place}") for place in places} == {world.digest(f"{rule}/plain")}
+
+
+def test_of_the_universal_layout_comes_back_what_was_there(world: World) -> None:
+    """State is encoded anew there; what is not coded is the same."""
+    for rule in RULES:
+        before, after = (open_checkpoint(find(world.root / rule / place)) for place in ("plain", "back"))
+        assert before.sharding.flats == after.sharding.flats and before.sharding.states == after.sharding.states
+        for name, (index, place) in before.sharding.by_name.items():
+            assert before.step_of(index) == after.step_of(index) == STEPS
+            old, new = (source.states(name, 0, place.numel) for source in (before, after))
+            assert old.keys() == new.keys()
+            for key, value in old.items():
+                exact = before.sharding.flats[index].formats[key] == "fp32"
+                assert (new[key] - value).norm() <= (0.0 if exact else 0.02) * value.norm(), (name, key)
+
+
+def test_states_are_those_of_the_variant(world: World) -> None:
+    source = open_checkpoint(find(world.root / "Muon" / "plain"))
+    kept = {name: set(source.states(name, 0, place.numel)) for name, (_, place) in source.sharding.by_name.items()}
+    momentum = {name for name, states in kept.items() if states == {"m"}}
+    assert momentum == {name for name in kept if "_proj." in name}
+    assert all(kept[name] == {"m", "v"} for name in kept.keys() - momentum)
