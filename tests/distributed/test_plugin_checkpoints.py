@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 from ranks import launch
+from typer.testing import CliRunner
 
 from toolkit.checkpoint import universal
 from toolkit.checkpoint.convert import convert
 from toolkit.checkpoint.universal import open_checkpoint
+from toolkit.cli import app
 from toolkit.commands.checkpoint import find
 from toolkit.records.run import read_metrics
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 PLUGINS = Path(__file__).parents[1] / "plugins"
 STEPS, STOP = 5, 3
-RULES = ("Muon",)
+RULES = ("Muon", "Adafactor")
 SHAPE = {
     "model_type": "qwen3",
     "vocab_size": 4099,
@@ -115,11 +117,27 @@ def test_of_the_universal_layout_comes_back_what_was_there(world: World) -> None
         assert before.sharding.flats == after.sharding.flats and before.sharding.states == after.sharding.states
         for name, (index, place) in before.sharding.by_name.items():
             assert before.step_of(index) == after.step_of(index) == STEPS
-            old, new = (source.states(name, 0, place.numel) for source in (before, after))
+            old, new = (source.states(name, 0, place.numel) | source.small(name) for source in (before, after))
             assert old.keys() == new.keys()
             for key, value in old.items():
                 exact = before.sharding.flats[index].formats[key] == "fp32"
                 assert (new[key] - value).norm() <= (0.0 if exact else 0.02) * value.norm(), (name, key)
+
+
+def test_states_of_rows_and_columns_are_saved_once(world: World) -> None:
+    source = open_checkpoint(find(world.root / "Adafactor" / "plain"))
+    for index in range(len(source.sharding.flats)):
+        first, second = (source.saved_state(rank, index).keys() for rank in range(2))
+        assert first - second == {"r", "c"} and not second - first
+    for name, (_, place) in source.sharding.by_name.items():
+        small = source.small(name)
+        rows, columns = place.shape if len(place.shape) == 2 else (1, place.numel)
+        assert small["r"].shape == (rows,) and small["c"].shape == (columns,)
+        assert all(value.gt(0).any() for value in small.values())
+    run = CliRunner().invoke(app, ["checkpoint", "verify", str(source.folder)])
+    assert run.exit_code == 0, run.output
+    shown = CliRunner().invoke(app, ["checkpoint", "inspect", str(source.folder)], env={"COLUMNS": "300"})
+    assert "Adafactor: r, c" in shown.output, shown.output
 
 
 def test_states_are_those_of_the_variant(world: World) -> None:

@@ -95,6 +95,30 @@ def test_what_runs_is_the_groups_own() -> None:
         check_params("muon", {"state_format": {"w": "8bit"}})
 
 
+def test_a_state_dict_has_the_states_of_rows_and_columns() -> None:
+    def make(shape: tuple[int, int]) -> tuple[list[nn.Parameter], Any]:
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(size, generator=generator)) for size in (shape, (7,))]
+        return params, RULES["Adafactor"](params, compile=False)
+
+    def step(params: list[nn.Parameter], optimizer: Any, seed: int) -> None:
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+
+    (params, optimizer), (others, again) = make((5, 3)), make((5, 3))
+    step(params, optimizer, 1)
+    with torch.no_grad():
+        for p, other in zip(params, others, strict=True):
+            other.copy_(p)
+    again.load_state_dict(optimizer.state_dict())
+    for pair in ((params, optimizer), (others, again)):
+        step(*pair, 2)
+    assert all(map(torch.equal, params, others))
+    with pytest.raises(ValueError, match=r"state 'r' of parameter 0 is torch.float32 \[5\], but .* \[3\]"):
+        make((3, 5))[1].load_state_dict(optimizer.state_dict())
+
+
 def test_a_state_is_the_same_in_all_variants() -> None:
     class One(Rule):
         states = (State("m"),)

@@ -125,7 +125,7 @@ def check_rank(content: Mapping[str, Any], sharding: Sharding, rank: int, path: 
         problem = _flat_problem(flats[index], flat, _needed(sharding, flat, rank))
         held = states.get(index)
         if problem is None and held:
-            problem = _state_problem(held, sharding, index, flats[index].numel())
+            problem = _state_problem(held, sharding, index, rank, flats[index].numel())
         elif problem is None and any(states.values()) and flat.size:
             problem = "its state is missing"
         if problem is not None:
@@ -148,11 +148,16 @@ def _flat_problem(tensor: Tensor, flat: Flat, needed: int) -> str | None:
     return None
 
 
-def _state_problem(held: Mapping[str, Any], sharding: Sharding, index: int, numel: int) -> str | None:
+def _state_problem(held: Mapping[str, Any], sharding: Sharding, index: int, rank: int, numel: int) -> str | None:
     if not is_step(held.get("step", 0)):
         return "its step is no number of steps"
     kept = dict(sharding.layout(index).specs())
-    more = sorted(held.keys() - kept.keys() - {"step"}) if sharding.rule is not None else []
+    small = {name: sum(sizes) for name, sizes in sharding.small(index).items()} if rank == 0 else {}
+    for name, size in small.items():
+        value = held.get(name)
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or list(value.shape) != [size]:
+            return f"its state {name!r} is not float32 [{size}]"
+    more = sorted(held.keys() - kept.keys() - small.keys() - {"step"}) if sharding.rule is not None else []
     if more:
         return f"it has a state {more[0]!r}, which its manifest does not have"
     for key, spec in kept.items():

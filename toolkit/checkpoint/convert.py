@@ -72,6 +72,8 @@ def _optimizer_file(transfer: Transfer, rank: int) -> Any:
         if source.trained():
             if target.rule is None:  # optimizers of torch and DeepSpeed have flat state
                 made = {key: value.view(-1)[: flats[-1].numel()] for key, value in made.items()}
+            small = target.small(index) if rank else {}
+            made = {key: value for key, value in made.items() if key not in small}
             state[index] = {**made, "step": transfer.step_of(index)}
     # At stage 3 a group may have had several flat tensors; here each has one.
     groups = [group | {"params": [index]} for index, group in enumerate(source.param_groups())]

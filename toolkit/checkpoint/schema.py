@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -59,6 +59,7 @@ class _State(_Strict):
     name: Word
     signed: bool
     residual_of: Word | None
+    of: Literal["rows", "columns"] | None = None
 
 
 class _Place(_Strict):
@@ -155,6 +156,8 @@ def disagreement(sharding: Sharding) -> str | None:
             return f"flat tensor {number} is {flat.dtype}"
         if not flat.formats.keys() <= set(names):
             return f"flat tensor {number} has formats of {', '.join(flat.formats)}"
+        if any(flat.formats[name] != "fp32" for name in sharding.small(number)):
+            return f"flat tensor {number} has states of rows or columns that are not fp32"
         if any(state.residual_of not in {None, *flat.formats} for state in sharding.layout(number).states):
             return f"a state of flat tensor {number} is a residual of one that there is not"
         problem = _overlap(sharding, number, flat) or _alignment(sharding, number, flat)

@@ -237,12 +237,21 @@ class Source:
         inside = slice(start - first * BLOCK, stop - first * BLOCK)
         return {key: value.reshape(-1)[inside] for key, value in decoded.items()}
 
+    def small(self, name: str) -> dict[str, Tensor]:
+        """The states of rows and columns of a parameter, 1-D; the first rank's file has them."""
+        index, place = self.sharding.by_name[name]
+        number = self.sharding.flats[index].places.index(place)
+        return {
+            state: self.stored(0, index, state).split(sizes)[number]
+            for state, sizes in self.sharding.small(index).items()
+        }
+
     def digest(self) -> str:
         """SHA-256 of the model and of every state as decoded, by parameter: the same however the checkpoint is cut."""
         found = hashlib.sha256()
         for name, (index, place) in sorted(self.sharding.by_name.items()):
             found.update(f"{name}{place.shape}{self.step_of(index)}".encode())
-            states = self.states(name, 0, place.numel) if self.trained() else {}
+            states = self.states(name, 0, place.numel) | self.small(name) if self.trained() else {}
             for values in (self.weights(name, 0, place.numel), *states.values()):
                 found.update(values.contiguous().numpy().tobytes())
         rest = {name: self.frozen_weight(name) for name in self.frozen} | self.buffers()

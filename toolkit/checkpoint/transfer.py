@@ -65,8 +65,9 @@ class Transfer:
             for place in flat.places:
                 old_index, _ = there.by_name[place.name]
                 old, kept, before = there.flats[old_index], here.layout(index), there.layout(old_index)
-                if set(before.states) != set(kept.states) and (set(before.states), set(kept.states)) != whole:
-                    moved.setdefault(_pairs(kept.states, before.states), []).append(place.name)
+                states = (set(there.kept(old_index)), set(here.kept(index)))
+                if states[0] != states[1] and states != whole:
+                    moved.setdefault(_pairs(here.kept(index), there.kept(old_index)), []).append(place.name)
                 codecs = dict(zip((s.name for s in before.states), before.codecs, strict=True))
                 for state, codec in zip(kept.states, kept.codecs, strict=True):
                     origin = _origin(state, before.states) or ""
@@ -83,13 +84,15 @@ class Transfer:
     def tensors(self, index: int, rank: int) -> dict[str, Tensor]:
         """What `rank` holds of flat tensor `index`: the tensor (key WEIGHTS), its state by key; padding is zero.
 
-        States are [blocks, per_block] as `Layout.allocate` makes them. Without state in the checkpoint (no step has
+        States are [blocks, per_block] as `Layout.allocate` makes them, those of rows and columns 1-D, whole for every
+        rank. Without state in the checkpoint (no step has
         been made) there is the flat tensor alone.
         """
         flat, kept = self.target.flats[index], self.target.layout(index)
         made = {WEIGHTS: torch.zeros(flat.size, dtype=flat.torch_dtype)}
         if self.source.trained():
             made |= kept.allocate(flat.size, torch.device("cpu"))
+            made |= self._small_states(index)
         for place, fragment in self.target.on_rank(index, rank):
             self._fill_weights(made, flat, kept, place.name, fragment)
             if self.source.trained():
@@ -138,6 +141,17 @@ class Transfer:
             else:
                 made[key].view(-1)[fragment.elements] = stored.view(-1)[: fragment.numel]
 
+    def _small_states(self, index: int) -> dict[str, Tensor]:
+        source, states = self.source, {state.name: state for state in self.target.states}
+        found = {}
+        for name, sizes in self.target.small(index).items():
+            parts = []
+            for place, size in zip(self.target.flats[index].places, sizes, strict=True):
+                origin = _origin(states[name], source.sharding.kept(source.sharding.by_name[place.name][0]))
+                parts.append(torch.zeros(size) if origin is None else source.small(place.name)[origin])
+            found[name] = torch.cat(parts)
+        return found
+
     def _copy(self, into: Tensor, name: str, key: str, fragment: Fragment, *, by_block: bool) -> None:
         if by_block:
             into[fragment.blocks] = self.source.blocks(name, key, fragment.start // BLOCK, blocks_of(fragment.stop))
@@ -155,6 +169,7 @@ def _pairs(states: Sequence[State], there: Sequence[State]) -> str:
 
 def _origin(state: State, there: Sequence[State]) -> str | None:
     """Which of the states `there` `state` is taken from: its namesake, else the first of its kind."""
+    there = [old for old in there if old.of == state.of]
     names = [old.name for old in there]
     alike = [old.name for old in there if old.signed == state.signed]
     return state.name if state.name in names else next(iter(alike), None)

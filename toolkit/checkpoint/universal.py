@@ -61,8 +61,9 @@ def write(source: Source, folder: Path) -> None:
                 if state.name not in found and alike is not None:
                     found[state.name] = found[alike]
             put(torch.tensor(float(source.step_of(index))), home / "step.pt")
-        for key, values in found.items():
-            put({"param": on_host(values).view(place.shape)}, home / f"{key}.pt")
+        whole = {key: values.view(place.shape) for key, values in found.items()}
+        for key, values in (whole | (source.small(name) if source.trained() else {})).items():
+            put({"param": on_host(values)}, home / f"{key}.pt")
     saved = source.optimizer_states(0)
     shared = {key: value for key, value in saved["optimizer_state_dict"].items() if key in _SHARED}
     # Hyper-parameters stay behind: those of a rule mean nothing to Adam, which would take them over.
@@ -148,9 +149,10 @@ class Universal(Source):
                         self._parameter(index, state.name)
 
     def _parameter(self, index: int, key: str) -> Tensor:
-        place = self.sharding.flats[index].places[0]
+        sizes = self.sharding.small(index).get(key)
+        shape = self.sharding.flats[index].places[0].shape if sizes is None else tuple(sizes)
         name = self._named(index, key)
-        return check_whole(self._load(name), place.shape, self.folder / name)
+        return check_whole(self._load(name), shape, self.folder / name)
 
     def _named(self, index: int, key: str) -> str:
         return self._find(f"{ZERO}/{self.sharding.flats[index].places[0].name}/{key}.pt")
@@ -166,7 +168,7 @@ class Universal(Source):
         step = self._load(name)
         if not is_step(step):
             raise UserError(f"{self.folder / name} is damaged (it is no number of steps)")
-        held = {state.name: self._parameter(index, state.name) for state in self.sharding.layout(index).states}
+        held = {state.name: self._parameter(index, state.name) for state in self.sharding.kept(index)}
         return held | {"step": step}
 
     def optimizer_states(self, rank: int) -> dict[str, Any]:

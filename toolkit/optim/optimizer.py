@@ -284,9 +284,12 @@ class RuleOptimizer(torch.optim.Optimizer):
                 continue
             self.state.pop(parameter, None)
             state = self._allocate(parameter, self.layout(group, parameter.dtype))
-            for one in self.rule_of(group).states:
-                if one.of is not None and one.name in saved[number]:
-                    state[one.name] = saved[number][one.name].to(parameter.device, copy=True)
+            rule = self.rule_of(group)
+            if parameter.dim() > 1:
+                small_states(rule, [Parameter(tuple(parameter.shape), group["component"])], state, parameter.device)
+            else:  # under ZeRO one tensor holds those of several parameters
+                small = [one.name for one in rule.states if one.of is not None and one.name in saved[number]]
+                state |= {name: saved[number][name].to(parameter.device, copy=True) for name in small}
             surplus = sorted(saved[number].keys() - state.keys())
             if surplus:
                 raise ValueError(

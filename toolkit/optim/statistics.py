@@ -24,7 +24,7 @@ from toolkit.optim.kernel import StepFunction, step_function
 from toolkit.optim.rule import Mean, Rule
 from toolkit.optim.streaming import StreamedStep, TensorStep
 from toolkit.state.codecs import BLOCK
-from toolkit.state.sharding import Fragment, blocks_of
+from toolkit.state.sharding import Fragment, blocks_of, lines
 
 CHUNK = 2**20
 """Elements at a time where values of single elements are needed outside the kernel: 4 MB for each kind of them."""
@@ -70,15 +70,11 @@ class Parameter:
 
     @property
     def columns(self) -> int:
-        return math.prod(self.shape[1:]) if len(self.shape) > 1 else self.numel
+        return lines(self.shape, "columns")
 
     @property
     def rows(self) -> int:
-        return self.shape[0] if len(self.shape) > 1 else 1
-
-    def size(self, of: str) -> int:
-        """How many of "rows" or "columns" there are."""
-        return self.rows if of == "rows" else self.columns
+        return lines(self.shape, "rows")
 
 
 @dataclass
@@ -121,7 +117,7 @@ def small_states(
     found: list[dict[str, Tensor]] = [{} for _ in parameters]
     for small in rule.states:
         if small.of is not None:
-            sizes = [parameter.size(small.of) for parameter in parameters]
+            sizes = [lines(parameter.shape, small.of) for parameter in parameters]
             if small.name not in state:
                 state[small.name] = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
             for views, view in zip(found, state[small.name].split(sizes), strict=True):

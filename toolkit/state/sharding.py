@@ -43,6 +43,12 @@ def share_of(shape: Sequence[int], world_size: int) -> int:
     return shard_size(math.prod(shape), world_size, BLOCK if len(shape) > 1 else 1)
 
 
+def lines(shape: Sequence[int], of: str) -> int:
+    """How many "rows" or "columns" a parameter has: rows along its first dimension, a 1-D one is one row."""
+    rows = shape[0] if len(shape) > 1 else 1
+    return rows if of == "rows" else math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+
+
 @dataclass(frozen=True)
 class Fragment:
     """Elements `start` to `stop` of a parameter: they lie from `offset` on in the flat tensor of `rank`.
@@ -153,10 +159,22 @@ class Sharding:
         return {place.name: (index, place) for index, flat in enumerate(self.flats) for place in flat.places}
 
     def layout(self, index: int) -> Layout:
-        """What is stored for flat tensor `index`: of the states, those that it has a format of."""
+        """What is stored by element for flat tensor `index`."""
         flat = self.flats[index]
-        kept = tuple(state for state in self.states if state.name in flat.formats)
-        return layout_of(kept, flat.formats, flat.weights if flat.dtype == "bfloat16" else MASTER)
+        return layout_of(self.kept(index), flat.formats, flat.weights if flat.dtype == "bfloat16" else MASTER)
+
+    def kept(self, index: int) -> tuple[State, ...]:
+        """The states of flat tensor `index`: those that it has a format of."""
+        return tuple(state for state in self.states if state.name in self.flats[index].formats)
+
+    def small(self, index: int) -> dict[str, list[int]]:
+        """The states of rows and columns of flat tensor `index`: how many numbers each of its parameters has, in order.
+
+        One tensor holds them, whole on every rank; files hold that of the first rank.
+        """
+        shapes = [place.shape for place in self.flats[index].places]
+        kept = ((state.name, state.of) for state in self.kept(index))
+        return {name: [lines(shape, of) for shape in shapes] for name, of in kept if of is not None}
 
     def fragments(self, index: int, place: Place, start: int = 0, stop: int | None = None) -> list[Fragment]:
         """Where elements `start` to `stop` of a parameter of flat tensor `index` lie, on all ranks."""
@@ -192,7 +210,10 @@ class Sharding:
             "stage": self.stage,
             "world_size": self.world_size,
             "rule": self.rule,
-            "states": [{"name": s.name, "signed": s.signed, "residual_of": s.residual_of} for s in self.states],
+            "states": [
+                {"name": s.name, "signed": s.signed, "residual_of": s.residual_of} | ({"of": s.of} if s.of else {})
+                for s in self.states
+            ],
             "flat_tensors": [
                 {
                     "group": flat.group,

@@ -42,10 +42,6 @@ def refusal(engine: Any) -> str | None:
         return "checkpoints need ZeRO stage 1, 2 or 3 (with one rank, stage 1 is stage 0)"
     if engine.has_moe_layers or engine.mp_world_size > 1:
         return "checkpoints of expert, tensor and pipeline parallelism are not supported"
-    optimizer = rule_optimizer(engine)
-    small = [s.name for s in all_states(optimizer.rules()) if s.of is not None] if optimizer else []
-    if small:
-        return f"checkpoints of states of rows and columns ({', '.join(small)}) are not supported yet"
     return Untrained(engine.module, ()).refusal()
 
 
@@ -77,12 +73,17 @@ def sharding(engine: Any) -> Sharding:
                 shard.tensor.numel(),
                 dtype_name(shard.tensor.dtype),
                 group["weights"] if optimizer else "fp32",
-                dict(group["state_format"]) if optimizer else dict.fromkeys((s.name for s in states), "fp32"),
+                _formats(optimizer, group) if optimizer else dict.fromkeys((s.name for s in states), "fp32"),
                 tuple(places),
             )
         )
     rule = type(optimizer).__name__ if optimizer else None
     return Sharding(stage, dist.get_world_size(), rule, states, tuple(flats))
+
+
+def _formats(optimizer: RuleOptimizer, group: Mapping[str, Any]) -> dict[str, str]:
+    small = (state.name for state in optimizer.rule_of(group).states if state.of is not None)
+    return {**group["state_format"], **dict.fromkeys(small, "fp32")}
 
 
 RECOVERY_SCRIPT = Path(deepspeed.__file__).with_name("utils") / "zero_to_fp32.py"
@@ -125,6 +126,8 @@ class _Capture(CheckpointEngine):
         else:
             own = self._untrained.saved_buffers() | self._extra if dist.get_rank() else {}
             whole = {PER_RANK: {**self._per_rank, OWN: own}}
+            if dist.get_rank():
+                whole |= self._sharded(content)
         self.files[Path(path)] = plain(content | whole, self._on_host)
 
     def _module(self, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,6 +146,18 @@ class _Capture(CheckpointEngine):
             "frozen_param_fragments": OrderedDict(self._untrained.parts()),
             SCHEDULE: None if scheduler is None else type(scheduler).__name__,
         }
+
+    def _sharded(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The state without that of rows and columns, which is the first rank's to save: it is the same on all."""
+        optimizer = rule_optimizer(self._engine)
+        small = {state.name for state in all_states(optimizer.rules() if optimizer else ()) if state.of is not None}
+        body = content["optimizer_state_dict"]
+        base = next(key for key in ("base_optimizer_state", "optimizer_state_dict") if key in body)
+        state = {
+            index: {key: value for key, value in held.items() if key not in small}
+            for index, held in body[base]["state"].items()
+        }
+        return {"optimizer_state_dict": {**body, base: {**body[base], "state": state}}}
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         if not tensor.is_cuda:
