@@ -169,8 +169,7 @@ def step_arguments(
     theta, g = (torch.zeros(blocks, BLOCK, dtype=dtype, device=device) for _ in range(2))
     parts = list(kept.allocate(blocks * BLOCK, torch.device(device)).values())
     parts += [torch.zeros(blocks, BLOCK if wide else 1, device=device) for wide in function.wide]
-    numbers = len(made.scalars(1)) + len(rule.given(name)[0])
-    rest = [torch.zeros(numbers, device=device), torch.ones((), device=device)]
+    rest: list[Tensor | None] = [torch.zeros(len(made.scalars(1)), device=device), torch.ones((), device=device)]
     rest.append(function._phase(theta, (0, 1, 0)))
     return function, function._inputs(theta, g, parts), rest
 

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.optim import RULES, Matrix, Mean, NonNegative, Rule, State, as_optimizer
+from toolkit.optim.kernel import StepFunction
 from toolkit.optim.matrices import rounds
 from toolkit.optim.schedules import Cosine, Linear, Points, fraction_done
+from toolkit.optim.statistics import Alone, Member, Parameter, Share
+from toolkit.optim.together import step_together
+from toolkit.state.sharding import Fragment
 
 SCALE = Points(((0.0, 2.0), (1.0, 1.0), (3.0, 0.5)))
 
@@ -135,6 +139,51 @@ def test_any_layout_of_memory_and_parameters_without_gradient() -> None:
     other.step()
     assert not turned[0].is_contiguous()
     assert all(torch.equal(p, q) for p, q in zip(plain, turned, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("gap", [0, 512])
+@pytest.mark.parametrize("shapes", [[(4, 128), (2, 128), (512, 256), (3, 256)], [(300,), (5,), (256,), (70,)]])
+def test_what_lies_in_one_tensor_goes_through_one_call(
+    shapes: list[tuple[int, ...]], gap: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One measuring and one updating call for all, whose numbers are those of each parameter by itself."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer_class = as_optimizer(ClosedRule)
+    before = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+    params = [nn.Parameter(x.clone()) for x in before]
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g
+    apart: Any = optimizer_class(params, compile=compiled)
+    apart.step()
+
+    # Gradients lie one after the other, with what pads the shares of a rank between them.
+    sizes, flat = [p.numel() + gap for p in params], torch.zeros(sum(p.numel() + gap for p in params))
+    buffer, members, offset = torch.zeros_like(flat), [], 0
+    one: Any = optimizer_class([params[0]], compile=compiled)
+    begun = one.begin(one.param_groups[0], flat)
+    for x, g, size in zip(before, gradients, sizes, strict=True):
+        share, parameter = Fragment(0, 0, x.numel(), offset), Parameter(tuple(x.shape), "other")
+        flat[share.elements], buffer[share.elements] = x.flatten(), g.flatten()
+        members.append(Member(parameter, begun, {}, [share], Share(share, buffer[share.elements], offset // 256)))
+        offset += size
+    calls, call = [], StepFunction.__call__
+
+    def count(self: StepFunction, *args: Any) -> None:
+        calls.append(self.name)
+        call(self, *args)
+
+    monkeypatch.setattr(StepFunction, "__call__", count)
+    step_together(members, torch.ones(()), Alone())
+    if gap == 0:
+        assert len(calls) == len(set(calls)) == 2
+    for p, member in zip(params, members, strict=True):
+        assert torch.allclose(flat[member.fragments[0].elements], p.detach().flatten(), rtol=0, atol=1e-6)
+        if p.dim() == 1:
+            m = one.state[flat]["m"].flatten()[member.fragments[0].elements]
+            assert torch.allclose(m, apart.state[p]["m"].flatten()[: p.numel()], rtol=1e-6)
+    assert all(member.share is not None and not member.share.gradient.numel() for member in members)
 
 
 class RelativeRule(Rule):

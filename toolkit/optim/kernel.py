@@ -54,8 +54,9 @@ class StepFunction:
 
     `function` names one of the rule's measuring functions, instead of `update`: it changes no weights and no state, and
     fills what comes behind the stored tensors in `parts`. `wide` is by each of those whether it has a value for every
-    lane: the results, a sum over each block for those that have not; if there is such a one, how many lanes of each
-    block count, fp32 [blocks, 1]; then what `Rule.given` names. For `update` only the last are there.
+    lane, else it is [blocks, 1]: the results, a sum over each block for those that have not; if there is such a one,
+    how many lanes of each block count, fp32; then what `Rule.given` names, single numbers first. For `update` only the
+    last are there.
     """
 
     def __init__(self, rule: type[Rule], names: tuple[str, ...], layout: Layout, function: str = "update") -> None:
@@ -63,17 +64,23 @@ class StepFunction:
         self.numbers, self.spread = rule.given(function)
         self.results = () if function == "update" else _measured_by_element(rule, function)
         counts = not all(self.results)
-        self.wide = (*self.results, *([False] if counts else []), *(True for _ in self.spread))
+        self.wide = (
+            *self.results,
+            *([False] if counts else []),
+            *(False for _ in self.numbers),
+            *(True for _ in self.spread),
+        )
         stored = [codec.name for codec in layout.codecs] + ([layout.remainder.name] if layout.remainder else [])
         self.name = "_".join([rule.__name__, *([] if function == "update" else [function]), *stored])
         self._wide = [*(part.per_block == BLOCK for _, part in layout.specs()), *self.wide]
         narrow = [codec.bits for codec in layout.codecs] + ([layout.remainder.bits] if layout.remainder else [])
         self._lanes = BLOCK // 2 if 4 in narrow else BLOCK
+        given = self.numbers + self.spread
         self.rounds = function == "update" and layout.remainder is not None and layout.remainder.bits < 16
         if function == "update":
-            self.eager = _block_step(rule, names + self.numbers, self.spread, layout)
+            self.eager = _block_step(rule, names, given, layout)
         else:
-            self.eager = _block_measure(rule, function, names + self.numbers, self.spread, layout, self.results)
+            self.eager = _block_measure(rule, function, names, given, layout, self.results)
         self._launch = LAUNCH
         self._compiled: dict[tuple[torch.device, torch.dtype, torch.dtype], BlockStep | None] = {}
         self.fallback_reason: str | None = None
@@ -94,7 +101,7 @@ class StepFunction:
             compiled: as Inductor compiles it, where that works.
             theta: weights, [blocks, BLOCK], blocks >= 2 (the compiler counts on that).
             g: gradient, same shape, any float dtype.
-            scalars: fp32 [k], in the order of `rule.scalars()`, then the numbers that `rule.given` names.
+            scalars: fp32 [k], in the order of `rule.scalars()`.
             scale: fp32, 0-d; multiplies the gradient.
             parts: one tensor for each of `layout.specs()`, of as many blocks, and what `wide` says.
             rounding: seed, optimizer step and number of the first block in its parameter group.
@@ -197,7 +204,7 @@ class _Opened:
         return (weights, g, *(state[i] for state in self.states))
 
 
-def _block_step(rule: type[Rule], names: tuple[str, ...], spread: tuple[str, ...], layout: Layout) -> BlockStep:
+def _block_step(rule: type[Rule], names: tuple[str, ...], given: tuple[str, ...], layout: Layout) -> BlockStep:
     codecs, remainder = layout.codecs, layout.remainder
     update: Any = rule.update
 
@@ -208,8 +215,8 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], spread: tuple[str, ...
         opened = _Opened(layout, scale, theta, g, parts)
         results = []
         for i in range(len(theta)):
-            wide = {name: halves[i] for name, halves in zip(spread, opened.rest, strict=True)}
-            results.append([_own(x) for x in update(*opened.arguments(i), **named, **wide)])
+            found = _half(i, given, opened.rest)
+            results.append([_own(x) for x in update(*opened.arguments(i), **named, **found)])
         new_theta, *new_states = (list(halves) for halves in zip(*results, strict=True))
 
         for index, codec in enumerate(codecs):
@@ -238,7 +245,7 @@ def _block_measure(
     rule: type[Rule],
     function: str,
     names: tuple[str, ...],
-    spread: tuple[str, ...],
+    given: tuple[str, ...],
     layout: Layout,
     by_element: tuple[bool, ...],
 ) -> BlockStep:
@@ -253,8 +260,7 @@ def _block_measure(
         lanes = None if all(by_element) else others.pop(0)[0]
         found = []
         for i in range(len(theta)):
-            wide = {name: halves[i] for name, halves in zip(spread, others, strict=True)}
-            result = call(*opened.arguments(i), **named, **wide)
+            result = call(*opened.arguments(i), **named, **_half(i, given, others))
             found.append((result,) if isinstance(result, Tensor) else tuple(result))
         for target, halves, whole in zip(targets, zip(*found, strict=True), by_element, strict=True):
             if whole:
@@ -264,6 +270,11 @@ def _block_measure(
                 _write(target, [_block_sum(halves, lanes)])
 
     return measure
+
+
+def _half(i: int, names: Sequence[str], values: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Half `i` of what the names stand for; a number for a whole block is in both."""
+    return {name: halves[i % len(halves)] for name, halves in zip(names, values, strict=True)}
 
 
 def _block_sum(halves: Sequence[Tensor], lanes: Tensor) -> Tensor:

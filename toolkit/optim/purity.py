@@ -57,7 +57,7 @@ def check_pure(rule: Rule) -> None:
             numbers, wide = kind.given(name)
             tensors = [_draw(kind, len(wide), 1.0), _draw(kind, len(wide), 100.0)]
             for values in (scalars, drawn):
-                _check(kind, name, tensors, values | {number: torch.tensor(0.5) for number in numbers}, wide, count)
+                _check(kind, name, tensors, values, numbers, wide, count)
     _checked.add(kind)
 
 
@@ -128,13 +128,15 @@ def _check(
     rule: type[Rule],
     name: str,
     tensors: Sequence[Sequence[Tensor]],
-    named: Mapping[str, Tensor],
+    scalars: Mapping[str, Tensor],
+    numbers: Sequence[str],
     wide: Sequence[str],
     results: int,
 ) -> None:
     where, function = f"{rule.__name__}.{name}", getattr(rule, name)
 
     def run(given: Sequence[Tensor]) -> list[Tensor]:
+        named = {**scalars, **{number: torch.full((len(given[0]), 1), 0.5) for number in numbers}}
         before = [*given, *named.values()]
         copies = [x.clone() for x in before]
         plain = given[: len(given) - len(wide)]

@@ -65,9 +65,9 @@ class Rule(BaseModel):
     * `scalars(t)`: every number that `update` needs at step t = 1, 2, ..., computed here in Python's float64
       (bias corrections lose digits in fp32).
 
-    What depends on more than one element is declared in `statistics` and handed to `update` by name, like a scalar
-    (docs/extending.md). Rows are along a parameter's first dimension, columns along all others together; a 1-D
-    parameter is one row. `State(name, of="rows")` or `"columns"` is kept by `follow`.
+    What depends on more than one element is declared in `statistics` and handed to `update` by name, a single number as
+    [blocks, 1] (docs/extending.md). Rows are along a parameter's first dimension, columns along all others together; a
+    1-D parameter is one row. `State(name, of="rows")` or `"columns"` is kept by `follow`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

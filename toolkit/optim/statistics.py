@@ -1,27 +1,25 @@
-"""What a step finds out before it updates, for a rule that looks at more than one element: means, and small states.
+"""The parameters of a step of a rule that looks at more than one element, and its functions over what a rank holds.
 
-Each measuring pass goes over what this rank holds; sums are by owner (a parameter, a row or column of it, a component,
-the model) and go over the ranks once for all parameters.
-
-A pass is one compiled kernel. Sums over whole parameters leave it as one number for each block. Rows and columns do not
-fit blocks: elements go through a buffer of CHUNK elements for each such mean, and come back through one, so that
-nothing of the parameter's size is made.
+A pass is one compiled kernel. Sums over whole parameters leave it as one number for each block, and means come back so,
+like scales: what this rank holds of a parameter group goes through as one tensor. Rows and columns do not fit blocks:
+each parameter has a call of its own, elements go through a buffer of CHUNK elements for each such mean, and come back
+through one, so that nothing of the parameter's size is made.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from toolkit.errors import UserError
 from toolkit.optim.kernel import StepFunction, step_function
-from toolkit.optim.rule import Mean, Rule
+from toolkit.optim.rule import Rule
 from toolkit.optim.streaming import StreamedStep, TensorStep
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import Fragment, blocks_of, lines
@@ -107,7 +105,7 @@ class Member:
         for _ in run(self, "update", scale):
             pass
         if self.share is not None:
-            self.share.gradient = self.share.gradient[:0]
+            self.share.gradient = self.share.gradient.new_empty(0)  # a view would keep it
 
 
 def small_states(
@@ -125,105 +123,29 @@ def small_states(
     return found
 
 
-# ---- means --------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=16)
-def _places(
-    means: tuple[Mean, ...], parameters: tuple[Parameter, ...]
-) -> tuple[list[list[slice]], list[int], list[int]]:
-    """Where sums lie: a slice by mean and parameter. By slice, in order, its length and the elements of each sum."""
-    found: dict[object, slice] = {}
-    number: dict[object, int] = {}
-    lengths: list[int] = []
-    counts: list[int] = []
-    places: list[list[slice]] = []
-    end = 0
-    for index, mean in enumerate(means):
-        places.append([])
-        for own, parameter in enumerate(parameters):
-            length, count = {
-                "row": (parameter.rows, parameter.columns),
-                "column": (parameter.columns, parameter.rows),
-            }.get(mean.over, (1, parameter.numel))
-            owner = {"component": parameter.component, "model": None}.get(mean.over, own)
-            if (index, owner) not in found:
-                found[index, owner], number[index, owner] = slice(end, end + length), len(lengths)
-                end += length
-                lengths.append(length)
-                counts.append(0)
-            counts[number[index, owner]] += count
-            places[-1].append(found[index, owner])
-    return places, lengths, counts
-
-
-def find_means(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> None:
-    """Every measuring pass of the rule, one after the other, and its small states after the first."""
-    rule = members[0].step.function.rule
-    for number, (function, means) in enumerate(rule.passes().items()):
-        _measure(members, function, means, scale, ranks)
-        if number == 0:
-            _follow(rule, members)
-
-
-def _measure(members: Sequence[Member], function: str, means: tuple[Mean, ...], scale: Tensor, ranks: Ranks) -> None:
-    slices, lengths, counts = _places(means, tuple(member.parameter for member in members))
-    device = members[0].step.theta.device
-    sums = torch.zeros(sum(lengths), dtype=torch.float64, device=device)
-    for number, member in enumerate(members):
-        for start, results in run(member, function, scale):
-            for mean, places, result in zip(means, slices, results, strict=True):
-                _add(sums[places[number]], mean, member.parameter, start, result.to(device))
-    counted = torch.repeat_interleave(torch.tensor(counts, dtype=torch.float64), torch.tensor(lengths))
-    found = (ranks.add(sums) / counted.to(device, non_blocking=True)).float()
-    for number, member in enumerate(members):
-        here = member.step.theta.device
-        for mean, places in zip(means, slices, strict=True):
-            value = found[places[number]].to(here)
-            if mean.over in ("row", "column"):
-                member.wide[mean.name] = (mean.over + "s", value)
-            else:
-                member.numbers[mean.name] = value.squeeze(0)
-
-
-def _add(sums: Tensor, mean: Mean, parameter: Parameter, start: int, values: Tensor) -> None:
-    """Add to `sums` what has been measured: sums of blocks, or a value for each element from `start` on."""
-    if mean.over not in ("row", "column"):
-        sums += values.sum(dtype=torch.float64)
-        return
-    columns = parameter.columns
-    first, before = divmod(start, columns)
-    rows = -(-(before + values.numel()) // columns)
-    if before or values.numel() % columns:
-        padded = values.new_zeros(rows * columns)
-        padded[before : before + values.numel()] = values
-        values = padded
-    grid = values.view(rows, columns)
-    if mean.over == "row":
-        sums[first : first + rows] += grid.sum(1)
-    else:
-        sums += grid.sum(0)
-
-
-def _follow(rule: type[Rule], members: Sequence[Member]) -> None:
-    """The small states of every parameter after the first pass, on every rank."""
-    for member in members:
-        if member.small:
-            scalars = dict(zip(member.step.function.names, member.step.scalars.unbind(), strict=True))
-            means = member.numbers | {name: value for name, (_, value) in member.wide.items()}
-            new = rule.follow(*(state.clone() for state in member.small.values()), **scalars, **means)
-            for (name, state), value in zip(member.small.items(), new, strict=True):
-                if value.shape != state.shape:  # which copying would repeat
-                    raise UserError(
-                        f"{rule.__name__}.follow returns {list(value.shape)} for state {name!r}, which is "
-                        f"{list(state.shape)}"
-                    )
-                state.copy_(value)
-            kinds = {state.name: state.of for state in rule.states if state.of is not None}
-            member.wide |= {name: (str(kinds[name]), value) for name, value in member.small.items()}
-
-
 # ---- passes over what this rank holds -----------------------------------------------------------------------------
+
+
+def by_block(step: TensorStep, function: str) -> bool:
+    """Whether a function of the rule has to do with no values of single elements beside weights and state."""
+    kernel = _kernel(step, function)
+    return not any(kernel.results) and not kernel.spread
+
+
+def _kernel(step: TensorStep, function: str) -> StepFunction:
+    first = step.function
+    return first if function == "update" else step_function(first.rule, first.names, first.layout, function)
+
+
+def _over(
+    step: TensorStep, kernel: StepFunction, part: slice, extra: Sequence[Tensor], first_block: int
+) -> StreamedStep:
+    """`kernel` over `part` of a tensor, which begins at a block; `extra`: what it takes beside what is stored."""
+    begin, theta = part.start // BLOCK, step.theta[part]
+    parts = [held[begin : begin + blocks_of(theta.numel())] for held in step.parts]
+    return StreamedStep(
+        kernel, step.compiled, theta, [*parts, *extra], step.scalars, (step.seed, step.step, first_block)
+    )
 
 
 def run(member: Member, function: str, scale: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
@@ -235,34 +157,144 @@ def run(member: Member, function: str, scale: Tensor) -> Iterator[tuple[int, lis
     share, step = member.share, member.step
     if share is None:
         return
-    first = step.function
-    kernel: StepFunction = (
-        first if function == "update" else step_function(first.rule, first.names, first.layout, function)
-    )
-    given = [member.numbers[name] for name in kernel.numbers]
-    scalars = torch.cat([step.scalars, torch.stack(given)]) if given else step.scalars
+    kernel = _kernel(step, function)
     begin, offset, total = share.fragment.start, share.fragment.offset, share.fragment.numel
-    most = CHUNK if any(kernel.wide) else total
+    most = CHUNK if any(kernel.results) or kernel.spread else total
     for at, size in _stretches(total, most):
         blocks = blocks_of(size)
-        theta = step.theta[offset + at : offset + at + size]
-        results = [theta.new_zeros(blocks, BLOCK if one else 1, dtype=torch.float32) for one in kernel.results]
-        lanes = [] if all(kernel.results) else [_lanes(size, blocks, theta.device)]
-        wide = [_spread(member, name, begin + at, size, blocks) for name in kernel.spread]
-        parts = _Parts(step, offset + at, size)
-        rounding = (step.seed, step.step, share.first_block + at // BLOCK)
-        stretch = StreamedStep(kernel, step.compiled, theta, [*parts.held, *results, *lanes, *wide], scalars, rounding)
-        stretch.apply(0, share.gradient[at : at + size], scale.to(theta.device))
-        if function == "update":
-            parts.write_back()
+        results = [step.theta.new_zeros(blocks, BLOCK if one else 1, dtype=torch.float32) for one in kernel.results]
+        lanes = [] if all(kernel.results) else [_lanes([size], [blocks], step.theta.device)]
+        numbers = [member.numbers[name].expand(blocks, 1).contiguous() for name in kernel.numbers]
+        spread = [_spread(member, name, begin + at, size, blocks) for name in kernel.spread]
+        part = slice(offset + at, offset + at + size)
+        stretch = _over(step, kernel, part, [*results, *lanes, *numbers, *spread], share.first_block + at // BLOCK)
+        stretch.apply(0, share.gradient[at : at + size], scale.to(step.theta.device))
         yield begin + at, [x.view(-1)[:size] if x.shape[1] == BLOCK else x for x in results]
 
 
-def _lanes(size: int, blocks: int, device: torch.device) -> Tensor:
-    """How many lanes of each block there are: fewer in the last one."""
-    lanes = torch.full((blocks, 1), float(BLOCK), dtype=torch.float32, device=device)
-    lanes[-1:].fill_(float(size - (blocks - 1) * BLOCK))
-    return lanes
+@dataclass
+class Flat:
+    """The members that lie in one tensor, in order. `place`: which of all members they are."""
+
+    members: Sequence[Member]
+    place: slice
+
+    @cached_property
+    def _shares(self) -> list[Share]:
+        return [member.share for member in self.members if member.share is not None]
+
+    @cached_property
+    def _all(self) -> slice:
+        return self._reach(self._shares)
+
+    @cached_property
+    def _blocks(self) -> list[int]:
+        """Blocks of each member here, with what is between it and the next one: padding."""
+        ends = [share.fragment.offset // BLOCK for share in self._shares[1:]] + [blocks_of(self._all.stop)]
+        sizes = iter(end - share.fragment.offset // BLOCK for share, end in zip(self._shares, ends, strict=True))
+        return [next(sizes) if member.share is not None else 0 for member in self.members]
+
+    def _reach(self, shares: Sequence[Share]) -> slice:
+        """From the first of the shares to the end of the last one's last block, as far as the tensor goes."""
+        end = blocks_of(shares[-1].fragment.elements.stop) * BLOCK
+        return slice(shares[0].fragment.offset, min(end, self.members[0].step.theta.numel()))
+
+    def measure(self, function: str, scale: Tensor) -> list[Tensor]:
+        """The results of a measuring function, each added up by member: fp64 [members]."""
+        kernel, device = _kernel(self.members[0].step, function), self.members[0].step.theta.device
+        if not self._shares:
+            return [torch.zeros(len(self.members), dtype=torch.float64, device=device) for _ in kernel.results]
+        sizes = [member.share.fragment.numel if member.share is not None else 0 for member in self.members]
+        lanes = _lanes(sizes, self._blocks, device)
+        results = [torch.zeros_like(lanes) for _ in kernel.results]
+        self._stream(kernel, [*results, lanes, *self._numbers(kernel)], scale, drop=False)
+        blocks = torch.tensor(self._blocks).to(device, non_blocking=True)
+        return [torch.segment_reduce(x.double().squeeze(1), "sum", lengths=blocks, unsafe=True) for x in results]
+
+    def update(self, scale: Tensor) -> None:
+        """Update weights and state; gradients are let go of."""
+        if self._shares:
+            kernel = self.members[0].step.function
+            self._stream(kernel, self._numbers(kernel), scale, drop=True)
+
+    def _numbers(self, kernel: StepFunction) -> list[Tensor]:
+        """What has been found, for each block: [blocks, 1]."""
+        total = sum(self._blocks)
+        blocks = torch.tensor(self._blocks).to(self.members[0].step.theta.device, non_blocking=True)
+        found = [torch.stack([member.numbers[name] for member in self.members]) for name in kernel.numbers]
+        return [torch.repeat_interleave(x, blocks, output_size=total).view(-1, 1) for x in found]
+
+    def _stream(self, kernel: StepFunction, extra: Sequence[Tensor], scale: Tensor, *, drop: bool) -> None:
+        step = self.members[0].step
+        scale, first = scale.to(step.theta.device), self._all.start // BLOCK
+        for shares in self._runs(kernel):
+            part = self._reach(shares)
+            cut = slice(part.start // BLOCK - first, blocks_of(part.stop) - first)
+            stream = _over(step, kernel, part, [x[cut] for x in extra], shares[0].first_block)
+            at = part.start
+            for offset, gradient in _pieces(shares, drop=drop):
+                if offset > at:
+                    stream.add(gradient.new_zeros(offset - at), scale)
+                stream.add(gradient, scale)
+                at = offset + gradient.numel()
+                del gradient
+            stream.finish(scale)
+
+    def _runs(self, kernel: StepFunction) -> list[list[Share]]:
+        """Shares that go through together: all, or, where the number of a block matters, those numbered in a row."""
+        return [
+            list(run)
+            for _, run in groupby(
+                self._shares, lambda share: kernel.rounds and share.first_block - share.fragment.offset // BLOCK
+            )
+        ]
+
+
+def flats(members: Sequence[Member]) -> list[Flat]:
+    """`members` by the tensor that they lie in."""
+    found, at = [], 0
+    for _, group in groupby(members, lambda member: id(member.step)):
+        own = list(group)
+        found.append(Flat(own, slice(at, at + len(own))))
+        at += len(own)
+    return found
+
+
+def _pieces(shares: Sequence[Share], *, drop: bool) -> Iterator[tuple[int, Tensor]]:
+    """Offsets and gradients; those that follow one another in memory as one. `drop`: which are then let go of."""
+    waiting: tuple[int, Tensor] | None = None
+    for share in shares:
+        offset, gradient = share.fragment.offset, share.gradient
+        if drop:
+            share.gradient = gradient.new_empty(0)  # a view would keep it
+        if waiting is not None:
+            start, before = waiting
+            adjacent = (
+                start + before.numel() == offset
+                and before.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr()
+                and before.storage_offset() + before.numel() == gradient.storage_offset()
+            )
+            if adjacent:
+                waiting = (start, before.as_strided((before.numel() + gradient.numel(),), (1,)))
+                continue
+            yield waiting
+        waiting = (offset, gradient)
+    if waiting is not None:
+        yield waiting
+
+
+def _lanes(sizes: Sequence[int], blocks: Sequence[int], device: torch.device) -> Tensor:
+    """How many lanes of each block count, of members of so many elements in so many blocks: [blocks, 1]."""
+    lanes = torch.full((sum(blocks), 1), float(BLOCK), dtype=torch.float32)
+    end = 0
+    for size, count in zip(sizes, blocks, strict=True):
+        end += count
+        if size < count * BLOCK:
+            filled, rest = divmod(size, BLOCK)
+            lanes[end - count + filled : end] = 0.0
+            if rest:
+                lanes[end - count + filled] = float(rest)
+    return lanes.to(device)
 
 
 def _spread(member: Member, name: str, start: int, size: int, blocks: int) -> Tensor:
@@ -294,27 +326,65 @@ def _stretches(size: int, most: int) -> Iterator[tuple[int, int]]:
         yield whole, size - whole
 
 
-class _Parts:
-    """The stored tensors for `size` elements from `offset` on: views of whole blocks, else copies.
+# ---- 1-D parameters -----------------------------------------------------------------------------------------------
 
-    1-D parameters lie in one tensor without regard to blocks. Their state is kept exactly, one number for each lane.
+
+def aligned(members: Sequence[Member]) -> tuple[list[Member], list[Moved]]:
+    """`members`, each of which begins at a block of its tensor, and what has been moved for that.
+
+    1-D parameters lie in one tensor without regard to blocks. They are few, and their state is kept exactly, one
+    number for each lane: a copy of that tensor has them apart.
     """
+    found: list[Member] = []
+    moved = []
+    for flat in flats(members):
+        if any(member.share is not None and member.share.fragment.offset % BLOCK for member in flat.members):
+            moved.append(Moved.of(flat.members))
+            found += moved[-1].members
+        else:
+            found += flat.members
+    return found, moved
 
-    def __init__(self, step: TensorStep, offset: int, size: int) -> None:
-        first, blocks = offset // BLOCK, blocks_of(size)
-        self._own: list[Tensor] = []
-        if offset % BLOCK == 0 and (size % BLOCK == 0 or any(part.shape[1] != BLOCK for part in step.parts)):
-            self.held = [part[first : first + blocks] for part in step.parts]
-            return
+
+@dataclass
+class Moved:
+    """Members of a tensor in a copy of it. `source`, `target`: where their elements lie in either."""
+
+    original: TensorStep
+    members: list[Member]
+    source: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(cls, members: Sequence[Member]) -> Moved:
+        """Copy."""
+        step = members[0].step
         assert all(part.shape[1] == BLOCK for part in step.parts), "a block belongs to one parameter"
-        self._own = [part.view(-1)[offset : offset + size] for part in step.parts]
-        self.held = []
-        for own in self._own:
-            copied = own.new_zeros(blocks * BLOCK)
-            copied[:size] = own
-            self.held.append(copied.view(blocks, BLOCK))
+        device, at, shares, source, target = step.theta.device, 0, list[Share | None](), [], []
+        for member in members:
+            share = member.share
+            if share is not None:
+                part = share.fragment
+                source.append(torch.arange(part.offset, part.offset + part.numel))
+                target.append(torch.arange(at, at + part.numel))
+                gradient, share.gradient = share.gradient, share.gradient.new_empty(0)
+                share = Share(replace(part, offset=at), gradient, at // BLOCK)
+                at += blocks_of(part.numel) * BLOCK
+            shares.append(share)
+        places = [torch.cat(each).to(device) for each in (source, target)]
+        made = cls(step, [], *places)
+        theta = step.theta.new_zeros(at)
+        parts = [part.new_zeros(at // BLOCK, BLOCK) for part in step.parts]
+        for new, old in zip((theta, *parts), (step.theta, *step.parts), strict=True):
+            new.view(-1)[made.target] = old.view(-1)[made.source]
+        copied = replace(step, theta=theta, parts=parts)
+        made.members = [
+            replace(member, step=copied, share=share) for member, share in zip(members, shares, strict=True)
+        ]
+        return made
 
     def write_back(self) -> None:
         """Put what was copied where it belongs."""
-        for own, held in zip(self._own, self.held, strict=False):
-            own.copy_(held.view(-1)[: own.numel()])
+        copied = self.members[0].step
+        for new, old in zip((copied.theta, *copied.parts), (self.original.theta, *self.original.parts), strict=True):
+            old.view(-1)[self.source] = new.view(-1)[self.target]

@@ -1,8 +1,8 @@
 """A step of all parameters together, for rules that look at more than one element.
 
-Means first, over everything that this rank holds; then the update of one parameter after the other, to which a mean
-comes like any scalar, or of one round of matrices after the other. Variants of a rule come one after the other. What
-has no `statistics` has no part in this.
+Means first, over everything that this rank holds; then the update, to which a mean comes like a scale: of one tensor
+after the other, of one parameter where there are rows and columns, or of one round of matrices. Variants of a rule come
+one after the other. What has no `statistics` has no part in this.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from toolkit.optim.matrices import step_matrices
+from toolkit.optim.means import find_means
 from toolkit.optim.rule import Rule
-from toolkit.optim.statistics import Member, Ranks, find_means
+from toolkit.optim.statistics import Flat, Member, Ranks, aligned, by_block, flats
 
 
 @torch.no_grad()
@@ -26,10 +27,14 @@ def step_together(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> Non
     by_rule: dict[type[Rule], list[Member]] = {}
     for member in members:
         by_rule.setdefault(member.step.function.rule, []).append(member)
-    for rule, own in by_rule.items():
+    for rule, each in by_rule.items():
+        own, moved = aligned(each)
         find_means(own, scale, ranks)
         if rule.matrix() is not None:
             step_matrices(own, scale, ranks)
-            continue
-        for member in own:
-            member.update(scale)
+        else:
+            parts: Sequence[Flat | Member] = flats(own) if by_block(own[0].step, "update") else own
+            for part in parts:
+                part.update(scale)
+        for copied in moved:
+            copied.write_back()
