@@ -19,6 +19,7 @@ from toolkit.checkpoint.files import Staging, on_host, plain
 from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.store import name_of
 from toolkit.checkpoint.transfer import WEIGHTS, Transfer
+from toolkit.config.outside import is_outside
 from toolkit.errors import UserError
 from toolkit.masking import masked
 from toolkit.optim import RuleOptimizer
@@ -42,6 +43,8 @@ def refusal(engine: Any) -> str | None:
     if engine.has_moe_layers or engine.mp_world_size > 1:
         return "checkpoints of expert, tensor and pipeline parallelism are not supported"
     optimizer = rule_optimizer(engine)
+    if optimizer is None and is_outside(engine.optimizer_name()):
+        return f"checkpoints of optimizers of other packages ({engine.optimizer_name()}) are not supported"
     small = [state.name for state in optimizer.running.states if state.of is not None] if optimizer else []
     if small:
         return f"checkpoints of states of rows and columns ({', '.join(small)}) are not supported yet"

@@ -150,8 +150,12 @@ def register() -> None:
     make_configured = engine._configure_lr_scheduler
     take, load = engine._take_model_step, engine.load_checkpoint
 
+    from toolkit.config.outside import is_outside, outside_optimizer
+
     def configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
         rule = find_rule(self.optimizer_name())
+        if rule is None and is_outside(self.optimizer_name()):
+            return outside_optimizer(self.optimizer_name())(model_parameters, **(self.optimizer_params() or {}))
         if rule is None:
             return configure_basic(self, model_parameters)
         return _build(rule, self, model_parameters)
