@@ -200,7 +200,9 @@ def register() -> None:
     engine._configure_basic_optimizer = configure_basic_optimizer
     engine._scheduler_from_config, engine._configure_lr_scheduler = scheduler_from_config, configure_scheduler
     engine._configure_optimizer = configure_optimizer
-    engine._is_supported_optimizer = lambda self, name: bool(find_rule(name)) or supports(self, name)
+    engine._is_supported_optimizer = lambda self, name: (
+        bool(find_rule(name)) or is_outside(name) or supports(self, name)
+    )
     ds_engine.is_zero_supported_optimizer = lambda opt: isinstance(opt, RuleOptimizer) or zero_supports(opt)
     shared_memory.leave_out()
     if not torch.accelerator.is_available():
