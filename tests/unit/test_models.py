@@ -16,6 +16,7 @@ from toolkit.models import PRESETS, build_model, count_parameters, load_config
 from toolkit.models.build import skeleton
 
 TOTALS = {
+    "qwen3-3m": 3_344_576,
     "qwen3-tiny": 5_049_088,
     "qwen3-134m": 134_107_392,
     "qwen3-0.6b": 596_049_920,
@@ -59,7 +60,7 @@ def test_134m_has_the_pinned_shape() -> None:
 
 
 def test_published_presets_share_qwens_constants() -> None:
-    for name in list(PRESETS)[2:]:
+    for name in list(PRESETS)[3:]:
         config, preset = load_config(name)
         assert preset is not None
         assert config.rope_parameters["rope_theta"] == 1e6 and config.rms_norm_eps == 1e-6
@@ -96,7 +97,7 @@ def test_count_agrees_with_a_real_model(config: transformers.PretrainedConfig) -
         ("qwen-134m", "Did you mean 'qwen3-134m'"),
         ("Qwen3-0.6B", "Did you mean 'qwen3-0.6b'"),
         ("./no/such/folder", "does not exist"),
-        ("gpt-17", "expected one of qwen3-tiny, qwen3-134m"),
+        ("gpt-17", "expected one of qwen3-3m, qwen3-tiny, qwen3-134m"),
     ],
 )
 def test_unknown_model(name: str, words: str) -> None:

@@ -25,7 +25,10 @@ _OWN = {
     "convert_state": "another --out",
 }
 """Options of launch/train.py that a comparison sets itself, and what to give instead."""
+_OF_THE_PLAN = ("sweep", "seeds", "extend", "baseline", "ranks", "zero_stage")
+"""Options that are kept in the plan, with the methods."""
 _EVAL_TOKENS = 65_536
+"""Of a validation, at least."""
 _FAILED = 1
 
 
@@ -76,8 +79,10 @@ def compare(
         new = _plan(settings, methods or (), sweep or (), seeds, extend, baseline, ranks, zero_stage)
         plan = extended(old, new, folder)
     else:
-        if ctx.args or sweep:
-            raise UserError(f"{folder} holds a comparison; to change it, give --methods too, or another --out.")
+        given = [name for name in _OF_THE_PLAN if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")]
+        named = [f"--{given[0].replace('_', '-')}"] if given else list(ctx.args[:1])
+        if named:
+            raise UserError(f"{folder} holds a comparison; to change it by {named[0]}, give --methods too.")
         plan = old
     if report_only:
         if old is None:
@@ -87,9 +92,7 @@ def compare(
     with locked(folder):
         save(plan, folder)
         runs = Runs(plan, folder)
-        driver = Driver(
-            runs, jobs=jobs, keep_checkpoints=keep_checkpoints, say=echo, ended=lambda: None if write(runs) else None
-        )
+        driver = Driver(runs, jobs=jobs, keep_checkpoints=keep_checkpoints, say=echo, ended=lambda: write(runs))
         finished = driver.drive()
         _show(write(runs))
     if not finished:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,7 +63,7 @@ def build(runs: Runs) -> ComparisonReport:
                 sweeps=[_sweep(swept) for swept in tuning.sweeps],
                 curve=_curve([_steps(run) for run in read[name].values()]),
                 runs=[str(runs.folder(Cell(name, tuning.point, seed)).relative_to(runs.out)) for seed in losses[name]],
-                command=shlex.join(runs.command(cell)[1:]),
+                command=runs.shown(cell),
                 config=masked(_config(method, first.get(name), runs, cell)),
             )
         )

@@ -49,7 +49,7 @@ class Driver:
     """
 
     def __init__(
-        self, runs: Runs, *, jobs: int, keep_checkpoints: bool, say: Callable[[str], None], ended: Callable[[], None]
+        self, runs: Runs, *, jobs: int, keep_checkpoints: bool, say: Callable[[str], None], ended: Callable[[], object]
     ) -> None:
         self.runs, self.jobs, self.keep_checkpoints = runs, jobs, keep_checkpoints
         self.say, self.ended = say, ended

@@ -162,7 +162,10 @@ def _content(config: str, stage: int, folder: Path) -> tuple[dict[str, Any], str
         return load_config(path if path.is_absolute() or path.is_file() else folder / path), config
     rule = find_rule(config) or next((find_rule(name) for name in RULES if name.lower() == config.lower()), None)
     if rule is None and "." not in config:
-        known = [*sorted({key.partition("_zero")[0] for key in shipped}), *RULES]
+        known = [
+            *RULES,
+            *sorted({key.partition("_zero")[0] for key in shipped}),
+        ]  # of two spellings the last is offered
         raise UserError(
             f"--methods: {config!r} is no shipped config, no rule, no file (NAME=path/to/config.json) and no class by "
             f"its import path (torch.optim.AdamW).{nearest(config, known) or f' Known are {some(known, 20)}.'}"

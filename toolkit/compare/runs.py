@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -83,17 +84,25 @@ class Runs:
         known = {seed: self.loss(Cell(method, point, seed)) for seed in range(self.plan.seeds)}
         return {seed: loss for seed, loss in known.items() if loss is not None and math.isfinite(loss)}
 
+    def options(self, cell: Cell) -> list[str]:
+        """Of `toolkit.train`, for the run."""
+        settings = {"config": str(self.out / CONFIGS / f"{cell.method}.json"), **self.plan.settings}
+        flags, assignments = point_settings(cell.point)
+        settings |= {"seed": cell.seed, "run_dir": str(self.folder(cell))}
+        settings |= {name: f"{value:g}" for name, value in flags.items()}
+        options = [text for name, value in settings.items() for text in _option(name, value)]
+        return options + [text for assignment in assignments for text in ("--set", assignment)]
+
+    def shown(self, cell: Cell) -> str:
+        """The command line that makes the run, for a reader."""
+        launched = ["deepspeed", "--num_gpus", str(self.plan.ranks), "--module"]
+        start = ["python", "-m"] if self.plan.ranks == 1 else launched
+        return shlex.join([*start, "toolkit.train", *self.options(cell)])
+
     def command(self, cell: Cell) -> list[str]:
         """What starts the run, or resumes it."""
-        settings = {"config": str(self.out / CONFIGS / f"{cell.method}.json"), **self.plan.settings}
-        settings |= {"seed": cell.seed, "run_dir": str(self.folder(cell))}
-        options = [text for name, value in settings.items() for text in _option(name, value)]
-        flags, assignments = point_settings(cell.point)
-        options += [text for name, value in flags.items() for text in _option(name, value)]
-        options += [text for assignment in assignments for text in ("--set", assignment)]
-        if (
-            self.plan.ranks == 1
-        ):  # one process needs no launcher, which takes longer to start than the run's first steps
+        options = self.options(cell)
+        if self.plan.ranks == 1:  # one process needs no launcher, whose own start takes seconds
             return [sys.executable, "-m", "toolkit.train", *options]
         from toolkit.run.ranks import free_port
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from toolkit.config.deepspeed import DeepSpeedSettings
+from toolkit.config.outside import check_outside, is_outside
 from toolkit.config.signatures import arguments_of, is_number, torch_names
 from toolkit.errors import UserError, nearest
 from toolkit.sentences import shown, unknown_key
@@ -36,6 +37,10 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
         except ValueError as error:
             raise UserError(f"optimizer.params: {error}") from None
         return
+    if is_outside(kind):
+        _check_common(params)
+        check_outside(kind, params)
+        return
     if kind.lower() in map(str.lower, _REMOVED):
         raise UserError(
             f"optimizer.type {kind!r} is no longer part of DeepSpeed, which has removed its 1-bit optimizers; use one "
@@ -46,7 +51,8 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
         hint = nearest(kind, [*DEEPSPEED_OPTIMIZERS, *in_torch, *RULES])
         raise UserError(
             f"optimizer.type {kind!r} is unknown; it names one of {', '.join(RULES)}, a rule that --plugin imports, an "
-            f"optimizer of DeepSpeed ({', '.join(DEEPSPEED_OPTIMIZERS)}) or a class of torch.optim.{hint}"
+            f"optimizer of DeepSpeed ({', '.join(DEEPSPEED_OPTIMIZERS)}), a class of torch.optim, or one of another "
+            f"package by its import path.{hint}"
         )
     if "max_grad_norm" in params:
         raise UserError("DeepSpeed refuses optimizer.params.max_grad_norm; set gradient_clipping instead.")

@@ -73,6 +73,14 @@ PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset(
+            "qwen3-3m",
+            "3M parameters: small enough to compare many optimizers on two CPU cores",
+            "python-4k",
+            _shape(192, 512, 4, 3, 3, vocab=4096, head_dim=64, tied=False, context=4096),
+            False,
+            "plain",
+        ),
+        Preset(
             "qwen3-tiny",
             "5M parameters: learns visibly within minutes on two CPU cores",
             "python-4k",

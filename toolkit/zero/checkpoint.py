@@ -19,6 +19,7 @@ from toolkit.checkpoint.files import Staging, on_host, plain
 from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.store import name_of
 from toolkit.checkpoint.transfer import WEIGHTS, Transfer
+from toolkit.config.outside import is_outside
 from toolkit.errors import UserError
 from toolkit.masking import masked
 from toolkit.optim import RuleOptimizer
@@ -42,6 +43,8 @@ def refusal(engine: Any) -> str | None:
         return "checkpoints need ZeRO stage 1, 2 or 3 (with one rank, stage 1 is stage 0)"
     if engine.has_moe_layers or engine.mp_world_size > 1:
         return "checkpoints of expert, tensor and pipeline parallelism are not supported"
+    if rule_optimizer(engine) is None and is_outside(engine.optimizer_name()):
+        return f"checkpoints of optimizers of other packages ({engine.optimizer_name()}) are not supported"
     return Untrained(engine.module, ()).refusal()
 
 

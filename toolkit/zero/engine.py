@@ -150,8 +150,12 @@ def register() -> None:
     make_configured = engine._configure_lr_scheduler
     take, load = engine._take_model_step, engine.load_checkpoint
 
+    from toolkit.config.outside import is_outside, outside_optimizer
+
     def configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
         rule = find_rule(self.optimizer_name())
+        if rule is None and is_outside(self.optimizer_name()):
+            return outside_optimizer(self.optimizer_name())(model_parameters, **(self.optimizer_params() or {}))
         if rule is None:
             return configure_basic(self, model_parameters)
         return _build(rule, self, model_parameters)
@@ -196,7 +200,9 @@ def register() -> None:
     engine._configure_basic_optimizer = configure_basic_optimizer
     engine._scheduler_from_config, engine._configure_lr_scheduler = scheduler_from_config, configure_scheduler
     engine._configure_optimizer = configure_optimizer
-    engine._is_supported_optimizer = lambda self, name: bool(find_rule(name)) or supports(self, name)
+    engine._is_supported_optimizer = lambda self, name: (
+        bool(find_rule(name)) or is_outside(name) or supports(self, name)
+    )
     ds_engine.is_zero_supported_optimizer = lambda opt: isinstance(opt, RuleOptimizer) or zero_supports(opt)
     shared_memory.leave_out()
     if not torch.accelerator.is_available():

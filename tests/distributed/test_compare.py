@@ -1,0 +1,139 @@
+"""A real comparison: interrupted in the middle of a run, resumed, extended, refused when it changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+SHAPE: dict[str, Any] = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 4096,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(SHAPE))
+    text = " ".join(f"the {index % 7} quick {index % 11} brown foxes" for index in range(4000))
+    (folder / "text.txt").write_text(text.replace("foxes", "foxes\n"))
+    options: dict[str, Any] = {
+        "--model": folder / "model",
+        "--tokenizer": "python-4k",
+        "--data": folder / "text.txt",
+        "--steps": STEPS,
+        "--seq-len": 16,
+        "--micro-batch": 2,
+        "--eval-sequences": 4,
+        "--save-every": 2,
+        "--memory-profile": "summary",
+        "--out": folder / "out",
+    }
+    flat = [str(part) for item in options.items() for part in item]
+    start = "from toolkit.cli import main; main()"
+    return [sys.executable, "-c", start, "compare", *flat, *more]
+
+
+def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *more), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+
+
+def losses(folder: Path) -> dict[str, list[float]]:
+    """The training losses of every run that is there, by its place."""
+    return {
+        str(path.parent.relative_to(folder / "out" / "runs")): [
+            json.loads(line)["loss"] for line in path.read_text().splitlines()
+        ]
+        for path in sorted((folder / "out" / "runs").rglob("metrics.jsonl"))
+    }
+
+
+def interrupt(folder: Path, *more: str) -> None:
+    """Start a comparison and press Ctrl-C once its first run has saved a checkpoint."""
+    process = subprocess.Popen(command(folder, *more), env=environment(), cwd=ROOT, start_new_session=True)
+    until = time.monotonic() + 200
+    while not list((folder / "out" / "runs").rglob("manifest.json")):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=100) == 130
+
+
+def test_a_comparison_is_interrupted_resumed_and_extended(tmp_path: Path) -> None:
+    plan = ["--methods", "amcs", "--set", "optimizer.params.compile=false", "--sweep", "lr=1e-3,2e-3", "--extend", "0"]
+    interrupt(tmp_path, *plan, "--seeds", "1")
+    [(place, cut)] = losses(tmp_path).items()
+    assert 2 <= len(cut) < STEPS, "it was stopped in the middle"
+    assert "No run has ended yet." in (tmp_path / "out" / "report.md").read_text()
+
+    start = [sys.executable, "-c", "from toolkit.cli import main; main()", "compare", "--out", str(tmp_path / "out")]
+    resumed = subprocess.run(start, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"resumed: amcs {place.split('/')[1]} seed 0" in resumed.stdout
+    whole = losses(tmp_path)
+    assert {key: len(values) for key, values in whole.items()} == {
+        "amcs/lr=0.001/seed0": STEPS,
+        "amcs/lr=0.002/seed0": STEPS,
+    }
+    assert whole[place][: len(cut)] == cut, "what was made before the interruption stays"
+    assert not list((tmp_path / "out" / "runs").rglob("checkpoints")), "of runs that have ended, none are kept"
+
+    extended = run(tmp_path, *plan, "--seeds", "2")
+    assert extended.returncode == 0, extended.stdout + extended.stderr
+    assert extended.stdout.count("started: ") == 1, "nothing that has ended is made again"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    [method] = report["methods"]
+    assert sorted(method["losses"]) == ["0", "1"] and not method["tuned"]
+    best = f"amcs/lr={method['best']['lr']:g}"
+    final = {
+        seed: json.loads((tmp_path / "out" / "runs" / best / f"seed{seed}" / "summary.json").read_text())["val_loss"]
+        for seed in (0, 1)
+    }
+    assert method["losses"] == {str(seed): loss for seed, loss in final.items()}
+    assert method["mean"] == pytest.approx(sum(final.values()) / 2)
+
+    changed = run(tmp_path, *plan, "--global-batch", "4")
+    assert changed.returncode == 2 and "global_batch" in changed.stderr and "another --out" in changed.stderr
+
+
+@pytest.mark.slow
+def test_two_methods_at_two_rates_and_two_seeds_with_a_class_of_another_package(tmp_path: Path) -> None:
+    plan = ["--methods", "amcs,torch.optim.AdamW", "--sweep", "lr=1e-3,2e-3", "--extend", "0", "--seeds", "2"]
+    whole = run(tmp_path, *plan, "--jobs", "2")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    made = losses(tmp_path)
+    assert len(made) == 2 * (2 + 1)
+    for seed in (0, 1):
+        first = {values[0] for key, values in made.items() if key.endswith(f"seed{seed}")}
+        assert len(first) == 1, "every method begins with the same weights and the same batch"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    amcs, adamw = report["methods"]
+    assert adamw["difference"]["mean"] == pytest.approx(adamw["mean"] - amcs["mean"])
+    assert adamw["difference"]["standard_error"] > 0
+    assert adamw["state_per_parameter"] == pytest.approx(12, abs=0.1) and amcs["state_per_parameter"] < 4.5
+
+
+def test_what_is_wrong_with_every_run_stops_at_the_first(tmp_path: Path) -> None:
+    command(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    wrong = run(tmp_path, "--methods", "amcs", "--data", str(tmp_path / "empty.txt"))
+    assert wrong.returncode == 2 and wrong.stderr.count("error: ") == 1 and "empty.txt" in wrong.stderr
