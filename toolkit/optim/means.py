@@ -15,6 +15,7 @@ from torch import Tensor
 from toolkit.errors import UserError
 from toolkit.optim.rule import Mean, Rule
 from toolkit.optim.statistics import Member, Parameter, Ranks, by_block, flats, run
+from toolkit.state.sharding import lines
 
 
 def find_means(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> None:
@@ -55,7 +56,7 @@ def _measure(members: Sequence[Member], function: str, means: tuple[Mean, ...], 
 def _length(mean: Mean, parameter: Parameter) -> int:
     """How many sums of a parameter there are: one, which those with the same owner add up later, or one for each row
     or column."""
-    return parameter.size(mean.over + "s") if mean.over in ("row", "column") else 1
+    return lines(parameter.shape, mean.over + "s") if mean.over in ("row", "column") else 1
 
 
 def _mean(mean: Mean, sums: Tensor, lengths: Sequence[int], parameters: tuple[Parameter, ...]) -> Tensor:
