@@ -121,11 +121,10 @@ def _settings(arguments: Sequence[str]) -> RunSettings:
 
     known = [flag_of(name) for name in RunSettings.model_fields]
     own = ["--methods", "--sweep", "--seeds", "--extend", "--baseline", "--ranks", "--jobs", "--zero-stage", "--out"]
-    for argument in arguments:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and flag not in known and not any(option.startswith(flag) for option in known):
-            if hint := nearest(flag, [*own, *known]):
-                raise UserError(f"there is no option {flag}.{hint}")
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    unknown = next((flag for flag in flags if not any(option.startswith(flag) for option in known)), "")
+    if unknown and (hint := nearest(unknown, [*own, *known])):
+        raise UserError(f"there is no option {unknown}.{hint}")
     settings = parse(arguments)
     if settings is None:
         raise typer.Exit
