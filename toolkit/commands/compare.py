@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from toolkit.printable import echo
 
 if TYPE_CHECKING:
     from toolkit.compare.plan import Plan
+    from toolkit.compare.report import Written
     from toolkit.run.settings import RunSettings
 
 _OWN = {
@@ -103,7 +104,7 @@ def compare(
         raise typer.Exit(_FAILED)
 
 
-def _show(report: Any) -> None:
+def _show(report: Written) -> None:
     echo(report.headline)
     for note in report.notes:
         echo(f"note: {note}")
@@ -122,7 +123,8 @@ def _settings(arguments: Sequence[str]) -> RunSettings:
     known = [flag_of(name) for name in RunSettings.model_fields]
     own = ["--methods", "--sweep", "--seeds", "--extend", "--baseline", "--ranks", "--jobs", "--zero-stage", "--out"]
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
-    unknown = next((flag for flag in flags if not any(option.startswith(flag) for option in known)), "")
+    spelt = {flag: flag.replace("_", "-").replace("--no-", "--") for flag in flags}
+    unknown = next((flag for flag in flags if not any(option.startswith(spelt[flag]) for option in known)), "")
     if unknown and (hint := nearest(unknown, [*own, *known])):
         raise UserError(f"there is no option {unknown}.{hint}")
     settings = parse(arguments)
