@@ -78,58 +78,54 @@ def interrupt(folder: Path, *more: str) -> None:
     assert process.wait(timeout=100) == 130
 
 
-def test_a_comparison_is_interrupted_resumed_and_extended(tmp_path: Path) -> None:
-    plan = ["--methods", "amcs", "--set", "optimizer.params.compile=false", "--sweep", "lr=1e-3,2e-3", "--extend", "0"]
-    interrupt(tmp_path, *plan, "--seeds", "1")
+def resume(folder: Path) -> subprocess.CompletedProcess[str]:
+    """As `run`, by the folder alone."""
+    start = [sys.executable, "-c", "from toolkit.cli import main; main()", "compare", "--out", str(folder / "out")]
+    return subprocess.run(start, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+def test_a_run_that_was_interrupted_is_resumed(tmp_path: Path) -> None:
+    interrupt(tmp_path, "--methods", "amcs", "--set", "optimizer.params.compile=false", "--seeds", "1")
     [(place, cut)] = losses(tmp_path).items()
-    assert 2 <= len(cut) < STEPS, "it was stopped in the middle"
+    assert place == "amcs/as-configured/seed0" and 2 <= len(cut) < STEPS, "it was stopped in the middle"
     assert "No run has ended yet." in (tmp_path / "out" / "report.md").read_text()
 
-    start = [sys.executable, "-c", "from toolkit.cli import main; main()", "compare", "--out", str(tmp_path / "out")]
-    resumed = subprocess.run(start, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    resumed = resume(tmp_path)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert f"resumed: amcs {place.split('/')[1]} seed 0" in resumed.stdout
-    whole = losses(tmp_path)
-    assert {key: len(values) for key, values in whole.items()} == {
-        "amcs/lr=0.001/seed0": STEPS,
-        "amcs/lr=0.002/seed0": STEPS,
-    }
-    assert whole[place][: len(cut)] == cut, "what was made before the interruption stays"
+    assert "resumed: amcs as-configured seed 0" in resumed.stdout
+    whole = losses(tmp_path)[place]
+    assert len(whole) == STEPS and whole[: len(cut)] == cut, "what was made before the interruption stays"
     assert not list((tmp_path / "out" / "runs").rglob("checkpoints")), "of runs that have ended, none are kept"
-
-    extended = run(tmp_path, *plan, "--seeds", "2")
-    assert extended.returncode == 0, extended.stdout + extended.stderr
-    assert extended.stdout.count("started: ") == 1, "nothing that has ended is made again"
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    [method] = report["methods"]
-    assert sorted(method["losses"]) == ["0", "1"] and not method["tuned"]
-    best = f"amcs/lr={method['best']['lr']:g}"
-    final = {
-        seed: json.loads((tmp_path / "out" / "runs" / best / f"seed{seed}" / "summary.json").read_text())["val_loss"]
-        for seed in (0, 1)
-    }
-    assert method["losses"] == {str(seed): loss for seed, loss in final.items()}
-    assert method["mean"] == pytest.approx(sum(final.values()) / 2)
-
-    changed = run(tmp_path, *plan, "--global-batch", "4")
-    assert changed.returncode == 2 and "global_batch" in changed.stderr and "another --out" in changed.stderr
+    summary = json.loads((tmp_path / "out" / "runs" / place / "summary.json").read_text())
+    [method] = json.loads((tmp_path / "out" / "report.json").read_text())["methods"]
+    assert method["losses"] == {"0": summary["val_loss"]} and method["why_untuned"] == "nothing is swept"
 
 
 @pytest.mark.slow
-def test_two_methods_at_two_rates_and_two_seeds_with_a_class_of_another_package(tmp_path: Path) -> None:
-    plan = ["--methods", "amcs,torch.optim.AdamW", "--sweep", "lr=1e-3,2e-3", "--extend", "0", "--seeds", "2"]
-    whole = run(tmp_path, *plan, "--jobs", "2")
-    assert whole.returncode == 0, whole.stdout + whole.stderr
+def test_two_methods_at_two_rates_and_two_seeds_interrupted_and_extended(tmp_path: Path) -> None:
+    plan = ["--methods", "amcs,torch.optim.AdamW", "--sweep", "lr=1e-3,2e-3", "--extend", "0"]
+    interrupt(tmp_path, *plan, "--seeds", "1")
+    [(place, cut)] = losses(tmp_path).items()
+    sweeps = resume(tmp_path)
+    assert sweeps.returncode == 0, sweeps.stdout + sweeps.stderr
     made = losses(tmp_path)
-    assert len(made) == 2 * (2 + 1)
+    assert len(made) == 2 * 2 and {len(values) for values in made.values()} == {STEPS}
+    assert made[place][: len(cut)] == cut
+
+    extended = run(tmp_path, *plan, "--seeds", "2", "--jobs", "2")
+    assert extended.returncode == 0, extended.stdout + extended.stderr
+    assert extended.stdout.count("started: ") == 2, "nothing that has ended is made again"
+    made = losses(tmp_path)
     for seed in (0, 1):
         first = {values[0] for key, values in made.items() if key.endswith(f"seed{seed}")}
         assert len(first) == 1, "every method begins with the same weights and the same batch"
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    amcs, adamw = report["methods"]
+    amcs, adamw = json.loads((tmp_path / "out" / "report.json").read_text())["methods"]
     assert adamw["difference"]["mean"] == pytest.approx(adamw["mean"] - amcs["mean"])
     assert adamw["difference"]["standard_error"] > 0
     assert adamw["state_per_parameter"] == pytest.approx(12, abs=0.1) and amcs["state_per_parameter"] < 4.5
+
+    changed = run(tmp_path, *plan, "--global-batch", "4")
+    assert changed.returncode == 2 and "global_batch" in changed.stderr and "another --out" in changed.stderr
 
 
 def test_what_is_wrong_with_every_run_stops_at_the_first(tmp_path: Path) -> None:

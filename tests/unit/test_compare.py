@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from toolkit.cli import main
 from toolkit.compare.differences import difference, spread
 from toolkit.compare.methods import read_methods, read_sweep
 from toolkit.compare.plan import Plan, Point, Sweep, extended, load, save
@@ -226,7 +227,8 @@ def test_a_plan_is_read_back_and_extended(tmp_path: Path) -> None:
     new = extended(old, old.model_copy(update={"methods": more, "seeds": 5}), tmp_path)
     assert [method.name for method in new.methods] == ["amcs", "adamw"] and new.seeds == 5
     assert new.methods[0].sweeps[0].values == [1.0, 2.0, 4.0, 8.0], "what was swept stays, or its runs would be lost"
-    only = extended(new, plan("soam"), tmp_path)
+    only = extended(new, plan("soam"), tmp_path, kept=["baseline"])
+    assert only.baseline == "amcs" and only.seeds == 3
     assert [method.name for method in only.methods] == ["amcs", "adamw", "soam"]
 
 
@@ -240,3 +242,49 @@ def test_another_plan_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert "is no plan of a comparison" in refusal(lambda: load(tmp_path))
     (tmp_path / "plan.json").write_text("{")
     assert "not valid JSON" in refusal(lambda: load(tmp_path))
+
+
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str]:
+    monkeypatch.setattr("sys.argv", ["toolkit", "compare", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--methods is missing"),
+        (["--methods", "amcs", "--lr", "1e-3"], "--lr is set by the comparison; give --sweep lr="),
+        (["--methods", "amcs", "--seed", "1"], "give --seeds"),
+        (["--methods", "amcs", "--run-dir", "x"], "give --out"),
+        (["--methods", "amcs", "--sweeep", "lr=1"], "there is no option --sweeep. Did you mean '--sweep'?"),
+        (["--methods", "amcs", "--stpes", "3"], "Did you mean '--steps'?"),
+        (["--methods", "amcs", "--baseline", "adamw"], "--baseline 'adamw' is none of the methods amcs"),
+        (["--methods", "amcs", "--set", "gradient_cliping=1"], "Did you mean 'gradient_clipping'?"),
+        (["--methods", "amcs", "--sweep", "optimizer.params.alhpa=0,1"], "Did you mean 'alpha'?"),
+        (["--methods", "bitsandbites.optim.AdamW8bit"], "no installed package"),
+        (["--methods", "torch.optim.AdamX"], "Did you mean 'Adamax'?"),
+        (["--methods", "torch.optim.Muon"], "on a flat tensor"),
+        (["--methods", "amcs", "--report"], "holds no comparison to report"),
+    ],
+)
+def test_wrong_command_lines(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+) -> None:
+    status, error = cli(monkeypatch, capsys, *arguments, "--out", str(tmp_path / "out"))
+    assert status == 2 and error.count("error: ") == 1 and said in error
+    assert not (tmp_path / "out").exists(), "nothing is written"
+
+
+def test_a_comparison_that_is_there_is_not_changed_by_an_option_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save(plan("amcs"), tmp_path)
+    for option in (["--seeds", "5"], ["--steps", "7"]):
+        status, error = cli(monkeypatch, capsys, "--out", str(tmp_path), *option)
+        assert status == 2 and f"to change it by {option[0]}, give --methods too" in error

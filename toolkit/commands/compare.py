@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from toolkit.printable import echo
 
 if TYPE_CHECKING:
     from toolkit.compare.plan import Plan
+    from toolkit.compare.report import Written
     from toolkit.run.settings import RunSettings
 
 _OWN = {
@@ -68,18 +69,19 @@ def compare(
     All other options are those of launch/train.py, and every run gets them.
     """
     from toolkit.compare.drive import INTERRUPTED, Driver, locked
-    from toolkit.compare.plan import extended, load, save
+    from toolkit.compare.plan import KEPT, extended, load, save
     from toolkit.compare.report import write
     from toolkit.compare.runs import Runs
 
     settings = _settings(ctx.args)
     folder = out or Path("runs") / f"compare-{Path(settings.model).name}"
     old = load(folder)
+    given = [name for name in _OF_THE_PLAN if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")]
     if methods or old is None:
         new = _plan(settings, methods or (), sweep or (), seeds, extend, baseline, ranks, zero_stage)
-        plan = extended(old, new, folder)
+        plan = extended(old, new, folder, kept=[name for name in KEPT if name not in given])
+        _check_baseline(plan)
     else:
-        given = [name for name in _OF_THE_PLAN if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")]
         named = [f"--{given[0].replace('_', '-')}"] if given else list(ctx.args[:1])
         if named:
             raise UserError(f"{folder} holds a comparison; to change it by {named[0]}, give --methods too.")
@@ -102,7 +104,7 @@ def compare(
         raise typer.Exit(_FAILED)
 
 
-def _show(report: Any) -> None:
+def _show(report: Written) -> None:
     echo(report.headline)
     for note in report.notes:
         echo(f"note: {note}")
@@ -120,12 +122,11 @@ def _settings(arguments: Sequence[str]) -> RunSettings:
 
     known = [flag_of(name) for name in RunSettings.model_fields]
     own = ["--methods", "--sweep", "--seeds", "--extend", "--baseline", "--ranks", "--jobs", "--zero-stage", "--out"]
-    for argument in arguments:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and flag not in known and not any(option.startswith(flag) for option in known):
-            hint = nearest(flag, own)
-            if hint:
-                raise UserError(f"there is no option {flag}.{hint}")
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    spelt = {flag: flag.replace("_", "-").replace("--no-", "--") for flag in flags}
+    unknown = next((flag for flag in flags if not any(option.startswith(spelt[flag]) for option in known)), "")
+    if unknown and (hint := nearest(unknown, [*own, *known])):
+        raise UserError(f"there is no option {unknown}.{hint}")
     settings = parse(arguments)
     if settings is None:
         raise typer.Exit
@@ -153,10 +154,6 @@ def _plan(
     import_plugins(settings.plugins)
     shared = [read_sweep(text) for text in sweeps]
     found = read_methods(methods, shared, stage, settings.overrides)
-    first = baseline or found[0].name
-    if first not in [method.name for method in found]:
-        names = [method.name for method in found]
-        raise UserError(f"--baseline {first!r} is none of the methods {', '.join(names)}.{nearest(first, names)}")
     given = settings.model_dump(mode="json", include=settings.model_fields_set)
     usual = {
         "model": settings.model,
@@ -168,9 +165,23 @@ def _plan(
         "keep_last": 1,
         "memory_profile": "full",
     }
-    plan = Plan(settings=usual | given, ranks=ranks, seeds=seeds, extend=extend, baseline=first, methods=found)
+    plan = Plan(
+        settings=usual | given,
+        ranks=ranks,
+        seeds=seeds,
+        extend=extend,
+        baseline=baseline or found[0].name,
+        methods=found,
+    )
     _check(plan)
     return plan
+
+
+def _check_baseline(plan: Plan) -> None:
+    names = [method.name for method in plan.methods]
+    if plan.baseline not in names:
+        hint = nearest(plan.baseline, names)
+        raise UserError(f"--baseline {plan.baseline!r} is none of the methods {', '.join(names)}.{hint}")
 
 
 def _check(plan: Plan) -> None:

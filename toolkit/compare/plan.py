@@ -19,6 +19,9 @@ PLAN, CONFIGS, RUNS = "plan.json", "configs", "runs"
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 """Of a method: it is the name of a folder, too."""
 
+KEPT = ("seeds", "extend", "baseline")
+"""Attributes of a plan that stay as they are where the command that extends it does not give them."""
+
 Point = tuple[tuple[str, float], ...]
 """Swept keys with their values, in the order in which they are swept."""
 
@@ -62,9 +65,6 @@ class Plan(PlanPart):
     baseline: str
     methods: list[Method]
 
-    def method(self, name: str) -> Method | None:
-        return next((method for method in self.methods if method.name == name), None)
-
 
 def load(folder: Path) -> Plan | None:
     """The plan of the comparison in `folder`, or None where there is none yet.
@@ -92,8 +92,8 @@ def save(plan: Plan, folder: Path) -> None:
         replace_text(folder / CONFIGS / f"{method.name}.json", json.dumps(method.config, indent=1) + "\n")
 
 
-def extended(old: Plan | None, new: Plan, folder: Path) -> Plan:
-    """`new` with what is in `old` and not in it: methods, and values of the same sweeps.
+def extended(old: Plan | None, new: Plan, folder: Path, kept: Sequence[str] = ()) -> Plan:
+    """`new` with what is in `old` and not in it: methods, values of the same sweeps, and the attributes `kept`.
 
     Raises:
         UserError: runs that are there already would not be those of the new plan.
@@ -125,7 +125,7 @@ def extended(old: Plan | None, new: Plan, folder: Path) -> Plan:
                 )
             method = method.model_copy(update={"sweeps": _joined(before_it.sweeps, method.sweeps)})
         methods[method.name] = method
-    return new.model_copy(update={"methods": list(methods.values())})
+    return new.model_copy(update={name: getattr(old, name) for name in kept} | {"methods": list(methods.values())})
 
 
 def _joined(old: Sequence[Sweep], new: Sequence[Sweep]) -> list[Sweep]:

@@ -71,10 +71,9 @@ def _plus_minus(value: str, error: float | None) -> str:
 
 
 def _methods(report: ComparisonReport) -> list[Item]:
-    ordered = sorted(report.methods, key=lambda method: (method.mean is None, method.mean or 0.0))
     kind = next((method.peak_kind for method in report.methods if method.peak_kind), None)
     rows = []
-    for method in ordered:
+    for method in _ranked(report):
         apart = method.difference
         rows.append(
             [
@@ -116,19 +115,21 @@ def _methods(report: ComparisonReport) -> list[Item]:
 
 
 def _curves(report: ComparisonReport) -> list[Item]:
+    drawn = _drawn(report)
     series = [
         svg.Series(method.name, method.curve.steps, method.curve.loss, index)
-        for index, method in enumerate(report.methods)
+        for index, method in enumerate(drawn)
         if method.curve is not None
     ]
-    about = "Training loss at the best values, mean over seeds, smoothed, nats per token, over optimizer steps."
+    few = f" Drawn are {report.baseline} and the lowest." if len(drawn) < len(report.methods) else ""
+    about = f"Training loss at the best values, mean over seeds, smoothed, nats per token, over optimizer steps.{few}"
     drawing = svg.lines(series, "Training loss of all methods over optimizer steps", about)
     if not drawing:
         return []
     items: list[Item] = [Chart(drawing, [svg.dash(line.colour, line.name) for line in series], about)]
     apart = [
         svg.Series(method.name, method.difference.curve.steps, method.difference.curve.loss, index)
-        for index, method in enumerate(report.methods)
+        for index, method in enumerate(drawn)
         if method.difference is not None and method.difference.curve is not None
     ]
     about = f"Training loss minus that of {report.baseline}, paired by seed and step; above zero is worse."
@@ -137,6 +138,17 @@ def _curves(report: ComparisonReport) -> list[Item]:
         items.append(Chart(drawing, [svg.dash(line.colour, line.name) for line in apart], about))
     known = [(method.name, method.curve) for method in report.methods if method.curve is not None]
     return [*items, _points(known)]
+
+
+def _drawn(report: ComparisonReport) -> list[MethodResult]:
+    """The methods whose curves are drawn: as many as there are colours, the baseline among them."""
+    rest = [method for method in _ranked(report) if method.name != report.baseline]
+    return [method for method in report.methods if method.name == report.baseline] + rest[: svg.SERIES - 1]
+
+
+def _ranked(report: ComparisonReport) -> list[MethodResult]:
+    """The lowest loss first."""
+    return sorted(report.methods, key=lambda method: (method.mean is None, method.mean or 0.0))
 
 
 def _points(curves: list[tuple[str, Curve]]) -> Table:

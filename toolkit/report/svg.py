@@ -20,7 +20,7 @@ from toolkit.records.memory import Span, Timeline
 from toolkit.records.sizes import SHOWN_UNITS
 from toolkit.report.words import size
 
-_STATES, _SERIES = 8, 6
+_STATES, SERIES = 8, 6
 """How many colours the page has for optimizer states and for runs; more start over."""
 _POINTS = 600
 """More of a curve than a screen has pixels is not drawn."""
@@ -45,7 +45,7 @@ def colours(categories: Iterable[str]) -> dict[str, str]:
 
 
 def series_colour(index: int) -> str:
-    return f"var(--run-{index % _SERIES})"
+    return f"var(--run-{index % SERIES})"
 
 
 def timeline(timeline: Timeline, palette: Mapping[str, str], title: str, predicted_peak: int | None) -> Markup:
@@ -194,7 +194,7 @@ def lines(series: Sequence[Series], title: str, about: str, *, zero: bool = Fals
                 path = " ".join(f"{10 * x:.1f},{axis.unit_y(y):.1f}" for x, y in run)
                 shapes.append(
                     Markup('<polyline class="line dash-{}" points="{}" style="stroke:{}"/>').format(
-                        line.colour % _SERIES, path, colour
+                        line.colour % SERIES, path, colour
                     )
                 )
             # One value between two gaps has no line; it must not vanish.
@@ -383,4 +383,4 @@ def dash(index: int, name: str) -> Markup:
     return Markup(
         '<span class="key"><svg width="30" height="10" aria-hidden="true">'
         '<line class="line dash-{}" x1="1" x2="29" y1="5" y2="5" style="stroke:{}"/></svg>{}</span>'
-    ).format(index % _SERIES, Markup(series_colour(index)), escape(name))
+    ).format(index % SERIES, Markup(series_colour(index)), escape(name))
