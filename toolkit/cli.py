@@ -47,13 +47,13 @@ def configs(
     plugins: Plugins = None,
 ) -> None:
     """List the shipped DeepSpeed configurations and what each is for."""
-    from toolkit.config import shipped_configs
+    from toolkit.config import names_in_short, shipped_configs
 
     import_plugins(plugins)
     shipped = shipped_configs()
     if name is not None:
         if name not in shipped:
-            hint = nearest(name, shipped) or f" Shipped are {', '.join(shipped)}."
+            hint = nearest(name, shipped) or f" {names_in_short(shipped)}"
             raise UserError(f"there is no shipped config {name!r}.{hint}")
         typer.echo(shipped[name].path.read_text(encoding="utf-8"), nl=False)
         return
@@ -62,12 +62,17 @@ def configs(
 
     from toolkit.console import PlainConsole
 
-    table = Table("name", "optimizer", "ZeRO", "offload", "state", "what it is for", box=None)
-    table.columns[0].no_wrap = True
-    for key, config in shipped.items():
-        offload = "+".join(config.offload) or "-"
-        table.add_row(key, config.optimizer, str(config.stage), offload, config.state_format, config.purpose)
-    PlainConsole().print(table)
+    rules = {config.optimizer: config for config in shipped.values()}
+    optimizers = Table("optimizer", "type", "state", "what it does", box=None)
+    for kind, config in sorted(rules.items(), key=lambda item: item[0].lower()):
+        optimizers.add_row(kind.lower(), kind, config.state_format, config.idea)
+    ways = Table("way", "of", "what it is for", box=None)
+    for way, config in sorted({config.way: config for config in shipped.values()}.items()):
+        of = sorted(other.optimizer.lower() for other in shipped.values() if other.way == way)
+        ways.add_row(way, "all" if len(of) == len(rules) else ", ".join(of), config.placing)
+    console = PlainConsole()
+    console.print_line("The name of a configuration is <optimizer>_<way>, such as amcs_zero2.\n")
+    console.print(optimizers, "", ways, sep="\n")
 
 
 class ReportFormat(StrEnum):

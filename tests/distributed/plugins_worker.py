@@ -1,4 +1,4 @@
-"""One rank of a run of plug-ins: gradients that are known beforehand, at every stage.
+"""One rank of a run of rules: gradients that are known beforehand, at every stage.
 
 Started by the `deepspeed` launcher from `test_plugins.py`, with the path of a JSON of settings as only argument.
 """

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from toolkit.config import apply_overrides, load_config, shipped_configs, validate
 from toolkit.errors import UserError
+from toolkit.optim import RULES, find_rule
+from toolkit.optim.rule import all_states
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = shipped_configs()
@@ -25,9 +27,26 @@ SHIPPED = shipped_configs()
 # ---------------------------------------------------------------------------------------------- shipped files
 
 
-def test_the_shipped_files_are_the_fifteen_promised() -> None:
-    kinds = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
-    assert list(SHIPPED) == [f"{optimizer}_{kind}" for optimizer in ("adamw", "amcs", "soam") for kind in kinds]
+def test_every_rule_has_a_file_for_every_stage() -> None:
+    stages, offload = ["zero1", "zero2", "zero3"], ["zero2_offload", "zero3_offload"]
+    optimizers = ["AdamW", *(name for name, made in RULES.items() if made.rule.__module__.startswith("toolkit."))]
+    wanted = {f"{optimizer.lower()}_{stage}" for optimizer in optimizers for stage in stages}
+    assert set(SHIPPED) == wanted | {f"{optimizer}_{way}" for optimizer in ("adamw", "amcs", "soam") for way in offload}
+
+
+@pytest.mark.parametrize("name", [name for name, config in SHIPPED.items() if find_rule(config.optimizer)])
+def test_files_of_rules_differ_in_the_optimizer_only_and_say_its_defaults(name: str) -> None:
+    config = load_config(name)
+    optimizer = config.pop("optimizer")
+    same = load_config(f"amcs_{SHIPPED[name].way}")
+    del same["optimizer"]
+    assert config == same
+    rule = RULES[optimizer["type"]].rule
+    for key, value in optimizer["params"].items():
+        if key not in ("state_format", "weights"):
+            default = rule.model_fields[key].get_default()
+            assert value == (list(default) if isinstance(default, tuple) else default), key
+    assert optimizer["params"]["weights"] == "bf16+8"
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -47,17 +66,20 @@ def test_a_shipped_file_is_what_its_name_says_and_valid_at_any_world_size(name: 
 def test_a_shipped_file_describes_itself(name: str) -> None:
     config = SHIPPED[name]
     assert config.optimizer.lower() == name.split("_")[0]
-    assert config.state_format == ("fp32" if config.optimizer == "AdamW" else "8bit")
+    rule = find_rule(config.optimizer)
+    coded = rule is not None and any(state.of is None for state in all_states(rule.rule.variants({})))
+    assert config.state_format == ("8bit" if coded else "fp32")
     assert bool(config.offload) == name.endswith("offload")
-    assert config.purpose and "\n" not in config.purpose
+    assert name == f"{config.optimizer.lower()}_{config.way}"
+    assert config.idea and config.placing and "\n" not in config.idea + config.placing
 
 
-def test_purposes_tell_the_shipped_files_apart() -> None:
-    assert len({config.purpose for config in SHIPPED.values()}) == len(SHIPPED)
+def test_ideas_and_places_tell_the_shipped_files_apart() -> None:
+    assert len({(config.idea, config.placing) for config in SHIPPED.values()}) == len(SHIPPED)
 
 
 def test_files_of_one_optimizer_differ_in_sharding_only() -> None:
-    for optimizer in ("adamw", "amcs", "soam"):
+    for optimizer in {config.optimizer.lower() for config in SHIPPED.values()}:
         rest = []
         for name in (f"{optimizer}_zero{stage}" for stage in (1, 2, 3)):
             config = load_config(name)
@@ -145,7 +167,7 @@ def test_text_that_is_not_utf8_gets_one_sentence(tmp_path: Path) -> None:
     [
         ("amcs_zer2", "config 'amcs_zer2' is neither a shipped config nor a file. Did you mean 'amcs_zero2'?"),
         ("configs/soam_zero3.jsn", "Did you mean 'soam_zero3'?"),
-        ("qwertyuiop", "Shipped are adamw_zero1, "),
+        ("qwertyuiop", "Shipped are <optimizer>_zero1, "),
         (".", "is a folder, not a file"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from toolkit.config.automatic import Shape, settle
 from toolkit.config.deepspeed import DeepSpeedSettings
-from toolkit.config.files import ShippedConfig, apply_overrides, load_config, shipped_configs
+from toolkit.config.files import ShippedConfig, apply_overrides, load_config, names_in_short, shipped_configs
 from toolkit.config.validate import remarks, validate
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ShippedConfig",
     "apply_overrides",
     "load_config",
+    "names_in_short",
     "remarks",
     "settle",
     "shipped_configs",

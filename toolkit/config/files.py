@@ -21,7 +21,7 @@ _STAGES = {
     3: "the model does not fit on one device",
 }
 _OFFLOAD = {
-    2: "device memory for weights and activations only",
+    2: "only weights and activations on the device",
     3: "the largest models, the slowest step",
 }
 
@@ -37,10 +37,19 @@ class ShippedConfig:
     state_format: str
 
     @property
-    def purpose(self) -> str:
-        """One line: the optimizer's idea and what this way of sharding is good for."""
-        placing = _OFFLOAD if self.offload else _STAGES
-        return f"{_idea(self.optimizer)}; {placing[self.stage]}"
+    def way(self) -> str:
+        """What the name says behind the optimizer: "zero2_offload"."""
+        return self.path.stem.removeprefix(f"{self.optimizer.lower()}_")
+
+    @property
+    def idea(self) -> str:
+        """What the optimizer does, in a few words."""
+        return _idea(self.optimizer)
+
+    @property
+    def placing(self) -> str:
+        """What this way of sharding is good for."""
+        return (_OFFLOAD if self.offload else _STAGES)[self.stage]
 
 
 def _idea(optimizer: str) -> str:
@@ -60,6 +69,12 @@ def shipped_configs(package: Path = _PACKAGE) -> dict[str, ShippedConfig]:
     # The package's own folder first: beside an installed package lie other people's.
     folder = next(place / "ds_configs" for place in (package, package.parent) if (place / "ds_configs").is_dir())
     return {path.stem: _describe(path) for path in sorted(folder.glob("*.json"))}
+
+
+def names_in_short(shipped: Mapping[str, ShippedConfig]) -> str:
+    """A sentence on the names of all of `shipped`."""
+    optimizers = sorted({one.optimizer.lower() for one in shipped.values()})
+    return f"Shipped are <optimizer>_zero1, _zero2 and _zero3 of {', '.join(optimizers)}; see 'toolkit configs'."
 
 
 def _describe(path: Path) -> ShippedConfig:
@@ -91,7 +106,7 @@ def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if path.is_file():
         return without_comments(_parse(path))
     what = "is a folder, not a file" if path.is_dir() else "is neither a shipped config nor a file"
-    hint = nearest(path.stem, shipped) or f" Shipped are {', '.join(shipped)}."
+    hint = nearest(path.stem, shipped) or f" {names_in_short(shipped)}"
     raise UserError(f"config {str(config)!r} {what}.{hint}")
 
 

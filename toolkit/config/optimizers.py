@@ -28,7 +28,7 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
     """
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-    from toolkit.optim import RULES, check_params, find_rule
+    from toolkit.optim import OPTIONS, RULES, check_params, find_rule
 
     in_torch = torch_names("torch.optim", "Optimizer")
     if find_rule(kind):
@@ -53,6 +53,13 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
             f"optimizer.type {kind!r} is unknown; it names one of {', '.join(RULES)}, a rule that --plugin imports, an "
             f"optimizer of DeepSpeed ({', '.join(DEEPSPEED_OPTIMIZERS)}), a class of torch.optim, or one of another "
             f"package by its import path.{hint}"
+        )
+    own = find_rule(f"{kind}8")
+    ours = next((name for name in params if own and name in OPTIONS), None)
+    if own and ours:
+        raise UserError(
+            f"optimizer.params.{ours} is of this package's optimizers, and optimizer.type {kind!r} is DeepSpeed's; "
+            f"set optimizer.type to {own.__name__!r}, or leave {ours} out."
         )
     if "max_grad_norm" in params:
         raise UserError("DeepSpeed refuses optimizer.params.max_grad_norm; set gradient_clipping instead.")

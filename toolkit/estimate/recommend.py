@@ -75,7 +75,8 @@ def recommend(
     Args:
         model: a preset or a folder with a config.json.
         gpu_memory: bytes of one device.
-        optimizer: of the shipped configurations to try; a rule without any is tried in those of the recommended one.
+        optimizer: of the shipped configurations to try; for ways of sharding without one, a rule is tried in the
+            recommended optimizer's.
         state_format: "8bit", "compact", "minimal", or "any" of them; optimizers that are no rule have only their own.
         host_memory: bytes of one machine, which what is offloaded by its `ranks_per_machine` must fit into.
 
@@ -125,15 +126,20 @@ def _cases(
 def _bases(optimizer: str) -> dict[str, dict[str, Any]]:
     """The JSONs to try, by the name of the shipped configuration that each is or was made from."""
     shipped, rule = shipped_configs(), find_rule(optimizer)
-    own = {name: load_config(name) for name, one in shipped.items() if one.optimizer == optimizer}
-    if own or rule is None:
-        return own
-    others = {name: load_config(name) for name, one in shipped.items() if one.optimizer == RECOMMENDED}
-    rate = rule.rule.model_fields["lr"]
-    for config in others.values():
-        lr = config["optimizer"]["params"]["lr"] if rate.is_required() else rate.default
-        config["optimizer"] = {"type": optimizer, "params": {"lr": lr}}
-    return others
+    found = {name: load_config(name) for name, one in shipped.items() if one.optimizer == optimizer}
+    if rule is None:
+        return found
+    section = next((config["optimizer"] for config in found.values()), None)
+    if section is None:
+        rate = rule.rule.model_fields["lr"]
+        section = {"type": optimizer, "params": {"lr": None if rate.is_required() else rate.default}}
+    ways = {shipped[name].way for name in found}
+    for name, one in shipped.items():
+        if one.optimizer == RECOMMENDED and one.way not in ways:
+            config = load_config(name)
+            lr = section["params"]["lr"] or config["optimizer"]["params"]["lr"]
+            found[name] = config | {"optimizer": with_section(section, ["params"], {"lr": lr})}
+    return found
 
 
 def _fit(

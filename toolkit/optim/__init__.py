@@ -1,5 +1,6 @@
-"""Optimizers with compressed state: AMCS, SOAM, and whatever rule a user adds."""
+"""Optimizers with compressed state: the rules of `rules/`, and whatever rule a user adds; all are in `RULES`."""
 
+from toolkit.optim.arguments import OPTIONS
 from toolkit.optim.components import component_of, param_groups
 from toolkit.optim.optimizer import RULES, RuleOptimizer, as_optimizer, check_params, find_rule
 from toolkit.optim.rule import COMPONENTS, Beta, Matrix, Mean, NonNegative, Rule, State
@@ -10,6 +11,7 @@ from toolkit.optim.rules.soam import SOAM, SOAMRule
 __all__ = [
     "AMCS",
     "COMPONENTS",
+    "OPTIONS",
     "RECOMMENDED",
     "RULES",
     "SOAM",

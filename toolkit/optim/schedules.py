@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -103,3 +104,28 @@ def schedule(setting: Setting) -> Schedule:
     if isinstance(setting, str):
         return Linear() if setting == "linear" else Cosine()
     return Linear(setting, setting)
+
+
+def value_at(setting: Setting, t: int, total_steps: int | None) -> float:
+    """What a checked setting says at optimizer step t = 1, 2, ...; after `total_steps` it holds its last value."""
+    if not isinstance(setting, (str, tuple)):
+        return setting
+    assert total_steps is not None
+    return schedule(setting).at(fraction_done(t, total_steps))
+
+
+def between(start: float, end: float, setting: Setting, t: int, total_steps: int | None) -> float:
+    """`start` where the setting is 1, `end` where it is 0, and a mixture of both in between."""
+    share = value_at(setting, t, total_steps)
+    return share * start + (1.0 - share) * end
+
+
+@lru_cache(maxsize=1024)  # each step's is asked for by every tensor
+def product_between(start: float, end: float, setting: Setting, t: int, total_steps: int | None) -> float:
+    """`between` at the steps 1 to t, multiplied, as far as that is not zero beside 1."""
+    left = 1.0
+    for index in range(1, t + 1):
+        left *= between(start, end, setting, index, total_steps)
+        if left < 1e-18:
+            break
+    return left

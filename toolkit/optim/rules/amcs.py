@@ -12,12 +12,10 @@ from torch import Tensor
 from toolkit.errors import UserError
 from toolkit.optim.optimizer import as_optimizer
 from toolkit.optim.rule import Beta, NonNegative, Rule, State, component_mapping
-from toolkit.optim.schedules import Setting, check_setting, fraction_done, schedule
+from toolkit.optim.schedules import Setting, between, check_setting, product_between, value_at
 
 PAPER_SCALES = {"attention": 1.2, "ffn": 1.0, "embedding": 0.8, "head": 0.8}
 """gamma_c of the paper; "embeddings" there means both vocabulary matrices. All else is 1.0."""
-
-_PRODUCTS: dict[tuple[Any, ...], float] = {}  # by hyper-parameters and step: each step's is asked for by every tensor
 
 
 class AMCSRule(Rule):
@@ -82,10 +80,7 @@ class AMCSRule(Rule):
 
     def alpha_at(self, t: int) -> float:
         """a(t) for optimizer step t = 1, 2, ...; after `total_steps` it holds its last value."""
-        if not isinstance(self.alpha, (str, tuple)):
-            return self.alpha
-        assert self.total_steps is not None
-        return schedule(self.alpha).at(fraction_done(t, self.total_steps))
+        return value_at(self.alpha, t, self.total_steps)
 
     @classmethod
     def variant(cls, settings: Mapping[str, Any], **group: Any) -> type[Rule]:
@@ -142,25 +137,11 @@ class AMCSSingleRule(AMCSRule):
     def beta_at(self, t: int) -> float:
         """b(t)."""
         b_fast, b_slow, _ = self.betas
-        alpha = self.alpha_at(t)
-        return alpha * b_fast + (1.0 - alpha) * b_slow
-
-    def _product(self, t: int) -> float:
-        """b(1) ... b(t), as far as it is not zero beside 1."""
-        key = (self.betas, self.alpha, self.total_steps, t)
-        if key not in _PRODUCTS:
-            left = 1.0
-            for index in range(1, t + 1):
-                left *= self.beta_at(index)
-                if left < 1e-18:
-                    break
-            if len(_PRODUCTS) > 1000:
-                _PRODUCTS.clear()
-            _PRODUCTS[key] = left
-        return _PRODUCTS[key]
+        return between(b_fast, b_slow, self.alpha, t, self.total_steps)
 
     def scalars(self, t: int) -> dict[str, float]:
-        left = self._product(t)
+        b_fast, b_slow, _ = self.betas
+        left = product_between(b_fast, b_slow, self.alpha, t, self.total_steps)  # b(1) ... b(t)
         return {
             "lr": self.lr / (1.0 - left),
             "decay": self.lr * self.weight_decay,

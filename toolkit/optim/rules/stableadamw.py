@@ -1,21 +1,34 @@
-"""StableAdamW (Wortsman et al. 2023), a rule with a mean over each parameter."""
+"""StableAdamW: AdamW with update clipping by tensor."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from toolkit.optim import Beta, Mean, NonNegative, Rule, State, as_optimizer
+from toolkit.optim.optimizer import as_optimizer
+from toolkit.optim.rule import Beta, Mean, NonNegative, Rule, State
 
 
 class StableAdamWRule(Rule):
-    """AdamW whose rate is divided by max(1, sqrt(mean of g^2 / v over the parameter)), v being this step's."""
+    """StableAdamW (Wortsman et al. 2023): the rate of a parameter falls where its g^2 runs ahead of v.
+
+    ::
+
+        m     <- b1(t) m + (1 - b1(t)) g,      b(t) = b (1 - b^(t-1)) / (1 - b^t)
+        v     <- b2(t) v + (1 - b2(t)) g^2
+        rms   =  sqrt(mean(g^2 / max(v, eps^2)))                                  over the parameter
+        theta <- theta - rho wd theta - rho m / (sqrt(v) + eps),      rho = eta / max(1, rms)
+
+    `betas` is (b1, b2). Where rms stays below 1 it is AdamW.
+    """
 
     states = (State("m"), State("v", signed=False))
     statistics = (Mean("rms2", over="parameter"),)
 
-    lr: NonNegative = 1e-3
+    lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: NonNegative = 1e-6
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegative = 0.1
 
     def scalars(self, t: int) -> dict[str, float]:
         b1, b2 = self.betas
@@ -24,8 +37,8 @@ class StableAdamWRule(Rule):
             "decay": self.weight_decay,
             "eps": self.eps,
             "eps2": self.eps**2,
-            "rate1": (1 - b1) / (1 - b1**t),  # so that m and v need no correction for their start
-            "rate2": (1 - b2) / (1 - b2**t),
+            "rate1": (1.0 - b1) / (1.0 - b1**t),  # 1 - b1(t)
+            "rate2": (1.0 - b2) / (1.0 - b2**t),
         }
 
     @staticmethod

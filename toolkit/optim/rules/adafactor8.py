@@ -1,16 +1,29 @@
-"""Adafactor (Shazeer and Stern 2018), a rule with means over rows and columns, and states of them."""
+"""Adafactor8: a second moment of rows and columns only."""
 
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
 from torch import Tensor
 
-from toolkit.optim import Mean, NonNegative, Rule, State, as_optimizer
+from toolkit.optim.optimizer import as_optimizer
+from toolkit.optim.rule import Mean, NonNegative, Rule, State
+
+NonPositive = Annotated[float, Field(le=0, allow_inf_nan=False, strict=True)]
 
 
-class AdafactorRule(Rule):
-    """Adafactor without momentum: v is the product of a mean over rows and one over columns; a vector is one row.
+class Adafactor8Rule(Rule):
+    """Adafactor (Shazeer and Stern 2018) without momentum; a vector is one row.
 
-    r, c  <- averages of g^2 + eps1 over rows and over columns, with 1 - t^-decay for their beta
-    u     =  g / sqrt(r c / mean(r))
-    theta <- theta - lr wd theta - max(eps2, rms(theta)) min(lr, t^-1/2) u / max(1, rms(u) / clip)
+    ::
+
+        r     <- b(t) r + (1 - b(t)) (mean of g^2 + eps1 over each row),         b(t) = 1 - t^beta2_decay
+        c     <- b(t) c + (1 - b(t)) (mean of g^2 + eps1 over each column)
+        u     =  g / sqrt(r c / mean(r))
+        theta <- theta - eta wd theta - max(eps2, rms(theta)) min(eta, t^-1/2) u / max(1, rms(u) / d)
+
+    `eps` is (eps1, eps2). The keywords are those of torch.optim.Adafactor.
     """
 
     states = (State("r", of="rows"), State("c", of="columns"))
@@ -23,19 +36,19 @@ class AdafactorRule(Rule):
     )
 
     lr: NonNegative = 1e-2
-    decay: NonNegative = 0.8
+    beta2_decay: NonPositive = -0.8
     eps: tuple[NonNegative, NonNegative] = (1e-30, 1e-3)
-    clip: NonNegative = 1.0
+    d: NonNegative = 1.0
     weight_decay: NonNegative = 0.0
 
     def scalars(self, t: int) -> dict[str, float]:
         return {
             "rate": min(self.lr, t**-0.5),
             "decay": self.lr * self.weight_decay,
-            "rate2": t**-self.decay,
+            "rate2": t**self.beta2_decay,
             "eps1": self.eps[0],
             "eps2": self.eps[1],
-            "clip": self.clip,
+            "d": self.d,
         }
 
     @staticmethod
@@ -55,8 +68,8 @@ class AdafactorRule(Rule):
     def update(theta: Tensor, g: Tensor, *, r: Tensor, c: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
         u = g * r.rsqrt() * c.rsqrt() * s["mean_r"].sqrt()
         rms = (s["mean_r"] * s["ratio2"]).sqrt()
-        rate = s["rate"] * s["theta2"].sqrt().maximum(s["eps2"]) / (rms / s["clip"]).clamp(min=1.0)
+        rate = s["rate"] * s["theta2"].sqrt().maximum(s["eps2"]) / (rms / s["d"]).clamp(min=1.0)
         return (theta - (s["decay"] * theta + rate * u),)
 
 
-Adafactor = as_optimizer(AdafactorRule)
+Adafactor8 = as_optimizer(Adafactor8Rule)

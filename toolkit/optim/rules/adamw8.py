@@ -1,0 +1,89 @@
+"""AdamW8: AdamW with compressed state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from toolkit.errors import UserError
+from toolkit.optim.optimizer import as_optimizer
+from toolkit.optim.rule import Beta, NonNegative, Rule, State, component_mapping
+from toolkit.optim.schedules import between, product_between
+
+
+class AdamW8Rule(Rule):
+    """AdamW (Loshchilov and Hutter 2019).
+
+    ::
+
+        m     <- b1 m + (1 - b1) g
+        v     <- b2 v + (1 - b2) g^2
+        theta <- theta - eta_c wd theta - eta_c (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps),  eta_c = gamma_c eta(t)
+
+    `betas` is (b1, b2). With `beta1_end`, b1 moves in a straight line from betas[0] to it over `total_steps`, and the
+    product of all b1 so far stands in place of b1^t. `component_scales` is gamma by component; without it all are 1.
+
+    It is AMCS with alpha = 1 and all scales 1, bit for bit; with `beta1_end` it is AMCS's mode "single".
+    """
+
+    states = (State("m"), State("v", signed=False))
+    needs = ("total_steps",)
+
+    lr: NonNegative = 6e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.1
+    beta1_end: Beta | None = None
+    total_steps: int | None = Field(default=None, ge=1, strict=True)
+    component_scales: dict[str, NonNegative] | None = None
+
+    @field_validator("component_scales")
+    @classmethod
+    def _check_scales(cls, value: dict[str, float] | None) -> dict[str, float]:
+        return component_mapping(value)
+
+    def check_ready(self) -> None:
+        if self.beta1_end is not None and self.total_steps is None:
+            raise UserError(
+                f"AdamW8: total_steps is required because beta1_end={self.beta1_end!r} has beta1 move over the "
+                "training; give total_steps (toolkit.initialize fills it in from the run) or no beta1_end"
+            )
+
+    def for_component(self, component: str) -> dict[str, Any]:
+        return {"lr_scale": (self.component_scales or {}).get(component, 1.0)}
+
+    def scalars(self, t: int) -> dict[str, float]:
+        b1, b2 = self.betas
+        left = b1**t
+        if self.beta1_end is not None:
+            left = product_between(b1, self.beta1_end, "linear", t, self.total_steps)
+        return {
+            "lr": self.lr,
+            "decay": self.lr * self.weight_decay,
+            "eps": self.eps,
+            "m_rate": 1.0 - self.beta1_at(t),
+            "v_rate": 1.0 - b2,
+            "m_correction": 1.0 / (1.0 - left),
+            "v_correction": (1.0 - b2**t) ** -0.5,
+        }
+
+    @staticmethod
+    def update(theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        m, v = states
+        m = m + s["m_rate"] * (g - m)
+        v = v + s["v_rate"] * (g * g - v)
+        step = s["m_correction"] * m / (v.sqrt() * s["v_correction"] + s["eps"])  # the code of v takes the same root
+        return theta - (s["decay"] * theta + s["lr"] * step), m, v
+
+    def beta1_at(self, t: int) -> float:
+        """b1 for optimizer step t = 1, 2, ...; after `total_steps` it holds its last value."""
+        start = self.betas[0]
+        return start if self.beta1_end is None else between(start, self.beta1_end, "linear", t, self.total_steps)
+
+    def report(self, t: int) -> dict[str, float]:
+        return {} if self.beta1_end is None else {"beta1": self.beta1_at(t)}
+
+
+AdamW8 = as_optimizer(AdamW8Rule)
