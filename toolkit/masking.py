@@ -59,7 +59,7 @@ def masked_assignment(text: str) -> str:
         return key + equals + MASK
     try:
         given = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     shown = masked(given)
     return text if shown == given else key + equals + json.dumps(shown)

@@ -298,3 +298,33 @@ def test_a_bad_document_may_stop_the_stream(text: str) -> None:
     corpus = Documents("x", lambda: iter(["good"] * 3 + [text]), bad="stop")
     with pytest.raises(BadDocument, match=r"^document 4 of 'x' .*\. --bad-documents skip"):
         next(PackedTokens(corpus, Choosy(), 99, seed=0, shuffle_window=1).sequences())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_another_encoding_without_its_mark_is_not_read_as_text_with_zeros(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_bytes(("An ordinary sentence.\n" * 50).encode(encoding))
+    with pytest.raises(UserError, match="NUL characters"):
+        open_documents(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_a_compressed_file_under_the_name_of_a_text_is_named(tmp_path: Path, name: str) -> None:
+    packed = gzip.compress(b"text\n" * 100)
+    (tmp_path / name).write_bytes(gzip.compress(packed) if name.endswith(".gz") else packed)
+    with pytest.raises(UserError, match=r"it is no text, but a gzip file"):
+        open_documents(str(tmp_path / name))
+
+
+def test_names_in_capitals_are_data_too(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_text("first")
+    (tmp_path / "B.TXT.GZ").write_bytes(gzip.compress(b"second"))
+    assert list(open_documents(str(tmp_path))) == ["first", "second"]
+
+
+def test_a_column_that_is_there_twice_and_a_name_too_long_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="more than one column 'text'"):
+        open_documents(str(tmp_path / "a.parquet"))
+    with pytest.raises(UserError, match="File name too long"):
+        open_documents(str(tmp_path / ("a" * 300 + ".txt")))

@@ -232,3 +232,23 @@ def test_any_json_value_can_be_set_at_any_depth(keys: list[str], value: Any) -> 
         assert list(node) == [key]
         node = node[key]
     assert node == value
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("9" * 5000, "whole number of more than 4300 digits"),
+        ('{"\\ud800": 1}', "half of a surrogate pair"),
+        ('"\\udfff"', "half of a surrogate pair"),
+    ],
+)
+def test_what_json_can_spell_and_nothing_can_hold_gets_one_sentence(tmp_path: Path, value: str, sentence: str) -> None:
+    file = tmp_path / "c.json"
+    for text in (f'{{"train_batch_size": {value}}}', f'{{"train_batch_size": {value}, // read as Hjson\n}}'):
+        file.write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            load_config(file)
+    with pytest.raises(UserError, match=sentence):
+        apply_overrides({}, [f"train_batch_size={value}"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import copy
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,26 +130,44 @@ def _parse(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as text: {error}.") from None
     if not text.strip():
         raise UserError(f"{path} is empty; a DeepSpeed config is one JSON object.")
-    try:
-        content = json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as strict:
-        import hjson
-
-        duplicated.clear()
+    with _bounded(str(path)):
         try:
-            content = hjson.loads(text, object_pairs_hook=unique)
-        except hjson.HjsonDecodeError as lenient:
-            # The parser that got further stopped at what neither can read.
-            stop = max(strict, lenient, key=lambda error: error.pos)
-            raise UserError(
-                f"{path} is not valid JSON: {stop.msg} at line {stop.lineno}, column {stop.colno}."
-            ) from None
+            content = json.loads(text, object_pairs_hook=unique)
+        except json.JSONDecodeError as strict:
+            import hjson
+
+            duplicated.clear()
+            try:
+                content = hjson.loads(text, object_pairs_hook=unique)
+            except hjson.HjsonDecodeError as lenient:
+                # The parser that got further stopped at what neither can read.
+                stop = max(strict, lenient, key=lambda error: error.pos)
+                raise UserError(
+                    f"{path} is not valid JSON: {stop.msg} at line {stop.lineno}, column {stop.colno}."
+                ) from None
+        json.dumps(content, ensure_ascii=False).encode()
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {_kind(content)}; a DeepSpeed config is one JSON object.")
     if duplicated:
         owner, key = duplicated[0]
         raise UserError(f"{path}: the key {_path_to(owner, content) + key!r} appears twice; keep one of them.")
     return content
+
+
+@contextmanager
+def _bounded(where: str) -> Iterator[None]:
+    """Refuses in a sentence what JSON can spell, but nothing here can hold."""
+    try:
+        yield
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply for a DeepSpeed config.") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half of a surrogate pair, which is no character.") from None
+    except ValueError:  # Python's limit on the digits of an integer
+        digits = sys.get_int_max_str_digits()
+        raise UserError(f"{where} holds a whole number of more than {digits} digits, which no setting has.") from None
 
 
 def _path_to(owner: dict[str, Any], tree: Any) -> str:
@@ -213,8 +233,10 @@ def apply_overrides(config: Mapping[str, Any], assignments: Sequence[str]) -> di
                 held = MASK if any(map(is_secret, keys[:depth])) else repr(node)
                 told = masked_assignment(assignment)
                 raise UserError(f"cannot assign {told!r}: {place!r} is {held}, which holds no keys.")
-        try:
-            node[last] = json.loads(text)
-        except json.JSONDecodeError:
-            node[last] = text.strip()
+        with _bounded(f"the value of {dotted.strip()!r}"):
+            try:
+                node[last] = json.loads(text)
+                json.dumps(node[last], ensure_ascii=False).encode()
+            except json.JSONDecodeError:
+                node[last] = text.strip()
     return result

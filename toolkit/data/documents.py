@@ -21,6 +21,8 @@ FINGERPRINTED = 256
 
 BadDocuments = Literal["skip", "stop"]
 
+# One NUL in so many characters: another encoding (every second one is), or a file whose blocks were never written.
+_NULS = 10
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -49,6 +51,10 @@ def document(text: str, where: str) -> Document:
     if len(text) > LONGEST:
         return Document(
             "", where, f"{where} holds more than {LONGEST:,} characters, the most that a document may have."
+        )
+    if "\0" in text and text.count("\0") * _NULS >= len(text):
+        return Document(
+            "", where, f"{where} holds so many NUL characters that it is no text, or UTF-16 or UTF-32 without its mark."
         )
     replaced = 0
     if not text.isascii():

@@ -35,6 +35,15 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
 }
+# What a file of another kind begins with: its name is wrong, or it was compressed twice.
+_NOT_TEXT = {
+    b"\x1f\x8b": "a gzip file, which is read where its name ends in .gz",
+    b"\x28\xb5\x2f\xfd": "a zstandard file, which is read where its name ends in .zst",
+    b"PAR1": "a parquet file, which is read where its name ends in .parquet",
+    b"BZh9": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+    b"PK\x03\x04": "a zip file",
+}
 # An error handler of ours: the one called "replace" leaves nothing that could be counted.
 _MARKED = "leanstate.undecoded"
 codecs.register_error(_MARKED, lambda error: (UNDECODED, error.end))  # type: ignore[attr-defined]
@@ -48,9 +57,9 @@ _LONGEST_LIST = 1 << 28
 
 
 def kind_of(file: Path) -> str | None:
-    """``parquet``, ``json`` or ``text``, by the file's name; None for any other."""
-    compressed = file.suffix in COMPRESSIONS
-    kind = KINDS.get(Path(file.stem).suffix if compressed else file.suffix)
+    """``parquet``, ``json`` or ``text``, by the file's name in any case; None for any other."""
+    compressed = file.suffix.lower() in COMPRESSIONS
+    kind = KINDS.get((Path(file.stem).suffix if compressed else file.suffix).lower())
     return None if compressed and kind == "parquet" else kind
 
 
@@ -101,6 +110,8 @@ def check_parquet(file: Path, text_column: str) -> None:
         raise UserError(f"data file {str(file)!r} cannot be read or is corrupt: {first_line(error)}.") from error
     if text_column not in schema.names:
         raise UserError(no_column(f"data file {str(file)!r}", text_column, schema.names))
+    if schema.names.count(text_column) > 1:
+        raise UserError(f"data file {str(file)!r} has more than one column {text_column!r}.")
     column = schema.field(text_column).type
     if not _is_text(column):
         raise UserError(f"column {text_column!r} of {str(file)!r} holds {column}, not text.")
@@ -293,9 +304,12 @@ def _open(file: Path) -> Iterator[IO[str]]:
 
     with file.open("rb") as raw:
         stream: Any = raw
-        if file.suffix in COMPRESSIONS:
-            stream = io.BufferedReader(pa.CompressedInputStream(raw, COMPRESSIONS[file.suffix]))
+        if compression := COMPRESSIONS.get(file.suffix.lower()):
+            stream = io.BufferedReader(pa.CompressedInputStream(raw, compression))
         head = stream.peek(4)
+        for magic, what in _NOT_TEXT.items():
+            if head.startswith(magic):
+                raise OSError(f"it is no text, but {what}")
         encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
         yield io.TextIOWrapper(stream, encoding=encoding, errors=_MARKED)
 

@@ -149,6 +149,10 @@ def stdlib_files() -> list[Path]:
 
 def _find_files(spec: str) -> tuple[list[Path], str]:
     path = Path(spec).expanduser()
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, links in a circle
+        raise UserError(f"data {spec!r} cannot be opened: {error.strerror}.") from None
     if spec and path.is_dir():
         # What is hidden is a program's own: .ipynb_checkpoints/, .git/, macOS's ._x.jsonl.
         inside = (file for file in path.rglob("*") if kind_of(file) and file.is_file())
