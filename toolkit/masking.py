@@ -11,7 +11,8 @@ from typing import Any
 MASK = "***"
 _SECRET = re.compile(
     r"api_?key|secret|pass(w|phrase)|credential|private_?key|access_?key|authorization|bearer|(^|_)auth(_|$)"
-    r"|(^|_)(token|pwd)$"
+    r"|(^|_)(token|pwd)([_-]?(value|\d+))?$|(^|_)(hf|access|auth|api|refresh)_tokens$"
+    r"|(ssh|signing|encryption|deploy|wandb|comet)_key|cookie|webhook"
 )
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from toolkit.config import apply_overrides, load_config, shipped_configs, validate
 from toolkit.errors import UserError
+from toolkit.masking import is_secret
 from toolkit.optim import RULES, find_rule
 from toolkit.optim.rule import all_states
 
@@ -252,3 +253,10 @@ def test_what_json_can_spell_and_nothing_can_hold_gets_one_sentence(tmp_path: Pa
             load_config(file)
     with pytest.raises(UserError, match=sentence):
         apply_overrides({}, [f"train_batch_size={value}"])
+
+
+def test_secrets_by_their_common_names_are_known_and_settings_are_not_taken_for_them() -> None:
+    for key in ("hf_tokens", "access_tokens", "token_2", "token2", "token_value", "signing_key", "ssh_key", "cookie"):
+        assert is_secret(key), key
+    for key in ("max_tokens", "tokenizer", "tokens", "num_tokens_2", "key", "kv_cache", "token_type_ids", "author"):
+        assert not is_secret(key), key
