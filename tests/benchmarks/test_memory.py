@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from memory import configuration, launch
+import transformers
+from memory import base, configuration, launch, ours
 
 from toolkit.estimate.predict import Case, Estimator
 from toolkit.models import cpu_matmul
-from toolkit.records.categories import is_model_state
+from toolkit.records.categories import STEP, is_model_state
 
 MODEL = "qwen3-tiny"
 
@@ -43,3 +46,18 @@ def test_the_measured_peak_is_the_predicted_one(
     assert model_state(held) == pytest.approx(model_state(largest["held"]), rel=0.02)
     # Every byte of the peak has a name.
     assert largest["held"].get("other", 0) < 0.03 * largest["peak"]
+
+
+@pytest.mark.parametrize(("rule", "stage"), [("Muon8", 1), pytest.param("Adafactor8", 3, marks=pytest.mark.slow)])
+def test_the_measured_step_of_a_rule_that_looks_at_whole_parameters_is_the_predicted_one(
+    rule: str, stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cpu_matmul.VARIABLE, "fp32")
+    # Matrices are large beside everything else, and of more elements than go through a buffer at a time.
+    shape = {"hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 4, "num_key_value_heads": 2}
+    transformers.Qwen3Config(vocab_size=96, num_hidden_layers=2, head_dim=128, **shape).save_pretrained(tmp_path)
+    config = base(stage) | ours(rule, "8bit", "bf16+8")
+    found = launch(config, 2, model=str(tmp_path), seq_len=8, steps=2)
+    case = Case(str(tmp_path), config, 2, 1, 8, device="cpu", activation_checkpointing=False, loss="plain")
+    [step] = [phase for phase in Estimator().predict(case).phases if phase.name == STEP]
+    assert step.peak == pytest.approx(max(one["step"] for one in found), rel=0.01)

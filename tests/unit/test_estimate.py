@@ -14,10 +14,15 @@ from toolkit.errors import UserError
 from toolkit.estimate.dry_run import DryRun, dry_run, scaled
 from toolkit.estimate.optimizer_memory import optimizer_memory
 from toolkit.estimate.predict import Case, Estimator, alternatives, assumed_context, variants
+from toolkit.estimate.together import Flat, Part, step_together
 from toolkit.memory.trace import StepTrace
 from toolkit.models.build import blueprint
 from toolkit.optim import RULES, Rule, State, as_optimizer
+from toolkit.optim.rules.adafactor8 import Adafactor8Rule
+from toolkit.optim.rules.muon8 import Muon8Rule
+from toolkit.optim.statistics import CHUNK
 from toolkit.records import categories as c
+from toolkit.state.sharding import held
 
 TINY, MIDDLE = "qwen3-tiny", "qwen3-134m"
 SCALE = 4 / 256
@@ -228,6 +233,48 @@ def test_a_rule_of_the_users_is_counted_from_its_declaration(estimator: Estimato
         assert found.resident[c.SCALES] == pytest.approx(SCALE * matrices, rel=1e-3)
     finally:
         del RULES["OneState"]
+
+
+def test_states_of_rows_and_columns_are_whole_on_every_rank(estimator: Estimator) -> None:
+    shapes = [p.shape for p in blueprint(TINY, dtype=torch.bfloat16).parameters()]
+    for stage, ranks in ((1, 1), (2, 4), (3, 4)):
+        found = estimator.predict(case(config("Adafactor8", stage), ranks))
+        # A vector is one row.
+        assert found.resident["r"] == 4 * sum(s[0] if len(s) > 1 else 1 for s in shapes)
+        assert found.resident["c"] == 4 * sum(s[1] if len(s) > 1 else s[0] for s in shapes)
+        assert found.sent == 0
+
+
+def test_a_matrix_goes_to_its_owner_and_back_in_fp32() -> None:
+    matrix, half = 512 * 1024, 512 * 512
+    sent = {}
+    for ranks in (1, 2):
+        for rank in range(ranks):
+            fragment = held(rank, matrix, size=matrix // ranks)
+            flat = Flat(Muon8Rule, (Part(0, (512, 1024), matrix, fragment),), 3.0)
+            found = step_together([flat], ranks=ranks, rank=rank, device="cpu")
+            [moment] = found.moments
+            sent[ranks, rank] = found.sent
+            assert moment.used == (0,)
+            # What was sent, the whole matrix, and what Newton-Schulz takes: four matrices and a small square, or three
+            # matrices and three squares. A rank that owns nothing holds its half as it is joined, and joined again.
+            transform = max(16 * matrix + 4 * 512**2, 12 * matrix + 12 * 512**2)
+            assert moment.bytes == (4 * matrix + 4 * matrix + transform if rank == 0 else 3 * 4 * half)
+    assert sent == {(1, 0): 0, (2, 0): 4 * half, (2, 1): 4 * half}
+
+
+def test_a_measuring_pass_holds_two_stretches_of_each_buffer() -> None:
+    rows, columns = 4096, 1024  # four stretches, each of whole rows
+    numel = rows * columns
+    flat = Flat(Adafactor8Rule, (Part(0, (rows, columns), numel, held(0, numel, size=numel)),), 2.0)
+    first, second, update = step_together([flat], ranks=1, rank=0, device="cpu").moments
+    lines, blocks = rows + columns, CHUNK // 256
+    # Two results by element and one by block, with how many lanes count; sums of all three.
+    assert first.bytes == 4 * (2 * 2 * CHUNK + 2 * blocks) + 8 * (lines + 1)
+    # r and c go in, laid out in whole rows first, and what was found by block; out come two results by block.
+    assert second.bytes == 4 * (2 * 2 * CHUNK + CHUNK + (1 + 2 + 1) * blocks) + 4 * (lines + 1) + 8 * 2
+    assert update.bytes == 4 * (2 * 2 * CHUNK + CHUNK + 3 * blocks) + 4 * (lines + 3)
+    assert (first.used, second.used, update.used) == ((), (), (0,))
 
 
 def test_optimizers_of_torch_are_tried_on_a_small_tensor() -> None:

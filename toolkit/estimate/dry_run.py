@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,6 +145,20 @@ def dry_run(
         attention=str(built.hf.config._attn_implementation),
         widens=tracker.widens,
     )
+
+
+def transients(function: Callable[[Tensor], Tensor], shape: tuple[int, ...], device: str) -> int:
+    """Bytes that `function` makes of an fp32 tensor of `shape`, at its largest moment, the result among them."""
+    storages = StorageTrace()
+    tracker = _MetaTracker(storages, device)
+    given = torch.empty(shape, dtype=torch.float32, device="meta")
+    tracker.adopt(given, None)
+    storages.begin(c.STEP)
+    with torch.no_grad(), tracker:
+        result = function(given)
+    del result
+    storages.classify()
+    return int(storages.curve().total.max(initial=0))
 
 
 def scaled(two: DryRun, three: DryRun, micro_batch: int) -> DryRun | None:

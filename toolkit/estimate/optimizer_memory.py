@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import nn
 
 from toolkit.config import DeepSpeedSettings
 from toolkit.errors import UserError
-from toolkit.optim import param_groups
+from toolkit.optim import Rule, param_groups
 from toolkit.records import categories as c
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import Layout
+from toolkit.state.sharding import lines
 
 _PROBE = 256
 """Elements of the flat tensor that an optimizer of torch is tried on."""
@@ -26,7 +27,8 @@ class Group:
 
     `per_element`: bytes by category of remainder and states. `master`: of fp32 master weights, 0 without.
     `whole_blocks`: whether stage 3 pads each of them to whole blocks; `released`: whether their gradients are used
-    and freed during the backward pass.
+    and freed during the backward pass. `whole`: bytes by category of states of rows and columns, which every rank has
+    of whole parameters. `together`: the rule, if it looks at more than single elements.
     """
 
     numbers: tuple[int, ...]
@@ -34,6 +36,8 @@ class Group:
     master: float
     whole_blocks: bool
     released: bool
+    whole: Mapping[str, float] = field(default_factory=dict)
+    together: type[Rule] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def optimizer_memory(model: nn.Module, ds: DeepSpeedSettings) -> OptimizerMemory
     for group in optimizer.param_groups:
         layout = optimizer.layout(group, ds.dtype if whole else torch.float32)
         sizes = [p.numel() for p in group["params"]]
+        kind = optimizer.rule_of(group)
         groups.append(
             Group(
                 numbers=tuple(numbers[id(p)] for p in group["params"]),
@@ -83,6 +88,8 @@ def optimizer_memory(model: nn.Module, ds: DeepSpeedSettings) -> OptimizerMemory
                 master=0.0 if whole else masters,
                 whole_blocks=any(p.dim() > 1 for p in group["params"]),
                 released=optimizer.defaults["release_gradients"] and all(size % BLOCK == 0 for size in sizes),
+                whole=_of_lines(kind, [tuple(p.shape) for p in group["params"]]),
+                together=kind if kind.statistics else None,
             )
         )
     return OptimizerMemory(tuple(groups), True, 0.0)
@@ -94,6 +101,11 @@ def _per_element(layout: Layout) -> dict[str, float]:
         category = c.category_of_state(key)
         found[category] = found.get(category, 0.0) + spec.bytes_per_element
     return found
+
+
+def _of_lines(rule: type[Rule], shapes: Sequence[tuple[int, ...]]) -> dict[str, float]:
+    small = [(state.name, state.of) for state in rule.states if state.of is not None]
+    return {c.category_of_state(name): 4.0 * sum(lines(shape, of) for shape in shapes) for name, of in small}
 
 
 # DeepSpeed's own, which need a compiler or a GPU to be tried.

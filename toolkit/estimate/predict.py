@@ -162,7 +162,7 @@ class Estimator:
 
     def _prediction(self, case: Case, run: DryRun, optimizer: OptimizerMemory, step: Step) -> Prediction:
         at = step.curve.peak_at
-        remarks = [*optimizer.remarks, *_unknown(case.config), *_whole_parameters(case)]
+        remarks = [*optimizer.remarks, *_unknown(case.config)]
         if counted := [key for key in case.defaults if key.startswith(("zero_optimization.", "bf16.", "fp16."))]:
             remarks.append(f'{", ".join(counted)}: "auto" is counted as DeepSpeed\'s default.')
         if case.device == "cuda":
@@ -179,6 +179,7 @@ class Estimator:
             resident=step.resident,
             host=step.host,
             nvme=step.nvme,
+            sent=step.sent,
             context=assumed_context(case.world_size) if case.device == "cuda" else 0,
             per_block=run.per_block,
             remarks=remarks,
@@ -216,16 +217,6 @@ def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
         found = value_at(config, path)
         if found is not None and (value is None or found is value):
             yield f"{path} is not modelled: the prediction is that without it."
-
-
-def _whole_parameters(case: Case) -> Iterator[str]:
-    """A remark for a rule that looks at more than single elements."""
-    rule = case.ds.rule
-    if rule is not None and any(kind.statistics for kind in rule.rule.variants(case.ds.params)):
-        yield (
-            f"what {rule.__name__} holds of whole parameters in a step is not modelled: buffers for means over rows "
-            "and columns, their states, and matrices at their owners with what goes over the wire."
-        )
 
 
 def _ranks(world_size: int, stage: int) -> list[int]:

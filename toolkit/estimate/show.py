@@ -55,6 +55,8 @@ def show_prediction(
         if any(sizes.values()):
             parts = ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())
             console.print_line(f"{title}: {size_text(sum(sizes.values()))} ({parts})")
+    if found.sent:
+        console.print_line(f"sent for whole matrices in a step: {size_text(found.sent)} (fp32, to owners and back)")
     if variants:
         loss = ", and of the loss" if len(variants) > 2 else ""
         console.print_line(f"activations of one transformer block{loss} (kept: until its backward pass):")

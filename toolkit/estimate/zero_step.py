@@ -6,18 +6,16 @@ fp16/unfused_optimizer.py) for all other optimizers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from toolkit.config import DeepSpeedSettings
 from toolkit.config.batch import Batch
 from toolkit.estimate.dry_run import DryRun
 from toolkit.estimate.gather import gather
-from toolkit.estimate.optimizer_memory import Group, OptimizerMemory
+from toolkit.estimate.optimizer_memory import OptimizerMemory
+from toolkit.estimate.simulation import Simulation
 from toolkit.memory.storages import Curve, Lifetime, curve
 from toolkit.records import categories as c
-from toolkit.state.codecs import BLOCK
-from toolkit.state.sharding import held, shard_size
-from toolkit.zero.gradients import NORM_CHUNK
 
 _UNSHARDED_REDUCTION = 500_000_000
 """Elements that DeepSpeed's engine flattens at a time without ZeRO (engine.py, MEMORY_OPT_ALLREDUCE_SIZE)."""
@@ -25,12 +23,16 @@ _UNSHARDED_REDUCTION = 500_000_000
 
 @dataclass
 class Step:
-    """A simulated step of one rank: `curve` of the device, and what lies on the host and on NVMe, in bytes."""
+    """A simulated step of one rank: `curve` of the device, and what lies on the host and on NVMe, in bytes.
+
+    `sent`: what it sends in the step for whole matrices.
+    """
 
     curve: Curve
     resident: dict[str, int]
     host: dict[str, int]
     nvme: dict[str, int]
+    sent: int
 
 
 def simulate(
@@ -45,88 +47,7 @@ def simulate(
     return _Simulation(dry_run, ds, optimizer, batch, rank, on_gpu).run()
 
 
-class _Simulation:
-    def __init__(
-        self, dry_run: DryRun, ds: DeepSpeedSettings, optimizer: OptimizerMemory, batch: Batch, rank: int, on_gpu: bool
-    ) -> None:
-        self.dry_run, self.ds, self.optimizer = dry_run, ds, optimizer
-        self.world_size, self.accumulation = batch.world_size, batch.accumulation
-        self.buckets, self.width, self.rank, self.on_gpu = ds.buckets, ds.dtype.itemsize, rank, on_gpu
-        # Only gradients live on differently under ZeRO; everything else is the dry run's own.
-        self.lifetimes = [x if x.parameter is None else replace(x) for x in dry_run.storages.lifetimes]
-        self.host: dict[str, int] = {}
-        self.nvme: dict[str, int] = {}
-        self.unapplied: list[tuple[list[Lifetime], int]] = []
-        self.busy: list[Lifetime] = []
-        self.numels = [parameter.numel for parameter in dry_run.parameters]
-        self.total = sum(self.numels[number] for group in optimizer.groups for number in group.numbers)
-        # The gradient that autograd made, by parameter.
-        self.gradients = {x.parameter: x for x in self.lifetimes if x.parameter is not None}
-        for number, moment in dry_run.arrivals:
-            if number not in self.gradients:  # a part of something larger
-                name = f"gradient of {dry_run.parameters[number].name}"
-                size = self.width * dry_run.parameters[number].numel
-                self.gradients[number] = Lifetime(size, moment, moment + 1, c.BACKWARD, c.GRADIENTS, name)
-                self.lifetimes.append(self.gradients[number])
-        # After the pass: the end of the reduction, then the step, a moment for each thing that it holds.
-        self.last = dry_run.storages.now - 1
-        self.reduced = dry_run.storages.now
-        self.step = self.reduced + 1
-        self.end = self.step + 1
-        self.own = self._shares()
-
-    # ---- small parts ----------------------------------------------------------------------------------------------
-
-    def allocate(self, size: float, category: str, what: str, start: int, end: int | None) -> Lifetime:
-        """Add a storage on the device, from one moment to another."""
-        lifetime = Lifetime(round(size), start, end, self._phase(start), category, what)
-        if lifetime.bytes > 0:
-            self.lifetimes.append(lifetime)
-        return lifetime
-
-    def _phase(self, moment: int) -> str:
-        if moment < 0:
-            return c.INIT
-        if moment >= self.reduced:
-            return c.REDUCE if moment < self.step else c.STEP
-        return next(name for name, start in reversed(self.dry_run.storages.phases) if start <= moment)
-
-    def allocate_resident(self, size: float, category: str, what: str, place: str) -> None:
-        """Allocate for good, on the device, the host or NVMe."""
-        if place == "nvme":
-            self.nvme[category] = self.nvme.get(category, 0) + round(size)
-        elif place == "cpu" and self.on_gpu:
-            self.host[category] = self.host.get(category, 0) + round(size)
-        else:
-            self.allocate(size, category, what, -1, None)
-
-    def _shares(self) -> dict[int, int]:
-        """Elements of each parameter's gradient that this rank keeps."""
-        ranks = self.world_size
-        if self.ds.stage == 0 or ranks == 1:
-            return dict(enumerate(self.numels))
-        own: dict[int, int] = {}
-        for group in self.optimizer.groups:
-            if self.ds.stage == 3:
-                own.update({number: -(-self.numels[number] // ranks) for number in group.numbers})
-                continue
-            size, start = self.group_share(group), 0
-            for number in group.numbers:
-                mine = held(self.rank, self.numels[number], size=size, shift=start)
-                own[number] = mine.numel if mine is not None else 0
-                start += self.numels[number]
-        return own
-
-    def group_share(self, group: Group) -> int:
-        """Elements of `group` on one rank, padding included."""
-        ranks, sizes = self.world_size, [self.numels[number] for number in group.numbers]
-        if self.ds.stage == 0:
-            return sum(sizes)
-        if self.ds.stage == 3:
-            unit = BLOCK if group.whole_blocks or not self.optimizer.ours else 1
-            return sum(shard_size(size, ranks, unit) for size in sizes)
-        return shard_size(sum(sizes), ranks, BLOCK if self.optimizer.ours else 2)
-
+class _Simulation(Simulation):
     # ---- the step -------------------------------------------------------------------------------------------------
 
     def run(self) -> Step:
@@ -140,11 +61,12 @@ class _Simulation:
         else:
             self._deepspeed_stages_1_and_2()
         phases = [*self.dry_run.storages.phases, (c.REDUCE, self.reduced), (c.STEP, self.step)]
+        self.step_together()
         found = curve(self.lifetimes, self.end, phases)
         resident = c.bytes_by_category(
             (x.category or c.OTHER, x.bytes) for x in self.lifetimes if x.allocated_at < 0 and x.freed_at is None
         )
-        return Step(found, resident, self.host, self.nvme)
+        return Step(found, resident, self.host, self.nvme, self.together.sent)
 
     def _model_state(self) -> None:
         group_of = {}
@@ -153,6 +75,8 @@ class _Simulation:
             group_of.update(dict.fromkeys(group.numbers, group))
             for category, size in group.per_element.items():
                 self.allocate_resident(size * share, category, category, self.ds.offload_optimizer)
+            for category, size in group.whole.items():
+                self.allocate_resident(size, category, category, self.ds.offload_optimizer)
             self.allocate_resident(group.master * share, c.MASTER, "fp32 weights", self.ds.offload_optimizer)
             # The step runs on the host, on its own copy of the weights, unless those are there anyway.
             on_host = self.ds.offload_param != "none" or (self.ds.stage == 3 and not self.on_gpu)
@@ -166,26 +90,17 @@ class _Simulation:
         for name, buffer in self.dry_run.model.named_buffers():
             self.allocate(buffer.numel() * buffer.element_size(), c.WEIGHTS, name, -1, None)
 
-    def staging(self, numel: int, moment: int) -> None:
-        """Pieces of so many elements of gradients, of which the norm is taken, and that are joined."""
-        if not self.on_gpu:
-            self.allocate(4 * min(NORM_CHUNK, numel), c.TRANSIENTS, "pieces of gradients", moment, moment + 1)
-
     def _unsharded(self) -> None:
         for number, _ in self.dry_run.arrivals:
             self.gradients[number].freed_at = self.end
             if self.accumulation > 1:
-                self._accumulated(number, self.numels[number] * self.width)
+                self.accumulated(number, self.numels[number] * self.width)
         size = self.width * min(self.total, _UNSHARDED_REDUCTION)
         self.allocate(size, c.BUCKETS, "gradients, flattened", self.reduced, self.step)
         if self.width < 4:
             self.allocate(4 * self.total, c.TRANSIENTS, "fp32 gradients", self.step, self.end)
         if self.optimizer.ours:
             self.staging(self.total, self.step)
-
-    def _accumulated(self, number: int, size: float) -> Lifetime:
-        """What earlier micro-batches have summed up is there from the start; this one's is added to it."""
-        return self.allocate(size, c.GRADIENTS, f"gradient of {self.dry_run.parameters[number].name}", -1, self.end)
 
     # ---- stages 1 and 2 -------------------------------------------------------------------------------------------
 
@@ -196,12 +111,12 @@ class _Simulation:
         for number, moment in self.dry_run.arrivals:
             if self.ds.stage == 1 and self.accumulation > 1:
                 # Autograd adds this micro-batch's gradient to what is there.
-                self.gradients[number] = self._accumulated(number, self.width * self.numels[number])
+                self.gradients[number] = self.accumulated(number, self.width * self.numels[number])
             if self.world_size == 1 and self.ds.offload_optimizer == "none":
                 if number not in released and (self.ds.stage == 1 or self.accumulation == 1):
                     self.gradients[number].freed_at = self.end
                 elif number not in released:
-                    self._accumulated(number, self.width * self.numels[number])
+                    self.accumulated(number, self.width * self.numels[number])
                 else:
                     self._apply_later([self.gradients[number]], self.numels[number], moment)
                     self.staging(self.numels[number], moment)
@@ -250,13 +165,13 @@ class _Simulation:
             # A copy: what was joined, or cut out of a gradient of which other ranks have parts.
             adds = not goes and self.accumulation > 1 and self.ds.stage == 2
             if adds:
-                self._accumulated(number, size)
+                self.accumulated(number, size)
             if number in released:
                 self.staging(self.numels[number], moment)
             if goes or adds:
                 self.allocate(size, c.BUCKETS, name, moment, moment + 1)
             else:
-                self.allocate(size, c.GRADIENTS, name, moment, self.end)
+                self.allocate(size, c.GRADIENTS, name, moment, self.end).parameter = number
         self._apply_later(unapplied, sum(self.own[number] for number in waiting), moment)
         if self.buckets.overlap:
             for lifetime in self.busy:
@@ -292,7 +207,7 @@ class _Simulation:
         first_own = self.last  # from the first reduction of something that this rank keeps
         for number, moment in self.dry_run.arrivals:
             if self.ds.stage == 1 and self.accumulation > 1:
-                self._accumulated(number, self.width * self.numels[number])
+                self.accumulated(number, self.width * self.numels[number])
                 continue
             numel = self.numels[number]
             # It is copied into the bucket, after what is there has made room.
@@ -383,12 +298,9 @@ class _Simulation:
         waiting.clear()
 
     def _largest_sub_group(self) -> int:
-        largest = 0
-        for group in self.optimizer.groups:
-            size = 0
-            for number in group.numbers:
-                size += -(-self.numels[number] // self.world_size)
-                if size >= self.buckets.sub_group:
-                    largest, size = max(largest, size), 0
-            largest = max(largest, size)
-        return largest
+        sizes = {number: -(-numel // self.world_size) for number, numel in enumerate(self.numels)}
+        return max(
+            sum(sizes[number] for number in numbers)
+            for group in self.optimizer.groups
+            for numbers in self.sub_groups(group)
+        )

@@ -62,7 +62,7 @@ class StepFunction:
     def __init__(self, rule: type[Rule], names: tuple[str, ...], layout: Layout, function: str = "update") -> None:
         self.rule, self.names, self.layout = rule, names, layout
         self.numbers, self.spread = rule.given(function)
-        self.results = () if function == "update" else _measured_by_element(rule, function)
+        self.results = () if function == "update" else measured_by_element(rule, function)
         counts = not all(self.results)
         self.wide = (
             *self.results,
@@ -166,7 +166,7 @@ def step_function(rule: type[Rule], names: tuple[str, ...], layout: Layout, func
     return StepFunction(rule, names, layout, function)
 
 
-def _measured_by_element(rule: type[Rule], function: str) -> tuple[bool, ...]:
+def measured_by_element(rule: type[Rule], function: str) -> tuple[bool, ...]:
     """Of each result of a measuring function, whether every element is wanted, and not the sum over each block."""
     means = rule.passes().get(function)
     return tuple(mean.over in ("row", "column") for mean in means) if means is not None else (True,)

@@ -160,7 +160,7 @@ def run(member: Member, function: str, scale: Tensor) -> Iterator[tuple[int, lis
     kernel = _kernel(step, function)
     begin, offset, total = share.fragment.start, share.fragment.offset, share.fragment.numel
     most = CHUNK if any(kernel.results) or kernel.spread else total
-    for at, size in _stretches(total, most):
+    for at, size in stretches(total, most):
         blocks = blocks_of(size)
         results = [step.theta.new_zeros(blocks, BLOCK if one else 1, dtype=torch.float32) for one in kernel.results]
         lanes = [] if all(kernel.results) else [_lanes([size], [blocks], step.theta.device)]
@@ -318,7 +318,7 @@ def _spread(member: Member, name: str, start: int, size: int, blocks: int) -> Te
     return spread.view(blocks, BLOCK)
 
 
-def _stretches(size: int, most: int) -> Iterator[tuple[int, int]]:
+def stretches(size: int, most: int) -> Iterator[tuple[int, int]]:
     """Cuts of `size` elements (begin, elements): whole blocks, `most` elements at most, and what is left of a block."""
     whole = size // BLOCK * BLOCK
     yield from ((at, min(most, whole - at)) for at in range(0, whole, most))

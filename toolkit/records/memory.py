@@ -127,6 +127,8 @@ class Prediction(Record):
     """In host memory, by category, where something is offloaded."""
     nvme: dict[str, int] = {}
     """On NVMe, by category."""
+    sent: int = 0
+    """Bytes that this rank sends in a step for whole matrices, beside gradients and weights."""
     context: int = 0
     """Outside torch's allocator, on top of `peak` (CUDA context); 0 on a CPU."""
     per_block: dict[str, int] = {}

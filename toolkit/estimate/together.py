@@ -1,0 +1,223 @@
+"""What a step holds of whole parameters: sums and buffers of means, and matrices at their owners.
+
+Goes through `toolkit.optim.together` with sizes only: for each pass and each round of matrices the most that is held,
+in the order of means.py, statistics.py and matrices.py there. What a rule does with a matrix runs on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+from toolkit.errors import UserError
+from toolkit.estimate.dry_run import transients
+from toolkit.optim import Rule
+from toolkit.optim.kernel import measured_by_element
+from toolkit.optim.matrices import Round, rounds
+from toolkit.optim.rule import Matrix, Mean
+from toolkit.optim.statistics import CHUNK, stretches
+from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import Fragment, blocks_of, lines
+
+_FP32, _FP64, _INT64 = 4, 8, 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter, by number, and what this rank steps of it: None for nothing."""
+
+    number: int
+    shape: tuple[int, ...]
+    numel: int
+    fragment: Fragment | None
+
+    @property
+    def held(self) -> int:
+        return self.fragment.numel if self.fragment is not None else 0
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Parameters of one rule in one flat tensor, with `width` bytes of weights and state for each element."""
+
+    rule: type[Rule]
+    parts: tuple[Part, ...]
+    width: float
+
+    @property
+    def blocks(self) -> int:
+        return sum(blocks_of(part.held) for part in self.parts)
+
+    @property
+    def copied(self) -> float:
+        """Bytes of the copy in which 1-D parameters begin at blocks, and of where everything comes from and goes."""
+        fragments = [part.fragment for part in self.parts if part.fragment is not None]
+        if not any(fragment.offset % BLOCK for fragment in fragments):
+            return 0.0
+        return self.width * self.blocks * BLOCK + 2 * _INT64 * sum(fragment.numel for fragment in fragments)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The most that a pass or a round holds. `used`: parameters whose gradients it is the last to need.
+
+    `exchanged`: bytes of it that go over the wire or come from there.
+    """
+
+    what: str
+    bytes: float
+    used: tuple[int, ...] = ()
+    exchanged: int = 0
+
+
+@dataclass(frozen=True)
+class Together:
+    """The moments of a step in order.
+
+    `sent`: bytes that this rank sends in it for whole matrices. `counts`: bytes of what the host keeps from step to
+    step: how many elements each sum is of.
+    """
+
+    moments: tuple[Moment, ...]
+    sent: int
+    counts: int
+
+
+def step_together(flats: Sequence[Flat], *, ranks: int, rank: int, device: str) -> Together:
+    """The part of a step that looks at whole parameters.
+
+    Args:
+        flats: all flat tensors whose rule has statistics, in the order of the optimizer's groups.
+        ranks, rank: how many hold parts of the same parameters, and which one this is.
+        device: whose kernels run what a rule does with a matrix.
+    """
+    by_rule: dict[type[Rule], list[Flat]] = {}
+    for flat in flats:
+        by_rule.setdefault(flat.rule, []).append(flat)
+    moments: list[Moment] = []
+    sent = counts = 0
+    for rule, own in by_rule.items():
+        parts = [part for flat in own for part in flat.parts]
+        kept = sum(flat.copied for flat in own)
+        counted = {mean.over: mean for means in rule.passes().values() for mean in means}
+        counts += _FP64 * sum(
+            _length(mean, part)
+            for over, mean in counted.items()
+            if over not in ("component", "model")
+            for part in parts
+        )
+        for function, means in rule.passes().items():
+            lengths = [sum(_length(mean, part) for part in parts) for mean in means]
+            sums, found = _FP64 * sum(lengths), _FP32 * sum(lengths)
+            after = found + _FP64 * max(lengths) * (2 if device == "cuda" else 1)  # a mean, and the counts of its sums
+            most = sums + max(_pass(own, function, means), after)
+            moments.append(Moment("means over parameters, rows or columns", kept + most))
+            kept += found
+        matrix = rule.matrix()
+        if matrix is None:
+            most = _pass(own, "update", ())
+            moments.append(Moment("means by element", kept + most, tuple(part.number for part in parts)))
+            continue
+        for now in rounds([part.numel for part in parts], ranks):
+            moments.append(_round(rule, matrix, parts, now, kept, ranks, rank, device))
+            owned = [(parts[number], owner == rank) for number, owner in now]
+            sent += _FP32 * sum(part.numel - part.held if mine else part.held for part, mine in owned)
+    return Together(tuple(moments), sent, counts)
+
+
+def _length(mean: Mean, part: Part) -> int:
+    return lines(part.shape, mean.over + "s") if mean.over in ("row", "column") else 1
+
+
+# ---- passes over what this rank holds -----------------------------------------------------------------------------
+
+
+def _pass(flats: Sequence[Flat], function: str, means: tuple[Mean, ...]) -> int:
+    """Bytes beside the sums of a pass of one of the rule's functions."""
+    rule = flats[0].rule
+    wide = measured_by_element(rule, function) if means else ()
+    numbers, spread = rule.given(function)
+    narrow = len(numbers) + (wide.count(False) + 1 if not all(wide) else 0)  # results, and how many lanes count
+    if not any(wide) and not spread:
+        # One number for each block; places, or sums in fp64, beside them.
+        return max(flat.blocks for flat in flats) * (_FP32 * narrow + _INT64 if narrow else 0)
+    matrix = rule.matrix()
+    across = any(matrix is None or name != matrix.name for name in spread)
+    parts = [part for flat in flats for part in flat.parts]
+    return _by_element(parts, results=sum(wide), narrow=narrow, spread=len(spread), across=across)
+
+
+def _by_element(parts: Sequence[Part], *, results: int, narrow: int, spread: int, across: bool) -> int:
+    """Bytes of the buffers in which elements go through CHUNK at a time: of one stretch and what is left of the last.
+
+    `results` and `spread`: how many come out and go in with a value for each element; `across`: whether some of
+    these are of rows or columns, which are laid out in whole rows first.
+    """
+    most = before = 0
+    for part in parts:
+        if part.fragment is None:
+            continue
+        columns, same = lines(part.shape, "columns"), 0
+        for at, size in stretches(part.held, CHUNK):
+            start, blocks = part.fragment.start + at, blocks_of(size)
+            now = blocks * BLOCK
+            rows = -(-(start % columns + size) // columns) * columns
+            made = results * (before + now) + spread * (same + now) + (rows if across else 0)
+            uneven = results and (start % columns or size % columns)
+            added = (results + spread) * now + (rows if uneven else 0)
+            most = max(most, _FP32 * (max(made, added) + narrow * blocks))
+            before = same = now
+    return most
+
+
+# ---- whole matrices -----------------------------------------------------------------------------------------------
+
+
+def _round(
+    rule: type[Rule],
+    matrix: Matrix,
+    parts: Sequence[Part],
+    now: Round,
+    kept: float,
+    ranks: int,
+    rank: int,
+    device: str,
+) -> Moment:
+    """One round: directions on their way to owners, transformed matrices on their way back, the update."""
+    members = [parts[number] for number, _ in now]
+    mine = [parts[number] for number, owner in now if owner == rank]
+    given, owned = _FP32 * sum(part.held for part in members), _FP32 * sum(part.numel for part in mine)
+    # What each rank gets is joined, and for several ranks joined again; then it is received.
+    joined = 3 if ranks > 1 else 2
+    held = [joined * given + (owned if ranks > 1 else 0)]
+    whole = made = 0
+    for part in mine:
+        size = _FP32 * part.numel
+        shape = (lines(part.shape, "rows"), lines(part.shape, "columns"))
+        held.append(owned + made + whole + size)  # a matrix is filled while the one before is still there
+        held.append(owned + made + size + _transform(rule, matrix.transform, shape, device))
+        whole, made = size, made + size
+    held.append(joined * owned + whole + (given if ranks > 1 else 0))
+    update = [Flat(rule, tuple(members), 0.0)]
+    held.append(given + _pass(update, "update", ()))
+    used = tuple(part.number for part in members)
+    return Moment("whole matrices", kept + max(held), used, given + owned if ranks > 1 else 0)
+
+
+@lru_cache(maxsize=256)
+def _transform(rule: type[Rule], name: str, shape: tuple[int, int], device: str) -> int:
+    """Bytes beside a matrix while the rule transforms it, the result among them."""
+
+    def transform(matrix: Tensor) -> Tensor:
+        made: Tensor = getattr(rule, name)(matrix)
+        return made.float().reshape(-1)
+
+    try:
+        return transients(transform, shape, device)
+    except Exception as error:
+        raise UserError(
+            f"the memory of {rule.__name__} is not known: its {name} cannot be tried on the meta device: {error}"
+        ) from None
