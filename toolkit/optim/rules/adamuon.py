@@ -1,4 +1,4 @@
-"""AdaMuon: orthogonal momentum with an adaptive rate for each element, for hidden matrices."""
+"""AdaMuon: orthogonal signs, a rate for each element."""
 
 from __future__ import annotations
 

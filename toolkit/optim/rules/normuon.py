@@ -1,4 +1,4 @@
-"""NorMuon: orthogonal momentum with an adaptive rate for each row, for hidden matrices."""
+"""NorMuon: orthogonal momentum, a rate for each row."""
 
 from __future__ import annotations
 
