@@ -118,6 +118,16 @@ def adafactor(lr: float, decay: float) -> Update:
     return update
 
 
+def newton_schulz(d: Array) -> Array:
+    """Muon's five steps, on singular values alone, so as to share nothing with the rules but their polynomial."""
+    matrix = d.reshape(len(d), -1)
+    u, values, w = np.linalg.svd(matrix / np.linalg.norm(matrix), full_matrices=False)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    made: Array = (u * values) @ w
+    return made
+
+
 def muon(lr: float, decay: float, hidden: bool = True) -> Update:
     m, adam = np.zeros(1), adam_direction(0.9, 0.95, 1e-8)
 
@@ -126,14 +136,42 @@ def muon(lr: float, decay: float, hidden: bool = True) -> Update:
         if g.ndim == 1 or not hidden:
             return theta - lr * decay * theta - lr * adam(g, t)
         m = 0.95 * m + 0.05 * g
-        d = 0.95 * m + 0.05 * g
-        matrix = d.reshape(len(d), -1)
-        # On singular values alone, so as to share nothing with the rule but its polynomial.
-        u, values, w = np.linalg.svd(matrix / np.linalg.norm(matrix), full_matrices=False)
-        for _ in range(5):
-            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-        o = ((u * values) @ w).reshape(d.shape)
-        return theta - lr * decay * theta - lr * 0.2 * np.sqrt(max(matrix.shape)) * o
+        o = newton_schulz(0.95 * m + 0.05 * g)
+        return theta - lr * decay * theta - lr * 0.2 * np.sqrt(max(o.shape)) * o.reshape(g.shape)
+
+    return update
+
+
+def normuon(lr: float, decay: float, hidden: bool = True) -> Update:
+    m, v, adam = np.zeros(1), np.zeros(1), adam_direction(0.9, 0.95, 1e-8)
+
+    def update(theta: Array, g: Array, t: int) -> Array:
+        nonlocal m, v
+        if g.ndim == 1 or not hidden:
+            return theta - lr * decay * theta - lr * adam(g, t)
+        m = 0.95 * m + 0.05 * g
+        o = newton_schulz(m)
+        v = 0.95 * v + 0.05 * np.mean(o**2, axis=1)
+        o = o / (np.sqrt(v) + 1e-10)[:, None]
+        rate = 0.2 * lr * np.sqrt(o.size) / np.linalg.norm(o)
+        return theta - lr * decay * theta - rate * o.reshape(g.shape)
+
+    return update
+
+
+def adamuon(lr: float, decay: float, hidden: bool = True) -> Update:
+    m, v, adam = np.zeros(1), np.zeros(1), adam_direction(0.9, 0.95, 1e-8)
+
+    def update(theta: Array, g: Array, t: int) -> Array:
+        nonlocal m, v
+        if g.ndim == 1 or not hidden:
+            return theta - lr * decay * theta - lr * adam(g, t)
+        m = 0.95 * m + g
+        o = newton_schulz(np.sign(m))
+        v = 0.95 * v + 0.05 * o**2
+        o = o / (np.sqrt(v) + 1e-8)
+        rate = 0.2 * lr * np.sqrt(o.size) / np.linalg.norm(o)
+        return theta - lr * decay * theta - rate * o.reshape(g.shape)
 
     return update
 
@@ -181,6 +219,8 @@ REFERENCES: dict[str, Callable[..., Update]] = {
     "Lamb8": lamb,
     "Adafactor8": adafactor,
     "Muon8": muon,
+    "NorMuon": normuon,
+    "AdaMuon": adamuon,
     "SinkGD": sinkgd,
     "SCALE": scale,
     "LOMO": lomo,
@@ -197,10 +237,8 @@ def follow(
     name: str, lr: float, decay: float, start: Array, gradients: Sequence[Array], component: str = "other"
 ) -> Array:
     """One parameter of this component after steps on these gradients."""
-    kinds: dict[str, dict[str, bool]] = {
-        "Muon8": {"hidden": component in HIDDEN},
-        "SinkGD": {"hidden": component in HIDDEN},
-    }
+    hidden = {"hidden": component in HIDDEN}
+    kinds = dict.fromkeys(("Muon8", "NorMuon", "AdaMuon", "SinkGD"), hidden)
     kinds["SCALE"] = {"head": component == "head", "lookup": component == "embedding"}
     update, theta = REFERENCES[name](lr, decay, **kinds.get(name, {})), start.astype(np.float64)
     for t, gradient in enumerate(gradients, 1):

@@ -68,7 +68,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     weights = full_precision_state_dict(engine) if zero else dict(engine.module.named_parameters())
     result = {
         "weights": {name: value.detach().float().clone() for name, value in weights.items()},
-        "small": [{name: held[name].clone() for name in small} for held in optimizer.state.values()],
+        "small": [{name: held[name].clone() for name in small if name in held} for held in optimizer.state.values()],
         "bytes": optimizer.state_bytes(),
         "norm": engine.get_global_grad_norm(),
     }

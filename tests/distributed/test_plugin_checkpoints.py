@@ -19,7 +19,7 @@ from toolkit.records.run import read_metrics
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 STEPS, STOP = 5, 3
-RULES = ("Muon8", "Adafactor8")
+RULES = ("NorMuon", "Adafactor8")
 SHAPE = {
     "model_type": "qwen3",
     "vocab_size": 4099,
@@ -140,8 +140,9 @@ def test_states_of_rows_and_columns_are_saved_once(world: World) -> None:
 
 
 def test_states_are_those_of_the_variant(world: World) -> None:
-    source = open_checkpoint(find(world.root / "Muon8" / "plain"))
+    source = open_checkpoint(find(world.root / "NorMuon" / "plain"))
     kept = {name: set(source.states(name, 0, place.numel)) for name, (_, place) in source.sharding.by_name.items()}
     momentum = {name for name, states in kept.items() if states == {"m"}}
     assert momentum == {name for name in kept if "_proj." in name}
     assert all(kept[name] == {"m", "v"} for name in kept.keys() - momentum)
+    assert {name for name in kept if source.small(name)} == momentum

@@ -28,7 +28,7 @@ COMPONENTS = {
 }
 CODED = (2, 3)
 """Stages for 8-bit state; stage 1 steps as stage 2 does."""
-WHOLE = ("StableAdamW", "Lamb8", "Adafactor8", "Muon8", "SinkGD", "SCALE")
+WHOLE = ("StableAdamW", "Lamb8", "Adafactor8", "Muon8", "NorMuon", "AdaMuon", "SinkGD", "SCALE")
 """What looks at whole parameters; in Muon8 nothing is summed over ranks but gradients."""
 
 
@@ -122,12 +122,15 @@ def test_coded_states_and_remainders_are_those_of_one_rank(ranks: Any, world_siz
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_small_states_are_the_same_on_all_ranks(ranks: Any, world_size: int) -> None:
-    for stage in STAGES:
-        first, *others = (rank[f"Adafactor8-{stage}"]["small"] for rank in ranks(world_size))
-        assert all(held["r"].numel() and held["c"].numel() for held in first)
-        for other in others:
-            for held, same in zip(first, other, strict=True):
-                assert torch.equal(held["r"], same["r"]) and torch.equal(held["c"], same["c"])
+    for rule, names, everywhere in (("Adafactor8", {"r", "c"}, True), ("NorMuon", {"v_row"}, False)):
+        for stage in STAGES:
+            first, *others = (rank[f"{rule}-{stage}"]["small"] for rank in ranks(world_size))
+            kept = [held for held in first if held]
+            assert kept and all(held.keys() == names and all(x.numel() for x in held.values()) for held in kept)
+            assert (len(kept) == len(first)) == everywhere
+            for other in others:
+                for held, same in zip(first, other, strict=True):
+                    assert held.keys() == same.keys() and all(torch.equal(x, same[key]) for key, x in held.items())
 
 
 def test_clipped_offloaded_and_compiled(ranks: Any) -> None:

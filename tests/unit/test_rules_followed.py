@@ -252,9 +252,12 @@ def test_singular_values_end_near_one(coefficients: str, low: float, high: float
     kinds = {RULES["Muon8"].rule.variant({"coefficients": coefficients}, component="ffn", matrix=True) for _ in "12"}
     [kind] = kinds
     torch.testing.assert_close(kind.transform(matrix), 0.2 * 96**0.5 * newton_schulz.orthogonal(matrix, table))
+    for name in ("NorMuon", "AdaMuon"):
+        kind = RULES[name].rule.variant({"coefficients": coefficients}, component="ffn", matrix=True)
+        torch.testing.assert_close(kind.transform(matrix), newton_schulz.orthogonal(matrix, table))
 
 
-@pytest.mark.parametrize("name", ["Muon8", "SinkGD", "SCALE"])
+@pytest.mark.parametrize("name", ["Muon8", "NorMuon", "AdaMuon", "SinkGD", "SCALE"])
 def test_what_is_no_hidden_matrix_is_trained_with_adamw(name: str) -> None:
     [optimizer] = [
         RULES[name]([{"params": [p], "component": "norm"}], lr=1e-2, adamw_lr=3e-3, compile=False)

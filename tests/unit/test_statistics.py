@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from toolkit.errors import UserError
 from toolkit.optim import RULES, Matrix, Mean, NonNegative, Rule, State, as_optimizer
 from toolkit.optim.kernel import StepFunction
-from toolkit.optim.matrices import rounds
 from toolkit.optim.schedules import Cosine, Linear, Points, fraction_done
 from toolkit.optim.statistics import Alone, Member, Parameter, Share
 from toolkit.optim.together import step_together
@@ -248,6 +247,15 @@ def declared(**body: Any) -> type[Rule]:
             },
             "'o' must have a function of its own, but 'measure' gives means",
         ),
+        (
+            {
+                "statistics": (Matrix("o"), Mean("x", over="component")),
+                "direction": staticmethod(lambda theta, g, m, **s: g),
+                "transform": staticmethod(lambda matrix: matrix),
+                "measure": staticmethod(lambda theta, g, m, *, o, **s: o),
+            },
+            "'x' is over 'component', but must be over parameter, row or column, since 'measure' runs after the matrix",
+        ),
         ({"measure": staticmethod(lambda theta, g, m, **s: (g, g.cumsum(0)))}, "WrongRule.measure is not elementwise"),
         ({"measure": staticmethod(lambda theta, g, m, **s: g)}, "measure returns 1 tensors, but must return 2"),
     ],
@@ -339,20 +347,6 @@ def test_another_shape_than_a_matrix_or_a_small_state_has_is_refused(rule: Any, 
     p.grad = torch.ones(4, 8)
     with pytest.raises(UserError, match=says):
         as_optimizer(rule)([p], compile=False).step()
-
-
-def test_matrices_are_shared_out_evenly_and_no_round_holds_more_than_the_largest() -> None:
-    sizes = [100, 7, 60, 60, 3, 99, 1, 50]
-    for ranks in (1, 2, 3, 4):
-        made = rounds(sizes, ranks)
-        assert sorted(number for now in made for number, _ in now) == list(range(len(sizes)))
-        loads = [0] * ranks
-        for now in made:
-            for rank in range(ranks):
-                mine = sum(sizes[number] for number, owner in now if owner == rank)
-                loads[rank] += mine
-                assert mine <= max(sizes)
-        assert max(loads) - min(loads) <= max(sizes)
 
 
 def test_schedules() -> None:

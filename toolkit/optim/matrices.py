@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import UserError
+from toolkit.optim.means import find_means
 from toolkit.optim.rule import Rule
 from toolkit.optim.statistics import Member, Ranks, run
 
@@ -40,10 +41,12 @@ def rounds(sizes: Sequence[int], ranks: int) -> list[Round]:
 
 
 def step_matrices(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> None:
-    """The end of a step: transform each parameter's direction as a whole, and update with that."""
+    """The end of a step: transform each parameter's direction as a whole, measure that, and update with it."""
     rule = members[0].step.function.rule
+    _, after = rule.order()
     for now in rounds([member.parameter.numel for member in members], ranks.size):
         _transform(rule, [(members[number], owner) for number, owner in now], scale, ranks)
+        find_means([members[number] for number, _ in now], after, scale, ranks)
         for number, _ in now:
             _update(members[number], scale)
 

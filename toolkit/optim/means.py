@@ -1,7 +1,7 @@
 """What a step finds out before it updates: means by owner, and the small states that follow them.
 
 Each measuring pass goes over what this rank holds; sums are by owner (a parameter, a row or column of it, a component,
-the model) and go over the ranks once for all parameters.
+the model) and go over the ranks once for all parameters, after a matrix once for those of a round.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from toolkit.optim.statistics import Member, Parameter, Ranks, by_block, flats, 
 from toolkit.state.sharding import lines
 
 
-def find_means(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> None:
-    """Every measuring pass of the rule, one after the other, and its small states after the first."""
+def find_means(members: Sequence[Member], functions: Sequence[str], scale: Tensor, ranks: Ranks) -> None:
+    """The passes of these measuring functions of the rule, one after the other, and its small states among them."""
     rule = members[0].step.function.rule
-    for number, (function, means) in enumerate(rule.passes().items()):
-        _measure(members, function, means, scale, ranks)
-        if number == 0:
+    passes, last = rule.passes(), rule.last_followed()
+    for function in functions:
+        _measure(members, function, passes[function], scale, ranks)
+        if function == last:
             _follow(rule, members)
 
 
@@ -98,11 +99,12 @@ def _add(sums: Tensor, mean: Mean, parameter: Parameter, start: int, values: Ten
 
 
 def _follow(rule: type[Rule], members: Sequence[Member]) -> None:
-    """The small states of every parameter after the first pass, on every rank."""
+    """The new small states of every parameter, on every rank."""
     for member in members:
         if member.small:
             scalars = dict(zip(member.step.function.names, member.step.scalars.unbind(), strict=True))
-            means = member.numbers | {name: value for name, (_, value) in member.wide.items()}
+            lines_of = {name: value for name, (kind, value) in member.wide.items() if kind != "elements"}
+            means = member.numbers | lines_of
             new = rule.follow(*(state.clone() for state in member.small.values()), **scalars, **means)
             for (name, state), value in zip(member.small.items(), new, strict=True):
                 if value.shape != state.shape:  # which copying would repeat

@@ -93,6 +93,7 @@ def check_declared(rule: type[Rule]) -> None:
             raise UserError(f"{rule.__name__}: {one.name!r} must have a function of its own, but {one.by!r} {other}")
         if isinstance(one, Mean) and one.over not in OVER:
             raise UserError(f"{rule.__name__}: {one.name!r} is over {one.over!r}, but must be over {_or(OVER)}")
+    _check_after(rule)
     for state in rule.states:
         if state.of is not None and state.of not in OF:
             raise UserError(f"{rule.__name__}: state {state.name!r} is of {state.of!r}, but must be of {_or(OF)}")
@@ -102,7 +103,19 @@ def check_declared(rule: type[Rule]) -> None:
             raise UserError(f"{rule.__name__}: state {state.name!r} is of {state.of}, which needs a function 'follow'")
 
 
+def _check_after(rule: type[Rule]) -> None:
+    """Raise UserError if what is measured after the matrix is over parameters that are never together."""
+    matrix, (_, after) = rule.matrix(), rule.order()
+    for mean in (mean for by in after for mean in rule.passes()[by]):
+        if matrix is not None and mean.over not in AFTER:
+            raise UserError(
+                f"{rule.__name__}: {mean.name!r} is over {mean.over!r}, but must be over {_or(AFTER)}, since "
+                f"{mean.by!r} runs after the matrix {matrix.name!r}, which is of a few parameters at a time"
+            )
+
+
 OVER = ("parameter", "row", "column", "component", "model")
+AFTER = ("parameter", "row", "column")
 OF = ("rows", "columns")
 
 

@@ -33,7 +33,8 @@ class Mean:
 
     `over` says what it is one number of: a whole parameter, a row or a column of it, all parameters of a component, or
     the model. `by` names the rule's function whose result is averaged; those of one function are its results in order,
-    measured in one pass over the tensors. Passes come in the order in which their functions first appear.
+    measured in one pass over the tensors. Passes come in the order in which their functions first appear; from the
+    first whose signature names the rule's `Matrix` on, they come after it has been transformed.
     """
 
     name: str
@@ -88,7 +89,10 @@ class Rule(BaseModel):
 
     @staticmethod
     def follow(*states: Any, **scalars: Any) -> tuple[Tensor, ...]:
-        """The new states of rows and columns, in order, after the first pass: [rows] or [columns] like the means."""
+        """The new states of rows and columns, in order: [rows] or [columns] like the means.
+
+        Called once all means that the signature names have been found; if it names none, after the first pass.
+        """
         raise NotImplementedError
 
     def scalars(self, t: int) -> dict[str, float]:
@@ -107,22 +111,43 @@ class Rule(BaseModel):
         return next((one for one in cls.statistics if isinstance(one, Matrix)), None)
 
     @classmethod
+    def order(cls) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The measuring functions that run before the matrix is transformed, and those that run after."""
+        functions, matrix = tuple(cls.passes()), cls.matrix()
+        naming = (i for i, by in enumerate(functions) if matrix is not None and matrix.name in cls._named(by))
+        first = next(naming, len(functions))
+        return functions[:first], functions[first:]
+
+    @classmethod
+    def last_followed(cls) -> str | None:
+        """The measuring function after whose pass the small states follow; None: there are no passes."""
+        functions, named = tuple(cls.passes()), cls._named("follow")
+        found = [by for by, means in cls.passes().items() if any(one.name in named for one in means)]
+        return next(iter(found[-1:] or functions), None)
+
+    @classmethod
     def given(cls, function: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What `function` is given by name beside scalars: single numbers, and what has a value for each element.
 
-        A measuring function is given what earlier passes have found. What has a value for each element is made for
-        those functions only that name it in their signature.
+        A function is given what has been found before it runs. What has a value for each element is made for those
+        functions only that name it in their signature.
         """
-        passes = list(cls.passes())
-        earlier = passes[: passes.index(function)] if function in passes else passes
-        means = [one for by in earlier for one in cls.passes()[by]]
+        passes, matrix, (before, after) = cls.passes(), cls.matrix(), cls.order()
+        if function in passes:
+            earlier = tuple(passes)[: tuple(passes).index(function)]
+        else:
+            earlier = before if matrix is not None and function == matrix.by else before + after
+        means = [one for by in earlier for one in passes[by]]
         numbers = tuple(one.name for one in means if one.over not in ("row", "column"))
-        matrix = cls.matrix()
         wide = [one.name for one in means if one.over in ("row", "column")]
-        wide += [state.name for state in cls.states if state.of is not None and earlier]
-        wide += [matrix.name] if matrix is not None and function == "update" else []
-        named = inspect.signature(getattr(cls, function)).parameters
+        wide += [state.name for state in cls.states if state.of is not None and cls.last_followed() in earlier]
+        wide += [matrix.name] if matrix is not None and function in (*after, "update") else []
+        named = cls._named(function)
         return numbers, tuple(name for name in wide if name in named)
+
+    @classmethod
+    def _named(cls, function: str) -> tuple[str, ...]:
+        return tuple(inspect.signature(getattr(cls, function)).parameters)
 
     @classmethod
     def variant(cls, settings: Mapping[str, Any], *, component: str, matrix: bool) -> type[Rule]:

@@ -29,7 +29,8 @@ def step_together(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> Non
         by_rule.setdefault(member.step.function.rule, []).append(member)
     for rule, each in by_rule.items():
         own, moved = aligned(each)
-        find_means(own, scale, ranks)
+        before, _ = rule.order()
+        find_means(own, before, scale, ranks)
         if rule.matrix() is not None:
             step_matrices(own, scale, ranks)
         else:

@@ -1,0 +1,82 @@
+"""AdaMuon: orthogonal signs, a rate for each element."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from toolkit.optim.hidden import HiddenMatrixRule, is_hidden, with_adamw
+from toolkit.optim.newton_schulz import MUON, POLAR_EXPRESS, orthogonal
+from toolkit.optim.optimizer import as_optimizer
+from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, State
+
+
+class AdaMuonRule(HiddenMatrixRule):
+    """AdaMuon (Si et al. 2025) for hidden matrices; embeddings, head, norms and biases are trained with AdamW.
+
+    ::
+
+        m     <- b1 m + (1 - b1) g
+        o     =  Newton-Schulz(sign(m))                      five steps on the whole matrix
+        v     <- b2 v + (1 - b2) o^2                         elementwise
+        u     =  o / (sqrt(v) + eps)
+        theta <- theta - eta wd theta - 0.2 eta u / rms(u)   rms over the matrix
+
+    `coefficients` are "muon" or "polar-express". AdamW has `adamw_lr` (without it `lr`), `adamw_betas` and `adamw_eps`.
+    """
+
+    states = (State("m"), State("v", signed=False))
+    statistics = (Matrix("o"), Mean("u2", over="parameter"))
+
+    lr: NonNegative = 6e-4
+    betas: tuple[Beta, Beta] = (0.95, 0.95)
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.1
+    coefficients: Literal["muon", "polar-express"] = "muon"
+
+    @classmethod
+    def variant(cls, settings: Mapping[str, Any], *, component: str, matrix: bool) -> type[Rule]:
+        if not is_hidden(component, matrix):
+            return AdaMuonAdamWRule
+        return AdaMuonPolarExpressRule if settings.get("coefficients") == "polar-express" else AdaMuonRule
+
+    def scalars(self, t: int) -> dict[str, float]:
+        b1, b2 = self.betas
+        decay = self.lr * self.weight_decay
+        return {"step": 0.2 * self.lr, "decay": decay, "rate": 1.0 - b1, "rate2": 1.0 - b2, "eps": self.eps}
+
+    @staticmethod
+    def direction(theta: Tensor, g: Tensor, m: Tensor, v: Tensor, **s: Tensor) -> Tensor:
+        return (m + s["rate"] * (g - m)).sign()
+
+    @staticmethod
+    def transform(matrix: Tensor) -> Tensor:
+        return orthogonal(matrix, MUON)
+
+    @staticmethod
+    def measure(theta: Tensor, g: Tensor, m: Tensor, v: Tensor, *, o: Tensor, **s: Tensor) -> Tensor:
+        v = v + s["rate2"] * (o * o - v)
+        return (o / (v.sqrt() + s["eps"])) ** 2
+
+    @staticmethod
+    def update(
+        theta: Tensor, g: Tensor, m: Tensor, v: Tensor, *, o: Tensor, u2: Tensor, **s: Tensor
+    ) -> tuple[Tensor, ...]:
+        v = v + s["rate2"] * (o * o - v)
+        u = o / (v.sqrt() + s["eps"])
+        # Of a gradient that is all 0, u is 0, too.
+        step = s["step"] * u2.clamp(min=1e-30).rsqrt()
+        return theta - (s["decay"] * theta + step * u), m + s["rate"] * (g - m), v
+
+
+class AdaMuonPolarExpressRule(AdaMuonRule):
+    @staticmethod
+    def transform(matrix: Tensor) -> Tensor:
+        return orthogonal(matrix, POLAR_EXPRESS)
+
+
+AdaMuonAdamWRule = with_adamw(AdaMuonRule)
+
+AdaMuon = as_optimizer(AdaMuonRule)

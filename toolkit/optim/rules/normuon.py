@@ -1,0 +1,88 @@
+"""NorMuon: orthogonal momentum, a rate for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from toolkit.optim.hidden import HiddenMatrixRule, is_hidden, with_adamw
+from toolkit.optim.newton_schulz import MUON, POLAR_EXPRESS, orthogonal
+from toolkit.optim.optimizer import as_optimizer
+from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, State
+
+
+class NorMuonRule(HiddenMatrixRule):
+    """NorMuon (Li et al. 2025) for hidden matrices; embeddings, head, norms and biases are trained with AdamW.
+
+    ::
+
+        m     <- b1 m + (1 - b1) g
+        o     =  Newton-Schulz(m)                            five steps on the whole matrix
+        v_row <- b2 v_row + (1 - b2) mean(o^2)               of each row
+        u     =  o / (sqrt(v_row) + eps)
+        theta <- theta - eta wd theta - 0.2 eta u / rms(u)   rms over the matrix
+
+    `coefficients` are "muon" or "polar-express". AdamW has `adamw_lr` (without it `lr`), `adamw_betas` and `adamw_eps`.
+    """
+
+    states = (State("m"), State("v_row", of="rows"))
+    statistics = (Matrix("o"), Mean("o2", over="row"), Mean("u2", over="parameter", by="measure_size"))
+
+    lr: NonNegative = 6e-4
+    betas: tuple[Beta, Beta] = (0.95, 0.95)
+    eps: NonNegative = 1e-10
+    weight_decay: NonNegative = 0.1
+    coefficients: Literal["muon", "polar-express"] = "muon"
+
+    @classmethod
+    def variant(cls, settings: Mapping[str, Any], *, component: str, matrix: bool) -> type[Rule]:
+        if not is_hidden(component, matrix):
+            return NorMuonAdamWRule
+        return NorMuonPolarExpressRule if settings.get("coefficients") == "polar-express" else NorMuonRule
+
+    def scalars(self, t: int) -> dict[str, float]:
+        b1, b2 = self.betas
+        decay = self.lr * self.weight_decay
+        return {"step": 0.2 * self.lr, "decay": decay, "rate": 1.0 - b1, "rate2": 1.0 - b2, "eps": self.eps}
+
+    @staticmethod
+    def direction(theta: Tensor, g: Tensor, m: Tensor, **s: Tensor) -> Tensor:
+        return m + s["rate"] * (g - m)
+
+    @staticmethod
+    def transform(matrix: Tensor) -> Tensor:
+        return orthogonal(matrix, MUON)
+
+    @staticmethod
+    def measure(theta: Tensor, g: Tensor, m: Tensor, *, o: Tensor, **s: Tensor) -> Tensor:
+        return o * o
+
+    @staticmethod
+    def follow(v_row: Tensor, *, o2: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        return (v_row + s["rate2"] * (o2 - v_row),)
+
+    @staticmethod
+    def measure_size(theta: Tensor, g: Tensor, m: Tensor, *, o: Tensor, v_row: Tensor, **s: Tensor) -> Tensor:
+        return (o / (v_row.sqrt() + s["eps"])) ** 2
+
+    @staticmethod
+    def update(
+        theta: Tensor, g: Tensor, m: Tensor, *, o: Tensor, v_row: Tensor, u2: Tensor, **s: Tensor
+    ) -> tuple[Tensor, ...]:
+        u = o / (v_row.sqrt() + s["eps"])
+        # Of a gradient that is all 0, u is 0, too.
+        step = s["step"] * u2.clamp(min=1e-30).rsqrt()
+        return theta - (s["decay"] * theta + step * u), m + s["rate"] * (g - m)
+
+
+class NorMuonPolarExpressRule(NorMuonRule):
+    @staticmethod
+    def transform(matrix: Tensor) -> Tensor:
+        return orthogonal(matrix, POLAR_EXPRESS)
+
+
+NorMuonAdamWRule = with_adamw(NorMuonRule)
+
+NorMuon = as_optimizer(NorMuonRule)
