@@ -20,6 +20,7 @@ from toolkit.models.build import blueprint
 from toolkit.optim import RULES, Rule, State, as_optimizer
 from toolkit.optim.rules.adafactor8 import Adafactor8Rule
 from toolkit.optim.rules.muon8 import Muon8Rule
+from toolkit.optim.rules.normuon import NorMuonRule
 from toolkit.optim.statistics import CHUNK
 from toolkit.records import categories as c
 from toolkit.state.sharding import held
@@ -261,6 +262,16 @@ def test_a_matrix_goes_to_its_owner_and_back_in_fp32() -> None:
             transform = max(16 * matrix + 4 * 512**2, 12 * matrix + 12 * 512**2)
             assert moment.bytes == (4 * matrix + 4 * matrix + transform if rank == 0 else 3 * 4 * half)
     assert sent == {(1, 0): 0, (2, 0): 4 * half, (2, 1): 4 * half}
+
+
+def test_means_of_a_transformed_matrix_are_found_in_its_round() -> None:
+    rows, columns = 16, 2**20
+    numel = rows * columns
+    flat = Flat(NorMuonRule, (Part(0, (rows, columns), numel, held(0, numel, size=numel)),), 3.0)
+    [moment] = step_together([flat], ranks=1, rank=0, device="cpu").moments
+    assert moment.what == "whole matrices" and moment.used == (0,)
+    [before] = step_together([Flat(Muon8Rule, flat.parts, 3.0)], ranks=1, rank=0, device="cpu").moments
+    assert moment.bytes == before.bytes  # Newton-Schulz holds more than the passes after it
 
 
 def test_a_measuring_pass_holds_two_stretches_of_each_buffer() -> None:

@@ -109,11 +109,8 @@ def step_together(flats: Sequence[Flat], *, ranks: int, rank: int, device: str) 
             if over not in ("component", "model")
             for part in parts
         )
-        for function, means in rule.passes().items():
-            lengths = [sum(_length(mean, part) for part in parts) for mean in means]
-            sums, found = _FP64 * sum(lengths), _FP32 * sum(lengths)
-            after = found + _FP64 * max(lengths) * (2 if device == "cuda" else 1)  # a mean, and the counts of its sums
-            most = sums + max(_pass(own, function, means), after)
+        for function in rule.order()[0]:
+            most, found = _measured(own, function, device)
             moments.append(Moment("means over parameters, rows or columns", kept + most))
             kept += found
         matrix = rule.matrix()
@@ -133,6 +130,15 @@ def _length(mean: Mean, part: Part) -> int:
 
 
 # ---- passes over what this rank holds -----------------------------------------------------------------------------
+
+
+def _measured(flats: Sequence[Flat], function: str, device: str) -> tuple[int, int]:
+    """Bytes of a measuring pass: the most that it holds, and of the means that stay."""
+    means = flats[0].rule.passes()[function]
+    lengths = [sum(_length(mean, part) for flat in flats for part in flat.parts) for mean in means]
+    sums, found = _FP64 * sum(lengths), _FP32 * sum(lengths)
+    after = found + _FP64 * max(lengths) * (2 if device == "cuda" else 1)  # a mean, and the counts of its sums
+    return sums + max(_pass(flats, function, means), after), found
 
 
 def _pass(flats: Sequence[Flat], function: str, means: tuple[Mean, ...]) -> int:
@@ -186,7 +192,7 @@ def _round(
     rank: int,
     device: str,
 ) -> Moment:
-    """One round: directions on their way to owners, transformed matrices on their way back, the update."""
+    """One round: directions on their way to owners, transformed matrices on their way back, their means, the update."""
     members = [parts[number] for number, _ in now]
     mine = [parts[number] for number, owner in now if owner == rank]
     given, owned = _FP32 * sum(part.held for part in members), _FP32 * sum(part.numel for part in mine)
@@ -201,8 +207,12 @@ def _round(
         held.append(owned + made + size + _transform(rule, matrix.transform, shape, device))
         whole, made = size, made + size
     held.append(joined * owned + whole + (given if ranks > 1 else 0))
-    update = [Flat(rule, tuple(members), 0.0)]
-    held.append(given + _pass(update, "update", ()))
+    here, means = [Flat(rule, tuple(members), 0.0)], 0
+    for function in rule.order()[1]:
+        most, found = _measured(here, function, device)
+        held.append(given + means + most)
+        means += found
+    held.append(given + means + _pass(here, "update", ()))
     used = tuple(part.number for part in members)
     return Moment("whole matrices", kept + max(held), used, given + owned if ranks > 1 else 0)
 
