@@ -15,6 +15,9 @@ _SECRET = re.compile(
     r"|(ssh|signing|encryption|deploy|wandb|comet)_key|cookie|webhook"
 )
 
+_IN_URL = re.compile(r"(?<=://)([^/@:\s]*:)([^/@\s]+)(?=@)")
+"""User and password of an address, `https://user:password@host`."""
+
 
 def is_secret(key: object) -> bool:
     """Whether a key is named like one that holds a secret: `api_key`, `hf_token`, `WANDB_API_KEY`, `clientSecret`."""
@@ -25,13 +28,14 @@ def is_secret(key: object) -> bool:
 def masked(value: Any) -> Any:
     """A copy of plain data with `MASK` for each value under a secret's name, at any depth; nothing and flags stay.
 
-    Strings in lists may be assignments (the words of a command line) and are masked as such.
+    The password in an address is masked under whatever name. Strings in lists may be assignments (the words of a
+    command line) and are masked as such.
     """
     if isinstance(value, Mapping):
         return {key: _hidden(item) if is_secret(key) else masked(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [masked_assignment(item) if isinstance(item, str) else masked(item) for item in value]
-    return value
+    return _IN_URL.sub(rf"\1{MASK}", value) if isinstance(value, str) else value
 
 
 def _hidden(value: Any) -> Any:
@@ -46,7 +50,7 @@ def masks(value: Any, path: str = "") -> Iterator[str]:
     """The dotted paths in `value`, a configuration, whose secret is only `MASK`: it comes from a run's folder."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if item == MASK and is_secret(key):
+            if (item == MASK and is_secret(key)) or (isinstance(item, str) and f":{MASK}@" in item):
                 yield f"{path}{key}"
             yield from masks(item, f"{path}{key}.")
 
@@ -55,13 +59,13 @@ def masked_assignment(text: str) -> str:
     """`text`, the "dotted.key=value" of a --set, with its secrets masked; a word without a value stays."""
     key, equals, value = text.partition("=" if "=" in text else " ")
     if not equals:
-        return text
+        return str(masked(text))
     if any(is_secret(part) for part in key.split(".")):
         return key + equals + MASK
     try:
         given = json.loads(value)
     except (ValueError, RecursionError):
-        return text
+        return str(masked(text))
     shown = masked(given)
     return text if shown == given else key + equals + json.dumps(shown)
 
@@ -91,5 +95,5 @@ def _secrets(value: Any, under: bool = False) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _secrets(item, under)
-    elif under and isinstance(value, str):
-        yield value
+    elif isinstance(value, str):
+        yield from [value] if under else (password for _, password in _IN_URL.findall(value))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from toolkit.config import apply_overrides, load_config, shipped_configs, validate
 from toolkit.errors import UserError
-from toolkit.masking import is_secret
+from toolkit.masking import is_secret, masked, masks
 from toolkit.optim import RULES, find_rule
 from toolkit.optim.rule import all_states
 
@@ -260,3 +260,12 @@ def test_secrets_by_their_common_names_are_known_and_settings_are_not_taken_for_
         assert is_secret(key), key
     for key in ("max_tokens", "tokenizer", "tokens", "num_tokens_2", "key", "kv_cache", "token_type_ids", "author"):
         assert not is_secret(key), key
+
+
+def test_the_password_of_an_address_is_masked_under_any_name() -> None:
+    config = {"url": "http://ann:s3cret@host:80/a@b", "n": 1}
+    assert masked(config)["url"] == "http://ann:***@host:80/a@b"
+    assert "s3cret" not in str(masked(["--set", "mlflow.uri=https://ann:s3cret@host"]))
+    assert list(masks({"a": {"url": "https://ann:***@host"}, "b": "https://host/a:b"})) == ["a.url"]
+    plain = ["https://host:8080/path", "git@host:repo", "s3://bucket/a:b@c"]
+    assert masked(plain) == plain
