@@ -93,7 +93,7 @@ TOP_LEVEL = sorted(get_type_hints(DeepSpeedJson))
         ("data_types.param_dtype=fp32", "the run computes in bf16"),
         ("zero_optimization.round_robin_gradients=true", "orders parameters by the number of ranks"),
         # optimizer
-        ("optimizer.type=AMSC", "optimizer.type 'AMSC' is unknown; it names one of Adafactor8, AdamW8"),
+        ("optimizer.type=AMSC", "optimizer.type 'AMSC' is unknown; it names one of Adafactor8, AdaMuon, AdamW8"),
         ("optimizer.type=AdamW8bit", "Did you mean 'AdamW8'?"),
         ("optimizer.type=AMSC", "Did you mean 'AMCS'?"),
         ("optimizer.params.lr=true", "lr is true, but must be"),

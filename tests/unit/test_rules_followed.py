@@ -299,12 +299,11 @@ def test_wrong_settings_give_one_sentence(name: str, settings: dict[str, Any], s
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_prediction_says_what_it_leaves_out() -> None:
+def test_a_prediction_says_what_goes_over_the_wire_for_whole_matrices() -> None:
     from toolkit.estimate.predict import Case, Estimator
 
-    for name, says in (("Lion", False), ("AdEMAMix", False), ("Adafactor8", True), ("Lamb8", True), ("Muon8", True)):
+    for name, sends in (("AdEMAMix", False), ("Adafactor8", False), ("Muon8", True), ("NorMuon", True)):
         config = {"optimizer": {"type": name, "params": {"lr": 1e-3}}, "zero_optimization": {"stage": 2}}
         settings = config | {"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}
         case = Case("qwen3-tiny", settings, 2, 1, 8, device="cpu", activation_checkpointing=False, loss="plain")
-        remarks = Estimator().predict(case).remarks
-        assert any("whole parameters" in remark for remark in remarks) == says, remarks
+        assert (Estimator().predict(case).sent > 0) == sends, name
