@@ -85,8 +85,7 @@ class Transfer:
         """What `rank` holds of flat tensor `index`: the tensor (key WEIGHTS), its state by key; padding is zero.
 
         States are [blocks, per_block] as `Layout.allocate` makes them, those of rows and columns 1-D, whole for every
-        rank. Without state in the checkpoint (no step has
-        been made) there is the flat tensor alone.
+        rank. Without state in the checkpoint (no step has been made) there is the flat tensor alone.
         """
         flat, kept = self.target.flats[index], self.target.layout(index)
         made = {WEIGHTS: torch.zeros(flat.size, dtype=flat.torch_dtype)}

@@ -56,7 +56,7 @@ def compare(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks of each run.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     zero_stage: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage of methods that do not name theirs.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="The comparison's folder; one that is there is continued.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The comparison's folder; one that exists is continued.")] = None,
     keep_checkpoints: Annotated[
         bool, typer.Option("--keep-checkpoints", help="Leave the last checkpoint of runs that have ended.")
     ] = False,

@@ -160,7 +160,7 @@ def _content(config: str, stage: int, folder: Path) -> tuple[dict[str, Any], str
     if "/" in config or config.endswith(".json"):
         path = Path(config).expanduser()
         return load_config(path if path.is_absolute() or path.is_file() else folder / path), config
-    rule = find_rule(config) or next((find_rule(name) for name in RULES if name.lower() == config.lower()), None)
+    rule = find_rule(config)
     if rule is None and "." not in config:
         known = [
             *RULES,
@@ -171,7 +171,7 @@ def _content(config: str, stage: int, folder: Path) -> tuple[dict[str, Any], str
             f"its import path (torch.optim.AdamW).{nearest(config, known) or f' Known are {some(known, 20)}.'}"
         )
     base = copy.deepcopy(load_config(_BASE.format(stage=stage)))
-    kind = next(name for name in RULES if find_rule(name) is rule) if rule is not None else config
+    kind = rule.__name__ if rule is not None else config
     # A rule at its own defaults; the rate is the one key that every run may set.
     base["optimizer"] = {"type": kind, "params": {"lr": base["optimizer"]["params"]["lr"]}}
     base["zero_allow_untested_optimizer"] = True

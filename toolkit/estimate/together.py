@@ -27,7 +27,7 @@ _FP32, _FP64, _INT64 = 4, 8, 8
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter, by number, and what this rank steps of it: None for nothing."""
+    """A parameter, by number, and what this rank steps of it; None if it steps none of it."""
 
     number: int
     shape: tuple[int, ...]

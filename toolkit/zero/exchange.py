@@ -53,5 +53,5 @@ def check_whole(optimizer: RuleOptimizer, *, split: bool) -> None:
 
 
 def names(optimizer: RuleOptimizer) -> str:
-    """What the rules of its groups look at beside single elements, for sentences; empty for nothing."""
+    """What the rules of its groups look at beside single elements, for sentences; empty if at nothing else."""
     return ", ".join(dict.fromkeys(one.name for rule in optimizer.rules() for one in rule.statistics))
