@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+
+from toolkit.run.leftovers import own_build_folder
+
+# As in a run of the toolkit, also where a test uses DeepSpeed by itself: else every extension would be built twice.
+own_build_folder()
 
 settings.register_profile("any machine", deadline=None)  # a slow example on a busy machine is no failure
 settings.load_profile("any machine")
@@ -38,6 +44,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             return (yield)
         finally:
             torch.set_num_threads(threads)
+
+
+def pytest_collection_finish() -> None:
+    """DeepSpeed collects garbage whenever it builds stage 3: half a second, were it to look at all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

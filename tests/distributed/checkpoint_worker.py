@@ -1,6 +1,6 @@
 """One rank that trains by the command line's arguments, several runs one after the other, and carries checkpoints over.
 
-Started by the `deepspeed` launcher with the path of a JSON of settings as only argument; `steps` is a list of
+Started by `ranks.launch` with the path of a JSON of settings as only argument; `steps` is a list of
 
 * {"run": [arguments], "stop_at": step, "poison": [steps]}: a run, asked by SIGTERM to stop after a step, and with
   gradients of NaN in others;

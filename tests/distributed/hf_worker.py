@@ -1,6 +1,6 @@
 """One rank that trains without `toolkit.initialize`: by the HF Trainer, and by a plain `deepspeed.initialize`.
 
-Started by the `deepspeed` launcher from test_hf_trainer.py, with the path of a JSON of settings as only argument.
+Started by `ranks.launch` from test_hf_trainer.py, with the path of a JSON of settings as only argument.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One rank of a run of rules: gradients that are known beforehand, at every stage.
 
-Started by the `deepspeed` launcher from `test_plugins.py`, with the path of a JSON of settings as only argument.
+Started by `ranks.launch` from `test_plugins.py`, with the path of a JSON of settings as only argument.
 """
 
 from __future__ import annotations

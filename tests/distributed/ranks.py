@@ -1,18 +1,19 @@
-"""Starts `worker.py` through the real `deepspeed` launcher and collects what its ranks wrote."""
+"""Starts ranks, by themselves or through the real `deepspeed` launcher, and collects what they wrote."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from fork_server import ForkServer
 
+SERVER = ForkServer()
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -28,9 +29,8 @@ def deepspeed_command(world_size: int, script: Path | str, *arguments: str) -> l
     return [sys.executable, str(launcher), *master, str(script), *arguments]
 
 
-def remove_buffers(command: list[str]) -> None:
+def remove_buffers(port: str) -> None:
     """Remove what DeepSpeed leaves in shared memory where `ranks.start` is not called: 69 MB a rank."""
-    port = command[command.index("--master_port") + 1]
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         buffer.unlink()
 
@@ -72,16 +72,13 @@ def launch(folder: Path, world_size: int, script: Path, settings: dict[str, Any]
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings | {"out": str(folder)}))
-    command = deepspeed_command(world_size, script, str(folder / "settings.json"))
-    run = subprocess.run(
-        command,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    remove_buffers(command)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-6000:]
+    port, size, log = str(free_port()), str(world_size), folder / "log"
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "LOCAL_SIZE": size}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    environments = [environment() | common | one for one in own]
+    ended = SERVER.run(script, [str(folder / "settings.json")], environments, log, timeout=500)
+    remove_buffers(port)
+    assert ended, log.read_text()[-10_000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
 
 

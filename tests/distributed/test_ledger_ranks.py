@@ -24,7 +24,7 @@ ACCUMULATION = 2
 def start(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = deepspeed_command(2, script, *arguments)
     run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, cwd=REPOSITORY)
-    remove_buffers(command)
+    remove_buffers(command[command.index("--master_port") + 1])
     return run
 
 

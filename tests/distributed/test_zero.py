@@ -1,4 +1,4 @@
-"""Real ranks over gloo, started by the `deepspeed` launcher: 1, 2 and 4 of them, stages 0 to 3."""
+"""Real ranks over gloo: 1, 2 and 4 of them, stages 0 to 3."""
 
 from __future__ import annotations
 

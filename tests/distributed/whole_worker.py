@@ -1,6 +1,6 @@
 """One rank that saves and loads small models with much beside what is trained, and with every schedule.
 
-Started by the `deepspeed` launcher with the path of a JSON of settings as only argument; `steps` is a list of
+Started by `ranks.launch` with the path of a JSON of settings as only argument; `steps` is a list of
 
 * {"save": folder, "stage": s}: two steps, saved by `Saver` and, below `deepspeed`, by DeepSpeed alone;
 * {"load": folder, "stage": s, ...}: a model with other weights takes that over; `convert` as in `load`, `variant`: a

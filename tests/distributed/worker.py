@@ -1,6 +1,6 @@
 """One rank of a real multi-rank run: trains a small Qwen3 under ZeRO and writes what each rank holds.
 
-Started by the `deepspeed` launcher from the tests in this folder, with the path of a JSON of settings as
+Started by `ranks.launch` from the tests in this folder, with the path of a JSON of settings as
 only argument. It runs several cases one after the other, since starting the processes takes longer than a case.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from toolkit.optim import AMCS, SOAM
 from toolkit.optim import kernel as step
+from toolkit.optim.inductor import first_of_all
 from toolkit.optim.warm import kinds, warm
 from toolkit.run import compiling
 from toolkit.run.settings import RunSettings
@@ -48,6 +50,28 @@ def test_a_first_call_that_takes_long_says_why(
         time.sleep(seconds)
     time.sleep(0.3)
     assert ("compiling the optimizer step a_step" in caplog.text) is said
+
+
+def test_one_process_compiles_while_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    done = []
+
+    def compile_too(work: str) -> None:
+        with first_of_all(work):
+            done.append(work)
+
+    with first_of_all("a kernel"):
+        waiting = threading.Thread(target=compile_too, args=["a kernel"])
+        waiting.start()
+        compile_too("another kernel")
+        waiting.join(0.3)
+        assert waiting.is_alive() and done == ["another kernel"]
+    waiting.join(10)
+    assert done == ["another kernel", "a kernel"]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    compile_too("where nothing can be locked")
+    assert len(done) == 3
 
 
 def order(**settings: Any) -> dict[str, Any] | None:

@@ -7,9 +7,12 @@ graph for each of several such cases, gives up after eight, and checks every ten
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +90,26 @@ class Launch:
                 return repr(launch)
 
         return Choices()
+
+
+@contextmanager
+def first_of_all(work: str) -> Iterator[None]:
+    """Let one process of this machine do `work` while others wait, which then find it in the compiler's cache.
+
+    All ranks come to the same kernel at once, and compiling it takes each of them many times what loading it does.
+    Where the cache cannot be locked, or the lock is held for longer than Inductor would wait, each compiles its own.
+    """
+    from torch._inductor.codecache import LOCK_TIMEOUT
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch.utils._filelock import FileLock
+
+    with ExitStack() as held:
+        with contextlib.suppress(OSError):  # filelock's Timeout is one
+            folder = Path(cache_dir()) / "locks"
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"leanstate-{hashlib.sha256(work.encode()).hexdigest()[:20]}.lock"
+            held.enter_context(FileLock(folder / name, timeout=LOCK_TIMEOUT))
+        yield
 
 
 def compile_blocks(function: BlockStep, inputs: Halves, rest: Sequence[Tensor | None], launch: Launch) -> BlockStep:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.optim.inductor import BlockStep, Launch, compile_blocks
+from toolkit.optim.inductor import BlockStep, Launch, compile_blocks, first_of_all
 from toolkit.optim.rule import Rule
 from toolkit.state.codecs import BLOCK, decode_halves, encode_halves, pack, unpack
 from toolkit.state.layout import Layout
@@ -126,7 +126,7 @@ class StepFunction:
         if kind not in self._compiled:
             try:
                 rest = (scalars, scale, self._phase(theta, (0, 0, 0)))
-                with _patience(self.name):
+                with _patience(self.name), first_of_all(f"{self.name} {kind}"):
                     inputs = self._inputs(theta, g, parts)
                     self._compiled[kind] = compile_blocks(self.eager, inputs, rest, self._launch)
             except (MemoryError, torch.OutOfMemoryError):

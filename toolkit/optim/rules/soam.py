@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import field_validator
+import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, NonNegative, Rule, State, component_mapping
+from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, State, component_mapping
 
 DEFAULT_BETAS = {"ffn": 0.95}
 """b1 by component where the paper departs from `betas[0]`."""
@@ -32,9 +34,11 @@ class SOAMRule(Rule):
     `betas` is (b1, b2). `component_betas` gives b1 and `component_lrs` gives eta by component, laid over the
     paper's values (ffn: b1 0.95 and 1.875 times `lr`); every other component takes betas[0] and `lr`.
     A scheduler moves all rates together: it is their ratios to `lr` that are kept.
+
+    `max_update` bounds how far a parameter moves in a step, relative to its size (`SOAMBoundedRule`).
     """
 
-    states = (State("m"), State("v", signed=False))
+    states: ClassVar[tuple[State, ...]] = (State("m"), State("v", signed=False))
 
     lr: NonNegative = 8e-3
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -42,6 +46,7 @@ class SOAMRule(Rule):
     weight_decay: NonNegative = 0.0
     component_betas: dict[str, Beta] | None = None
     component_lrs: dict[str, NonNegative] | None = None
+    max_update: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] | None = None
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -54,6 +59,10 @@ class SOAMRule(Rule):
     @classmethod
     def _check_components(cls, value: dict[str, float] | None) -> dict[str, float]:
         return component_mapping(value)
+
+    @classmethod
+    def variant(cls, settings: Mapping[str, Any], **group: Any) -> type[Rule]:
+        return SOAMRule if settings.get("max_update") is None else SOAMBoundedRule
 
     def check_ready(self) -> None:
         if self.component_lrs and self.lr == 0:
@@ -77,12 +86,54 @@ class SOAMRule(Rule):
         }
 
     @staticmethod
-    def update(theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+    def direction(g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        """The update without rate and weight decay, and the new states."""
         m, v = states
         m = m + s["m_rate"] * (g - m)
         v = v + s["v_rate"] * (g * g - v)
-        step = m / (v * s["v_correction"] + s["eps"]).sqrt()
-        return theta - (s["decay"] * theta + s["step"] * step), m, v
+        return m / (v * s["v_correction"] + s["eps"]).sqrt(), m, v
+
+    @classmethod
+    def update(cls, theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        step, *new = cls.direction(g, *states, **s)
+        return theta - (s["decay"] * theta + s["step"] * step), *new
+
+
+class SOAMBoundedRule(SOAMRule):
+    """SOAM with a bound on the update of each parameter, relative to its size.
+
+    ::
+
+        u     =  (m / (1 - b1_i^t)) / sqrt(v / (1 - b2^t) + eps)
+        k     =  min(1, max_update max(rms(theta), 1e-3) / (eta_i rms(u)))                over the parameter
+        theta <- theta - eta_i wd theta - k eta_i u
+
+    Where no update is larger than that, it is SOAM.
+    """
+
+    LEAST: ClassVar[float] = 1e-3
+    """What has a smaller rms, such as a bias of zeros, moves as if it had this one."""
+
+    statistics: ClassVar[tuple[Mean | Matrix, ...]] = (
+        Mean("theta2", over="parameter"),
+        Mean("step2", over="parameter"),
+    )
+
+    def scalars(self, t: int) -> dict[str, float]:
+        assert self.max_update is not None
+        return super().scalars(t) | {"bound": self.max_update}
+
+    @classmethod
+    def measure(cls, theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        step, *_ = cls.direction(g, *states, **s)
+        return theta * theta, step * step
+
+    @classmethod
+    def update(cls, theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        most = s["bound"] * s["theta2"].sqrt().clamp(min=cls.LEAST)
+        moved = s["step"] * s["step2"].sqrt()
+        rate = torch.where(moved > most, most / s["step2"].sqrt(), s["step"])
+        return super().update(theta, g, *states, **(s | {"step": rate}))
 
 
 SOAM = as_optimizer(SOAMRule)
