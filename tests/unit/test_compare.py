@@ -14,8 +14,10 @@ from toolkit.cli import main
 from toolkit.compare.differences import difference, spread
 from toolkit.compare.methods import read_methods, read_sweep
 from toolkit.compare.plan import Plan, Point, Sweep, extended, load, save
+from toolkit.compare.runs import Cell, Runs
 from toolkit.compare.tuning import Tuning, beyond, tune
 from toolkit.errors import UserError
+from toolkit.run import ranks
 
 LR = Sweep(key="lr", values=[1.0, 2.0, 4.0])
 
@@ -242,6 +244,17 @@ def test_another_plan_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert "is no plan of a comparison" in refusal(lambda: load(tmp_path))
     (tmp_path / "plan.json").write_text("{")
     assert "not valid JSON" in refusal(lambda: load(tmp_path))
+
+
+def test_runs_at_the_same_time_have_ports_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([5001, 5001, 5002])  # a launcher that has just started has not taken its port yet
+    monkeypatch.setattr(ranks, "free_port", lambda: next(free))
+    runs = Runs(plan("amcs", ranks=2), tmp_path)
+    ports = []
+    for seed in (0, 1):
+        command = runs.command(Cell("amcs", (), seed))
+        ports.append(command[command.index("--master_port") + 1])
+    assert ports == ["5001", "5002"]
 
 
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str]:

@@ -254,13 +254,18 @@ def test_a_matrix_goes_to_its_owner_and_back_in_fp32() -> None:
             fragment = held(rank, matrix, size=matrix // ranks)
             flat = Flat(Muon8Rule, (Part(0, (512, 1024), matrix, fragment),), 3.0)
             found = step_together([flat], ranks=ranks, rank=rank, device="cpu")
-            [moment] = found.moments
+            send, transform, back, update = found.moments
             sent[ranks, rank] = found.sent
-            assert moment.used == (0,)
-            # What was sent, the whole matrix, and what Newton-Schulz takes: four matrices and a small square, or three
-            # matrices and three squares. A rank that owns nothing holds its half as it is joined, and joined again.
-            transform = max(16 * matrix + 4 * 512**2, 12 * matrix + 12 * 512**2)
-            assert moment.bytes == (4 * matrix + 4 * matrix + transform if rank == 0 else 3 * 4 * half)
+            assert [moment.used for moment in found.moments] == [(), (), (), (0,)]
+            # The matrix, and what Newton-Schulz takes: one more and three squares, or two more and two squares.
+            most = 4 * matrix + max(4 * matrix + 12 * 512**2, 8 * matrix + 8 * 512**2) if rank == 0 else 0
+            assert transform.bytes == most
+            # Halves go through a buffer of one stretch, two in a row, before they are sent.
+            held_here, owned = 4 * matrix // ranks, 4 * matrix if ranks == 2 and rank == 0 else 0
+            assert send.bytes == held_here + max(min(held_here, 4 * CHUNK), owned)
+            assert back.bytes == held_here + owned
+            assert update.bytes == held_here + max(min(held_here, 4 * CHUNK), owned)
+            assert send.exchanged == transform.exchanged == (held_here + owned if ranks == 2 else 0)
     assert sent == {(1, 0): 0, (2, 0): 4 * half, (2, 1): 4 * half}
 
 
@@ -268,10 +273,31 @@ def test_means_of_a_transformed_matrix_are_found_in_its_round() -> None:
     rows, columns = 16, 2**20
     numel = rows * columns
     flat = Flat(NorMuonRule, (Part(0, (rows, columns), numel, held(0, numel, size=numel)),), 3.0)
-    [moment] = step_together([flat], ranks=1, rank=0, device="cpu").moments
-    assert moment.what == "whole matrices" and moment.used == (0,)
-    [before] = step_together([Flat(Muon8Rule, flat.parts, 3.0)], ranks=1, rank=0, device="cpu").moments
-    assert moment.bytes == before.bytes  # Newton-Schulz holds more than the passes after it
+    *_, found = step_together([flat], ranks=1, rank=0, device="cpu").moments
+    *_, plain = step_together([Flat(Muon8Rule, flat.parts, 3.0)], ranks=1, rank=0, device="cpu").moments
+    assert found.what == "whole matrices" and found.used == (0,)
+    # A mean of each row and one of the matrix, and rows beside the matrix wherever elements are needed.
+    assert plain.bytes < found.bytes < plain.bytes + 4 * 4 * CHUNK
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 96), (8, 96, 64)])
+def test_of_a_stack_each_matrix_is_transformed_by_itself(shape: tuple[int, int, int]) -> None:
+    count, numel = shape[0], 8 * 64 * 96
+    flat = Flat(Muon8Rule, (Part(0, shape, numel, held(0, numel, size=numel)),), 3.0)
+    _, transform, _, _ = step_together([flat], ranks=1, rank=0, device="cpu").moments
+    one, square = 4 * numel // count, 4 * 64**2
+    assert transform.bytes == 4 * numel + max(one + 3 * square, 2 * one + 2 * square, one * 3 if shape[1] > 64 else 0)
+
+
+def test_rounds_before_and_after_hold_what_is_on_its_way() -> None:
+    """Of four equal matrices in two ranks' rounds of two, the peak is where one of the middle rounds is transformed."""
+    numel = 512 * 1024
+    parts = tuple(Part(n, (512, 1024), numel, held(0, numel, size=numel // 2)) for n in range(8))
+    found = step_together([Flat(Muon8Rule, parts, 3.0)], ranks=2, rank=0, device="cpu").moments
+    alone = step_together([Flat(Muon8Rule, parts[:2], 3.0)], ranks=2, rank=0, device="cpu").moments
+    one = max(moment.bytes for moment in alone)
+    assert max(moment.bytes for moment in found) == one + 2 * (4 * numel + 4 * numel)
+    assert max(moment.exchanged for moment in found) == 3 * (4 * numel + 4 * numel)
 
 
 def test_a_measuring_pass_holds_two_stretches_of_each_buffer() -> None:

@@ -21,8 +21,8 @@ INTERRUPTED = 130
 _DIVERGED = 3
 _USER_ERROR = 2
 _WAIT = 0.2
-_LAST = 2_000
-"""Bytes of a log in which its last error is looked for."""
+_LAST = 20_000
+"""Bytes of a log in which its last error is looked for: a launcher says more after it, whole command lines among it."""
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ class Runs:
     def __init__(self, plan: Plan, out: Path) -> None:
         self.plan, self.out = plan, out
         self._ended: dict[Cell, float] = {}
+        self._ports: set[int] = set()
 
     def folder(self, cell: Cell) -> Path:
         return self.out / RUNS / cell.method / words(cell.point) / f"seed{cell.seed}"
@@ -104,11 +105,17 @@ class Runs:
         options = self.options(cell)
         if self.plan.ranks == 1:  # one process needs no launcher, whose own start takes seconds
             return [sys.executable, "-m", "toolkit.train", *options]
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        port = ["--num_gpus", str(self.plan.ranks), "--master_port", str(self._port())]
+        return [sys.executable, launcher, *port, "--module", "toolkit.train", *options]
+
+    def _port(self) -> int:
+        """A free port that no other run has been given: one that has just started has not taken its own yet."""
         from toolkit.run.ranks import free_port
 
-        launcher = str(Path(sys.executable).with_name("deepspeed"))
-        port = ["--num_gpus", str(self.plan.ranks), "--master_port", str(free_port())]
-        return [sys.executable, launcher, *port, "--module", "toolkit.train", *options]
+        port = next(port for port in iter(free_port, None) if port not in self._ports)
+        self._ports.add(port)
+        return port
 
     def environment(self, jobs: int) -> dict[str, str]:
         """Of a run beside `jobs` - 1 others: the cores are shared out."""

@@ -174,6 +174,13 @@ class DeepSpeedSettings:
         return self.computed == "bf16" and self.stage > 0 and self.params.get("weights") != MASTER
 
     @property
+    def looks_at(self) -> str:
+        """What a rule looks at beside single elements, in some parameter group, for sentences; empty if at nothing."""
+        from toolkit.optim.rule import looks_at
+
+        return looks_at(self.rule.rule.variants(self.params)) if self.rule else ""
+
+    @property
     def releases_gradients(self) -> bool:
         """Whether a rule updates weights during the backward pass."""
         return self.params.get("release_gradients") is True

@@ -171,6 +171,11 @@ def check_combination(ds: DeepSpeedSettings, *, accumulation: int | None) -> Non
         place = "optimizer.params.release_gradients"
         if ds.stage not in (1, 2):
             raise UserError(f"{place} works at zero_optimization.stage 1 and 2, and it is {ds.stage}.")
+        if ds.looks_at:
+            raise UserError(
+                f"{place} uses each gradient as soon as it is there, and {ds.optimizer} looks at whole parameters "
+                f"({ds.looks_at}) before it updates any; leave it out."
+            )
         if ds.offload_optimizer != "none":
             raise UserError(
                 f"{place} updates weights on the device, and zero_optimization.offload_optimizer moves that to the "

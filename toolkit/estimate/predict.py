@@ -255,6 +255,7 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
     ours, in_bf16 = ds.rule is not None, ds.computed == "bf16"
     without_masters = ours and ds.without_masters
     offloaded, released = ds.offload_optimizer != "none", ds.releases_gradients
+    can_release = without_masters and stage in (1, 2) and case.accumulation == 1 and not offloaded and not ds.looks_at
 
     def params_with(**changed: Any) -> Case:
         return replace(case, config=with_section(config, ["optimizer", "params"], changed))
@@ -273,7 +274,7 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
         yield "optimizer.params.weights bf16+4", params_with(weights="bf16+4")
     if ours and not without_masters and stage > 0 and in_bf16:
         yield "optimizer.params.weights bf16+8", params_with(weights="bf16+8")
-    if without_masters and stage in (1, 2) and case.accumulation == 1 and not offloaded and not released:
+    if can_release and not released:
         yield "optimizer.params.release_gradients true", params_with(release_gradients=True)
     if not ours and in_bf16:
         own = {"lr": ds.params.get("lr", 1e-4), **({} if stage else {"weights": "fp32"})}

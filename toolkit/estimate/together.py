@@ -1,7 +1,8 @@
 """What a step holds of whole parameters: sums and buffers of means, and matrices at their owners.
 
-Goes through `toolkit.optim.together` with sizes only: for each pass and each round of matrices the most that is held,
-in the order of means.py, statistics.py and matrices.py there. What a rule does with a matrix runs on the meta device.
+Goes through `toolkit.optim.together` with sizes only: for each pass and each phase of a round of matrices the most that
+is held, in the order of means.py, statistics.py and matrices.py there. What a rule does with a matrix runs on the meta
+device.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from toolkit.errors import UserError
 from toolkit.estimate.dry_run import transients
 from toolkit.optim import Rule
 from toolkit.optim.kernel import measured_by_element
-from toolkit.optim.matrices import Round, rounds
+from toolkit.optim.matrices import Phase, Round, order, rounds
 from toolkit.optim.rule import Matrix, Mean
 from toolkit.optim.statistics import CHUNK, stretches
 from toolkit.state.codecs import BLOCK
-from toolkit.state.sharding import Fragment, blocks_of, lines
+from toolkit.state.sharding import Fragment, blocks_of, lines, matrices_of
 
 _FP32, _FP64, _INT64 = 4, 8, 8
 
@@ -62,7 +63,7 @@ class Flat:
 
 @dataclass(frozen=True)
 class Moment:
-    """The most that a pass or a round holds. `used`: parameters whose gradients it is the last to need.
+    """The most that a pass or a phase of a round holds. `used`: parameters whose gradients it is the last to need.
 
     `exchanged`: bytes of it that go over the wire or come from there.
     """
@@ -118,10 +119,10 @@ def step_together(flats: Sequence[Flat], *, ranks: int, rank: int, device: str) 
             most = _pass(own, "update", ())
             moments.append(Moment("means by element", kept + most, tuple(part.number for part in parts)))
             continue
-        for now in rounds([part.numel for part in parts], ranks):
-            moments.append(_round(rule, matrix, parts, now, kept, ranks, rank, device))
-            owned = [(parts[number], owner == rank) for number, owner in now]
-            sent += _FP32 * sum(part.numel - part.held if mine else part.held for part, mine in owned)
+        plan = rounds([part.numel for part in parts], ranks)
+        moments += _exchanges(rule, matrix, parts, plan, kept, ranks, rank, device)
+        owned = [(parts[number], owner == rank) for now in plan for number, owner in now]
+        sent += _FP32 * sum(part.numel - part.held if mine else part.held for part, mine in owned)
     return Together(tuple(moments), sent, counts)
 
 
@@ -138,13 +139,12 @@ def _measured(flats: Sequence[Flat], function: str, device: str) -> tuple[int, i
     lengths = [sum(_length(mean, part) for flat in flats for part in flat.parts) for mean in means]
     sums, found = _FP64 * sum(lengths), _FP32 * sum(lengths)
     after = found + _FP64 * max(lengths) * (2 if device == "cuda" else 1)  # a mean, and the counts of its sums
-    return sums + max(_pass(flats, function, means), after), found
+    return sums + max(_pass(flats, function, measured_by_element(flats[0].rule, function)), after), found
 
 
-def _pass(flats: Sequence[Flat], function: str, means: tuple[Mean, ...]) -> int:
-    """Bytes beside the sums of a pass of one of the rule's functions."""
+def _pass(flats: Sequence[Flat], function: str, wide: Sequence[bool]) -> int:
+    """Bytes beside its sums of a pass of one of the rule's functions; `wide`: which results are by element."""
     rule = flats[0].rule
-    wide = measured_by_element(rule, function) if means else ()
     numbers, spread = rule.given(function)
     narrow = len(numbers) + (wide.count(False) + 1 if not all(wide) else 0)  # results, and how many lanes count
     if not any(wide) and not spread:
@@ -153,14 +153,16 @@ def _pass(flats: Sequence[Flat], function: str, means: tuple[Mean, ...]) -> int:
     matrix = rule.matrix()
     across = any(matrix is None or name != matrix.name for name in spread)
     parts = [part for flat in flats for part in flat.parts]
-    return _by_element(parts, results=sum(wide), narrow=narrow, spread=len(spread), across=across)
+    added = function in rule.passes()
+    return _by_element(parts, results=sum(wide), narrow=narrow, spread=len(spread), across=across, added=added)
 
 
-def _by_element(parts: Sequence[Part], *, results: int, narrow: int, spread: int, across: bool) -> int:
+def _by_element(parts: Sequence[Part], *, results: int, narrow: int, spread: int, across: bool, added: bool) -> int:
     """Bytes of the buffers in which elements go through CHUNK at a time: of one stretch and what is left of the last.
 
     `results` and `spread`: how many come out and go in with a value for each element; `across`: whether some of
-    these are of rows or columns, which are laid out in whole rows first.
+    these are of rows or columns, which are laid out in whole rows first. `added`: results are added up, for which they
+    are laid out so, too.
     """
     most = before = 0
     for part in parts:
@@ -172,9 +174,9 @@ def _by_element(parts: Sequence[Part], *, results: int, narrow: int, spread: int
             now = blocks * BLOCK
             rows = -(-(start % columns + size) // columns) * columns
             made = results * (before + now) + spread * (same + now) + (rows if across else 0)
-            uneven = results and (start % columns or size % columns)
-            added = (results + spread) * now + (rows if uneven else 0)
-            most = max(most, _FP32 * (max(made, added) + narrow * blocks))
+            uneven = added and results and (start % columns or size % columns)
+            kept = (results + spread) * now + (rows if uneven else 0)
+            most = max(most, _FP32 * (max(made, kept) + narrow * blocks))
             before = same = now
     return most
 
@@ -182,39 +184,85 @@ def _by_element(parts: Sequence[Part], *, results: int, narrow: int, spread: int
 # ---- whole matrices -----------------------------------------------------------------------------------------------
 
 
-def _round(
+@dataclass(frozen=True)
+class _Round:
+    """A round as one rank has part in it: all its matrices, and those that the rank owns."""
+
+    members: tuple[Part, ...]
+    mine: tuple[Part, ...]
+    alone: bool
+
+    @property
+    def given(self) -> int:
+        """Bytes of what the rank holds of the matrices; it sends as much, and as much comes back."""
+        return _FP32 * sum(part.held for part in self.members)
+
+    @property
+    def owned(self) -> int:
+        """Bytes of the matrices that it owns; alone, a rank transforms them where their directions are."""
+        return 0 if self.alone else _FP32 * sum(part.numel for part in self.mine)
+
+    def after(self, phase: Phase) -> int:
+        """Bytes held between this phase of the round and the next one."""
+        if phase is Phase.TRANSFORM:
+            return self.given if self.alone else self.owned
+        return 0 if phase is Phase.UPDATE else self.given + self.owned
+
+    def during(self, phase: Phase, rule: type[Rule], matrix: Matrix, device: str) -> int:
+        """The most bytes held meanwhile."""
+        here, means = [Flat(rule, self.members, 0.0)], 0
+        if phase is Phase.SEND:
+            return max(self.given + _pass(here, matrix.by, (True,)), self.after(phase))
+        if phase is Phase.RETURN:
+            return self.given + self.owned
+        if phase is Phase.TRANSFORM:
+            # Several matrices come in pieces, those of the first rank first, and are put together.
+            joined = _FP32 if len(self.mine) > 1 and not self.alone else 0
+            made = [
+                joined * one.numel + _transform(rule, matrix.transform, matrices_of(one.shape)[1:], device)
+                for one in self.mine
+            ]
+            return self.after(phase) + max(made, default=0)
+        held = [self.given + self.owned]
+        for function in rule.order()[1]:
+            most, found = _measured(here, function, device)
+            held.append(self.given + means + most)
+            means += found
+        return max(*held, self.given + means + _pass(here, "update", ()))
+
+
+def _exchanges(
     rule: type[Rule],
     matrix: Matrix,
     parts: Sequence[Part],
-    now: Round,
+    plan: Sequence[Round],
     kept: float,
     ranks: int,
     rank: int,
     device: str,
-) -> Moment:
-    """One round: directions on their way to owners, transformed matrices on their way back, their means, the update."""
-    members = [parts[number] for number, _ in now]
-    mine = [parts[number] for number, owner in now if owner == rank]
-    given, owned = _FP32 * sum(part.held for part in members), _FP32 * sum(part.numel for part in mine)
-    # What each rank gets is joined, and for several ranks joined again; then it is received.
-    joined = 3 if ranks > 1 else 2
-    held = [joined * given + (owned if ranks > 1 else 0)]
-    whole = made = 0
-    for part in mine:
-        size = _FP32 * part.numel
-        shape = (lines(part.shape, "rows"), lines(part.shape, "columns"))
-        held.append(owned + made + whole + size)  # a matrix is filled while the one before is still there
-        held.append(owned + made + size + _transform(rule, matrix.transform, shape, device))
-        whole, made = size, made + size
-    held.append(joined * owned + whole + (given if ranks > 1 else 0))
-    here, means = [Flat(rule, tuple(members), 0.0)], 0
-    for function in rule.order()[1]:
-        most, found = _measured(here, function, device)
-        held.append(given + means + most)
-        means += found
-    held.append(given + means + _pass(here, "update", ()))
-    used = tuple(part.number for part in members)
-    return Moment("whole matrices", kept + max(held), used, given + owned if ranks > 1 else 0)
+) -> list[Moment]:
+    """All rounds: directions on their way to owners, transformed matrices on their way back, their means, the update.
+
+    While a round has its turn, those before and after it hold what is on its way.
+    """
+    every = [
+        _Round(
+            tuple(parts[number] for number, _ in now),
+            tuple(parts[number] for number, owner in now if owner == rank),
+            ranks == 1,
+        )
+        for now in plan
+    ]
+    waiting: dict[int, int] = {}
+    moments = []
+    for number, phase in order(len(every), ranks):
+        own, _ = every[number], waiting.pop(number, 0)
+        others = sum(waiting.values())
+        used = tuple(one.number for one in own.members) if phase is Phase.UPDATE else ()
+        wire = others + own.given + own.owned if ranks > 1 else 0
+        moments.append(Moment("whole matrices", kept + others + own.during(phase, rule, matrix, device), used, wire))
+        waiting[number] = own.after(phase)
+    return moments
 
 
 @lru_cache(maxsize=256)

@@ -27,6 +27,14 @@ def orthogonal(matrix: Tensor, coefficients: Coefficients) -> Tensor:
     x = matrix.T if rows > columns else matrix  # so that the product below is the small one
     x = x / x.norm().clamp(min=1e-7)
     for a, b, c in coefficients:
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        higher = _higher(x, b, c)  # before x changes
+        x.mul_(a).add_(higher)
+        del higher
     return x.T if rows > columns else x
+
+
+def _higher(x: Tensor, b: float, c: float) -> Tensor:
+    """b s^3 + c s^5; in place where it can be, for what this holds is most of what a step of whole matrices takes."""
+    gram = x @ x.T
+    fourth = (c * gram) @ gram
+    return gram.mul_(b).add_(fourth) @ x

@@ -68,7 +68,8 @@ class Rule(BaseModel):
 
     What depends on more than one element is declared in `statistics` and handed to `update` by name, a single number as
     [blocks, 1] (docs/extending.md). Rows are along a parameter's first dimension, columns along all others together; a
-    1-D parameter is one row. `State(name, of="rows")` or `"columns"` is kept by `follow`.
+    1-D parameter is one row; three dimensions are a stack of matrices. `State(name, of="rows")` or `"columns"` is kept
+    by `follow`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -212,6 +213,11 @@ def all_states(rules: Iterable[type[Rule]]) -> tuple[State, ...]:
             if found.setdefault(state.name, state) != state:
                 raise UserError(f"{rule.__name__}: state {state.name!r} is another one in another variant of the rule")
     return tuple(found.values())
+
+
+def looks_at(rules: Iterable[type[Rule]]) -> str:
+    """What rules look at beside single elements, for sentences; empty if at nothing else."""
+    return ", ".join(dict.fromkeys(one.name for rule in rules for one in rule.statistics))
 
 
 def component_mapping(value: Mapping[str, float] | None) -> dict[str, float]:

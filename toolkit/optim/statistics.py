@@ -9,7 +9,7 @@ through one, so that nothing of the parameter's size is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -38,8 +38,11 @@ class Ranks(Protocol):
         """`tensor` added up over all ranks."""
         ...
 
-    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Give `parts[r]` to rank r, flat; what each rank has given this one, of these sizes."""
+    def swap(self, sent: Tensor, given: Sequence[int], received: Sequence[int]) -> Callable[[], Tensor]:
+        """Begin to give each rank so many elements of `sent`, which is flat and has those of the first rank first.
+
+        What is returned waits, when it is called, for what all ranks give this one, in the same order.
+        """
         ...
 
 
@@ -51,13 +54,13 @@ class Alone:
     def add(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        return list(parts)
+    def swap(self, sent: Tensor, given: Sequence[int], received: Sequence[int]) -> Callable[[], Tensor]:
+        return lambda: sent
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A whole parameter: rows along its first dimension, columns along all others; a 1-D one is one row."""
+    """A whole parameter; `toolkit.state.sharding.matrices_of` says what its rows and columns are."""
 
     shape: tuple[int, ...]
     component: str
@@ -69,10 +72,6 @@ class Parameter:
     @property
     def columns(self) -> int:
         return lines(self.shape, "columns")
-
-    @property
-    def rows(self) -> int:
-        return lines(self.shape, "rows")
 
 
 @dataclass

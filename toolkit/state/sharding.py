@@ -43,10 +43,22 @@ def share_of(shape: Sequence[int], world_size: int) -> int:
     return shard_size(math.prod(shape), world_size, BLOCK if len(shape) > 1 else 1)
 
 
-def lines(shape: Sequence[int], of: str) -> int:
-    """How many "rows" or "columns" a parameter has: rows along its first dimension, a 1-D one is one row."""
+def matrices_of(shape: Sequence[int]) -> tuple[int, int, int]:
+    """How many matrices a parameter is, of how many rows and columns each.
+
+    Three dimensions are a stack of matrices, as experts are. Else it is one: rows along the first dimension, columns
+    along all others together; a 1-D parameter is one row.
+    """
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
     rows = shape[0] if len(shape) > 1 else 1
-    return rows if of == "rows" else math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+    return 1, rows, math.prod(shape[1:] if len(shape) > 1 else shape)
+
+
+def lines(shape: Sequence[int], of: str) -> int:
+    """How many "rows" or "columns" a parameter has; those of a stack have its matrices one below the other."""
+    count, rows, columns = matrices_of(shape)
+    return count * rows if of == "rows" else columns
 
 
 @dataclass(frozen=True)

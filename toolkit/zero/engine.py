@@ -26,12 +26,12 @@ from toolkit.errors import UserError
 from toolkit.masking import hide_in_logs
 from toolkit.models import cpu_matmul
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
+from toolkit.optim.rule import looks_at
 from toolkit.optim.warm import kinds, warm
 from toolkit.sentences import shown
 from toolkit.state.layout import check_dtype
 from toolkit.zero import compatibility, partition, shared_memory
 from toolkit.zero.changes import ChangeDetector
-from toolkit.zero.exchange import names
 from toolkit.zero.release import ReleasingZeroOptimizer
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
 from toolkit.zero.stage12 import ShardedZeroOptimizer
@@ -296,9 +296,9 @@ def _finish(engine: Any) -> None:
         partition.check_stage_3(engine.optimizer)
     if not isinstance(engine.basic_optimizer, RuleOptimizer):
         return
-    if isinstance(engine.optimizer, BF16_Optimizer) and names(engine.basic_optimizer):
+    if isinstance(engine.optimizer, BF16_Optimizer) and (found := looks_at(engine.basic_optimizer.rules())):
         raise UserError(
-            f"{type(engine.basic_optimizer).__name__} looks at whole parameters ({names(engine.basic_optimizer)}), "
+            f"{type(engine.basic_optimizer).__name__} looks at whole parameters ({found}), "
             "which DeepSpeed's BF16_Optimizer flattens; use ZeRO stage 1, 2 or 3"
         )
     if engine.fp16_enabled() and getattr(engine.optimizer, "loss_scaler", None) is None:

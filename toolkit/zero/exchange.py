@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
+from toolkit.optim.rule import looks_at
 
 
 class DataParallel:
@@ -32,26 +32,25 @@ class DataParallel:
         dist.all_reduce(total, group=self._group)
         return total.to(tensor.device)
 
-    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def swap(self, sent: Tensor, given: Sequence[int], received: Sequence[int]) -> Callable[[], Tensor]:
         if self.size == 1:
-            return list(parts)
-        device = parts[0].device
-        sent = torch.cat(list(parts)).to(get_accelerator().current_device_name())
-        received = sent.new_empty(sum(sizes))
-        given = [part.numel() for part in parts]
-        dist.all_to_all_single(received, sent, list(sizes), given, group=self._group)
-        return list(received.to(device).split(list(sizes)))
+            return lambda: sent
+        device, wire = sent.device, get_accelerator().current_device_name()
+        sent = sent.to(wire)
+        arriving = sent.new_empty(sum(received))
+        work = dist.all_to_all_single(arriving, sent, list(received), list(given), group=self._group, async_op=True)
+
+        def arrived() -> Tensor:
+            work.wait()
+            return arriving.to(device)
+
+        return arrived
 
 
 def check_whole(optimizer: RuleOptimizer, *, split: bool) -> None:
     """Raise UserError for a rule that looks at whole parameters where `split` says that more than ZeRO cuts them."""
-    if split and names(optimizer):
+    if split and (found := looks_at(optimizer.rules())):
         raise UserError(
-            f"{type(optimizer).__name__} looks at whole parameters ({names(optimizer)}), which is supported neither "
+            f"{type(optimizer).__name__} looks at whole parameters ({found}), which is supported neither "
             "with mixture-of-experts layers under expert parallelism nor with model parallelism nor MiCS"
         )
-
-
-def names(optimizer: RuleOptimizer) -> str:
-    """What the rules of its groups look at beside single elements, for sentences; empty if at nothing else."""
-    return ", ".join(dict.fromkeys(one.name for rule in optimizer.rules() for one in rule.statistics))

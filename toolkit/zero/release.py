@@ -30,9 +30,9 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
+from toolkit.optim.rule import looks_at
 from toolkit.optim.streaming import StreamedStep
 from toolkit.state.codecs import BLOCK
-from toolkit.zero.exchange import names
 from toolkit.zero.gradients import GradientFragment, HostCopy, squared_norms
 from toolkit.zero.stage12 import ShardedZeroOptimizer, gather_weights
 
@@ -184,8 +184,8 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
 
 def _refusal(zero: ShardedZeroOptimizer) -> str | None:
     """What `toolkit.config` cannot know that gradients cannot be released with, or None."""
-    if names(zero.optimizer):
-        return f"does not fit a rule that looks at whole parameters ({names(zero.optimizer)}); leave it out"
+    if found := looks_at(zero.optimizer.rules()):
+        return f"does not fit a rule that looks at whole parameters ({found}); leave it out"
     if zero.gradient_accumulation_dtype != zero.dtype:
         return "needs data_types.grad_accum_dtype to be that of the model; leave that out"
     if zero.has_moe_layers or zero.model_parallel_world_size > 1:
