@@ -44,7 +44,11 @@ def share_of(shape: Sequence[int], world_size: int) -> int:
 
 
 def lines(shape: Sequence[int], of: str) -> int:
-    """How many "rows" or "columns" a parameter has: rows along its first dimension, a 1-D one is one row."""
+    """How many "rows" or "columns" a parameter has: rows along its first dimension, a 1-D one is one row.
+
+    As a "parameter" it is one."""
+    if of == "parameter":
+        return 1
     rows = shape[0] if len(shape) > 1 else 1
     return rows if of == "rows" else math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
