@@ -235,7 +235,7 @@ def declared(**body: Any) -> type[Rule]:
         ({"statistics": (Mean("x", over="model", by="size"),)}, "needs a function 'size'"),
         ({"statistics": (Matrix("x"), Matrix("y"))}, "two matrices"),
         ({"statistics": (Matrix("x"),)}, "needs a function 'direction'"),
-        ({"states": (State("m"), State("r", of="lines"))}, "of 'lines', but must be of rows or columns"),
+        ({"states": (State("m"), State("r", of="lines"))}, "of 'lines', but must be of rows, columns or parameter"),
         ({"states": (State("r", of="rows"),), "statistics": ()}, "there are no means to follow"),
         ({"states": (State("m"), State("r", of="rows"))}, "state 'r' is of rows, which needs a function 'follow'"),
         ({"statistics": (Mean("lr", over="model"),)}, "'lr' names one of its scalars and one of its states or"),

@@ -59,7 +59,7 @@ class _State(_Strict):
     name: Word
     signed: bool
     residual_of: Word | None
-    of: Literal["rows", "columns"] | None = None
+    of: Literal["rows", "columns", "parameter"] | None = None
 
 
 class _Place(_Strict):
@@ -157,7 +157,7 @@ def disagreement(sharding: Sharding) -> str | None:
         if not flat.formats.keys() <= set(names):
             return f"flat tensor {number} has formats of {', '.join(flat.formats)}"
         if any(flat.formats[name] != "fp32" for name in sharding.small(number)):
-            return f"flat tensor {number} has states of rows or columns that are not fp32"
+            return f"flat tensor {number} has states of rows, columns or parameters that are not fp32"
         if any(state.residual_of not in {None, *flat.formats} for state in sharding.layout(number).states):
             return f"a state of flat tensor {number} is a residual of one that there is not"
         problem = _overlap(sharding, number, flat) or _alignment(sharding, number, flat)

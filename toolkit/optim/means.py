@@ -114,4 +114,8 @@ def _follow(rule: type[Rule], members: Sequence[Member]) -> None:
                     )
                 state.copy_(value)
             kinds = {state.name: state.of for state in rule.states if state.of is not None}
-            member.wide |= {name: (str(kinds[name]), value) for name, value in member.small.items()}
+            for name, value in member.small.items():
+                if kinds[name] == "parameter":
+                    member.numbers[name] = value.squeeze(0)
+                else:
+                    member.wide[name] = (str(kinds[name]), value)

@@ -15,9 +15,10 @@ from toolkit.optim.arguments import OPTIONS, as_list, bind, check_tensor, fields
 from toolkit.optim.kernel import step_function
 from toolkit.optim.purity import check_declared, check_pure, with_defaults
 from toolkit.optim.rule import Rule, all_states, check_component
+from toolkit.optim.schedules import value_at
 from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep, check_gradient
-from toolkit.optim.together import step_together
+from toolkit.optim.together import Found, step_together
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import (
     REMAINDER,
@@ -70,6 +71,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         options = bind(type(self), args, kwargs)
         own, hyper = separate(options)
         rule = self.rule.parse(hyper, where=type(self).__name__)
+        self.found: Found = {}  # by the latest step
         super().__init__(params, dict(rule) | own)
 
     def rule_of(self, group: Mapping[str, Any]) -> type[Rule]:
@@ -164,7 +166,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                         stream.finish(scale)
                         begun.write_back(parameter)
                 blocks += -(-parameter.numel() // BLOCK)
-        step_together([member for _, member in together], torch.ones(()), Alone())
+        self.found = step_together([member for _, member in together], torch.ones(()), Alone())
         for parameter, member in together:
             member.step.write_back(parameter)
         return loss
@@ -218,16 +220,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         return state
 
     def _scalars(self, group: Mapping[str, Any], t: int, device: torch.device) -> tuple[tuple[str, ...], Tensor]:
-        rule = self._group_rule(group)
-        named = rule.scalars(t)
+        named = self._group_rule(group, t).scalars(t)
         values = torch.tensor(list(named.values()), dtype=torch.float32)
         return tuple(named), values.to(device, non_blocking=True)
 
-    def _group_rule(self, group: Mapping[str, Any]) -> Rule:
-        """The rule with this group's hyper-parameters as they stand now (schedulers write to groups)."""
+    def _group_rule(self, group: Mapping[str, Any], t: int) -> Rule:
+        """The rule with this group's hyper-parameters as they are at step `t` (schedulers write to groups)."""
         rule = self.rule_of(group)
         values = fields(rule, group)
-        values["lr"] = float(values["lr"]) * group["lr_scale"]
+        values["lr"] = float(values["lr"]) * value_at(group["lr_scale"], t, values.get("total_steps"))
         return rule.parse(values, where=f"{type(self).__name__}, group {group['component']!r}")
 
     @staticmethod
@@ -245,12 +246,19 @@ class RuleOptimizer(torch.optim.Optimizer):
             RuleOptimizer._allocate_only = False
 
     def report(self) -> dict[str, float]:
-        """Values worth logging after the latest step (AMCS: alpha), of the first group of each rule; empty before."""
+        """Values worth logging after the latest step (AMCS: alpha), of the first group of each rule, and of the first
+        of each component what was found; empty before."""
         # Not by way of groups: ZeRO-3 empties them between steps.
         t = max((held["step"] for held in self.state.values()), default=0)
         found: dict[str, float] = {}
         for group in {self.rule_of(group): group for group in reversed(self.param_groups)}.values() if t else ():
-            found |= self._group_rule(group).report(t)
+            found |= self._group_rule(group, t).report(t)
+        groups = {(self.rule_of(group), group["component"]): group for group in reversed(self.param_groups)}
+        for (rule, component), numbers in self.found.items() if t else ():
+            if numbers and rule.report_found is not Rule.report_found:
+                values = torch.stack(list(numbers.values())).cpu().unbind()  # waits for the device once
+                own = self._group_rule(groups[rule, component], t)
+                found |= own.report_found(t, component, **dict(zip(numbers, values, strict=True)))
         return found
 
     def state_bytes(self) -> dict[str, int]:

@@ -116,7 +116,7 @@ def _check_after(rule: type[Rule]) -> None:
 
 OVER = ("parameter", "row", "column", "component", "model")
 AFTER = ("parameter", "row", "column")
-OF = ("rows", "columns")
+OF = ("rows", "columns", "parameter")
 
 
 def _or(names: Sequence[str]) -> str:

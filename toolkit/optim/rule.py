@@ -68,8 +68,8 @@ class Rule(BaseModel):
 
     What depends on more than one element is declared in `statistics` and handed to `update` by name, a single number as
     [blocks, 1] (docs/extending.md). Rows are along a parameter's first dimension, columns along all others together; a
-    1-D parameter is one row; three dimensions are a stack of matrices. `State(name, of="rows")` or `"columns"` is kept
-    by `follow`.
+    1-D parameter is one row; three dimensions are a stack of matrices. `State(name, of="rows")`, `"columns"` or
+    `"parameter"` is kept by `follow`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -90,7 +90,7 @@ class Rule(BaseModel):
 
     @staticmethod
     def follow(*states: Any, **scalars: Any) -> tuple[Tensor, ...]:
-        """The new states of rows and columns, in order: [rows] or [columns] like the means.
+        """The new states of rows, columns and parameters, in order: [rows], [columns] or [1].
 
         Called once all means that the signature names have been found; if it names none, after the first pass.
         """
@@ -139,12 +139,14 @@ class Rule(BaseModel):
         else:
             earlier = before if matrix is not None and function == matrix.by else before + after
         means = [one for by in earlier for one in passes[by]]
-        numbers = tuple(one.name for one in means if one.over not in ("row", "column"))
+        small = [state for state in cls.states if state.of is not None and cls.last_followed() in earlier]
+        numbers = [one.name for one in means if one.over not in ("row", "column")]
+        numbers += [state.name for state in small if state.of == "parameter"]
         wide = [one.name for one in means if one.over in ("row", "column")]
-        wide += [state.name for state in cls.states if state.of is not None and cls.last_followed() in earlier]
+        wide += [state.name for state in small if state.of != "parameter"]
         wide += [matrix.name] if matrix is not None and function in (*after, "update") else []
         named = cls._named(function)
-        return numbers, tuple(name for name in wide if name in named)
+        return tuple(numbers), tuple(name for name in wide if name in named)
 
     @classmethod
     def _named(cls, function: str) -> tuple[str, ...]:
@@ -173,7 +175,10 @@ class Rule(BaseModel):
         return {**params, **found}
 
     def for_component(self, component: str) -> dict[str, Any]:
-        """Hyper-parameters that differ for `component`; `lr_scale` multiplies whatever lr a scheduler sets."""
+        """Hyper-parameters that differ for `component`; `lr_scale` multiplies whatever lr a scheduler sets.
+
+        It is a number or what else `schedules.check_setting` returns; one that moves needs a field `total_steps`.
+        """
         return {}
 
     def check_ready(self) -> None:
@@ -181,6 +186,10 @@ class Rule(BaseModel):
 
     def report(self, t: int) -> dict[str, float]:
         """Values worth logging at step `t`."""
+        return {}
+
+    def report_found(self, t: int, component: str, **found: Tensor) -> dict[str, float]:
+        """Values worth logging of what step `t` found for a component: means and states that are one number, 0-d."""
         return {}
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -68,42 +69,63 @@ class Points:
         return value
 
 
-ALLOWED = "must be 'linear', 'cosine', a number in [0, 1] or a list of (fraction, value) points in [0, 1]"
+SHAPES: dict[str, type[Linear | Cosine]] = {"linear": Linear, "cosine": Cosine}
 
-Setting = str | float | tuple[tuple[float, float], ...]
-"""As a JSON says it: "linear" or "cosine" (1 to 0), a constant, or points."""
+Setting = str | float | tuple[str, float, float] | tuple[tuple[float, float], ...]
+"""As a JSON says it: "linear" or "cosine" (1 to 0), one of them with its ends (["cosine", 1.5, 1]), a constant, or
+points."""
 
 
-def check_setting(value: Any, name: str) -> Setting:
-    """`value` as a Setting. Raises ValueError, which names what is set, unless it and all it says lie in [0, 1]."""
+def check_setting(value: Any, name: str, *, most: float = 1.0, words: Sequence[str] = ()) -> Setting:
+    """`value` as a Setting, unless it is one of `words`.
+
+    Raises ValueError, which says what is allowed, unless all numbers are in [0, `most`]; fractions are in [0, 1].
+    """
+    within = f"in [0, {most:g}]" if most < math.inf else "of 0 or more"
+    allowed = (
+        f'must be {", ".join(map(repr, (*words, *SHAPES)))}, a shape with its ends (["cosine", 1, 0.5]), a number '
+        f"{within} or a list of (fraction, value) points {within}"
+    )
+
+    def number(given: Any) -> float:
+        real = isinstance(given, (int, float)) and not isinstance(given, bool)
+        if not real or not 0.0 <= given <= most or given == math.inf:
+            raise ValueError(allowed)
+        return float(given)
+
     if isinstance(value, str):
-        if value not in ("linear", "cosine"):
-            raise ValueError(ALLOWED)
+        if value not in (*words, *SHAPES):
+            raise ValueError(allowed)
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(ALLOWED)
-        return float(value)
     if not isinstance(value, (list, tuple)):
-        raise ValueError(ALLOWED)
+        return number(value)
+    if len(value) == 3 and isinstance(value[0], str) and value[0] in SHAPES:
+        return value[0], number(value[1]), number(value[2])
     try:
         points = tuple((float(fraction), float(level)) for fraction, level in value)
     except (TypeError, ValueError):
-        raise ValueError(ALLOWED) from None
+        raise ValueError(allowed) from None
     fractions = [fraction for fraction, _ in points]
-    inside = all(0.0 <= number <= 1.0 for point in points for number in point)
+    inside = all(0.0 <= x <= 1.0 and 0.0 <= level <= most and level < math.inf for x, level in points)
     if not points or not inside or any(a >= b for a, b in zip(fractions, fractions[1:], strict=False)):
-        raise ValueError(f"{name}'s points must be in [0, 1] with fractions that increase, not {list(points)!r}")
+        raise ValueError(f"{name}'s points must be {within} with fractions that increase, not {list(points)!r}")
     return points
+
+
+def moves(setting: Any) -> bool:
+    """Whether a checked setting is none that is the same at every step."""
+    return isinstance(setting, (str, tuple))
 
 
 def schedule(setting: Setting) -> Schedule:
     """What a checked setting says."""
-    if isinstance(setting, tuple):
-        return Points(setting)
     if isinstance(setting, str):
-        return Linear() if setting == "linear" else Cosine()
-    return Linear(setting, setting)
+        return SHAPES[setting]()
+    if not isinstance(setting, tuple):
+        return Linear(setting, setting)
+    if isinstance(setting[0], str):
+        return SHAPES[setting[0]](*setting[1:])
+    return Points(setting)
 
 
 def value_at(setting: Setting, t: int, total_steps: int | None) -> float:

@@ -7,7 +7,7 @@ one after the other. What has no `statistics` has no part in this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,13 +17,17 @@ from toolkit.optim.means import find_means
 from toolkit.optim.rule import Rule
 from toolkit.optim.statistics import Flat, Member, Ranks, aligned, by_block, flats
 
+Found = Mapping[tuple[type[Rule], str], Mapping[str, Tensor]]
+"""By rule and component, the single numbers that a step found, 0-d: of means over less, its last parameter's."""
+
 
 @torch.no_grad()
-def step_together(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> None:
+def step_together(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> Found:
     """Step `members`, on every rank the same ones in the same order.
 
     Gradients are multiplied by `scale`, and let go of as soon as they have been used.
     """
+    numbers: dict[tuple[type[Rule], str], Mapping[str, Tensor]] = {}
     by_rule: dict[type[Rule], list[Member]] = {}
     for member in members:
         by_rule.setdefault(member.step.function.rule, []).append(member)
@@ -39,3 +43,5 @@ def step_together(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> Non
                 part.update(scale)
         for copied in moved:
             copied.write_back()
+        numbers |= {(rule, member.parameter.component): member.numbers for member in own}
+    return numbers

@@ -28,7 +28,8 @@ class State:
     `signed=False`: a second moment, never negative. `residual_of` names another state of the rule that this one stays
     close to, like a second average of the same gradients: formats that can store the difference.
 
-    `of` "rows" or "columns": one fp32 number for each row or column of a parameter, whole on every rank.
+    `of` "rows" or "columns": one fp32 number for each row or column of a parameter, whole on every rank; "parameter":
+    one number.
     """
 
     name: str

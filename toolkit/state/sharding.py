@@ -56,7 +56,12 @@ def matrices_of(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def lines(shape: Sequence[int], of: str) -> int:
-    """How many "rows" or "columns" a parameter has; those of a stack have its matrices one below the other."""
+    """How many "rows" or "columns" a parameter has; those of a stack have its matrices one below the other.
+
+    As a "parameter" it is one.
+    """
+    if of == "parameter":
+        return 1
     count, rows, columns = matrices_of(shape)
     return count * rows if of == "rows" else columns
 

@@ -322,7 +322,7 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
         for i in groups:
             held, self._held[i], self.averaged_gradients[i] = self._held[i], {}, None
             members += self._members(i, held)
-        step_together(members, scale, DataParallel(self.dp_process_group))
+        self.optimizer.found = step_together(members, scale, DataParallel(self.dp_process_group))
         for i in groups:
             self._show(i)
 

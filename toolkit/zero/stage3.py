@@ -159,7 +159,7 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
             members[i] = self._step_sub_group(i, self.grad_partitions_flat_buffer[start:stop], scale)
             start = stop
         together = [member for own in members.values() for member in own]
-        step_together(together, scale, DataParallel(self.dp_process_group))
+        self.optimizer.found = step_together(together, scale, DataParallel(self.dp_process_group))
         for i, own in members.items():
             if own:
                 self._show(i)

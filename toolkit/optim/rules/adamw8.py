@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, NonNegative, Rule, State, component_mapping
+from toolkit.optim.rule import Beta, NonNegative, Rule, State
+from toolkit.optim.scales import DynamicScales, ScaledRule, Scales
 from toolkit.optim.schedules import between, product_between
 
 
-class AdamW8Rule(Rule):
+class AdamW8Rule(ScaledRule):
     """AdamW (Loshchilov and Hutter 2019).
 
     ::
@@ -23,12 +25,13 @@ class AdamW8Rule(Rule):
         theta <- theta - eta_c wd theta - eta_c (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps),  eta_c = gamma_c eta(t)
 
     `betas` is (b1, b2). With `beta1_end`, b1 moves in a straight line from betas[0] to it over `total_steps`, and the
-    product of all b1 so far stands in place of b1^t. `component_scales` is gamma by component; without it all are 1.
+    product of all b1 so far stands in place of b1^t. `component_scales` is gamma by component, a number or how it moves
+    (`toolkit.optim.schedules`), or "dynamic" (`DynamicScales`); without it all are 1.
 
     It is AMCS with alpha = 1 and all scales 1, bit for bit; with `beta1_end` it is AMCS's mode "single".
     """
 
-    states = (State("m"), State("v", signed=False))
+    states: ClassVar[tuple[State, ...]] = (State("m"), State("v", signed=False))
     needs = ("total_steps",)
 
     lr: NonNegative = 6e-4
@@ -37,22 +40,19 @@ class AdamW8Rule(Rule):
     weight_decay: NonNegative = 0.1
     beta1_end: Beta | None = None
     total_steps: int | None = Field(default=None, ge=1, strict=True)
-    component_scales: dict[str, NonNegative] | None = None
+    component_scales: Scales = None
 
-    @field_validator("component_scales")
     @classmethod
-    def _check_scales(cls, value: dict[str, float] | None) -> dict[str, float]:
-        return component_mapping(value)
+    def variant(cls, settings: Mapping[str, Any], **group: Any) -> type[Rule]:
+        return AdamW8DynamicRule if cls.is_dynamic(settings) else AdamW8Rule
 
     def check_ready(self) -> None:
+        super().check_ready()
         if self.beta1_end is not None and self.total_steps is None:
             raise UserError(
                 f"AdamW8: total_steps is required because beta1_end={self.beta1_end!r} has beta1 move over the "
                 "training; give total_steps (toolkit.initialize fills it in from the run) or no beta1_end"
             )
-
-    def for_component(self, component: str) -> dict[str, Any]:
-        return {"lr_scale": (self.component_scales or {}).get(component, 1.0)}
 
     def scalars(self, t: int) -> dict[str, float]:
         b1, b2 = self.betas
@@ -70,12 +70,11 @@ class AdamW8Rule(Rule):
         }
 
     @staticmethod
-    def update(theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+    def direction(g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
         m, v = states
         m = m + s["m_rate"] * (g - m)
         v = v + s["v_rate"] * (g * g - v)
-        step = s["m_correction"] * m / (v.sqrt() * s["v_correction"] + s["eps"])  # the code of v takes the same root
-        return theta - (s["decay"] * theta + s["lr"] * step), m, v
+        return s["m_correction"] * m / (v.sqrt() * s["v_correction"] + s["eps"]), m, v  # v's code takes the same root
 
     def beta1_at(self, t: int) -> float:
         """b1 for optimizer step t = 1, 2, ...; after `total_steps` it holds its last value."""
@@ -83,7 +82,13 @@ class AdamW8Rule(Rule):
         return start if self.beta1_end is None else between(start, self.beta1_end, "linear", t, self.total_steps)
 
     def report(self, t: int) -> dict[str, float]:
-        return {} if self.beta1_end is None else {"beta1": self.beta1_at(t)}
+        return super().report(t) | ({} if self.beta1_end is None else {"beta1": self.beta1_at(t)})
+
+
+class AdamW8DynamicRule(DynamicScales, AdamW8Rule):
+    """AdamW with `component_scales` "dynamic"."""
+
+    states = (*AdamW8Rule.states, DynamicScales.LOG_SCALE)
 
 
 AdamW8 = as_optimizer(AdamW8Rule)

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, NonNegative, Rule, State, component_mapping
-from toolkit.optim.schedules import Setting, between, check_setting, product_between, value_at
+from toolkit.optim.rule import Beta, NonNegative, Rule, State
+from toolkit.optim.scales import DynamicScales, ScaledRule, Scales
+from toolkit.optim.schedules import Setting, between, check_setting, moves, product_between, value_at
 
-PAPER_SCALES = {"attention": 1.2, "ffn": 1.0, "embedding": 0.8, "head": 0.8}
+PAPER_SCALES = MappingProxyType({"attention": 1.2, "ffn": 1.0, "embedding": 0.8, "head": 0.8})
 """gamma_c of the paper; "embeddings" there means both vocabulary matrices. All else is 1.0."""
 
 
-class AMCSRule(Rule):
+class AMCSRule(ScaledRule):
     """AMCS (paper: equations 1 and 2, section 3.2).
 
     ::
@@ -32,12 +33,14 @@ class AMCSRule(Rule):
     With a = 1 and all gamma 1 this is AdamW(b_f, b_v); with a = 0 it is AdamW(b_s, b_v).
 
     `betas` is (b_f, b_s, b_v). `alpha` is a(t): "linear" (1 to 0 over `total_steps`), "cosine" (the same, as
-    half a cosine), a constant in [0, 1], or a list of (fraction of training, value) points joined by straight
-    lines. `component_scales` is gamma by component, laid over the paper's values.
+    half a cosine), one of them with its ends (["linear", 1, 0.5]), a constant in [0, 1], or a list of (fraction of
+    training, value) points joined by straight lines. `component_scales` is gamma by component, likewise, laid over the
+    paper's values; or "dynamic" (`DynamicScales`).
 
     `mode` "single" is an approximation that keeps one momentum, whose beta follows a(t) (`AMCSSingleRule`).
     """
 
+    default_scales = PAPER_SCALES
     states: ClassVar[tuple[State, ...]] = (
         State("m_fast", residual_of="m_slow"),
         State("m_slow"),
@@ -54,7 +57,7 @@ class AMCSRule(Rule):
     weight_decay: NonNegative = 0.1
     total_steps: int | None = Field(default=None, ge=1, strict=True)
     alpha: Setting = "linear"
-    component_scales: dict[str, NonNegative] | None = None
+    component_scales: Scales = None
     mode: Literal["dual", "single"] = "dual"
 
     @field_validator("alpha", mode="before")
@@ -62,17 +65,9 @@ class AMCSRule(Rule):
     def _check_alpha(cls, value: Any) -> Setting:
         return check_setting(value, "alpha")
 
-    @field_validator("component_scales")
-    @classmethod
-    def _check_scales(cls, value: dict[str, float] | None) -> dict[str, float]:
-        return component_mapping(value)
-
-    @property
-    def _alpha_moves(self) -> bool:
-        return isinstance(self.alpha, (str, tuple))
-
     def check_ready(self) -> None:
-        if self._alpha_moves and self.total_steps is None:
+        super().check_ready()
+        if moves(self.alpha) and self.total_steps is None:
             raise UserError(
                 f"AMCS: total_steps is required because alpha={self.alpha!r} moves over the training; give "
                 "total_steps (toolkit.initialize fills it in from the run) or a constant alpha"
@@ -84,11 +79,9 @@ class AMCSRule(Rule):
 
     @classmethod
     def variant(cls, settings: Mapping[str, Any], **group: Any) -> type[Rule]:
-        return AMCSSingleRule if settings.get("mode") == "single" else AMCSRule
-
-    def for_component(self, component: str) -> dict[str, Any]:
-        scales = PAPER_SCALES | (self.component_scales or {})
-        return {"lr_scale": scales.get(component, 1.0)}
+        if settings.get("mode") == "single":
+            return AMCSSingleDynamicRule if cls.is_dynamic(settings) else AMCSSingleRule
+        return AMCSDynamicRule if cls.is_dynamic(settings) else AMCSRule
 
     def scalars(self, t: int) -> dict[str, float]:
         b_fast, b_slow, b_v = self.betas
@@ -106,17 +99,16 @@ class AMCSRule(Rule):
         }
 
     @staticmethod
-    def update(theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+    def direction(g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
         m_fast, m_slow, v = states
         m_fast = m_fast + s["fast_rate"] * (g - m_fast)
         m_slow = m_slow + s["slow_rate"] * (g - m_slow)
         v = v + s["v_rate"] * (g * g - v)
         m = s["fast_weight"] * m_fast + s["slow_weight"] * m_slow
-        step = m / (v.sqrt() * s["v_correction"] + s["eps"])  # the code of v takes the same root
-        return theta - (s["decay"] * theta + s["lr"] * step), m_fast, m_slow, v
+        return m / (v.sqrt() * s["v_correction"] + s["eps"]), m_fast, m_slow, v  # the code of v takes the same root
 
     def report(self, t: int) -> dict[str, float]:
-        return {"alpha": self.alpha_at(t)}
+        return {"alpha": self.alpha_at(t)} | super().report(t)
 
 
 class AMCSSingleRule(AMCSRule):
@@ -152,15 +144,26 @@ class AMCSSingleRule(AMCSRule):
         }
 
     @staticmethod
-    def update(theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+    def direction(g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
         m, v = states
         m = m + s["m_rate"] * (g - m)
         v = v + s["v_rate"] * (g * g - v)
-        step = m / (v.sqrt() * s["v_correction"] + s["eps"])  # the code of v takes the same root
-        return theta - (s["decay"] * theta + s["lr"] * step), m, v
+        return m / (v.sqrt() * s["v_correction"] + s["eps"]), m, v  # the code of v takes the same root
 
     def report(self, t: int) -> dict[str, float]:
-        return {"alpha": self.alpha_at(t), "beta": self.beta_at(t)}
+        return super().report(t) | {"beta": self.beta_at(t)}
+
+
+class AMCSDynamicRule(DynamicScales, AMCSRule):
+    """AMCS with `component_scales` "dynamic"."""
+
+    states = (*AMCSRule.states, DynamicScales.LOG_SCALE)
+
+
+class AMCSSingleDynamicRule(DynamicScales, AMCSSingleRule):
+    """Both."""
+
+    states = (*AMCSSingleRule.states, DynamicScales.LOG_SCALE)
 
 
 AMCS = as_optimizer(AMCSRule)
