@@ -50,6 +50,17 @@ def amcs(alpha: Callable[[Arrays, Arrays, int], float]) -> Callable[[Arrays, int
     return direction
 
 
+def agreement(fast: Arrays, slow: Arrays, t: int) -> float:
+    """a(t) of AMCS with alpha "agreement", from the momenta and from the impulse responses of their averages."""
+
+    def cosine(x: Array, y: Array) -> float:
+        return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+
+    both = [np.concatenate([x.ravel() for x in momenta.values()]) for momenta in (fast, slow)]
+    noise = cosine(0.9 ** np.arange(t), 0.95 ** np.arange(t))
+    return 1.0 if t == 1 else float(np.clip((cosine(*both) - noise) / (1 - noise), 0.0, 1.0))
+
+
 def rms(values: Sequence[Array]) -> float:
     return float(np.sqrt(np.mean(np.concatenate([x.ravel() for x in values]) ** 2)))
 

@@ -1,4 +1,4 @@
-"""Factors of the rate by component: constant, on a schedule, and following what is measured."""
+"""Factors of the rate by component, and AMCS's alpha: on a schedule, and following what is measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scaled_references import adam, amcs, follow_dynamic
+from scaled_references import adam, agreement, amcs, follow_dynamic
 from torch import nn
 
 from toolkit.errors import UserError
@@ -98,6 +98,8 @@ def test_alpha_takes_ends_too() -> None:
         (AdamW8, {"component_scales": {"ffn": ["cosine", 1, -1]}}, "a number of 0 or more"),
         (AdamW8, {"component_scales": {"ffn": [[0.5, 1], [0.2, 2]]}}, "a scale's points must be"),
         (AMCS, {"alpha": ["cosine", 1.0, 1.5]}, "a number in [0, 1]"),
+        (AMCS, {"alpha": "agreemnt"}, "Did you mean 'agreement'?"),
+        (AMCS, {"alpha": "agreement", "mode": "single"}, "mode is \"single\", but must be 'dual' with alpha"),
     ],
 )
 def test_wrong_scales_give_one_sentence(kind: Any, settings: dict[str, Any], says: str) -> None:
@@ -134,6 +136,38 @@ def test_amcs_has_them_in_either_mode(settings: dict[str, Any]) -> None:
     want, gamma = follow_dynamic(direction, 1e-2, start(), gradients(), COMPONENTS, lambda name: 0.1)
     assert_follows(params, want)
     assert optimizer.report()["scale_ffn"] == pytest.approx(gamma["ffn"], rel=1e-5)
+
+
+@pytest.mark.parametrize("signal", [1e-3, 1e-2])
+def test_alpha_follows_the_agreement_of_both_momenta(signal: float) -> None:
+    """Alone, and with scales that are measured of updates with that alpha."""
+    steps = [{name: g + signal for name, g in by_name.items()} for by_name in gradients()]
+    seen: list[float] = []
+
+    def alpha(fast: Any, slow: Any, t: int) -> float:
+        seen.append(agreement(fast, slow, t))
+        return seen[-1]
+
+    want, gamma = follow_dynamic(amcs(alpha), 1e-2, start(), steps, COMPONENTS, lambda name: 0.1)
+    ends = (0.0, 0.6) if signal < 5e-3 else (0.6, 1.0)
+    assert seen[0] == 1.0 and ends[0] < seen[-1] < ends[1]
+    params, optimizer = build(AMCS, component_scales="dynamic", weight_decay=0.1, alpha="agreement")
+    train(params, optimizer, steps)
+    assert_follows(params, want, 1e-4)
+    report = {"alpha": seen[-1]} | {f"scale_{name}": value for name, value in gamma.items()}
+    assert optimizer.report() == pytest.approx(report, rel=1e-4)
+    others, alone = build(AMCS, component_scales=dict.fromkeys(("attention", "ffn"), 1.0), alpha="agreement")
+    train(others, alone, steps)
+    assert alone.report() == pytest.approx({"alpha": seen[-1]}, rel=1e-4)  # weights are not looked at
+
+
+def test_alpha_of_noise_is_0_and_of_a_steady_gradient_1() -> None:
+    rng = np.random.default_rng(3)
+    noise = [{name: rng.normal(size=shape) for name, shape in SHAPES.items()} for _ in range(30)]
+    for steps, want in ((noise, 0.0), ([noise[0]] * 30, 1.0)):
+        params, optimizer = build(AMCS, alpha="agreement", component_scales=None)
+        train(params, optimizer, steps)
+        assert optimizer.report()["alpha"] == pytest.approx(want, abs=0.05)
 
 
 def test_it_is_one_measuring_and_one_updating_kernel() -> None:

@@ -132,10 +132,11 @@ class DynamicScales(_Part):
         return step2, theta2, step2, theta2
 
     @classmethod
-    def follow(cls, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
-        [log_scale] = states
-        known = (s["step2"] > 0) & (s["theta2"] > 0)
-        ratio = s["model_step2"].log() - s["model_theta2"].log() - s["step2"].log() + s["theta2"].log()
+    def follow(
+        cls, log_scale: Tensor, *, step2: Tensor, theta2: Tensor, model_step2: Tensor, model_theta2: Tensor, **s: Tensor
+    ) -> tuple[Tensor, ...]:
+        known = (step2 > 0) & (theta2 > 0)
+        ratio = model_step2.log() - model_theta2.log() - step2.log() + theta2.log()
         bound = math.log(cls.BOUND)
         wanted = torch.where(known, (0.5 * ratio).clamp(-bound, bound), log_scale)
         return (log_scale + (1.0 - cls.SMOOTHING) * (wanted - log_scale),)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+import torch
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, NonNegative, Rule, State
+from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, State
 from toolkit.optim.scales import DynamicScales, ScaledRule, Scales
 from toolkit.optim.schedules import Setting, between, check_setting, moves, product_between, value_at
 
 PAPER_SCALES = MappingProxyType({"attention": 1.2, "ffn": 1.0, "embedding": 0.8, "head": 0.8})
 """gamma_c of the paper; "embeddings" there means both vocabulary matrices. All else is 1.0."""
+
+
+AGREEMENT = "agreement"
 
 
 class AMCSRule(ScaledRule):
@@ -32,10 +37,10 @@ class AMCSRule(ScaledRule):
 
     With a = 1 and all gamma 1 this is AdamW(b_f, b_v); with a = 0 it is AdamW(b_s, b_v).
 
-    `betas` is (b_f, b_s, b_v). `alpha` is a(t): "linear" (1 to 0 over `total_steps`), "cosine" (the same, as
-    half a cosine), one of them with its ends (["linear", 1, 0.5]), a constant in [0, 1], or a list of (fraction of
-    training, value) points joined by straight lines. `component_scales` is gamma by component, likewise, laid over the
-    paper's values; or "dynamic" (`DynamicScales`).
+    `betas` is (b_f, b_s, b_v). `alpha` is a(t): "linear" (1 to 0 over `total_steps`), "cosine" (the same, as half a
+    cosine), one of them with its ends (["linear", 1, 0.5]), a constant in [0, 1], or a list of (fraction of training,
+    value) points joined by straight lines; or "agreement" (`AMCSAgreementRule`). `component_scales` is gamma by
+    component, likewise, laid over the paper's values; or "dynamic" (`DynamicScales`).
 
     `mode` "single" is an approximation that keeps one momentum, whose beta follows a(t) (`AMCSSingleRule`).
     """
@@ -63,11 +68,18 @@ class AMCSRule(ScaledRule):
     @field_validator("alpha", mode="before")
     @classmethod
     def _check_alpha(cls, value: Any) -> Setting:
-        return check_setting(value, "alpha")
+        return check_setting(value, "alpha", words=(AGREEMENT,))
+
+    @field_validator("mode")
+    @classmethod
+    def _check_mode(cls, value: str, info: ValidationInfo) -> str:
+        if value == "single" and info.data.get("alpha") == AGREEMENT:
+            raise ValueError(f"must be 'dual' with alpha {AGREEMENT!r}, which compares two momenta")
+        return value
 
     def check_ready(self) -> None:
         super().check_ready()
-        if moves(self.alpha) and self.total_steps is None:
+        if moves(self.alpha) and self.alpha != AGREEMENT and self.total_steps is None:
             raise UserError(
                 f"AMCS: total_steps is required because alpha={self.alpha!r} moves over the training; give "
                 "total_steps (toolkit.initialize fills it in from the run) or a constant alpha"
@@ -81,11 +93,18 @@ class AMCSRule(ScaledRule):
     def variant(cls, settings: Mapping[str, Any], **group: Any) -> type[Rule]:
         if settings.get("mode") == "single":
             return AMCSSingleDynamicRule if cls.is_dynamic(settings) else AMCSSingleRule
+        if settings.get("alpha") == AGREEMENT:
+            return AMCSAgreementDynamicRule if cls.is_dynamic(settings) else AMCSAgreementRule
         return AMCSDynamicRule if cls.is_dynamic(settings) else AMCSRule
+
+    def mixture(self, t: int) -> dict[str, float]:
+        """What both momenta are multiplied by, and whatever else they are mixed with."""
+        b_fast, b_slow, _ = self.betas
+        alpha = self.alpha_at(t)
+        return {"fast_weight": alpha / (1.0 - b_fast**t), "slow_weight": (1.0 - alpha) / (1.0 - b_slow**t)}
 
     def scalars(self, t: int) -> dict[str, float]:
         b_fast, b_slow, b_v = self.betas
-        alpha = self.alpha_at(t)
         return {
             "lr": self.lr,
             "decay": self.lr * self.weight_decay,
@@ -93,8 +112,7 @@ class AMCSRule(ScaledRule):
             "fast_rate": 1.0 - b_fast,
             "slow_rate": 1.0 - b_slow,
             "v_rate": 1.0 - b_v,
-            "fast_weight": alpha / (1.0 - b_fast**t),
-            "slow_weight": (1.0 - alpha) / (1.0 - b_slow**t),
+            **self.mixture(t),
             "v_correction": (1.0 - b_v**t) ** -0.5,
         }
 
@@ -154,10 +172,82 @@ class AMCSSingleRule(AMCSRule):
         return super().report(t) | {"beta": self.beta_at(t)}
 
 
+class AMCSAgreementRule(AMCSRule):
+    """AMCS with `alpha` "agreement": a(t) follows how far both momenta point the same way.
+
+    ::
+
+        c    =  mean(m_fast m_slow) / sqrt(mean(m_fast^2) mean(m_slow^2))                 over the whole model
+        c_0  =  S(b_f b_s) / sqrt(S(b_f^2) S(b_s^2)),    S(x) = (1 - x^t) / (1 - x)
+        a(t) =  min(max((c - c_0) / (1 - c_0), 0), 1)
+
+    c_0 is the c of gradients that are nothing but noise, independent from step to step: then a(t) is 0, and all weight
+    is on the momentum that averages longer. Gradients that stay the same give c = 1 and a(t) = 1. a(1) is 1.
+    """
+
+    statistics: ClassVar[tuple[Mean | Matrix, ...]] = (
+        Mean("fast_slow", over="model", by="compare"),
+        Mean("fast2", over="model", by="compare"),
+        Mean("slow2", over="model", by="compare"),
+    )
+
+    def mixture(self, t: int) -> dict[str, float]:
+        b_fast, b_slow, _ = self.betas
+        room = 1.0 - noise_agreement(b_fast, b_slow, t)
+        return {
+            "fast_weight": 1.0 / (1.0 - b_fast**t),
+            "slow_weight": 1.0 / (1.0 - b_slow**t),
+            "per_room": 1.0 / room if room > 1e-9 else 0.0,  # where noise agrees too, as at first, c says nothing
+        }
+
+    @staticmethod
+    def compare(theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        m_fast, m_slow, _ = states
+        m_fast = m_fast + s["fast_rate"] * (g - m_fast)
+        m_slow = m_slow + s["slow_rate"] * (g - m_slow)
+        return m_fast * m_slow, m_fast * m_fast, m_slow * m_slow
+
+    @classmethod
+    def direction(cls, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        a = agreement(**s)
+        weights = {"fast_weight": a * s["fast_weight"], "slow_weight": (1.0 - a) * s["slow_weight"]}
+        return super().direction(g, *states, **(s | weights))
+
+    def report(self, t: int) -> dict[str, float]:
+        return ScaledRule.report(self, t)
+
+    def report_found(self, t: int, component: str, **found: Tensor) -> dict[str, float]:
+        per_room = torch.tensor(self.mixture(t)["per_room"])
+        return {"alpha": float(agreement(per_room=per_room, **found))} | super().report_found(t, component, **found)
+
+
+def noise_agreement(b_fast: float, b_slow: float, t: int) -> float:
+    """c_0: the cosine between both averages of t independent gradients, that of their impulse responses."""
+
+    def dot(x: float) -> float:
+        return (1.0 - x**t) / (1.0 - x)
+
+    return dot(b_fast * b_slow) / math.sqrt(dot(b_fast**2) * dot(b_slow**2))
+
+
+def agreement(*, per_room: Tensor, fast_slow: Tensor, fast2: Tensor, slow2: Tensor, **_: Tensor) -> Tensor:
+    """a(t); `per_room`: 1 / (1 - c_0)."""
+    size = fast2.sqrt() * slow2.sqrt()
+    cosine = torch.where(size > 0, fast_slow / size, 1.0)
+    return (1.0 - per_room * (1.0 - cosine)).clamp(0.0, 1.0)
+
+
 class AMCSDynamicRule(DynamicScales, AMCSRule):
     """AMCS with `component_scales` "dynamic"."""
 
     states = (*AMCSRule.states, DynamicScales.LOG_SCALE)
+
+
+class AMCSAgreementDynamicRule(DynamicScales, AMCSAgreementRule):
+    """Both: a(t) is found first, and what is measured of updates is of those with it."""
+
+    states = (*AMCSRule.states, DynamicScales.LOG_SCALE)
+    statistics: ClassVar[tuple[Mean | Matrix, ...]] = (*AMCSAgreementRule.statistics, *DynamicScales.statistics)
 
 
 class AMCSSingleDynamicRule(DynamicScales, AMCSSingleRule):
