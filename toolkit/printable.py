@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import unicodedata
 from typing import Any
 
@@ -39,3 +41,9 @@ def printable_tree(value: Any) -> Any:
     if isinstance(value, dict):
         return {printable(key): printable_tree(item) for key, item in value.items()}
     return value
+
+
+def warn_once(logger: logging.Logger, message: str, *args: Any) -> None:
+    """Log a warning that every rank has to give alike: rank 0 does."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(message, *args, stacklevel=2)

@@ -175,7 +175,7 @@ def test_a_hub_that_answers_is_reachable(monkeypatch: pytest.MonkeyPatch) -> Non
         ("corpus.parqet", ["no data file or folder 'corpus.parqet'", "Did you mean 'corpus.parquet'?"]),
         ("nowhere/at/all.parquet", ["no data file or folder"]),
         ("corpus*.jsonl", ["no file matches 'corpus*.jsonl'"]),
-        ("notes.md", ["'notes.md' is of no supported kind", ".parquet, .jsonl"]),
+        ("notes.md", ["'notes.md' is of no supported kind", ".parquet, .arrow, .jsonl"]),
         ("mixed", ["'mixed' mixes 'json', 'parquet' files", "*.parquet"]),
         ("hollow", ["folder 'hollow' holds no data"]),
         ("broken.parquet", ["'broken.parquet'", "corrupt"]),

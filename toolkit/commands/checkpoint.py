@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,8 @@ TrustPickle = Annotated[
 ]
 _SHOWN = 5
 """Files that are not of a checkpoint, at most."""
+_LISTED = 20
+"""Files of a folder that are shown one by one, at most. (DeepSpeed's universal layout has some for each parameter.)"""
 
 
 def find(path: Path) -> Path:
@@ -95,12 +98,24 @@ def inspect(
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, str(value))
-    for name, entry in sorted(manifest.files.items()):
-        table.add_row("", f"{entry['bytes']:>15,}  {name}")
+    for name, size in _listed({name: int(entry["bytes"]) for name, entry in manifest.files.items()}).items():
+        table.add_row("", f"{size:>15,}  {name}")
     console = PlainConsole()
     if not console.is_terminal:  # what a program reads is not cut into lines
         console.width = 1000
     console.print(table)
+
+
+def _listed(sizes: dict[str, int]) -> dict[str, int]:
+    """Files and their bytes as they are shown: those of a folder of many as one line."""
+    folders = {name: name.rpartition("/")[0].partition("/")[0] for name in sizes}
+    counts = Counter(folders.values())
+    shown: dict[str, int] = {}
+    for name, folder in sorted(folders.items()):
+        many = folder and counts[folder] > _LISTED
+        line = f"{folder}/ ({counts[folder]} files)" if many else name
+        shown[line] = shown.get(line, 0) + sizes[name]
+    return shown
 
 
 def _formats(flats: Any) -> set[str]:

@@ -19,8 +19,9 @@ Model = Annotated[str, typer.Option(help="A model preset, or a folder holding a 
 Config = Annotated[
     str, typer.Option("--config", help="A shipped configuration's name or the path of a DeepSpeed JSON.")
 ]
-Gpus = Annotated[int, typer.Option("--gpus", min=1, help="Ranks on each machine.")]
-Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
+# No machine or cluster has more; with them, bytes of the whole are numbers that other code can count.
+Gpus = Annotated[int, typer.Option("--gpus", min=1, max=1024, help="Ranks on each machine.")]
+Nodes = Annotated[int, typer.Option(min=1, max=100_000, help="Machines.")]
 # One run is estimated, planned and trained: what all three have begins with the same value.
 _SEQ_LEN: int = RunSettings.model_fields["seq_len"].default
 SeqLen = Annotated[int, typer.Option(min=1, help="Predictions per sequence.")]

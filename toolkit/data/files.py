@@ -1,4 +1,4 @@
-"""Local files to documents: parquet, JSON and plain text, compressed or not.
+"""Local files to documents: parquet, Arrow, JSON and plain text, compressed or not.
 
 Only a file that cannot be opened, or a device that cannot be read, ends a pass. What is no document is handed out as
 one with a problem, and so is the rest of a damaged file. Memory is bounded by `LONGEST`, whatever a file grows to.
@@ -22,9 +22,11 @@ from toolkit.errors import UserError, nearest, some
 if TYPE_CHECKING:
     import pyarrow as pa
 
-KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+KINDS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-SUPPORTED = ".parquet, .jsonl, .json or .txt files (.jsonl, .json and .txt also as .gz or .zst)"
+SUPPORTED = ".parquet, .arrow, .jsonl, .json or .txt files (.jsonl, .json and .txt also as .gz or .zst)"
+TABLES = ("parquet", "arrow")
+"""Kinds with columns, which are never compressed as a whole."""
 DOCUMENT_CHARACTERS = 16 * 1024
 
 # UTF-32's mark begins as UTF-16's does. All three codecs drop the mark.
@@ -57,10 +59,10 @@ _LONGEST_LIST = 1 << 28
 
 
 def kind_of(file: Path) -> str | None:
-    """``parquet``, ``json`` or ``text``, by the file's name in any case; None for any other."""
+    """``parquet``, ``arrow``, ``json`` or ``text``, by the file's name in any case; None for any other."""
     compressed = file.suffix.lower() in COMPRESSIONS
     kind = KINDS.get((Path(file.stem).suffix if compressed else file.suffix).lower())
-    return None if compressed and kind == "parquet" else kind
+    return None if compressed and kind in TABLES else kind
 
 
 def read_file(file: Path, text_column: str = "text") -> Iterator[Document]:
@@ -69,7 +71,7 @@ def read_file(file: Path, text_column: str = "text") -> Iterator[Document]:
     Raises:
         UserError: the file cannot be opened, or the device not be read.
     """
-    readers = {"parquet": _parquet, "json": _json, "text": _text}
+    readers = {"parquet": _parquet, "arrow": _arrow, "json": _json, "text": _text}
     damages = _damages()
     last = "its beginning"
     try:
@@ -92,11 +94,11 @@ def _damages() -> tuple[type[Exception], ...]:
     return (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowSerializationError, OSError)
 
 
-# ---- parquet ------------------------------------------------------------------------------------------------------
+# ---- tables -------------------------------------------------------------------------------------------------------
 
 
-def check_parquet(file: Path, text_column: str) -> None:
-    """Read the footer.
+def check_table(file: Path, text_column: str) -> None:
+    """Read the columns of a parquet or Arrow file.
 
     Raises:
         UserError: it is damaged, or there is no such column of text.
@@ -105,7 +107,11 @@ def check_parquet(file: Path, text_column: str) -> None:
     import pyarrow.parquet as pq
 
     try:
-        schema = pq.read_schema(file)
+        if kind_of(file) == "arrow":
+            with _record_batches(file) as reader:
+                schema = reader.schema
+        else:
+            schema = pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data file {str(file)!r} cannot be read or is corrupt: {first_line(error)}.") from error
     if text_column not in schema.names:
@@ -144,6 +150,24 @@ def _parquet(file: Path, text_column: str) -> Iterator[Document]:
                     raise
                 where = f"rows {row + 1} to {end} of {str(file)!r}"
                 yield Document("", where, f"{where} are corrupt: {first_line(error)}.")
+
+
+def _arrow(file: Path, text_column: str) -> Iterator[Document]:
+    """Batch by batch, as `datasets.save_to_disk` writes a stream of them."""
+    row = 0
+    with _record_batches(file) as reader:
+        for batch in reader:
+            for text in _texts(batch.column(text_column)):
+                row += 1
+                yield document(text or "", f"row {row} of {str(file)!r}")
+
+
+@contextmanager
+def _record_batches(file: Path) -> Iterator[pa.RecordBatchReader]:
+    import pyarrow as pa
+
+    with pa.OSFile(str(file)) as source:
+        yield pa.ipc.open_stream(source)
 
 
 def _texts(column: pa.Array) -> list[str | None]:

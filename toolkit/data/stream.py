@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from toolkit.data.documents import BadDocuments, Document, Documents, document
-from toolkit.data.files import SUPPORTED, check_parquet, first_line, kind_of, no_column, quoted, read_file
+from toolkit.data.files import (
+    COMPRESSIONS,
+    SUPPORTED,
+    TABLES,
+    check_table,
+    first_line,
+    kind_of,
+    no_column,
+    quoted,
+    read_file,
+)
 from toolkit.errors import UserError, nearest
 
 FINEWEB = "HuggingFaceFW/fineweb"
@@ -35,15 +45,15 @@ def open_documents(
 
     Args:
         spec: ``fineweb`` (streamed from the Hugging Face hub), ``stdlib`` (this interpreter's own standard
-            library), or a file, folder or glob of parquet, JSON lines or plain text, all of one kind.
+            library), or a file, folder or glob of parquet, Arrow, JSON lines or plain text, all of one kind.
         subset: FineWeb's config name, ``sample-10BT`` if none is given; no other source has one.
         text_column: column (parquet) or key (JSON) that holds the text.
         split: split of the hub dataset; local files and ``stdlib`` have one split only.
         bad: whether documents that cannot be used are skipped, or stop whoever reads.
 
     Raises:
-        UserError: unknown name, no such file, mixed kinds, a file that is unreadable or begins with nothing but
-            documents that cannot be used, no such column, hub out of reach, or no text at all.
+        UserError: unknown name, no such file, mixed kinds, a file that is there twice, one that is unreadable or
+            begins with nothing but documents that cannot be used, no such column, hub out of reach, or no text at all.
     """
     if spec != "fineweb" and (subset is not None or split != "train"):
         raise UserError(f"data {spec!r} has no subsets or splits: they can be chosen for 'fineweb' only.")
@@ -54,8 +64,8 @@ def open_documents(
     else:
         files, kind = _find_files(spec)
         for file in files:
-            if kind == "parquet":
-                check_parquet(file, text_column)
+            if kind in TABLES:
+                check_table(file, text_column)
             else:
                 _begins_well(read_file(file, text_column))
         sizes = tuple(file.stat().st_size for file in files)
@@ -157,6 +167,7 @@ def _find_files(spec: str) -> tuple[list[Path], str]:
         # What is hidden is a program's own: .ipynb_checkpoints/, .git/, macOS's ._x.jsonl.
         inside = (file for file in path.rglob("*") if kind_of(file) and file.is_file())
         found = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        found = _without_records(found, spec)
         if not found:
             raise UserError(f"folder {spec!r} holds no data: supported are {SUPPORTED}.")
     elif spec and path.exists():
@@ -179,7 +190,37 @@ def _find_files(spec: str) -> tuple[list[Path], str]:
     kinds = sorted({kind_of(file) or "" for file in files})
     if len(kinds) != 1:
         raise UserError(f"data {spec!r} mixes {quoted(kinds)} files: choose one kind with a glob such as '*.parquet'.")
+    _check_once(files, spec)
     return files, kinds[0]
+
+
+def _without_records(files: list[Path], spec: str) -> list[Path]:
+    """Without what `datasets.save_to_disk` writes about the data beside them."""
+    dictionary = next((file for file in files if file.name == "dataset_dict.json"), None)
+    if dictionary is not None:
+        splits = sorted({file.parent.name for file in files if kind_of(file) == "arrow"})
+        if len(splits) > 1:
+            raise UserError(
+                f"folder {spec!r} holds the splits {quoted(splits)} of a data set: choose one of its folders."
+            )
+    tables = {file.parent for file in files if kind_of(file) == "arrow"}
+    beside = {dictionary, *(folder / name for folder in tables for name in ("state.json", "dataset_info.json"))}
+    return [file for file in files if file not in beside]
+
+
+def _check_once(files: list[Path], spec: str) -> None:
+    """Raises UserError where a text would be read twice: from a file and a link to it, or a compressed copy."""
+    known: dict[object, Path] = {}
+    for file in files:
+        about = file.stat()
+        unpacked = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
+        for key in ((about.st_dev, about.st_ino), unpacked):
+            other = known.setdefault(key, file)
+            if other != file:
+                raise UserError(
+                    f"data {spec!r} holds {str(other)!r} and {str(file)!r}, the same text twice: remove one, or choose "
+                    "with a glob."
+                )
 
 
 def _nearest_file(path: Path) -> str:

@@ -117,10 +117,12 @@ def show_candidates(
             state = f"{one.state}, checkpointing {'on' if one.checkpointing else 'off'}"
             lacks = f"{size_text(one.needs)}, {size_text(one.needs - memory)} too much; {one.holds_most} hold most"
             if one.needs <= memory:
-                lacks = f"{size_text(one.host)} of host memory, but {host} (--host-memory)"
+                lacks = f"{size_text(one.host)} of host memory"
             console.print_line(f"  {one.config} ({state}): {lacks}")
         if len(failed) > _SHOWN:
             console.print_line(f"  and {len(failed) - _SHOWN} more.")
+        if not all(one.host_fits for one in failed):
+            console.print_line(f"host memory: {host} (--host-memory)")
 
 
 def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest: float, optimizer: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import LongTensor, Tensor, nn
 from toolkit.errors import UserError, nearest
 from toolkit.models.loss import CHUNKABLE, LOSSES, LossHead, plain_loss
 from toolkit.models.presets import Preset, first_line, load_config
+from toolkit.printable import warn_once
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -249,9 +249,9 @@ def _use_chunked_loss(hf: PreTrainedModel) -> None:
     head = hf.get_output_embeddings()
     if hf.config.model_type in CHUNKABLE and type(head) is nn.Linear:
         LossHead.adopt(head)
-    elif os.environ.get("RANK", "0") == "0":
+    else:
         kind = hf.config.model_type
-        logger.warning("loss: plain, with full logits: %r is not known to use its head's output as it is", kind)
+        warn_once(logger, "loss: plain, with full logits: %r is not known to use its head's output as it is", kind)
 
 
 def count_parameters(config: PretrainedConfig) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import UserError, some
 from toolkit.optim.rule import COMPONENTS
+from toolkit.printable import warn_once
 from toolkit.state.layout import check_dtype
 from toolkit.state.sharding import whole_shape
 
@@ -93,7 +94,9 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
             groups[key]["params"].append(tensor)
     if unplaced:
         known = ", ".join(component for component in COMPONENTS if component != "other")
-        logger.warning('parameters that are in no known component (%s) train as "other": %s', known, some(unplaced, 8))
+        warn_once(
+            logger, 'parameters that are in no known component (%s) train as "other": %s', known, some(unplaced, 8)
+        )
     # A group without elements has nothing to train, and ZeRO cannot cut it.
     return [group for group in groups.values() if any(whole_shape(tensor).numel() for tensor in group["params"])]
 

@@ -79,7 +79,11 @@ class Rule(BaseModel):
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields that the run fills in where the user leaves them open, each one of NEEDS."""
     update_error: ClassVar[Mapping[str, float]] = {}
-    """How far an update with coded state is from the exact one, in %, by state format; empty: not measured."""
+    """How far an update with coded state is from the exact one, in %, by state format; empty: not measured.
+
+    The norm of the difference over the norm, all tensors: `python tests/benchmarks/codec_error.py --hidden 256`, whose
+    table is in docs/state.md.
+    """
 
     lr: NonNegative
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from deepspeed import comm as dist
 from torch import nn
 
 from toolkit.errors import some
+from toolkit.printable import warn_once
 
 logger = logging.getLogger("toolkit")
 
@@ -63,5 +63,4 @@ class ChangeDetector:
 
 
 def _warn(names: list[str], what: str) -> None:
-    if dist.get_rank() == 0:
-        logger.warning("%s: %s", some(names, 8), what)
+    warn_once(logger, "%s: %s", some(names, 8), what)

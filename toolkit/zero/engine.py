@@ -28,6 +28,7 @@ from toolkit.models import cpu_matmul
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
 from toolkit.optim.rule import looks_at
 from toolkit.optim.warm import kinds, warm
+from toolkit.printable import warn_once
 from toolkit.sentences import shown
 from toolkit.state.layout import check_dtype
 from toolkit.zero import compatibility, partition, shared_memory
@@ -83,8 +84,8 @@ def initialize(
     validate(config, origin=origin, world_size=None if own_mesh else _world_size(), total_steps=total_steps)
     ds = DeepSpeedSettings.read(config)
     _check_has_optimizer(ds, kwargs, origin)
-    for remark in remarks(config) if not dist.is_initialized() or dist.get_rank() == 0 else ():
-        logger.warning("%s: %s", origin, remark)
+    for remark in remarks(config):
+        warn_once(logger, "%s: %s", origin, remark)
     hide_in_logs(config, logging.getLogger("DeepSpeed"))  # which shows its configuration at level INFO
     if ds.rule:
         section = config["optimizer"]

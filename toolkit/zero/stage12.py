@@ -23,6 +23,7 @@ from toolkit.optim import RuleOptimizer
 from toolkit.optim.statistics import Member, Parameter, Share, small_states
 from toolkit.optim.streaming import StreamedStep
 from toolkit.optim.together import step_together
+from toolkit.printable import warn_once
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import Fragment, fragments
 from toolkit.zero.exchange import DataParallel, check_whole
@@ -70,7 +71,8 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
         self._laying_out = False
         check_whole(init_optimizer, split=self.has_moe_layers or self.model_parallel_world_size > 1)
         if ignored:
-            logger.warning(
+            warn_once(
+                logger,
                 "reduce_scatter, prescale_gradients and gradient_predivide_factor have no effect for %s: gradients are "
                 "divided by the number of ranks and added up at the rank that owns them",
                 type(init_optimizer).__name__,

@@ -28,6 +28,7 @@ from toolkit.optim import RuleOptimizer
 from toolkit.optim.statistics import Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.optim.together import step_together
+from toolkit.printable import warn_once
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import fragments
 from toolkit.zero.agreement import Order, have_nothing
@@ -49,7 +50,8 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
             raise UserError("release_gradients works at ZeRO stages 1 and 2 only, not at 3")
         self._order = Order()
         if takes_mean(kwargs):
-            logger.warning(
+            warn_once(
+                logger,
                 "prescale_gradients and gradient_predivide_factor have no effect for %s: gradients are divided by the "
                 "number of ranks while they are added up",
                 type(init_optimizer).__name__,

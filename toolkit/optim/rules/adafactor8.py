@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Annotated
 
 from pydantic import Field
@@ -34,6 +35,7 @@ class Adafactor8Rule(Rule):
         Mean("ratio2", over="parameter", by="measure_step"),
         Mean("mean_r", over="parameter", by="measure_step"),
     )
+    update_error = MappingProxyType({"8bit": 0.0, "compact": 0.0, "minimal": 0.0})
 
     lr: NonNegative = 1e-2
     beta2_decay: NonPositive = -0.8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -29,6 +30,7 @@ class AdaMuonRule(HiddenMatrixRule):
 
     states = (State("m"), State("v", signed=False))
     statistics = (Matrix("o"), Mean("u2", over="parameter"))
+    update_error = MappingProxyType({"8bit": 15.5, "compact": 52.6, "minimal": 55.7})
 
     lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta] = (0.95, 0.95)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from torch import Tensor
 
 from toolkit.optim.optimizer import as_optimizer
@@ -20,6 +22,7 @@ class Lion8Rule(Rule):
     """
 
     states = (State("m"),)
+    update_error = MappingProxyType({"8bit": 16.4, "compact": 62.5, "minimal": 62.5})
 
     lr: NonNegative = 1e-4
     betas: tuple[Beta, Beta] = (0.9, 0.99)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class LOMORule(Rule):
     """
 
     states: ClassVar[tuple[State, ...]] = ()
+    update_error = MappingProxyType({"8bit": 0.0, "compact": 0.0, "minimal": 0.0})
 
     lr: NonNegative = 3e-2
     weight_decay: NonNegative = 0.0

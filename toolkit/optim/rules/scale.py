@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -27,6 +28,7 @@ class SCALERule(HiddenMatrixRule):
 
     states: ClassVar[tuple[State, ...]] = ()
     statistics: ClassVar[tuple[Mean | Matrix, ...]] = (Mean("line2", over="row"),)
+    update_error = MappingProxyType({"8bit": 1.3, "compact": 15.8, "minimal": 15.8})
 
     lr: NonNegative = 6e-4
     momentum: Beta = 0.9
