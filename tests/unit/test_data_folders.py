@@ -26,6 +26,9 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
     folder = saved(tmp_path / "corpus", number=list(range(10)))
     assert len(list(folder.glob("*.arrow"))) == 3 and list(folder.glob("*.json"))
     assert list(open_documents(str(folder))) == TEXTS
+    datasets.load_from_disk(str(folder)).map(lambda row: row)
+    assert list(folder.glob("cache-*.arrow"))
+    assert list(open_documents(str(folder))) == TEXTS
     with pytest.raises(UserError, match=r"has no column 'txt': it has 'text', 'number'\. Did you mean 'text'\?"):
         open_documents(str(folder), text_column="txt")
     with pytest.raises(UserError, match="column 'number' of .* holds int64, not text"):

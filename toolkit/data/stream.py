@@ -195,7 +195,7 @@ def _find_files(spec: str) -> tuple[list[Path], str]:
 
 
 def _without_records(files: list[Path], spec: str) -> list[Path]:
-    """Without what `datasets.save_to_disk` writes about the data beside them."""
+    """Without what `datasets` writes beside the data that `save_to_disk` saves: records, and results of its `map`."""
     dictionary = next((file for file in files if file.name == "dataset_dict.json"), None)
     if dictionary is not None:
         splits = sorted({file.parent.name for file in files if kind_of(file) == "arrow"})
@@ -203,9 +203,10 @@ def _without_records(files: list[Path], spec: str) -> list[Path]:
             raise UserError(
                 f"folder {spec!r} holds the splits {quoted(splits)} of a data set: choose one of its folders."
             )
-    tables = {file.parent for file in files if kind_of(file) == "arrow"}
-    beside = {dictionary, *(folder / name for folder in tables for name in ("state.json", "dataset_info.json"))}
-    return [file for file in files if file not in beside]
+    arrow = [file for file in files if kind_of(file) == "arrow"]
+    beside = {dictionary, *(file.parent / name for file in arrow for name in ("state.json", "dataset_info.json"))}
+    made = {file for file in arrow if file.name.startswith("cache-") and file.parent / "state.json" in files}
+    return [file for file in files if file not in beside | made]
 
 
 def _check_once(files: list[Path], spec: str) -> None:
