@@ -77,13 +77,13 @@ def without_sizes(seen: list[str]) -> list[str]:
 
 
 def test_matrices_go_to_their_owners_and_back_while_others_are_transformed(runs: Results) -> None:
-    """14 hidden matrices of two layers: rounds of two, of four small ones, ..."""
+    """The 14 hidden matrices of two layers, in several rounds."""
     layer = [64 * 40, 32 * 40, 32 * 40, 40 * 64, *[40 * 136] * 3]
     plan = rounds(2 * layer, 2)
     phases = [phase for _, phase in order(len(plan), 2)]
     seen = without_scalars(runs["matrices-1"][0]["step"])
     exchanges = [what for what in without_sizes(seen) if not what.startswith("allgather")]
-    assert exchanges == ["allreduce", *["alltoall_base"] * 2 * len(plan)] and len(plan) > 3
+    assert exchanges == ["allreduce 1", *["alltoall_base"] * 2 * len(plan)] and len(plan) > 3
     # Of each matrix half comes to its owner, and half of it goes back to the other rank.
     got = sum(int(what.split()[1]) for rank in runs["matrices-1"] for what in rank["step"] if "alltoall" in what)
     assert got == 2 * 2 * sum(layer)

@@ -32,6 +32,8 @@ class Simulation:
         self.nvme: dict[str, int] = {}
         self.unapplied: list[tuple[list[Lifetime], int]] = []
         self.busy: list[Lifetime] = []
+        self.joined: list[list[Lifetime]] = []
+        """Gradients that came out of one reduction: parts of one buffer."""
         self.numels = [parameter.numel for parameter in dry_run.parameters]
         self.total = sum(self.numels[number] for group in optimizer.groups for number in group.numbers)
         # The gradient that autograd made, by parameter.
@@ -178,3 +180,6 @@ class Simulation:
             for lifetime in self.lifetimes:
                 if lifetime.freed_at == self.end and lifetime.category == c.GRADIENTS:
                     lifetime.freed_at = used_at.get(lifetime.parameter, self.end)
+            for buffer in self.joined:  # which the last one to be used keeps
+                for lifetime in buffer:
+                    lifetime.freed_at = max(one.freed_at or self.end for one in buffer)

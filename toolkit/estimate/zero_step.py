@@ -148,6 +148,7 @@ class _Simulation(Simulation):
                 self.allocate(others, c.BUCKETS, "gradients that are reduced together", moment, moment + 1)
             )
         unapplied: list[Lifetime] = []
+        buffer: list[Lifetime] = []
         for number in waiting:
             self.gradients[number].freed_at = moment + 1
             if not joined and self.own[number] < self.numels[number]:
@@ -171,7 +172,11 @@ class _Simulation(Simulation):
             if goes or adds:
                 self.allocate(size, c.BUCKETS, name, moment, moment + 1)
             else:
-                self.allocate(size, c.GRADIENTS, name, moment, self.end).parameter = number
+                made = self.allocate(size, c.GRADIENTS, name, moment, self.end)
+                made.parameter = number
+                if joined and made.bytes:
+                    buffer.append(made)
+        self.joined.append(buffer)
         self._apply_later(unapplied, sum(self.own[number] for number in waiting), moment)
         if self.buckets.overlap:
             for lifetime in self.busy:
