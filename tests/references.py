@@ -107,7 +107,7 @@ def adafactor(lr: float, decay: float) -> Update:
             c = b2 * c + (1 - b2) * square
             v = c
         else:
-            square = square.reshape(len(g), -1)
+            square = np.concatenate(matrices(square))
             r = b2 * r + (1 - b2) * square.sum(1)
             c = b2 * c + (1 - b2) * square.sum(0)
             v = (np.outer(r, c) / r.sum()).reshape(g.shape)
@@ -118,14 +118,21 @@ def adafactor(lr: float, decay: float) -> Update:
     return update
 
 
+def matrices(x: Array) -> Array:
+    """A stack of matrices, which three dimensions are; what has another number of them is a stack of one."""
+    return x if x.ndim == 3 else x.reshape(1, len(x), -1)
+
+
 def newton_schulz(d: Array) -> Array:
-    """Muon's five steps, on singular values alone, so as to share nothing with the rules but their polynomial."""
-    matrix = d.reshape(len(d), -1)
-    u, values, w = np.linalg.svd(matrix / np.linalg.norm(matrix), full_matrices=False)
-    for _ in range(5):
-        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    made: Array = (u * values) @ w
-    return made
+    """Muon's five steps for each matrix, on singular values alone, so as to share nothing with the rules but their
+    polynomial."""
+    made = []
+    for matrix in matrices(d):
+        u, values, w = np.linalg.svd(matrix / np.linalg.norm(matrix), full_matrices=False)
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        made.append((u * values) @ w)
+    return np.stack(made)
 
 
 def muon(lr: float, decay: float, hidden: bool = True) -> Update:
@@ -137,7 +144,7 @@ def muon(lr: float, decay: float, hidden: bool = True) -> Update:
             return theta - lr * decay * theta - lr * adam(g, t)
         m = 0.95 * m + 0.05 * g
         o = newton_schulz(0.95 * m + 0.05 * g)
-        return theta - lr * decay * theta - lr * 0.2 * np.sqrt(max(o.shape)) * o.reshape(g.shape)
+        return theta - lr * decay * theta - lr * 0.2 * np.sqrt(max(o.shape[1:])) * o.reshape(g.shape)
 
     return update
 
@@ -151,8 +158,8 @@ def normuon(lr: float, decay: float, hidden: bool = True) -> Update:
             return theta - lr * decay * theta - lr * adam(g, t)
         m = 0.95 * m + 0.05 * g
         o = newton_schulz(m)
-        v = 0.95 * v + 0.05 * np.mean(o**2, axis=1)
-        o = o / (np.sqrt(v) + 1e-10)[:, None]
+        v = 0.95 * v + 0.05 * np.mean(o**2, axis=-1)
+        o = o / (np.sqrt(v) + 1e-10)[..., None]
         rate = 0.2 * lr * np.sqrt(o.size) / np.linalg.norm(o)
         return theta - lr * decay * theta - rate * o.reshape(g.shape)
 
@@ -182,10 +189,10 @@ def sinkgd(lr: float, decay: float, hidden: bool = True) -> Update:
     def update(theta: Array, g: Array, t: int) -> Array:
         if g.ndim == 1 or not hidden:
             return theta - lr * decay * theta - lr * adam(g, t)
-        x = g.reshape(len(g), -1)
+        x = matrices(g)
         for _ in range(5):
-            x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True))
-            x = x / np.sqrt(np.mean(x**2, axis=0, keepdims=True))
+            x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
+            x = x / np.sqrt(np.mean(x**2, axis=-2, keepdims=True))
         return theta - lr * decay * theta - lr * 0.2 * x.reshape(g.shape)
 
     return update
@@ -199,7 +206,7 @@ def scale(lr: float, decay: float, head: bool = False, lookup: bool = False) -> 
         if g.ndim == 1:
             return theta - lr * decay * theta - lr * adam(g, t)
         m = 0.9 * m + 0.1 * g if head else g
-        x = m.reshape(len(m), -1)
+        x = np.concatenate(matrices(m))
         x = x / np.sqrt(np.mean(x**2, axis=0 if lookup else 1, keepdims=True))
         return theta - lr * decay * theta - lr * 0.2 * x.reshape(g.shape)
 
