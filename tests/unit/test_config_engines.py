@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,12 @@ from toolkit.config import validate
 from toolkit.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_rank", "one_thread")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's monitors write where the process is."""
+    monkeypatch.chdir(tmp_path)
 
 
 def failures(configs: Iterable[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
