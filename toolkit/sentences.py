@@ -56,6 +56,17 @@ def unknown_key(place: list[str], known: Iterable[str], kind: str = "key") -> st
     return f"unknown {kind} {dotted(place)!r}{allowed}.{hint}"
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, or, where it says nothing, its class."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def json_kind(value: Any) -> str:
+    """What JSON calls `value`."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), "null")
+
+
 def dotted(place: Iterable[str]) -> str:
     return ".".join(place)
 

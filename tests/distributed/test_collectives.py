@@ -15,8 +15,8 @@ from ranks import launch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from toolkit.optim.matrices import Phase, order, rounds
-from toolkit.state.sharding import fragments
 from toolkit.zero import gradients
+from toolkit.zero.shards import Member
 
 Results = dict[str, list[dict[str, Any]]]
 
@@ -200,9 +200,10 @@ def test_the_reductions_of_a_bucket_are_one_call_where_the_backend_can(
     delivered: list[gradients.GradientFragment] = []
     reducer = gradients.Reducer(
         deliver=lambda _, pieces: delivered.extend(pieces),
-        groups={id(param): 0 for param in params},
-        fragments={id(param): fragments(0, 1_000, size=1_024, shift=1_000 * i) for i, param in enumerate(params)},
-        process_groups=[fake_ranks],
+        members={
+            id(param): Member(param, param.shape, 0, fake_ranks, 0, offset=at, size=1_024, share=0, at=at)
+            for param, at in zip(params, range(0, 4_000, 1_000), strict=True)
+        },
         divisor=4,
         bucket_elements=2_000,
         dtype=torch.float32,

@@ -190,7 +190,7 @@ def test_a_hub_that_answers_is_reachable(monkeypatch: pytest.MonkeyPatch) -> Non
         ("line1.jsonl", ["line 1 of 'line1.jsonl' is not valid JSON"]),
         ("list3.json", ["line 3 of 'list3.json' is not valid JSON"]),
         ("number.jsonl", ["line 1 of 'number.jsonl': 'text' holds a number"]),
-        ("words.jsonl", ["line 1 of 'words.jsonl': wanted is an object", "a string"]),
+        ("words.jsonl", ["line 1 of 'words.jsonl': wanted is an object", "found text"]),
         ("plain.jsonl.gz", ["'plain.jsonl.gz'", "corrupt"]),
         ("short.jsonl.gz", ["'short.jsonl.gz'", "corrupt"]),
         ("plain.jsonl.zst", ["'plain.jsonl.zst'", "corrupt"]),

@@ -144,6 +144,33 @@ def test_only_the_rooms_that_say_why_import_the_internals_of_deepspeed() -> None
     assert used == set(DEEPSPEED), "an exception that nothing needs any more"
 
 
+LAYOUT = {
+    *("bit16_groups", "round_robin_bit16_groups", "round_robin_bit16_offsets", "parallel_partitioned_bit16_groups"),
+    *("single_partition_of_fp32_groups", "partition_size", "real_dp_process_group", "params_in_partition"),
+    *("fp16_groups", "fp16_partitioned_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat"),
+    *("sub_group_to_group_id", "sub_group_process_groups", "partition_numel", "_get_param_partition_group"),
+}
+"""What DeepSpeed's ZeRO optimizers say of their groups: which parameters they hold, cut how, over which ranks."""
+
+WALK = "toolkit/zero/shards.py"
+PASSED_ON = {
+    ("toolkit/zero/stage12.py", "parallel_partitioned_bit16_groups"): "whole, to DeepSpeed's all_gather_dp_groups",
+    ("toolkit/zero/stage12.py", "real_dp_process_group"): "whole, to DeepSpeed's all_gather_dp_groups",
+    ("toolkit/zero/stage12.py", "params_in_partition"): "as the list that DeepSpeed takes gradients from by number",
+}
+
+
+def test_one_module_walks_over_the_groups_of_deepspeed() -> None:
+    found = {
+        (path.relative_to(ROOT).as_posix(), node.attr)
+        for path in modules().values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in LAYOUT
+    }
+    assert {file for file, _ in found - PASSED_ON.keys()} == {WALK}
+    assert PASSED_ON.keys() - found == set(), "an exception that nothing needs any more"
+
+
 @pytest.mark.parametrize("name", ["state", "optim"])
 def test_the_mathematics_imports_nothing_of_deepspeed(name: str) -> None:
     files = [path for module, path in modules().items() if room(module) == name]

@@ -14,6 +14,7 @@ from typing import Any
 
 from toolkit.errors import UserError, nearest
 from toolkit.masking import MASK, is_secret, masked_assignment
+from toolkit.sentences import json_kind
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -147,7 +148,7 @@ def _parse(path: Path) -> dict[str, Any]:
                 ) from None
         json.dumps(content, ensure_ascii=False).encode()
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds {_kind(content)}; a DeepSpeed config is one JSON object.")
+        raise UserError(f"{path} holds {json_kind(content)}; a DeepSpeed config is one JSON object.")
     if duplicated:
         owner, key = duplicated[0]
         raise UserError(f"{path}: the key {_path_to(owner, content) + key!r} appears twice; keep one of them.")
@@ -179,11 +180,6 @@ def _path_to(owner: dict[str, Any], tree: Any) -> str:
         if inner := _path_to(owner, value):
             return f"{key}.{inner}"
     return ""
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
 
 
 def is_comment(key: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from toolkit.config.limits import Facts
 from toolkit.errors import UserError
+from toolkit.sentences import one_line
 
 # What a section imports where it is enabled.
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
@@ -66,7 +67,7 @@ def _check_experts(facts: Facts, world_size: int) -> None:
             zero_offload_param=ds.offload_param != "none",
         )
     except (AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"expert_parallel: {' '.join(str(error).split())}") from None
+        raise UserError(f"expert_parallel: {one_line(error)}") from None
 
 
 def check_machine(facts: Facts) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from toolkit.config.deepspeed import DeepSpeedSettings
-from toolkit.config.outside import check_outside, is_outside
+from toolkit.config.outside import check_outside, is_outside, try_step
 from toolkit.config.signatures import arguments_of, is_number, torch_names
 from toolkit.errors import UserError, nearest
 from toolkit.sentences import shown, unknown_key
@@ -26,6 +25,7 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
 
     Raises UserError.
     """
+    import torch
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
     from toolkit.optim import OPTIONS, RULES, check_params, find_rule
@@ -71,7 +71,9 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
     if kind.lower() in DEEPSPEED_OPTIMIZERS:
         _check_own(kind, params)
     else:
-        _try(kind, params)
+        # On which devices it works is no matter of the JSON.
+        arguments = {key: value for key, value in params.items() if key not in ("capturable", "fused")}
+        try_step(f"torch.optim.{kind}", getattr(torch.optim, kind), arguments, (2, 2))
 
 
 def check_ready(ds: DeepSpeedSettings, total_steps: int | None) -> None:
@@ -119,26 +121,6 @@ def _check_own(kind: str, params: Mapping[str, Any]) -> None:
         )
     if kind.lower().startswith("mu") and kind.lower() != "muon" and importlib.util.find_spec("mup") is None:
         raise UserError(f"optimizer.type {kind!r} needs the package mup, which is not installed.")
-
-
-def _try(kind: str, params: Mapping[str, Any]) -> None:
-    """Let a class of torch.optim make a step: types and values that do not fit show as its error."""
-    import torch
-
-    # On which devices it works is no matter of the JSON.
-    arguments = {key: value for key, value in params.items() if key not in ("capturable", "fused")}
-    weight = torch.nn.Parameter(torch.zeros(2, 2))
-    weight.grad = torch.zeros(2, 2)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            getattr(torch.optim, kind)([weight], **arguments).step()
-    except Exception as error:
-        what = " ".join(str(error).split())
-        raise UserError(
-            f"optimizer.params: a step of torch.optim.{kind} with {shown(dict(params))} fails with "
-            f"{type(error).__name__}: {what}."
-        ) from None
 
 
 def check_combination(ds: DeepSpeedSettings, *, accumulation: int | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.config.signatures import arguments_of
 from toolkit.errors import UserError, nearest
-from toolkit.sentences import shown, unknown_key
+from toolkit.sentences import one_line, shown, unknown_key
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,7 @@ def outside_optimizer(kind: str) -> type[torch.optim.Optimizer]:
     try:
         names = vars(importlib.import_module(module))
     except Exception as error:  # whatever its import runs into
-        told = " ".join(str(error).split())
-        raise UserError(f"{place}: {module} cannot be imported: {type(error).__name__}: {told}") from None
+        raise UserError(f"{place}: {module} cannot be imported: {type(error).__name__}: {one_line(error)}") from None
     classes = {
         key: value
         for key, value in names.items()
@@ -65,17 +64,39 @@ def check_outside(kind: str, params: Mapping[str, Any]) -> None:
         for name in params:
             if name not in accepted:
                 raise UserError(unknown_key(["optimizer", "params", name], accepted, "hyper-parameter"))
-    weight = torch.nn.Parameter(torch.zeros(8))  # as ZeRO hands weights over: flat
-    weight.grad = torch.zeros(8)
+    flat = " on a flat tensor, which is what ZeRO hands over,"
+    try_step(kind, made, params, (8,), where=flat, steps=not torch.accelerator.is_available())
+
+
+def try_step(
+    kind: str,
+    made: type[torch.optim.Optimizer],
+    params: Mapping[str, Any],
+    shape: tuple[int, ...],
+    *,
+    where: str = "",
+    steps: bool = True,
+) -> None:
+    """Build `made` for a weight of `shape` and let it make a step: types and values that do not fit show as its error.
+
+    Args:
+        kind, where: its name, and on what the step is made, for the sentence.
+        steps: whether to make the step.
+
+    Raises UserError.
+    """
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.zeros(shape)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer = made([weight], **params)
-            if not torch.accelerator.is_available():
+            if steps:
                 optimizer.step()
     except Exception as error:
-        told = " ".join(str(error).split())
         raise UserError(
-            f"optimizer.params: a step of {kind} with {shown(dict(params))} on a flat tensor, which is what ZeRO hands "
-            f"over, fails here with {type(error).__name__}: {told}."
+            f"optimizer.params: a step of {kind} with {shown(dict(params))}{where} fails with "
+            f"{type(error).__name__}: {one_line(error)}."
         ) from None

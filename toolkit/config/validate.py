@@ -23,7 +23,7 @@ from toolkit.config.schedulers import check_scheduler, rates, scheduler_argument
 from toolkit.config.schema import DeepSpeedJson, deepspeed_models
 from toolkit.errors import UserError
 from toolkit.masking import MASK, masks
-from toolkit.sentences import dotted, explain, shown
+from toolkit.sentences import dotted, explain, one_line, shown
 
 HIGHEST_USUAL_RATE = 1.0
 """Learning rates above it are remarked upon."""
@@ -152,7 +152,7 @@ def _check_sections(config: Mapping[str, Any]) -> dict[str, BaseModel]:
         except ValidationError as error:
             raise UserError(explain(error, model, path)) from None
         except (AssertionError, TypeError, ValueError) as error:
-            raise UserError(f"{dotted(path)}: {_one_line(error)}") from None
+            raise UserError(f"{dotted(path)}: {one_line(error)}") from None
     return parsed
 
 
@@ -184,7 +184,7 @@ def _check_by_deepspeed(config: Mapping[str, Any]) -> None:
         read = DeepSpeedConfig({**trial, JSON_KEYS[MICRO]: 1})
         _try_token_dropping(read.data_efficiency_config["data_routing"]["random_ltd"])
     except Exception as error:
-        raise UserError(f"DeepSpeed refuses this config: {_one_line(error)}") from None
+        raise UserError(f"DeepSpeed refuses this config: {one_line(error)}") from None
 
 
 def _try_token_dropping(section: Mapping[str, Any]) -> None:
@@ -196,10 +196,6 @@ def _try_token_dropping(section: Mapping[str, Any]) -> None:
             RandomLTDScheduler({**section, "global_batch_size": 1, "micro_batch_size": 1})
         except KeyError as error:
             raise ValueError(f"data_efficiency.data_routing.random_ltd lacks {error}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _has_auto(config: Mapping[str, Any]) -> bool:

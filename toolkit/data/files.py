@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 from toolkit.data import documents
 from toolkit.data.documents import UNDECODED, Document, document
 from toolkit.errors import UserError, nearest, some
+from toolkit.sentences import json_kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -265,20 +266,14 @@ def _shallow(text: str) -> str:
 
 def _record(row: Any, text_column: str, where: str) -> Document:
     if not isinstance(row, dict):
-        problem = f"{where}: wanted is an object with the key {text_column!r}, found {_called(row)}."
+        problem = f"{where}: wanted is an object with the key {text_column!r}, found {json_kind(row)}."
         return Document("", where, problem)
     if text_column not in row:
         return Document("", where, no_column(where, text_column, list(row)))
     text = row[text_column]
     if text is not None and not isinstance(text, str):
-        return Document("", where, f"{where}: {text_column!r} holds {_called(text)}, not text.")
+        return Document("", where, f"{where}: {text_column!r} holds {json_kind(text)}, not text.")
     return document(text or "", where)
-
-
-def _called(value: Any) -> str:
-    """What JSON calls `value`."""
-    names = {bool: "true or false", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "null")
 
 
 # ---- plain text ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from toolkit.estimate.dry_run import transients
 from toolkit.optim import Rule
 from toolkit.optim.kernel import measured_by_element
 from toolkit.optim.matrices import Phase, Round, order, rounds
-from toolkit.optim.rule import Matrix, Mean
+from toolkit.optim.rule import Matrix
 from toolkit.optim.statistics import CHUNK, stretches
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import Fragment, blocks_of, lines, matrices_of
@@ -105,7 +105,7 @@ def step_together(flats: Sequence[Flat], *, ranks: int, rank: int, device: str) 
         kept = sum(flat.copied for flat in own)
         counted = {mean.over: mean for means in rule.passes().values() for mean in means}
         counts += _FP64 * sum(
-            _length(mean, part)
+            mean.sums(part.shape)
             for over, mean in counted.items()
             if over not in ("component", "model")
             for part in parts
@@ -126,17 +126,13 @@ def step_together(flats: Sequence[Flat], *, ranks: int, rank: int, device: str) 
     return Together(tuple(moments), sent, counts)
 
 
-def _length(mean: Mean, part: Part) -> int:
-    return lines(part.shape, mean.over + "s") if mean.over in ("row", "column") else 1
-
-
 # ---- passes over what this rank holds -----------------------------------------------------------------------------
 
 
 def _measured(flats: Sequence[Flat], function: str, device: str) -> tuple[int, int]:
     """Bytes of a measuring pass: the most that it holds, and of the means that stay."""
     means = flats[0].rule.passes()[function]
-    lengths = [sum(_length(mean, part) for flat in flats for part in flat.parts) for mean in means]
+    lengths = [sum(mean.sums(part.shape) for flat in flats for part in flat.parts) for mean in means]
     sums, found = _FP64 * sum(lengths), _FP32 * sum(lengths)
     after = found + _FP64 * max(lengths) * (2 if device == "cuda" else 1)  # a mean, and the counts of its sums
     return sums + max(_pass(flats, function, measured_by_element(flats[0].rule, function)), after), found

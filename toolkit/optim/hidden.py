@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from toolkit.errors import UserError
+from toolkit.optim import adam
 from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, State
 
 HIDDEN = ("attention", "ffn", "other")
@@ -14,11 +15,15 @@ HIDDEN = ("attention", "ffn", "other")
 
 
 class HiddenMatrixRule(Rule):
-    """Fields of AdamW, for parameters that the rule itself is not for; `with_adamw` makes the variant that runs it."""
+    """Fields of AdamW, which trains what is no hidden matrix."""
 
     adamw_lr: NonNegative | None = None
     adamw_betas: tuple[Beta, Beta] = (0.9, 0.95)
     adamw_eps: NonNegative = 1e-8
+
+    @classmethod
+    def variant(cls, settings: Mapping[str, Any], *, component: str, matrix: bool) -> type[Rule]:
+        return cls if matrix and component in HIDDEN else with_adamw(cls)
 
     def check_ready(self) -> None:
         if self.adamw_lr is not None and self.lr == 0:
@@ -29,37 +34,18 @@ class HiddenMatrixRule(Rule):
 class _AdamW:
     """The part of a variant that replaces the rule's own."""
 
-    states: ClassVar[tuple[State, ...]] = (State("m"), State("v", signed=False))
+    states: ClassVar[tuple[State, ...]] = adam.STATES
     statistics: ClassVar[tuple[Mean | Matrix, ...]] = ()
+    update = staticmethod(adam.update)
 
     def for_component(self: Any, component: str) -> dict[str, Any]:
         return {"lr_scale": 1.0 if self.adamw_lr is None else self.adamw_lr / self.lr}
 
     def scalars(self: Any, t: int) -> dict[str, float]:
-        b1, b2 = self.adamw_betas
-        return {
-            "lr": self.lr,
-            "decay": self.lr * self.weight_decay,
-            "eps": self.adamw_eps,
-            "m_rate": 1.0 - b1,
-            "v_rate": 1.0 - b2,
-            "m_correction": 1.0 / (1.0 - b1**t),
-            "v_correction": (1.0 - b2**t) ** -0.5,
-        }
-
-    @staticmethod
-    def update(theta: Tensor, g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
-        m, v = states
-        m = m + s["m_rate"] * (g - m)
-        v = v + s["v_rate"] * (g * g - v)
-        step = s["m_correction"] * m / (v.sqrt() * s["v_correction"] + s["eps"])
-        return theta - (s["decay"] * theta + s["lr"] * step), m, v
+        return adam.scalars(t, lr=self.lr, weight_decay=self.weight_decay, betas=self.adamw_betas, eps=self.adamw_eps)
 
 
+@cache
 def with_adamw(rule: type[Rule]) -> type[Rule]:
     """The variant of `rule` that is AdamW with its `adamw_` fields."""
     return type(f"{rule.__name__.removesuffix('Rule')}AdamWRule", (_AdamW, rule), {"__module__": rule.__module__})
-
-
-def is_hidden(component: str, matrix: bool) -> bool:
-    return matrix and component in HIDDEN

@@ -15,7 +15,6 @@ from torch import Tensor
 from toolkit.errors import UserError
 from toolkit.optim.rule import Mean, Rule
 from toolkit.optim.statistics import Member, Parameter, Ranks, by_block, flats, run
-from toolkit.state.sharding import lines
 
 
 def find_means(members: Sequence[Member], functions: Sequence[str], scale: Tensor, ranks: Ranks) -> None:
@@ -30,7 +29,7 @@ def find_means(members: Sequence[Member], functions: Sequence[str], scale: Tenso
 
 def _measure(members: Sequence[Member], function: str, means: tuple[Mean, ...], scale: Tensor, ranks: Ranks) -> None:
     device, parameters = members[0].step.theta.device, tuple(member.parameter for member in members)
-    lengths = [[_length(mean, parameter) for parameter in parameters] for mean in means]
+    lengths = [[mean.sums(parameter.shape) for parameter in parameters] for mean in means]
     sums = torch.zeros(sum(map(sum, lengths)), dtype=torch.float64, device=device)
     by_mean = sums.split([sum(each) for each in lengths])
     if by_block(members[0].step, function):
@@ -52,12 +51,6 @@ def _measure(members: Sequence[Member], function: str, means: tuple[Mean, ...], 
                 member.wide[mean.name] = (mean.over + "s", here)
             else:
                 member.numbers[mean.name] = here.squeeze(0)
-
-
-def _length(mean: Mean, parameter: Parameter) -> int:
-    """How many sums of a parameter there are: one, which those with the same owner add up later, or one for each row
-    or column."""
-    return lines(parameter.shape, mean.over + "s") if mean.over in ("row", "column") else 1
 
 
 def _mean(mean: Mean, sums: Tensor, lengths: Sequence[int], parameters: tuple[Parameter, ...]) -> Tensor:

@@ -271,6 +271,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                     total[name] = total.get(name, 0) + value.untyped_storage().nbytes()
         return total
 
+    def whole_states(self) -> set[str]:
+        """Names of the states that are of no single elements, which under ZeRO every rank holds whole."""
+        return {state.name for state in all_states(self.rules()) if state.of is not None}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its dtype: torch casts state to the parameter's, codes included.
 

@@ -6,7 +6,7 @@ A rule knows nothing of bits, devices, shards or checkpoints. `toolkit.optim.opt
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from toolkit.errors import UserError, nearest
 from toolkit.sentences import explain
 from toolkit.state.layout import State
+from toolkit.state.sharding import lines
 
 COMPONENTS = ("attention", "ffn", "embedding", "norm", "head", "other")
 """The parts of a transformer that a rule may treat differently."""
@@ -40,6 +41,11 @@ class Mean:
     name: str
     over: Literal["parameter", "row", "column", "component", "model"]
     by: str = "measure"
+
+    def sums(self, shape: Sequence[int]) -> int:
+        """How many sums a parameter has: one, which those with the same owner add up later, or one for each row or
+        column."""
+        return lines(shape, self.over + "s") if self.over in ("row", "column") else 1
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ def summarize(
     """
     import torch
 
-    from toolkit.zero import optimizer_state_bytes
+    from toolkit.zero.engine import optimizer_state_bytes, replicated_states
 
     states = optimizer_state_bytes(engine)
-    mine = sum(states.values())
-    [mean], [largest, peak] = ranks.mean_max([mine], [mine, memory], engine.device)
+    mine, whole = sum(states.values()), sum(states[name] for name in replicated_states(engine))
+    [mean], [largest, peak] = ranks.mean_max([mine - whole], [mine, memory], engine.device)
     final = [record["loss"] for record in records[-LAST_STEPS:]]
     validated = [record["val_loss"] for record in records if "val_loss" in record]
     seconds = [record["step_time_s"] for record in records]
@@ -55,7 +55,7 @@ def summarize(
         "parameters": prepared.parameters,
         **document_counts(read_to),
         "state_bytes_by_name": states,
-        "state_bytes_per_parameter": mean * prepared.batch.world_size / prepared.parameters,
+        "state_bytes_per_parameter": (mean * prepared.batch.world_size + whole) / prepared.parameters,
         "state_bytes_per_parameter_per_rank": largest / prepared.parameters,
     }
 

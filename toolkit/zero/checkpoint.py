@@ -29,7 +29,7 @@ from toolkit.state.sharding import Flat, Place, Sharding, whole_shape
 from toolkit.zero import schedule
 from toolkit.zero.engine import rule_optimizer
 from toolkit.zero.release import RELEASED_NORM
-from toolkit.zero.shards import shards
+from toolkit.zero.shards import model_weights, shards
 
 # The class; DeepSpeed's name for it is a function once `engine.register` has been called.
 from toolkit.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -153,7 +153,7 @@ class _Capture(CheckpointEngine):
     def _sharded(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """The state without that of rows and columns, which is the first rank's to save: it is the same on all."""
         optimizer = rule_optimizer(self._engine)
-        small = {state.name for state in all_states(optimizer.rules() if optimizer else ()) if state.of is not None}
+        small = optimizer.whole_states() if optimizer else set()
         body = content["optimizer_state_dict"]
         base = next(key for key in ("base_optimizer_state", "optimizer_state_dict") if key in body)
         state = {
@@ -237,10 +237,10 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
     zero = engine.optimizer
     if target.stage == 3:
         zero.checkpoint_event_prologue()  # small parameters may be whole, and would stay what they are
-    for index, shard in enumerate(shards(zero)):
-        step = transfer.step_of(index) if source.trained() else None
-        _put(engine, shard.tensor, transfer.tensors(index, dist.get_rank()), step)
-    _show(engine)
+    for shard in shards(zero):
+        step = transfer.step_of(shard.number) if source.trained() else None
+        _put(engine, shard.tensor, transfer.tensors(shard.number, dist.get_rank()), step)
+    _show(zero)
     untrained.restore(source)
     if target.stage == 3:
         zero.checkpoint_event_epilogue()
@@ -275,22 +275,16 @@ def _put(engine: Any, flat: Tensor, made: dict[str, Tensor], step: int | None) -
             group["step"] = step
 
 
-def _show(engine: Any) -> None:
+def _show(zero: Any) -> None:
     """Give the model the weights that the optimizer now has."""
-    zero = engine.optimizer
+    placed = shards(zero)
     if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-        for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            own = zero.fp16_partitioned_groups_flat[i]
-            if flat.numel():
-                own.data.copy_(flat.data)
-            parts = zero.unflatten(own, zero.fp16_partitioned_groups[i])
-            for param, part in zip(zero.fp16_partitioned_groups[i], parts, strict=True):
-                param.data = part.data
+        for shard in placed:
+            zero._reassign_or_swap_out_partitioned_parameters(shard.number)
         return
-    for i, flat in enumerate(zero.single_partition_of_fp32_groups):
-        rank = dist.get_rank(group=zero.real_dp_process_group[i])
-        zero.parallel_partitioned_bit16_groups[i][rank].data.copy_(flat.data)
-    gather_weights(zero)
+    for shard in placed:
+        model_weights(zero, shard).data.copy_(shard.tensor.data)
+    gather_weights(zero, placed)
 
 
 def _restore_rest(engine: Any, source: Source) -> None:

@@ -38,13 +38,13 @@ _METHODS_3 = (
     "_offload_grad_partition_at_boundary _get_fp32_grad_state_partition get_fp32_grad_partitions "
     "independent_gradient_partition_epilogue invalidate_secondary_tensor _partition_all_parameters "
     "_loss_scale_update_and_overflow_cleanup _restore_from_bit16_weights "
-    "_reassign_or_swap_out_partitioned_parameters _get_param_partition_rank _get_param_partition_group "
+    "_reassign_or_swap_out_partitioned_parameters _get_param_partition_group "
     "checkpoint_event_prologue checkpoint_event_epilogue reduce_ready_partitions_and_remove_grads"
 )
 _FIELDS_3 = (
     "fp16_groups fp32_partitioned_groups_flat fp16_partitioned_groups_flat sub_group_to_group_id grad_position "
-    "grad_partitions_flat_buffer __param_id_to_grad_partition _offload_boundary_param_ids sub_group_process_groups "
-    "fp16_partitioned_groups unflatten params_already_reduced ipg_buckets persistent_parameters parameter_offload "
+    "grad_partitions_flat_buffer __param_id_to_grad_partition _offload_boundary_param_ids "
+    "params_already_reduced ipg_buckets persistent_parameters parameter_offload "
     "reduce_and_partition_stream _epilogue_ran_this_backward __reduce_and_partition_ipg_grads"
 )
 # What `checkpoint.py` replaces or sets while it saves and loads, and `engine.py` for good.

@@ -34,6 +34,7 @@ from toolkit.state.layout import check_dtype
 from toolkit.zero import compatibility, partition, shared_memory
 from toolkit.zero.changes import ChangeDetector
 from toolkit.zero.release import ReleasingZeroOptimizer
+from toolkit.zero.shards import shards
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
 from toolkit.zero.stage12 import ShardedZeroOptimizer
 from toolkit.zero.turns import OrderedZeroOptimizer
@@ -345,14 +346,25 @@ def compile_step(engine: Any) -> None:
     optimizer, zero = rule_optimizer(engine), engine.optimizer
     if optimizer is None:
         return
-    masters = getattr(zero, "fp32_partitioned_groups_flat", None)  # at stage 3 groups hold nothing between steps
-    held = masters or [param for group in optimizer.param_groups for param in group["params"]]
+    if isinstance(zero, ShardedZeroOptimizer | ShardedZeroOptimizer3):  # at stage 3 groups hold nothing between steps
+        held = [shard.tensor for shard in shards(zero)]
+    else:
+        held = [param for group in optimizer.param_groups for param in group["params"]]
     # Without ZeRO gradients come in the type of the weights that DeepSpeed hands over.
     for weights, gradient, device in {
         (x.dtype, getattr(zero, "gradient_accumulation_dtype", x.dtype), x.device) for x in held
     }:
         for group in kinds(optimizer, weights):
             warm(optimizer, group, weights, gradient, device)
+
+
+def replicated_states(engine: Any) -> set[str]:
+    """Names, as of `optimizer_state_bytes`, of what every rank holds whole: without ZeRO all states, else those of rows
+    and columns."""
+    if not engine.zero_optimization() and not isinstance(engine.optimizer, BF16_Optimizer):
+        return set(optimizer_state_bytes(engine))
+    optimizer = rule_optimizer(engine)
+    return optimizer.whole_states() if optimizer is not None else set()
 
 
 def optimizer_state_bytes(engine: Any) -> dict[str, int]:

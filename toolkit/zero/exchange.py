@@ -1,4 +1,11 @@
-"""The collectives of rules that look at more than one element: sums of their means, and parts of whole matrices."""
+"""Rules that look at more than one element: their parameters in a step, and the collectives for sums and matrices.
+
+The norm of all gradients is summed over ranks by the same `DataParallel.add` as means are, but it is no
+`Mean(over="model")`: measuring functions are given gradients that are already multiplied by the clip factor, which
+contains it, and whether there is a step at all follows from it. So it has to be there, on the host where steps may be
+skipped, before a step is counted and the first pass runs. It is taken over gradients as they lie, which needs neither
+state nor a compiled kernel, also for rules without statistics.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +19,10 @@ from torch import Tensor
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.rule import looks_at
+from toolkit.optim.statistics import Member, Parameter, Share, small_states
+from toolkit.optim.streaming import TensorStep
+from toolkit.state.sharding import Fragment
+from toolkit.zero.shards import Shard
 
 
 class DataParallel:
@@ -45,6 +56,26 @@ class DataParallel:
             return arriving.to(device)
 
         return arrived
+
+
+def whole_parameters(
+    optimizer: RuleOptimizer, shard: Shard, begun: TensorStep, gradient: Callable[[Fragment], Tensor | None]
+) -> list[Member]:
+    """The parameters of a flat tensor in the step `begun`, and what this rank holds of them, without the padding.
+
+    Args:
+        gradient: of what this rank holds of a parameter; None: there is none.
+    """
+    group = optimizer.param_groups[shard.group]
+    parameters = [Parameter(tuple(member.shape), group["component"]) for member in shard.members]
+    small = small_states(optimizer.rule_of(group), parameters, optimizer.state[shard.tensor], shard.tensor.device)
+    found = []
+    for member, parameter, states in zip(shard.members, parameters, small, strict=True):
+        own = member.fragment
+        part = gradient(own) if own is not None else None
+        share = Share(own, part, member.first_block) if own is not None and part is not None else None
+        found.append(Member(parameter, begun, states, member.fragments, share))
+    return found
 
 
 def check_whole(optimizer: RuleOptimizer, *, split: bool) -> None:

@@ -16,6 +16,7 @@ from toolkit.state.sharding import Fragment, whole_shape
 from toolkit.zero.shards import Shard, members
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
 from toolkit.zero.stage12 import ShardedZeroOptimizer
+from toolkit.zero.untrained import persistent
 
 
 @torch.no_grad()
@@ -63,16 +64,11 @@ def full_precision_state_dict(engine: Any, *, gather: bool = True) -> dict[str, 
             if dist.get_rank() == 0:
                 found[name] = whole.float().cpu()
     if dist.get_rank() == 0:
-        found.update({name: buffer.cpu() for name, buffer in module.named_buffers() if _saved(module, name)})
+        found.update({name: buffer.cpu() for name, buffer in module.named_buffers() if persistent(module, name)})
         if gather:
             for name, param in module.named_parameters(remove_duplicate=False):
                 found.setdefault(name, found[names[id(param)]])
     return found
-
-
-def _saved(module: nn.Module, name: str) -> bool:
-    owner, _, key = name.rpartition(".")
-    return key not in module.get_submodule(owner)._non_persistent_buffers_set
 
 
 def _values(zero: Any, shard: Shard, own: Fragment) -> Tensor:

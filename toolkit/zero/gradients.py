@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.distributed.distributed_c10d import _coalescing_manager
 
-from toolkit.state.sharding import Fragment
+from toolkit.zero.shards import Member
 
 NORM_CHUNK = 2**17
 """Elements at a time that a norm is taken of on a CPU, where a wider type is a copy."""
@@ -54,8 +54,7 @@ class Reducer:
 
     Args:
         deliver: called with the parameters of a bucket and this rank's fragments of their gradients.
-        groups, fragments: by id of the parameter, its parameter group, and which rank holds what of it.
-        process_groups: by parameter group.
+        members: by id of the parameter, which rank holds what of it.
         divisor: what the sum over ranks is divided by.
         bucket_elements: gradients wait until so many elements are there.
         dtype: that of the communication.
@@ -63,9 +62,7 @@ class Reducer:
     """
 
     deliver: Callable[[Sequence[Tensor], list[GradientFragment]], None]
-    groups: Mapping[int, int]
-    fragments: Mapping[int, list[Fragment]]
-    process_groups: Sequence[Any]
+    members: Mapping[int, Member]
     divisor: float
     bucket_elements: int
     dtype: torch.dtype
@@ -76,9 +73,9 @@ class Reducer:
 
     def add(self, param: Tensor, gradient: Tensor) -> None:
         """Take the gradient of `param`; nobody else may hold on to it."""
-        process_group = self._process_group(param)
+        process_group = self.members[id(param)].process_group
         if self._waiting:
-            before = self._process_group(self._waiting[0][0])
+            before = self.members[id(self._waiting[0][0])].process_group
             if before is not process_group or any(param is other for other, _ in self._waiting):
                 self.flush()
         if gradient.numel() >= self.bucket_elements:
@@ -88,20 +85,18 @@ class Reducer:
         if self._elements >= self.bucket_elements or dist.get_world_size(process_group) == 1:
             self.flush()
 
-    def _process_group(self, param: Tensor) -> Any:
-        return self.process_groups[self.groups[id(param)]]
-
     def flush(self) -> None:
         """Reduce what is waiting."""
         bucket, self._waiting, self._elements = self._waiting, [], 0
         if not bucket:
             return
-        process_group = self._process_group(bucket[0][0])
+        process_group = self.members[id(bucket[0][0])].process_group
         params = [param for param, _ in bucket]
         by_owner: dict[int, list[GradientFragment]] = {}
         for param, gradient in bucket:
-            for part in self.fragments[id(param)]:
-                piece = GradientFragment(param, self.groups[id(param)], part.offset, gradient[part.start : part.stop])
+            member = self.members[id(param)]
+            for part in member.fragments:
+                piece = GradientFragment(param, member.group, part.offset, gradient[part.start : part.stop])
                 by_owner.setdefault(part.rank, []).append(piece)
         if dist.get_world_size(process_group) == 1:
             self.deliver(params, by_owner[0])

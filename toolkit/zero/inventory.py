@@ -1,7 +1,8 @@
 """Everything that a DeepSpeed engine holds, by name: what a memory report calls weights, state or buckets.
 
 Reads the attributes of DeepSpeed 0.19.8's optimizer wrappers (stage_1_and_2.py, stage3.py, fp16/, bf16_optimizer.py);
-one that is missing is passed over, and what it would have named is "other".
+one that is missing is passed over, and what it would have named is "other". This is no walk over groups (`shards.py`):
+wrappers without shards are looked at as well, and a tensor needs a name here, not its parameters.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor
@@ -34,6 +33,7 @@ from toolkit.optim.rule import looks_at
 from toolkit.optim.streaming import StreamedStep
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.gradients import GradientFragment, HostCopy, squared_norms
+from toolkit.zero.shards import Shard
 from toolkit.zero.stage12 import ShardedZeroOptimizer, gather_weights
 
 RELEASED_NORM = "released_norm"
@@ -65,7 +65,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         if refusal:
             raise UserError(f"optimizer.params.release_gradients {refusal}")
         self._delays = not get_accelerator().is_synchronized_device()
-        self._whole = [all(param.numel() % BLOCK == 0 for param in params) for params in self.bit16_groups]
+        self._whole = [all(member.shape.numel() % BLOCK == 0 for member in shard.members) for shard in self._shards]
         self._start()
 
     @property
@@ -104,9 +104,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
             squares = squared_norms([piece.gradient for piece in pieces])
             mine = {id(piece.param): square for piece, square in zip(pieces, squares, strict=True)}
         nothing = torch.zeros((), dtype=torch.float64, device=get_accelerator().current_device_name())
-        squares = torch.stack([mine.get(id(param), nothing) for param in params])
-        dist.all_reduce(squares, group=self.dp_process_group)
-        return squares
+        return self._ranks.add(torch.stack([mine.get(id(param), nothing) for param in params]))
 
     @property
     def _unapplied(self) -> list[Tensor]:
@@ -127,7 +125,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
                 waiting.append(piece)
                 continue
             known = [norms[id(piece.param)]] + ([self._previous_norm] if self._previous_norm is not None else [])
-            self._begun(piece.group).apply(piece.offset, piece.gradient, self._factor(*known))
+            self._begun(self._shards[piece.group]).apply(piece.offset, piece.gradient, self._factor(*known))
             piece.gradient = piece.gradient[:0]
         super()._deliver(bucket.params, waiting)
 
@@ -135,15 +133,15 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         """What a gradient is multiplied with, so that none of `norms` exceeds the clip."""
         clip = self.clip_grad
         factor = 1.0 / max(1.0, *((norm + 1e-6) / clip for norm in norms)) if clip > 0.0 else 1.0
-        return torch.full((), factor, device=self.single_partition_of_fp32_groups[0].device)
+        return torch.full((), factor, device=self._shards[0].tensor.device)
 
-    def _begun(self, i: int) -> StreamedStep:
-        """The step of group `i`, as far as it has come."""
-        if i not in self._streams:
-            stream = self._stream(i)
-            assert stream is not None
-            self._streams[i] = stream
-        return self._streams[i]
+    def _begun(self, shard: Shard) -> StreamedStep:
+        """The step of a group, as far as it has come."""
+        if shard.group not in self._streams:
+            begun = self._begin(shard)
+            assert begun is not None
+            self._streams[shard.group] = begun.stream(first_block=shard.first_block)
+        return self._streams[shard.group]
 
     def _publish(self) -> None:
         """Most gradients are gone; there is nothing to show."""
@@ -158,28 +156,26 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         self.overflow = self._broken
         self._global_grad_norm = torch.tensor(float("inf") if self._broken else norm)
         if not self._broken:
-            for i, whole in enumerate(self._whole):
+            for shard, whole in zip(self._shards, self._whole, strict=True):
                 if not whole:
-                    self._step_group(i, self._factor(norm))
+                    self._step_group(shard, self._factor(norm))
                 else:
-                    self._rest(i)
+                    self._rest(shard)
             self.optimizer.param_groups[0][RELEASED_NORM] = norm
         self._discard()
-        for i in range(len(self.bit16_groups)):
-            self._show(i)
-        gather_weights(self)
+        for shard in self._shards:
+            self._show(shard)
+        gather_weights(self, self._shards)
         self._start()
 
-    def _rest(self, i: int) -> None:
+    def _rest(self, shard: Shard) -> None:
         """Parameters without gradient take a step with zeros, as they do without release."""
-        zero_scale = torch.zeros((), device=self.single_partition_of_fp32_groups[i].device)
-        for param in self.params_in_partition[i]:
-            if id(param) in self._seen:
-                continue
-            own = self.own_fragment(param)
-            if own is not None:
-                zeros = torch.zeros(own.numel, dtype=param.dtype, device=zero_scale.device)
-                self._begun(i).apply(own.offset, zeros, zero_scale)
+        zero_scale = torch.zeros((), device=shard.tensor.device)
+        for member in shard.members:
+            own = member.fragment
+            if own is not None and id(member.param) not in self._seen:
+                zeros = torch.zeros(own.numel, dtype=member.param.dtype, device=zero_scale.device)
+                self._begun(shard).apply(own.offset, zeros, zero_scale)
 
 
 def _refusal(zero: ShardedZeroOptimizer) -> str | None:

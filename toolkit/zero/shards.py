@@ -1,38 +1,79 @@
 """What this rank holds of which parameter, at ZeRO stages 1, 2 and 3: the only walk over DeepSpeed's groups.
 
-A rule's statistics and matrices, checkpoints and full-precision weights ask here which elements of its flat tensors are
-whose. Of a matrix a fragment is whole blocks, which belong to no other parameter (`toolkit.state.sharding`).
+The step, a rule's statistics and matrices, checkpoints and full-precision weights ask here which elements of the flat
+tensors are whose. Of a matrix a fragment is whole blocks, which belong to no other parameter
+(`toolkit.state.sharding`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from toolkit.state.sharding import Fragment, held, whole_shape
+from toolkit.state.codecs import BLOCK
+from toolkit.state.sharding import Fragment, blocks_of, fragments, held, whole_shape
 
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter of a flat tensor: `offset` and `share` as of `Place`; `fragment` is what this rank holds of it."""
+    """A parameter of a flat tensor; `offset` and `share` as of `Place`.
+
+    Args:
+        shape: of the whole parameter.
+        group: number of the parameter group.
+        rank: of this process in `process_group`, the ranks that hold the parameter.
+        size: elements of each rank of what is cut: the flat tensor (stages 1 and 2) or the parameter (stage 3).
+        at: where the parameter begins in its parameter group, in elements: of a matrix a block, the same for every way
+            in which the group is cut.
+    """
 
     param: Any
-    offset: int
-    share: int
-    fragment: Fragment | None
+    shape: torch.Size
+    group: int
     process_group: Any
+    rank: int
+    offset: int
+    size: int
+    share: int
+    at: int
+
+    @cached_property
+    def fragments(self) -> list[Fragment]:
+        """Which rank holds what of it, padding left out."""
+        return fragments(0, self.shape.numel(), **self._cut)
+
+    @cached_property
+    def fragment(self) -> Fragment | None:
+        """What this rank holds."""
+        return held(self.rank, self.shape.numel(), **self._cut)
+
+    @property
+    def first_block(self) -> int:
+        """The number of this rank's first block, in the whole parameter group and over all ranks."""
+        return (self.at + (self.fragment.start if self.fragment is not None else 0)) // BLOCK
+
+    @property
+    def _cut(self) -> dict[str, int]:
+        return {"size": self.size, "before" if self.share else "shift": self.offset}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A flat tensor that the optimizer steps on this rank: of a parameter group, at stage 3 of a part of one."""
+    """A flat tensor that the optimizer steps on this rank: of a parameter group, at stage 3 of a part of one.
 
-    tensor: Tensor
+    `first_block`: as of `Member`, of the whole tensor; at stage 3, where its parameters are numbered apart, 0.
+    """
+
+    number: int
     group: int
+    tensor: Tensor
+    first_block: int
     members: tuple[Member, ...]
 
     def runs(self) -> Iterator[tuple[int, Fragment]]:
@@ -47,9 +88,7 @@ class Shard:
 
 def shards(zero: Any) -> list[Shard]:
     """All flat tensors of `zero`, DeepSpeed's ZeRO optimizer or a subclass, in the order of its groups."""
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
-        return [_stage_3(zero, i) for i in range(len(zero.fp16_groups))]
-    return [_stages_1_and_2(zero, i) for i in range(len(zero.bit16_groups))]
+    return list(_stage_3(zero) if _is_stage_3(zero) else _stages_1_and_2(zero))
 
 
 def members(zero: Any) -> Iterator[tuple[Shard, Member]]:
@@ -59,20 +98,38 @@ def members(zero: Any) -> Iterator[tuple[Shard, Member]]:
             yield shard, member
 
 
-def _stages_1_and_2(zero: Any, i: int) -> Shard:
-    group, size = zero.real_dp_process_group[i], int(zero.partition_size[i])
-    rank, found = dist.get_rank(group=group), []
-    for param, offset in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
-        own = held(rank, param.numel(), size=size, shift=int(offset))
-        found.append(Member(param, int(offset), 0, own, group))
-    return Shard(zero.single_partition_of_fp32_groups[i], i, tuple(found))
+def model_weights(zero: Any, shard: Shard) -> Any:
+    """This rank's part of the model's own weights, which `shard.tensor` is or stands for; None where they lie on NVMe.
+
+    Looked up at each call: DeepSpeed makes new ones when they come back from `offload_states`.
+    """
+    if _is_stage_3(zero):
+        return zero.fp16_partitioned_groups_flat[shard.number]
+    return zero.parallel_partitioned_bit16_groups[shard.number][shard.members[0].rank]
 
 
-def _stage_3(zero: Any, i: int) -> Shard:
-    offset, found = 0, []
-    for param in zero.fp16_groups[i]:
-        share, rank = param.partition_numel(), zero._get_param_partition_rank(param)
-        own = held(rank, whole_shape(param).numel(), size=share, before=offset)
-        found.append(Member(param, offset, share, own, zero._get_param_partition_group(param)))
-        offset += share
-    return Shard(zero.fp32_partitioned_groups_flat[i], zero.sub_group_to_group_id[i], tuple(found))
+def _is_stage_3(zero: Any) -> bool:
+    return hasattr(zero, "fp32_partitioned_groups_flat")
+
+
+def _stages_1_and_2(zero: Any) -> Iterator[Shard]:
+    for i, tensor in enumerate(zero.single_partition_of_fp32_groups):
+        process_group, size = zero.real_dp_process_group[i], int(zero.partition_size[i])
+        rank, found = dist.get_rank(group=process_group), []
+        for param, place in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
+            offset = int(place)
+            found.append(Member(param, whole_shape(param), i, process_group, rank, offset, size, 0, offset))
+        yield Shard(i, i, tensor, rank * size // BLOCK, tuple(found))
+
+
+def _stage_3(zero: Any) -> Iterator[Shard]:
+    blocks: dict[int, int] = {}  # so far, by parameter group
+    for i, tensor in enumerate(zero.fp32_partitioned_groups_flat):
+        group, offset, found = zero.sub_group_to_group_id[i], 0, []
+        for param in zero.fp16_groups[i]:
+            process_group, share = zero._get_param_partition_group(param), param.partition_numel()
+            rank, shape, at = dist.get_rank(group=process_group), whole_shape(param), blocks.get(group, 0) * BLOCK
+            found.append(Member(param, shape, group, process_group, rank, offset, share, share, at))
+            blocks[group] = blocks.get(group, 0) + blocks_of(shape.numel())
+            offset += share
+        yield Shard(i, group, tensor, 0, tuple(found))

@@ -13,28 +13,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups, is_invalid_grad_norm
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.statistics import Member, Parameter, Share, small_states
-from toolkit.optim.streaming import StreamedStep
+from toolkit.optim.statistics import Member
+from toolkit.optim.streaming import TensorStep
 from toolkit.optim.together import step_together
 from toolkit.printable import warn_once
 from toolkit.state.codecs import BLOCK
-from toolkit.state.sharding import Fragment, fragments
-from toolkit.zero.exchange import DataParallel, check_whole
+from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import GradientFragment, HostCopy, Reducer, clip_scale, squared_norm, takes_mean
+from toolkit.zero.master import MasterWeights
+from toolkit.zero.shards import Shard, model_weights, shards
 from toolkit.zero.turns import OrderedZeroOptimizer
 
 logger = logging.getLogger("toolkit")
 
 
-def gather_weights(zero: DeepSpeedZeroOptimizer) -> None:
-    """Give the model all ranks' parts of its weights; `zero` is DeepSpeed's optimizer of stages 1 and 2, or ours."""
+def gather_weights(zero: DeepSpeedZeroOptimizer, placed: Sequence[Shard]) -> None:
+    """Give the model all ranks' parts of its weights.
+
+    Args:
+        zero: DeepSpeed's optimizer of stages 1 and 2, or ours.
+        placed: its `shards`.
+    """
     all_gather_dp_groups(
         groups_flat=zero.bit16_groups_flat,
         partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
@@ -42,22 +47,21 @@ def gather_weights(zero: DeepSpeedZeroOptimizer) -> None:
         start_alignment_factor=zero.nccl_start_alignment_factor,
         allgather_bucket_size=zero.allgather_bucket_size,
     )
-    for i, flat in enumerate(zero.bit16_groups_flat):
+    for shard in placed:
         # Parameters are views of `flat` already, and binding them anew takes the host longer than looking.
+        flat = zero.bit16_groups_flat[shard.number]
         start, width = flat.data_ptr(), flat.element_size()
-        placed = zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True)
-        if any(param.data_ptr() != start + offset * width for param, offset in placed if param.numel()):
-            zero._update_model_bit16_weights(i)
+        if any(one.param.data_ptr() != start + one.offset * width for one in shard.members if one.param.numel()):
+            zero._update_model_bit16_weights(shard.number)
 
 
-class ShardedZeroOptimizer(OrderedZeroOptimizer):
+class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
     """DeepSpeed's stage 1/2 optimizer around a `RuleOptimizer`.
 
     Every partition is whole blocks, the same at every world size. `weights` of the `RuleOptimizer` decides whether
     there are master weights. With offload the weights' host copy, their state and gradients lie on the host.
     """
 
-    optimizer: RuleOptimizer
     ready_for_gradients: bool
     _global_grad_norm: Any
     _laying_out = False
@@ -69,6 +73,7 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
         ignored = takes_mean(kwargs) or not kwargs.get("reduce_scatter", True)
         super().__init__(init_optimizer, *args, **kwargs)
         self._laying_out = False
+        self._ranks = DataParallel(self.dp_process_group)
         check_whole(init_optimizer, split=self.has_moe_layers or self.model_parallel_world_size > 1)
         if ignored:
             warn_once(
@@ -77,18 +82,11 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
                 "divided by the number of ranks and added up at the rank that owns them",
                 type(init_optimizer).__name__,
             )
-        groups, placed = {}, {}
-        for i, params in enumerate(self.round_robin_bit16_groups):
-            for param, offset in zip(params, self.round_robin_bit16_offsets[i], strict=True):
-                groups[id(param)] = i
-                placed[id(param)] = fragments(0, param.numel(), size=int(self.partition_size[i]), shift=int(offset))
         # As DeepSpeed: the mean over all data-parallel ranks, or their sum, in whatever group they are added up.
-        replicas = dist.get_world_size(self.dp_process_group) / self.sequence_parallel_size
+        replicas = self._ranks.size / self.sequence_parallel_size
         self._reducer = Reducer(
             deliver=self._deliver,
-            groups=groups,
-            fragments=placed,
-            process_groups=self.real_dp_process_group,
+            members={id(member.param): member for shard in self._shards for member in shard.members},
             divisor=replicas if self.gradient_average else 1.0,
             bucket_elements=self.reduce_bucket_size,
             dtype=self.communication_data_type,
@@ -106,40 +104,28 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
             alignment = BLOCK * world_size
         return super().flatten_dense_tensors_aligned(tensor_list, alignment, *args, **kwargs)
 
-    def _configure_master_weights(self, *args: Any, **kwargs: Any) -> torch.dtype:
-        # Asked for now: later the optimizer has no parameters, or other ones.
-        self.holds_weights = self.optimizer.holds_weights()
-        dtype = super()._configure_master_weights(*args, **kwargs)
-        return torch.bfloat16 if self.holds_weights else dtype
-
     def initialize_optimizer_states(self) -> None:
-        """Let the optimizer's tensors be the model's own weights, or, with offload, their host copy."""
+        """Let the optimizer's tensors be the model's own weights, or, with offload, their host copy.
+
+        Called once all groups are laid out.
+        """
+        self._shards = shards(self)
         if self.cpu_offload:
             self._host_gradients = [
-                self._pinned(torch.zeros(int(size), dtype=self.gradient_accumulation_dtype))
-                for size in self.partition_size
+                self._pinned(torch.zeros(shard.tensor.numel(), dtype=self.gradient_accumulation_dtype))
+                for shard in self._shards
             ]
             # DeepSpeed's staging buffers: weights go to the device as they are, gradients come from it in pieces.
             self.temp_grad_buffer_for_cpu_offload = self.temp_grad_buffer_for_gpu_offload = torch.empty(0)
             if self.holds_weights:
-                self.param_buffer_of_bit16_for_cpu_offload_groups = list(self.single_partition_of_fp32_groups)
+                self.param_buffer_of_bit16_for_cpu_offload_groups = [shard.tensor for shard in self._shards]
             return
         if self.holds_weights:
-            for i, master in enumerate(self.single_partition_of_fp32_groups):
-                master.data = self._own_weights(i).data
+            for shard in self._shards:
+                shard.tensor.data = model_weights(self, shard).data
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return get_accelerator().pin_memory(tensor) if self.cpu_offload_pin_memory else tensor
-
-    def _own_weights(self, i: int) -> Tensor:
-        rank = dist.get_rank(group=self.real_dp_process_group[i])
-        own: Tensor = self.parallel_partitioned_bit16_groups[i][rank]
-        return own
-
-    def own_fragment(self, param: Tensor) -> Fragment | None:
-        """What this rank holds of `param`."""
-        rank = dist.get_rank(group=self.real_dp_process_group[self._reducer.groups[id(param)]])
-        return next((part for part in self._reducer.fragments[id(param)] if part.rank == rank), None)
 
     # ---- gradients ----------------------------------------------------------------------------------------------
 
@@ -183,10 +169,10 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Stage 1, at the end of the last micro-batch: what the hooks have not seen."""
-        for i, group in enumerate(self.bit16_groups):
-            for param in group:
-                if param.grad is not None or id(param) in self._local:
-                    self.reduce_independent_p_g_buckets_and_remove_grads(param, i)
+        for shard in self._shards:
+            for member in shard.members:
+                if member.param.grad is not None or id(member.param) in self._local:
+                    self.reduce_independent_p_g_buckets_and_remove_grads(member.param, shard.group)
         self.overlapping_partition_gradients_reduce_epilogue()
 
     def independent_gradient_partition_epilogue(self) -> None:
@@ -222,13 +208,14 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
 
     def _publish(self) -> None:
         """Show gradients where DeepSpeed's `safe_get_full_grad` looks for them; zeros for parameters without."""
-        for i, params in enumerate(self.params_in_partition):
-            for param in params:
-                own = self.own_fragment(param)
-                if own is not None and own.offset not in self._held[i]:
+        for shard in self._shards:
+            held = self._held[shard.group]
+            for member in shard.members:
+                own, param = member.fragment, member.param
+                if own is not None and own.offset not in held:
                     zeros = torch.zeros(own.numel, dtype=param.dtype, device=param.device)
-                    self._deliver([param], [GradientFragment(param, i, own.offset, zeros)])
-            self.averaged_gradients[i] = [self._held[i][offset] for offset in sorted(self._held[i])]
+                    self._deliver([param], [GradientFragment(param, shard.group, own.offset, zeros)])
+            self.averaged_gradients[shard.group] = [held[offset] for offset in sorted(held)]
 
     def _get_offload_gradient_dict(self) -> None:
         for i, params in enumerate(self.params_in_partition):
@@ -272,14 +259,15 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
             return
         self._global_grad_norm = known / scale_before if self.compute_grad_norm and norm is not None else None
         clip = self.clip_grad if norm is not None else 0.0
-        device = self.single_partition_of_fp32_groups[0].device
-        scale = clip_scale(known, clip, scale_before).to(device, non_blocking=True)
-        together = [bool(self.optimizer.rule_of(group).statistics) for group in self.optimizer.param_groups]
-        for i, whole in enumerate(together):
-            if not whole:
-                self._step_group(i, scale)
-        self._step_together([i for i, whole in enumerate(together) if whole], scale)
-        gather_weights(self)
+        scale = clip_scale(known, clip, scale_before).to(self._shards[0].tensor.device, non_blocking=True)
+        together = []
+        for shard in self._shards:
+            if self.optimizer.rule_of(self.optimizer.param_groups[shard.group]).statistics:
+                together.append(shard)
+            else:
+                self._step_group(shard, scale)
+        self._step_together(together, scale)
+        gather_weights(self, self._shards)
 
     def _must_be_finite(self) -> bool:
         return self.dtype != torch.bfloat16 or self.check_grad_overflow
@@ -291,23 +279,21 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
         if self.has_moe_layers or self.model_parallel_world_size > 1:
             return self.scaled_global_norm()  # which knows what is counted how often
         mine = [gradient for held in self._held for gradient in held.values()]
-        total = squared_norm(mine, get_accelerator().current_device_name())
-        dist.all_reduce(total, group=self.dp_process_group)
-        return total.sqrt().float()
+        return self._ranks.add(squared_norm(mine, get_accelerator().current_device_name())).sqrt().float()
 
-    def _stream(self, i: int) -> StreamedStep | None:
-        """Count a step of group `i` and begin it; None while state is only allocated."""
-        begun = self.optimizer.begin(self.optimizer.param_groups[i], self.single_partition_of_fp32_groups[i])
-        if begun is None:
-            return None
-        rank = dist.get_rank(group=self.real_dp_process_group[i])
-        return begun.stream(first_block=rank * int(self.partition_size[i]) // BLOCK)
+    def _begin(self, shard: Shard) -> TensorStep | None:
+        """Count a step of a group and begin it; None while state is only allocated."""
+        return self.optimizer.begin(self.optimizer.param_groups[shard.group], shard.tensor)
 
-    def _step_group(self, i: int, scale: Tensor) -> None:
-        held, self._held[i], self.averaged_gradients[i] = self._held[i], {}, None
-        stream = self._stream(i)
-        if stream is not None:
-            at = 0
+    def _taken(self, shard: Shard) -> dict[int, Tensor]:
+        """The gradients of a group, which are nobody else's any more."""
+        held, self._held[shard.group], self.averaged_gradients[shard.group] = self._held[shard.group], {}, None
+        return held
+
+    def _step_group(self, shard: Shard, scale: Tensor) -> None:
+        held, begun = self._taken(shard), self._begin(shard)
+        if begun is not None:
+            stream, at = begun.stream(first_block=shard.first_block), 0
             for offset in sorted(held):
                 gradient = held.pop(offset)
                 if offset > at:  # alignment of single parameters
@@ -316,45 +302,28 @@ class ShardedZeroOptimizer(OrderedZeroOptimizer):
                 stream.add(gradient, scale)
                 del gradient
             stream.finish(scale)
-        self._show(i)
+        self._show(shard)
 
-    def _step_together(self, groups: Sequence[int], scale: Tensor) -> None:
+    def _step_together(self, groups: Sequence[Shard], scale: Tensor) -> None:
         """The step of groups whose rule looks at whole parameters: at all of them before any is updated."""
         members: list[Member] = []
-        for i in groups:
-            held, self._held[i], self.averaged_gradients[i] = self._held[i], {}, None
-            members += self._members(i, held)
-        self.optimizer.found = step_together(members, scale, DataParallel(self.dp_process_group))
-        for i in groups:
-            self._show(i)
+        for shard in groups:
+            members += self._members(shard)
+        self.optimizer.found = step_together(members, scale, self._ranks)
+        for shard in groups:
+            self._show(shard)
 
-    def _members(self, i: int, held: dict[int, Tensor]) -> list[Member]:
-        """The parameters of group `i` and what this rank holds of them; none while state is only allocated."""
-        group, flat = self.optimizer.param_groups[i], self.single_partition_of_fp32_groups[i]
-        begun = self.optimizer.begin(group, flat)
+    def _members(self, shard: Shard) -> list[Member]:
+        held, begun = self._taken(shard), self._begin(shard)
         if begun is None:
             return []
-        params, rank = self.round_robin_bit16_groups[i], dist.get_rank(group=self.real_dp_process_group[i])
-        parameters = [Parameter(tuple(param.shape), group["component"]) for param in params]
-        small = small_states(self.optimizer.rule_of(group), parameters, self.optimizer.state[flat], flat.device)
-        members, base = [], rank * int(self.partition_size[i])
-        for param, parameter, states in zip(params, parameters, small, strict=True):
-            own, share = self.own_fragment(param), None
-            if own is not None and own.offset in held:
-                share = Share(own, held.pop(own.offset), (base + own.offset) // BLOCK)
-            members.append(Member(parameter, begun, states, self._reducer.fragments[id(param)], share))
-        return members
+        return whole_parameters(self.optimizer, shard, begun, lambda own: held.pop(own.offset, None))
 
-    def _show(self, i: int) -> None:
-        """Copy this rank's weights of group `i` into the model, unless they are the model's."""
-        source, own = self.single_partition_of_fp32_groups[i], self._own_weights(i)
+    def _show(self, shard: Shard) -> None:
+        """Copy this rank's weights of a group into the model, unless they are the model's."""
+        source, own = shard.tensor, model_weights(self, shard)
         if self.cpu_offload and not self.holds_weights:
             # Rounded here, so that half as much is transferred.
-            source = self.param_buffer_of_bit16_for_cpu_offload_groups[i].copy_(source)
+            source = self.param_buffer_of_bit16_for_cpu_offload_groups[shard.number].copy_(source)
         if source.data_ptr() != own.data_ptr():
             own.copy_(source, non_blocking=True)
-
-    def _restore_from_bit16_weights(self) -> None:
-        """Weights were put into the model from outside: what was below their last bit is no longer theirs."""
-        super()._restore_from_bit16_weights()
-        self.optimizer.forget_remainders()

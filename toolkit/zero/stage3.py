@@ -25,23 +25,22 @@ from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.statistics import Member, Parameter, Share, small_states
-from toolkit.optim.streaming import TensorStep, check_gradient
+from toolkit.optim.statistics import Member
+from toolkit.optim.streaming import check_gradient
 from toolkit.optim.together import step_together
 from toolkit.printable import warn_once
-from toolkit.state.codecs import BLOCK
-from toolkit.state.sharding import fragments
 from toolkit.zero.agreement import Order, have_nothing
-from toolkit.zero.exchange import DataParallel, check_whole
+from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mean
+from toolkit.zero.master import MasterWeights
+from toolkit.zero.shards import Shard, model_weights, shards
 
 logger = logging.getLogger("toolkit")
 
 
-class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
+class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
     """DeepSpeed's stage 3 optimizer around a `RuleOptimizer`."""
 
-    optimizer: RuleOptimizer
     offload_optimizer: bool
 
     def __init__(self, module: nn.Module, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
@@ -59,13 +58,11 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         super().__init__(module, init_optimizer, *args, **kwargs)
         if self.swap_optimizer:
             raise UserError(f"{type(init_optimizer).__name__}'s state cannot be offloaded to NVMe; use the CPU")
-        sizes = {int(dist.get_world_size(self._get_param_partition_group(p))) for g in self.fp16_groups for p in g}
-        check_whole(
-            init_optimizer,
-            split=self.model_parallel_group is not None
-            or len(set(map(id, self.sub_group_process_groups))) > 1
-            or sizes != {int(dist.get_world_size(self.dp_process_group))},
-        )
+        cut_over = {id(one.process_group): one.process_group for shard in self._shards for one in shard.members}
+        self._one_group = self.model_parallel_group is None and len(cut_over) == 1
+        self._ranks = DataParallel(self.dp_process_group)
+        sizes = {self._ranks.size, *(int(dist.get_world_size(group)) for group in cut_over.values())}
+        check_whole(init_optimizer, split=not self._one_group or len(sizes) > 1)
         self._gathers = self.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
         if not get_accelerator().is_synchronized_device():
             stream = self._gathers  # and not `self`, which the model would keep alive
@@ -73,27 +70,15 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
             module.register_forward_pre_hook(
                 lambda *_: stream.wait_stream(get_accelerator().current_stream()), prepend=True
             )
-        # Where each parameter's blocks begin in its parameter group, which no sharding changes.
-        self._first_block: dict[int, int] = {}
-        blocks: dict[int, int] = {}
-        for i, params in enumerate(self.fp16_groups):
-            group = self.sub_group_to_group_id[i]
-            for param in params:
-                self._first_block[param.ds_id] = blocks.get(group, 0)
-                blocks[group] = blocks.get(group, 0) - (-param.ds_numel // BLOCK)
-
-    def _configure_master_weights(self, *args: Any, **kwargs: Any) -> torch.dtype:
-        # Asked for now: later the optimizer has no parameters, or other ones.
-        self.holds_weights = self.optimizer.holds_weights()
-        dtype = super()._configure_master_weights(*args, **kwargs)
-        return torch.bfloat16 if self.holds_weights else dtype
 
     def _create_fp32_partitions(self) -> None:
         super()._create_fp32_partitions()
+        self._shards = shards(self)
         if self.holds_weights:
-            for master, own in zip(self.fp32_partitioned_groups_flat, self.fp16_partitioned_groups_flat, strict=True):
-                if own is not None and own.device == master.device:
-                    master.data = own.data
+            for shard in self._shards:
+                own = model_weights(self, shard)
+                if own is not None and own.device == shard.tensor.device:
+                    shard.tensor.data = own.data
 
     def initialize_optimizer_states(self) -> None:
         """State is allocated at the first step, and gradients need no buffer beside `grad_partitions_flat_buffer`."""
@@ -123,8 +108,8 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
 
     def get_fp32_grad_partitions(self) -> dict[int, dict[int, Tensor]]:
         return {
-            i: {index: self._gradient_of(param).float() for index, param in enumerate(params)}
-            for i, params in enumerate(self.fp16_groups)
+            shard.number: {i: self._gradient_of(member.param).float() for i, member in enumerate(shard.members)}
+            for shard in self._shards
         }
 
     def _gradient_of(self, param: Any) -> Tensor:
@@ -138,12 +123,12 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         reduced = set(self._offload_boundary_param_ids)
         self._pre_step()
         self._partition_all_parameters()
-        for params in self.fp16_groups:
-            for param in params:
-                if param.ds_id not in reduced:  # no part in this step; what is there is an earlier step's
-                    self._gradient_of(param).zero_()
+        for shard in self._shards:
+            for member in shard.members:
+                if member.param.ds_id not in reduced:  # no part in this step; what is there is an earlier step's
+                    self._gradient_of(member.param).zero_()
         both = HostCopy(self._scaled_norm_and_order()).wait()
-        self._order.check(both.tolist()[1], dist.get_world_size(self.dp_process_group))
+        self._order.check(both.tolist()[1], self._ranks.size)
         known = both[0].float()
         scale_before = self.loss_scale
         self.overflow = is_invalid_grad_norm(known)
@@ -153,18 +138,17 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
         self.timers(OPTIMIZER_STEP_TIMER).start()
         self.zero_grad(set_to_none=True)
         scale = clip_scale(known, self.clip_grad, scale_before)
-        scale = scale.to(self.fp32_partitioned_groups_flat[0].device, non_blocking=True)
-        members: dict[int, list[Member]] = {}
-        start = 0
-        for i in range(len(self.fp16_groups)):
-            stop = start + self.fp32_partitioned_groups_flat[i].numel()
-            members[i] = self._step_sub_group(i, self.grad_partitions_flat_buffer[start:stop], scale)
-            start = stop
-        together = [member for own in members.values() for member in own]
-        self.optimizer.found = step_together(together, scale, DataParallel(self.dp_process_group))
-        for i, own in members.items():
-            if own:
-                self._show(i)
+        scale = scale.to(self._shards[0].tensor.device, non_blocking=True)
+        together: list[Member] = []
+        waiting: list[Shard] = []
+        gradients = self.grad_partitions_flat_buffer.split([shard.tensor.numel() for shard in self._shards])
+        for shard, gradient in zip(self._shards, gradients, strict=True):
+            own = self._step_sub_group(shard, gradient, scale)
+            together += own
+            waiting += [shard] if own else []
+        self.optimizer.found = step_together(together, scale, self._ranks)
+        for shard in waiting:
+            self._show(shard)
         self.timers(OPTIMIZER_STEP_TIMER).stop()
         self.invalidate_secondary_tensor()
         self._gather_persistent()
@@ -183,72 +167,42 @@ class ShardedZeroOptimizer3(DeepSpeedZeroOptimizer_Stage3):
     def _scaled_norm_and_order(self) -> Tensor:
         """Global norm of the gradients as they are, and the sum over ranks of `_order`: fp64, [2]."""
         order = self._order.tensor(get_accelerator().current_device_name())
-        if self.model_parallel_group is not None or len(set(map(id, self.sub_group_process_groups))) > 1:
+        if not self._one_group:
             self.averaged_gradients = {
-                i: [self._gradient_of(param) for param in params] for i, params in enumerate(self.fp16_groups)
+                shard.number: [self._gradient_of(member.param) for member in shard.members] for shard in self._shards
             }
             offloaded, self.offload_optimizer = self.offload_optimizer, False
             norm = combine_grad_norm_groups(self._get_norm_groups())  # which knows what is counted how often
             self.offload_optimizer = offloaded
-            dist.all_reduce(order, group=self.dp_process_group)
-            return torch.stack([norm.double(), order])
+            return torch.stack([norm.double(), self._ranks.add(order)])
         square = squared_norm([self.grad_partitions_flat_buffer], order.device)
-        total = torch.stack([square, order])
-        dist.all_reduce(total, group=self.dp_process_group)
-        return torch.stack([total[0].sqrt(), total[1]])
+        square, order = self._ranks.add(torch.stack([square, order])).unbind()
+        return torch.stack([square.sqrt(), order])
 
-    def _step_sub_group(self, i: int, gradient: Tensor, scale: Tensor) -> list[Member]:
+    def _step_sub_group(self, shard: Shard, gradient: Tensor, scale: Tensor) -> list[Member]:
         """Step a sub-group; what is to be stepped together with others comes back as it is."""
-        master = self.fp32_partitioned_groups_flat[i]
-        group = self.optimizer.param_groups[self.sub_group_to_group_id[i]]
-        begun = self.optimizer.begin(group, master)
+        group = self.optimizer.param_groups[shard.group]
+        begun = self.optimizer.begin(group, shard.tensor)
         if begun is not None and self.optimizer.rule_of(group).statistics:
-            return self._members(i, group, begun, gradient)
+            return whole_parameters(self.optimizer, shard, begun, lambda own: gradient[own.elements])
         if begun is not None and begun.function.rounds:
-            start = 0
-            for param in self.fp16_groups[i]:
-                size = param.partition_numel()
-                stream = begun.stream(start, start + size, first_block=self._block_of(param))
-                stream.add(gradient[start : start + size], scale)
+            for member in shard.members:
+                start, stop = member.offset, member.offset + member.share
+                stream = begun.stream(start, stop, first_block=member.first_block)
+                stream.add(gradient[start:stop], scale)
                 stream.finish(scale)
-                start += size
         elif begun is not None:
-            stream = begun.stream(first_block=0)
+            stream = begun.stream(first_block=shard.first_block)
             stream.add(gradient, scale)
             stream.finish(scale)
-        self._show(i)
+        self._show(shard)
         return []
 
-    def _block_of(self, param: Any) -> int:
-        """The number of this rank's first block of `param`, in the whole parameter group and over all ranks."""
-        before = self._get_param_partition_rank(param) * param.partition_numel() // BLOCK
-        return self._first_block[param.ds_id] + int(before)
-
-    def _members(self, i: int, group: dict[str, Any], begun: TensorStep, gradient: Tensor) -> list[Member]:
-        """The parameters of a sub-group and what this rank holds of them, without the padding."""
-        params, master = self.fp16_groups[i], self.fp32_partitioned_groups_flat[i]
-        parameters = [Parameter(tuple(param.ds_shape), group["component"]) for param in params]
-        small = small_states(self.optimizer.rule_of(group), parameters, self.optimizer.state[master], master.device)
-        members, offset = [], 0
-        for param, parameter, states in zip(params, parameters, small, strict=True):
-            part, rank = param.partition_numel(), self._get_param_partition_rank(param)
-            held = fragments(0, parameter.numel, size=part, before=offset)
-            own = next((fragment for fragment in held if fragment.rank == rank), None)
-            share = Share(own, gradient[own.elements], self._block_of(param)) if own is not None else None
-            members.append(Member(parameter, begun, states, held, share))
-            offset += part
-        return members
-
-    def _show(self, i: int) -> None:
+    def _show(self, shard: Shard) -> None:
         """Give the model the weights of a sub-group, unless they are the model's."""
-        own, master = self.fp16_partitioned_groups_flat[i], self.fp32_partitioned_groups_flat[i]
-        if own is None or own.data_ptr() != master.data_ptr():  # None: the weights lie on NVMe
-            self._reassign_or_swap_out_partitioned_parameters(i)
-
-    def _restore_from_bit16_weights(self) -> None:
-        """Weights were put into the model from outside: what was below their last bit is no longer theirs."""
-        super()._restore_from_bit16_weights()
-        self.optimizer.forget_remainders()
+        own = model_weights(self, shard)
+        if own is None or own.data_ptr() != shard.tensor.data_ptr():  # None: the weights lie on NVMe
+            self._reassign_or_swap_out_partitioned_parameters(shard.number)
 
 
 def _wait_for(stream: Any) -> None:

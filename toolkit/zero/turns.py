@@ -24,6 +24,7 @@ from torch.autograd.graph import _get_grad_fn_or_grad_acc
 
 from toolkit.errors import UserError
 from toolkit.optim.streaming import check_gradient
+from toolkit.zero.shards import members
 
 _OVER = -1
 """Announced after the last parameter of the first backward pass."""
@@ -147,10 +148,10 @@ class OrderedZeroOptimizer(DeepSpeedZeroOptimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Without elements there is nothing to reduce, and no hook comes this far.
-        placed = [(param, i) for i, group in enumerate(self.bit16_groups) for param in group if param.numel()]
-        group_of = {id(param): i for param, i in placed}
+        placed = [member for _, member in members(self) if member.shape.numel()]
+        group_of = {id(member.param): member.group for member in placed}
         self._turns = Turns(
-            [param for param, _ in placed],
+            [member.param for member in placed],
             self.dp_process_group,
             lambda param: self._take(param, group_of[id(param)]),
             self._name,

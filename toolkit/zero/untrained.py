@@ -26,7 +26,7 @@ class Untrained:
     def __init__(self, module: nn.Module, trained: Collection[str]) -> None:
         self.parameters = {name: param for name, param in module.named_parameters() if name not in trained}
         self.buffers = dict(module.named_buffers(remove_duplicate=False))
-        self._computed = {name for name in self.buffers if not _persistent(module, name)}
+        self._computed = {name for name in self.buffers if not persistent(module, name)}
         self._modules = {
             f"{name}._extra_state".removeprefix("."): child
             for name, child in module.named_modules(remove_duplicate=False)
@@ -127,6 +127,7 @@ def _holds(new: torch.dtype, old: torch.dtype) -> bool:
     return new == old or (new.itemsize > old.itemsize and new.is_floating_point == old.is_floating_point)
 
 
-def _persistent(module: nn.Module, name: str) -> bool:
+def persistent(module: nn.Module, name: str) -> bool:
+    """Whether torch's state_dict has the buffer `name`."""
     owner, _, key = name.rpartition(".")
     return key not in module.get_submodule(owner)._non_persistent_buffers_set

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
 
 from torch import Tensor
 
-from toolkit.optim.hidden import HiddenMatrixRule, is_hidden, with_adamw
-from toolkit.optim.newton_schulz import MUON, POLAR_EXPRESS, orthogonal
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, State
+from toolkit.optim.orthogonal import OrthogonalRule
+from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, State
 
 
-class AdaMuonRule(HiddenMatrixRule):
+class AdaMuonRule(OrthogonalRule):
     """AdaMuon (Si et al. 2025) for hidden matrices; embeddings, head, norms and biases are trained with AdamW.
 
     ::
@@ -32,17 +29,8 @@ class AdaMuonRule(HiddenMatrixRule):
     statistics = (Matrix("o"), Mean("u2", over="parameter"))
     update_error = MappingProxyType({"8bit": 15.5, "compact": 52.6, "minimal": 55.7})
 
-    lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta] = (0.95, 0.95)
     eps: NonNegative = 1e-8
-    weight_decay: NonNegative = 0.1
-    coefficients: Literal["muon", "polar-express"] = "muon"
-
-    @classmethod
-    def variant(cls, settings: Mapping[str, Any], *, component: str, matrix: bool) -> type[Rule]:
-        if not is_hidden(component, matrix):
-            return AdaMuonAdamWRule
-        return AdaMuonPolarExpressRule if settings.get("coefficients") == "polar-express" else AdaMuonRule
 
     def scalars(self, t: int) -> dict[str, float]:
         b1, b2 = self.betas
@@ -52,10 +40,6 @@ class AdaMuonRule(HiddenMatrixRule):
     @staticmethod
     def direction(theta: Tensor, g: Tensor, m: Tensor, v: Tensor, **s: Tensor) -> Tensor:
         return (m + s["rate"] * (g - m)).sign()
-
-    @staticmethod
-    def transform(matrix: Tensor) -> Tensor:
-        return orthogonal(matrix, MUON)
 
     @staticmethod
     def measure(theta: Tensor, g: Tensor, m: Tensor, v: Tensor, *, o: Tensor, **s: Tensor) -> Tensor:
@@ -72,13 +56,5 @@ class AdaMuonRule(HiddenMatrixRule):
         step = s["step"] * u2.clamp(min=1e-30).rsqrt()
         return theta - (s["decay"] * theta + step * u), m + s["rate"] * (g - m), v
 
-
-class AdaMuonPolarExpressRule(AdaMuonRule):
-    @staticmethod
-    def transform(matrix: Tensor) -> Tensor:
-        return orthogonal(matrix, POLAR_EXPRESS)
-
-
-AdaMuonAdamWRule = with_adamw(AdaMuonRule)
 
 AdaMuon = as_optimizer(AdaMuonRule)

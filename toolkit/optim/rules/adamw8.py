@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from toolkit.errors import UserError
+from toolkit.optim import adam
 from toolkit.optim.optimizer import as_optimizer
 from toolkit.optim.rule import Beta, NonNegative, Rule, State
 from toolkit.optim.scales import DynamicScales, ScaledRule, Scales
@@ -32,7 +32,8 @@ class AdamW8Rule(ScaledRule):
     It is AMCS with alpha = 1 and all scales 1, bit for bit; with `beta1_end` it is AMCS's mode "single".
     """
 
-    states: ClassVar[tuple[State, ...]] = (State("m"), State("v", signed=False))
+    states: ClassVar[tuple[State, ...]] = adam.STATES
+    direction = staticmethod(adam.direction)
     needs = ("total_steps",)
     update_error = MappingProxyType({"8bit": 3.2, "compact": 36.9, "minimal": 42.8})
 
@@ -57,26 +58,11 @@ class AdamW8Rule(ScaledRule):
             )
 
     def scalars(self, t: int) -> dict[str, float]:
-        b1, b2 = self.betas
-        left = b1**t
+        named = adam.scalars(t, lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, eps=self.eps)
         if self.beta1_end is not None:
-            left = product_between(b1, self.beta1_end, "linear", t, self.total_steps)
-        return {
-            "lr": self.lr,
-            "decay": self.lr * self.weight_decay,
-            "eps": self.eps,
-            "m_rate": 1.0 - self.beta1_at(t),
-            "v_rate": 1.0 - b2,
-            "m_correction": 1.0 / (1.0 - left),
-            "v_correction": (1.0 - b2**t) ** -0.5,
-        }
-
-    @staticmethod
-    def direction(g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
-        m, v = states
-        m = m + s["m_rate"] * (g - m)
-        v = v + s["v_rate"] * (g * g - v)
-        return s["m_correction"] * m / (v.sqrt() * s["v_correction"] + s["eps"]), m, v  # v's code takes the same root
+            left = product_between(self.betas[0], self.beta1_end, "linear", t, self.total_steps)
+            named |= {"m_rate": 1.0 - self.beta1_at(t), "m_correction": 1.0 / (1.0 - left)}
+        return named
 
     def beta1_at(self, t: int) -> float:
         """b1 for optimizer step t = 1, 2, ...; after `total_steps` it holds its last value."""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
 
 from torch import Tensor
 
-from toolkit.optim.hidden import HiddenMatrixRule, is_hidden, with_adamw
-from toolkit.optim.newton_schulz import MUON, POLAR_EXPRESS, orthogonal
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, State
+from toolkit.optim.orthogonal import OrthogonalRule
+from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, State
 
 
-class NorMuonRule(HiddenMatrixRule):
+class NorMuonRule(OrthogonalRule):
     """NorMuon (Li et al. 2025) for hidden matrices; embeddings, head, norms and biases are trained with AdamW.
 
     ::
@@ -32,17 +29,8 @@ class NorMuonRule(HiddenMatrixRule):
     statistics = (Matrix("o"), Mean("o2", over="row"), Mean("u2", over="parameter", by="measure_size"))
     update_error = MappingProxyType({"8bit": 12.2, "compact": 52.4, "minimal": 55.4})
 
-    lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta] = (0.95, 0.95)
     eps: NonNegative = 1e-10
-    weight_decay: NonNegative = 0.1
-    coefficients: Literal["muon", "polar-express"] = "muon"
-
-    @classmethod
-    def variant(cls, settings: Mapping[str, Any], *, component: str, matrix: bool) -> type[Rule]:
-        if not is_hidden(component, matrix):
-            return NorMuonAdamWRule
-        return NorMuonPolarExpressRule if settings.get("coefficients") == "polar-express" else NorMuonRule
 
     def scalars(self, t: int) -> dict[str, float]:
         b1, b2 = self.betas
@@ -52,10 +40,6 @@ class NorMuonRule(HiddenMatrixRule):
     @staticmethod
     def direction(theta: Tensor, g: Tensor, m: Tensor, **s: Tensor) -> Tensor:
         return m + s["rate"] * (g - m)
-
-    @staticmethod
-    def transform(matrix: Tensor) -> Tensor:
-        return orthogonal(matrix, MUON)
 
     @staticmethod
     def measure(theta: Tensor, g: Tensor, m: Tensor, *, o: Tensor, **s: Tensor) -> Tensor:
@@ -78,13 +62,5 @@ class NorMuonRule(HiddenMatrixRule):
         step = s["step"] * u2.clamp(min=1e-30).rsqrt()
         return theta - (s["decay"] * theta + step * u), m + s["rate"] * (g - m)
 
-
-class NorMuonPolarExpressRule(NorMuonRule):
-    @staticmethod
-    def transform(matrix: Tensor) -> Tensor:
-        return orthogonal(matrix, POLAR_EXPRESS)
-
-
-NorMuonAdamWRule = with_adamw(NorMuonRule)
 
 NorMuon = as_optimizer(NorMuonRule)

@@ -38,7 +38,7 @@ class SCALERule(HiddenMatrixRule):
     @classmethod
     def variant(cls, settings: Mapping[str, Any], *, component: str, matrix: bool) -> type[Rule]:
         if not matrix:
-            return SCALEAdamWRule
+            return with_adamw(SCALERule)
         return {"head": SCALEHeadRule, "embedding": SCALEEmbeddingRule}.get(component, SCALERule)
 
     def scalars(self, t: int) -> dict[str, float]:
@@ -80,7 +80,5 @@ class SCALEHeadRule(SCALERule):
         m = m + s["m_rate"] * (g - m)
         return theta - (s["decay"] * theta + s["rate"] * m / line2.sqrt().clamp(min=1e-30)), m
 
-
-SCALEAdamWRule = with_adamw(SCALERule)
 
 SCALE = as_optimizer(SCALERule)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from toolkit.optim.hidden import HiddenMatrixRule, is_hidden, with_adamw
+from toolkit.optim.hidden import HiddenMatrixRule
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Matrix, NonNegative, Rule, State
+from toolkit.optim.rule import Matrix, NonNegative, State
 
 
 class SinkGDRule(HiddenMatrixRule):
@@ -33,10 +32,6 @@ class SinkGDRule(HiddenMatrixRule):
     scale: NonNegative = 0.2
     weight_decay: NonNegative = 0.1
 
-    @classmethod
-    def variant(cls, settings: Mapping[str, Any], *, component: str, matrix: bool) -> type[Rule]:
-        return SinkGDRule if is_hidden(component, matrix) else SinkGDAdamWRule
-
     def scalars(self, t: int) -> dict[str, float]:
         return {"rate": self.lr * self.scale, "decay": self.lr * self.weight_decay}
 
@@ -55,7 +50,5 @@ class SinkGDRule(HiddenMatrixRule):
     def update(theta: Tensor, g: Tensor, *, x: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
         return (theta - (s["decay"] * theta + s["rate"] * x),)
 
-
-SinkGDAdamWRule = with_adamw(SinkGDRule)
 
 SinkGD = as_optimizer(SinkGDRule)
