@@ -34,8 +34,11 @@ _SHIM = (
     "@triton.jit",
     "def _trunc(x):",
     "    return tl.where(x < 0, tl.ceil(x), tl.floor(x))",
+    "@triton.jit",
+    "def _copysign(x, y):",
+    "    return tl.where(y < 0, -tl.abs(x), tl.abs(x))",
     "class libdevice:",
-    "    floor, trunc = _floor, _trunc",
+    "    floor, trunc, copysign = _floor, _trunc, _copysign",
     "",
 )
 

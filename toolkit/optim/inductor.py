@@ -59,7 +59,7 @@ class Launch:
         warps: of 32 threads to a program, in the order of the two.
     """
 
-    rows: int = 4
+    rows: int = 8
     elements: int = 512
     warps: tuple[int, int] = (4, 4)
 
@@ -87,7 +87,7 @@ class Launch:
                 return {**kernel_kwargs, "fixed_config": FixedTritonConfig(fixed)}
 
             def uuid(self) -> str:
-                return repr(launch)
+                return f"{launch!r}, {_short_instructions.__name__}"
 
         return Choices()
 
@@ -186,6 +186,7 @@ def _compile(graph: Any, tensors: list[Any], mode: Any, launch: Launch | None) -
             options["inductor_choices_class"] = launch
             options["joint_graph_constant_folding"] = False  # it would run the step's constants on the device
             stack.enter_context(V.set_choices_handler(launch()))
+            stack.enter_context(_short_instructions())
         compiled: Any = compile_fx(graph, tensors, config_patches=options)
         return compiled
 
@@ -208,3 +209,35 @@ def _tiles_of(lanes: int) -> Iterator[None]:
         yield
     finally:
         TilingSelect.select_tiling = select  # type: ignore[method-assign]
+
+
+@contextmanager
+def _short_instructions() -> Iterator[None]:
+    """Let Triton code that Inductor writes take a GPU's one instruction where there is one.
+
+    Square roots of fp32 are then approximate, as quotients on a GPU are anyway: off by a unit in the last place or two,
+    and those of denormal numbers 0. Exact ones take some 15 instructions each, and codes are made of roots. A maximum
+    or minimum stays NaN where one of the two is.
+    """
+    from torch._inductor.codegen.triton import TritonKernel
+
+    usual: Any = TritonKernel.overrides
+
+    class Short(usual):
+        @staticmethod
+        def sqrt(x: Any) -> str:
+            return f"tl.sqrt({x})" if x.dtype == torch.float32 else str(usual.sqrt(x))
+
+        @staticmethod
+        def maximum(a: Any, b: Any) -> str:
+            return f"tl.maximum({a}, {b}, tl.PropagateNan.ALL)"
+
+        @staticmethod
+        def minimum(a: Any, b: Any) -> str:
+            return f"tl.minimum({a}, {b}, tl.PropagateNan.ALL)"
+
+    TritonKernel.overrides = Short
+    try:
+        yield
+    finally:
+        TritonKernel.overrides = usual

@@ -151,10 +151,26 @@ def _block_scale(codec: Codec, size: Tensor) -> Scale:
     A block that holds an inf or NaN gets NaN as its scale and decodes to NaN: what is not finite never turns
     finite unseen.
     """
-    scale = codec.scale_of(size.amax(dim=1, keepdim=True))
+    scale = codec.scale_of(_largest(size))
     scale = torch.where(scale < _TINY, 0.0, scale)
     scale = torch.where(scale < torch.inf, scale, torch.nan)
     return Scale(scale, torch.where(scale == 0.0, 0.0, 1.0 / scale))
+
+
+def _largest(size: Tensor) -> Tensor:
+    """The largest of each block, [blocks, 1], or NaN where there is one.
+
+    Numbers that are not negative have the order of their bits, NaN last; a GPU has instructions for the largest of many
+    whole numbers.
+    """
+    if size.device.type == "cpu":
+        return size.amax(dim=1, keepdim=True)
+    return size.view(torch.int32).amax(dim=1, keepdim=True).view(torch.float32)
+
+
+def _signed(size: Tensor, x: Tensor) -> Tensor:
+    """`size`, which is less than 1 where `x` is 0, with the sign of `x`: equal once it is cut to a whole number."""
+    return size * x.sign() if x.device.type == "cpu" else torch.copysign(size, x)
 
 
 class Fp32(Codec):
@@ -212,7 +228,7 @@ def _signed_root(x: Tensor, scale: Scale, dither: Tensor, largest: float) -> Ten
     of y, which matters: the compiler traces what is mentioned twice twice.
     """
     square = largest * largest * (x.abs() * scale.inverse)
-    return (torch.sqrt(torch.relu(square - dither * (1.0 - dither))) + (1.0 - dither)) * x.sign()
+    return _signed(torch.sqrt(torch.relu(square - dither * (1.0 - dither))) + (1.0 - dither), x)
 
 
 class Root(Codec):
