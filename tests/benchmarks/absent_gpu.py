@@ -203,8 +203,8 @@ def write(rule: type[Rule], kept: Layout, dtype: torch.dtype, launch: Launch, na
 
 
 def _arguments(name: str, code: str) -> tuple[str, ...]:
-    [passed] = re.findall(rf"^\s+{name}\.run\((.*), stream=", code, re.M)
-    return tuple(passed.split(", "))
+    first, *_ = re.findall(rf"^\s+{name}\.run\((.*), stream=", code, re.M)  # one kernel may serve several tensors
+    return tuple(first.split(", "))
 
 
 def _parse(name: str, text: str, arguments: tuple[str, ...]) -> Kernel:

@@ -3,7 +3,8 @@
     python tests/benchmarks/gpu_static.py [--rules AMCS] [--formats 8bit] [--weights bf16+8] [--write PAGE]
     python tests/benchmarks/gpu_static.py --launches [--formats 8bit compact]
 
-Prints a Markdown table; `--write docs/benchmarks/gpu-static.md` renders the page. `--launches` counts several launch
+Prints a Markdown table; `--write docs/benchmarks/gpu-static.md` renders the page, with
+`--rules AMCS AMCSSingle AdamW8 SOAM`: every rule takes long. `--launches` counts several launch
 configurations beside the chosen one. FlashAdamW's own kernel is counted the same way where `flashoptim` is installed
 (`pip install flashoptim`). Needs the package `triton` (extra `gpu-static`); torch may be built without CUDA.
 """
@@ -166,7 +167,8 @@ def page(table: str, launches: str) -> str:
     )
     return f"""# The optimizer step on a GPU, counted without one
 
-Rendered by `python tests/benchmarks/gpu_static.py --write docs/benchmarks/gpu-static.md` ({versions}).
+Rendered by `python tests/benchmarks/gpu_static.py --rules AMCS AMCSSingle AdamW8 SOAM --write
+docs/benchmarks/gpu-static.md` ({versions}).
 
 **No GPU has run any of this.** Inductor writes the step's Triton kernel for an H100 that is not there, Triton's own
 assembler compiles it for compute capability 9.0, and the machine code is counted: instructions and special-function
