@@ -287,6 +287,8 @@ def test_compiled_modules_have_the_components_of_plain_ones() -> None:
 def test_a_group_without_elements_is_left_out() -> None:
     model = nn.ModuleDict({"mlp": nn.Linear(4, 4, bias=False), "other": nn.Linear(0, 4, bias=False)})
     assert [group["component"] for group in param_groups(model)] == ["ffn"]
+    model["mlp"].empty = nn.Parameter(torch.zeros(0, 24))
+    assert [len(group["params"]) for group in param_groups(model)] == [1]
 
 
 def test_a_type_that_cannot_be_trained_is_named() -> None:

@@ -28,7 +28,8 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
     assert list(open_documents(str(folder))) == TEXTS
     datasets.load_from_disk(str(folder)).map(lambda row: row)
     assert list(folder.glob("cache-*.arrow"))
-    assert list(open_documents(str(folder))) == TEXTS
+    assert list(open_documents(str(folder))) == list(open_documents(f"{folder}/*")) == TEXTS
+    assert list(open_documents(f"{tmp_path}/**/**/*.arrow")) == TEXTS, "a glob that finds files in several ways"
     with pytest.raises(UserError, match=r"has no column 'txt': it has 'text', 'number'\. Did you mean 'text'\?"):
         open_documents(str(folder), text_column="txt")
     with pytest.raises(UserError, match="column 'number' of .* holds int64, not text"):
@@ -49,12 +50,22 @@ def test_a_shard_that_is_cut_short_gives_what_it_has(tmp_path: Path) -> None:
         open_documents(str(file))
 
 
+def test_arrows_file_format_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "x.arrow"
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, pa.schema({"text": pa.string()})) as writer:
+        for _ in range(2):
+            writer.write_batch(pa.record_batch({"text": TEXTS}))
+    assert list(open_documents(str(file))) == 2 * TEXTS
+
+
 def test_of_several_splits_one_is_named(tmp_path: Path) -> None:
     folder = str(tmp_path / "corpus")
     one = datasets.Dataset.from_dict({"text": TEXTS})
     datasets.DatasetDict({"train": one, "test": one}).save_to_disk(folder)
     with pytest.raises(UserError, match="holds the splits 'test', 'train' of a data set: choose one of its folders"):
         open_documents(folder)
+    with pytest.raises(UserError, match="holds the splits 'test', 'train'"):
+        open_documents(f"{folder}/**/*.arrow")
     assert list(open_documents(f"{folder}/train")) == TEXTS
 
 

@@ -215,3 +215,53 @@ def test_a_saved_optimizer_resumes_exactly(state_format: str) -> None:
     assert all(torch.equal(p, others[name]) for name, p in params.items())
     assert optimizer.report() == resumed.report()
     assert optimizer.state_bytes()["log_scale"] == 4 * len(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("lr_scale", "says"),
+    [
+        ("foo", "lr_scale must be"),
+        (None, "lr_scale must be"),
+        (True, "lr_scale must be"),
+        (-1.0, "lr_scale must be"),
+        (10**400, "lr_scale must be"),
+        (["05", "12"], "lr_scale must be"),
+        ([[0, True]], "lr_scale must be"),
+        (["cosine", 1.5, 1], "an lr_scale that moves over the training needs total_steps"),
+    ],
+)
+def test_the_scale_of_a_group_is_checked_when_it_is_given(lr_scale: Any, says: str) -> None:
+    group = {"params": [nn.Parameter(torch.ones(2, 2))], "lr_scale": lr_scale}
+    with pytest.raises(UserError) as caught:
+        AdamW8([group], lr=1e-2)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_scale_of_a_group_may_move_as_a_json_says_it() -> None:
+    p = nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamW8(
+        [{"params": [p], "lr_scale": ["linear", 1, 0]}], lr=1e-2, weight_decay=0.0, total_steps=2, compile=False
+    )
+    p.grad = torch.ones(2, 2)
+    optimizer.step()
+    first = p.detach().clone()
+    assert (first < 1).all()
+    optimizer.step()
+    assert torch.equal(p, first), "the last scale is 0"
+
+
+def test_a_variant_goes_by_the_name_of_its_rule() -> None:
+    with pytest.raises(UserError, match="^AMCS: total_steps is required because component_scales"):
+        AMCS([nn.Parameter(torch.ones(2, 2))], alpha="agreement", component_scales={"ffn": "linear"})
+
+
+def test_a_saved_state_turns_no_option_off_unseen() -> None:
+    def made(**options: Any) -> Any:
+        return AdamW8([nn.Parameter(torch.ones(2, 2))], compile=False, **options)
+
+    plain, dynamic = made().state_dict(), made(component_scales="dynamic")
+    with pytest.raises(ValueError, match="the saved optimizer runs AdamW8Rule, this one AdamW8DynamicRule"):
+        dynamic.load_state_dict(plain)
+    del plain["param_groups"][0]["component_scales"]  # as an older version wrote it
+    dynamic.load_state_dict(plain)
+    assert dynamic.param_groups[0]["component_scales"] == "dynamic"

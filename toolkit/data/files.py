@@ -109,8 +109,8 @@ def check_table(file: Path, text_column: str) -> None:
 
     try:
         if kind_of(file) == "arrow":
-            with _record_batches(file) as reader:
-                schema = reader.schema
+            with _record_batches(file) as (schema, _):
+                pass
         else:
             schema = pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
@@ -156,19 +156,27 @@ def _parquet(file: Path, text_column: str) -> Iterator[Document]:
 def _arrow(file: Path, text_column: str) -> Iterator[Document]:
     """Batch by batch, as `datasets.save_to_disk` writes a stream of them."""
     row = 0
-    with _record_batches(file) as reader:
-        for batch in reader:
+    with _record_batches(file) as (_, batches):
+        for batch in batches:
             for text in _texts(batch.column(text_column)):
                 row += 1
                 yield document(text or "", f"row {row} of {str(file)!r}")
 
 
 @contextmanager
-def _record_batches(file: Path) -> Iterator[pa.RecordBatchReader]:
+def _record_batches(file: Path) -> Iterator[tuple[pa.Schema, Iterable[pa.RecordBatch]]]:
+    """Of Arrow's stream format, or its file format, which begins with a name."""
     import pyarrow as pa
 
     with pa.OSFile(str(file)) as source:
-        yield pa.ipc.open_stream(source)
+        named = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if named:
+            table = pa.ipc.open_file(source)
+            yield table.schema, map(table.get_batch, range(table.num_record_batches))
+        else:
+            stream = pa.ipc.open_stream(source)
+            yield stream.schema, stream
 
 
 def _texts(column: pa.Array) -> list[str | None]:

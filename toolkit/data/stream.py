@@ -157,6 +157,11 @@ def stdlib_files() -> list[Path]:
     return sorted(files)
 
 
+_RECORDS = ("state.json", "dataset_info.json")
+"""What `datasets` writes about data beside it; `_SPLITS` above the folders of several splits."""
+_SPLITS = "dataset_dict.json"
+
+
 def _find_files(spec: str) -> tuple[list[Path], str]:
     path = Path(spec).expanduser()
     try:
@@ -176,6 +181,7 @@ def _find_files(spec: str) -> tuple[list[Path], str]:
         found = [path]
     elif glob.has_magic(spec):
         found = [file for name in glob.glob(str(path), recursive=True) if (file := Path(name)).is_file()]
+        found = _without_records(found, spec)
         if not found:
             raise UserError(f"no file matches {spec!r}.{_nearest_file(path)}")
     elif path.suffix or len(path.parts) > 1:
@@ -183,7 +189,7 @@ def _find_files(spec: str) -> tuple[list[Path], str]:
     else:
         hint = nearest(spec, NAMES) or _nearest_file(path)
         raise UserError(f"unknown data {spec!r}: give 'fineweb', 'stdlib', or a path or glob to {SUPPORTED}.{hint}")
-    files = sorted(found)
+    files = sorted(set(found))  # a glob finds a file once for each way in which it matches
     for file in files:
         if kind_of(file) is None:
             raise UserError(f"data file {str(file)!r} is of no supported kind: supported are {SUPPORTED}.")
@@ -196,17 +202,21 @@ def _find_files(spec: str) -> tuple[list[Path], str]:
 
 def _without_records(files: list[Path], spec: str) -> list[Path]:
     """Without what `datasets` writes beside the data that `save_to_disk` saves: records, and results of its `map`."""
-    dictionary = next((file for file in files if file.name == "dataset_dict.json"), None)
-    if dictionary is not None:
-        splits = sorted({file.parent.name for file in files if kind_of(file) == "arrow"})
+    folders = {file.parent for file in files}
+    saved = {folder for folder in folders if all((folder / name).is_file() for name in _RECORDS)}
+    dictionaries = {folder.parent for folder in saved if (folder.parent / _SPLITS).is_file()}
+    for dictionary in sorted(dictionaries):
+        splits = sorted(folder.name for folder in saved if folder.parent == dictionary)
         if len(splits) > 1:
             raise UserError(
-                f"folder {spec!r} holds the splits {quoted(splits)} of a data set: choose one of its folders."
+                f"data {spec!r} holds the splits {quoted(splits)} of a data set: choose one of its folders."
             )
-    arrow = [file for file in files if kind_of(file) == "arrow"]
-    beside = {dictionary, *(file.parent / name for file in arrow for name in ("state.json", "dataset_info.json"))}
-    made = {file for file in arrow if file.name.startswith("cache-") and file.parent / "state.json" in files}
-    return [file for file in files if file not in beside | made]
+
+    def beside(file: Path) -> bool:
+        made = file.name.startswith("cache-") and kind_of(file) == "arrow" and (file.parent / _RECORDS[1]).is_file()
+        return made or (file.name in _RECORDS and file.parent in saved) or file.name == _SPLITS
+
+    return [file for file in files if not beside(file)]
 
 
 def _check_once(files: list[Path], spec: str) -> None:
@@ -215,6 +225,7 @@ def _check_once(files: list[Path], spec: str) -> None:
     for file in files:
         about = file.stat()
         unpacked = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
+        unpacked = unpacked.with_suffix(unpacked.suffix.lower())
         for key in ((about.st_dev, about.st_ino), unpacked):
             other = known.setdefault(key, file)
             if other != file:

@@ -81,6 +81,8 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
             name = names[id(tensor)]
             check_dtype(tensor.dtype, f"parameter {name!r}")
             component = chosen or component_of(name, modules)
+            if not whole_shape(tensor).numel():  # nothing to train, and ZeRO cannot cut a group of such ones
+                continue
             if component == "other" and not chosen:
                 unplaced.append(name)
             delicate = _is_delicate(name, component, tensor)
@@ -97,8 +99,7 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
         warn_once(
             logger, 'parameters that are in no known component (%s) train as "other": %s', known, some(unplaced, 8)
         )
-    # A group without elements has nothing to train, and ZeRO cannot cut it.
-    return [group for group in groups.values() if any(whole_shape(tensor).numel() for tensor in group["params"])]
+    return list(groups.values())
 
 
 def plain_name(name: str) -> str:

@@ -96,7 +96,7 @@ class Launch:
 def first_of_all(work: str) -> Iterator[None]:
     """Let one process of this machine do `work` while others wait, which then find it in the compiler's cache.
 
-    All ranks come to the same kernel at once, and compiling it takes each of them many times what loading it does.
+    All ranks come to the same kernel at once, and on a CPU, where it is the same for all, loading it takes far less.
     Where the cache cannot be locked, or the lock is held for longer than Inductor would wait, each compiles its own.
     """
     from torch._inductor.codecache import LOCK_TIMEOUT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from toolkit.optim.arguments import OPTIONS, as_list, bind, check_tensor, fields
 from toolkit.optim.kernel import step_function
 from toolkit.optim.purity import check_declared, check_pure, with_defaults
 from toolkit.optim.rule import Rule, all_states, check_component
-from toolkit.optim.schedules import value_at
+from toolkit.optim.schedules import check_setting, moves, value_at
 from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.optim.together import Found, step_together
@@ -115,7 +116,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         check_pure(rule)
         for key, value in rule.for_component(group["component"]).items():
             group.setdefault(key, value)
-        group.setdefault("lr_scale", 1.0)
+        try:
+            group["lr_scale"] = check_setting(group.get("lr_scale", 1.0), "lr_scale", most=math.inf)
+        except ValueError as error:
+            raise UserError(f"{where}: lr_scale {error}") from None
+        if moves(group["lr_scale"]) and settings.get("total_steps") is None:
+            raise UserError(f"{where}: an lr_scale that moves over the training needs total_steps")
         known = all_states([*self.rule.variants(self.defaults), *self.rule.variants(settings)])
         wanted = group.get("state_format", self.defaults["state_format"])
         group["state_format"] = state_formats(kind.states, wanted, known=known, where=where)
@@ -278,14 +284,21 @@ class RuleOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its dtype: torch casts state to the parameter's, codes included.
 
-        Raises ValueError when a saved state does not have the shape and dtype that this optimizer keeps.
+        Options that the saved groups lack, an older version's, stay as they are here. Raises ValueError when a saved
+        state does not have the shape and dtype that this optimizer keeps, or belongs to another variant of the rule.
         """
+        groups = []
         for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for key in ("state_format", "weights"):
                 if group.get(key) != own[key]:
                     raise ValueError(f"the saved optimizer keeps {key} {group.get(key)}, this one {own[key]}")
+            groups.append({**own, **group})
+            then, now = self.rule_of(groups[-1]).__name__, self.rule_of(own).__name__
+            if then != now:
+                raise ValueError(f"the saved optimizer runs {then}, this one {now}: give it the options of that one")
+        groups += state_dict["param_groups"][len(groups) :]  # torch says that there are too many
         matrices = [group["matrix"] for group in self.param_groups]
-        super().load_state_dict(state_dict | {"state": {}})
+        super().load_state_dict(state_dict | {"state": {}, "param_groups": groups})
         for own, matrix in zip(self.param_groups, matrices, strict=True):
             own["matrix"] = matrix  # whatever the saved ones say
         saved = state_dict["state"]

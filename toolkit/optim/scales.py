@@ -70,7 +70,8 @@ class ScaledRule(Rule):
 
     def check_ready(self) -> None:
         if self.total_steps is None and any(map(moves, self.scales.values())):
-            name = type(self).__name__.removesuffix("Rule")
+            rule = next(kind for kind in type(self).__mro__ if ScaledRule in kind.__bases__)  # and not a variant of it
+            name = rule.__name__.removesuffix("Rule")
             raise UserError(
                 f"{name}: total_steps is required because component_scales has scales that move over the training; "
                 "give total_steps (toolkit.initialize fills it in from the run) or numbers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -87,9 +88,12 @@ def check_setting(value: Any, name: str, *, most: float = 1.0, words: Sequence[s
         f"{within} or a list of (fraction, value) points {within}"
     )
 
+    def is_number(given: Any) -> bool:
+        known = isinstance(given, (int, float)) and not isinstance(given, bool)
+        return known and abs(given) <= sys.float_info.max
+
     def number(given: Any) -> float:
-        real = isinstance(given, (int, float)) and not isinstance(given, bool)
-        if not real or not 0.0 <= given <= most or given == math.inf:
+        if not is_number(given) or not 0.0 <= given <= most:
             raise ValueError(allowed)
         return float(given)
 
@@ -101,15 +105,16 @@ def check_setting(value: Any, name: str, *, most: float = 1.0, words: Sequence[s
         return number(value)
     if len(value) == 3 and isinstance(value[0], str) and value[0] in SHAPES:
         return value[0], number(value[1]), number(value[2])
-    try:
-        points = tuple((float(fraction), float(level)) for fraction, level in value)
-    except (TypeError, ValueError):
-        raise ValueError(allowed) from None
+    points = []
+    for point in value:
+        if not isinstance(point, (list, tuple)) or len(point) != 2 or not all(map(is_number, point)):
+            raise ValueError(allowed)
+        points.append((float(point[0]), float(point[1])))
     fractions = [fraction for fraction, _ in points]
     inside = all(0.0 <= x <= 1.0 and 0.0 <= level <= most and level < math.inf for x, level in points)
     if not points or not inside or any(a >= b for a, b in zip(fractions, fractions[1:], strict=False)):
-        raise ValueError(f"{name}'s points must be {within} with fractions that increase, not {list(points)!r}")
-    return points
+        raise ValueError(f"{name}'s points must be {within} with fractions that increase, not {points!r}")
+    return tuple(points)
 
 
 def moves(setting: Any) -> bool:
