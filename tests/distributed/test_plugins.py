@@ -112,12 +112,14 @@ def test_coded_states_and_remainders_are_those_of_one_rank(ranks: Any, world_siz
     want = one[f"{rule}-{stage}-8bit"]["weights"]
     got = many[0][f"{rule}-{stage}-8bit"]["weights"]
     thirds = world_size == 3  # gradients are divided by three before they are added: bf16, no power of two
+    # AdaMuon takes signs of the momentum, and of what is near zero some turn: 0.2 % of them are 9 % of the update.
+    rounded = 0.1 if rule == "AdaMuon" else 0.02
     start = {name: p.detach() for name, p in Model().named_parameters()}
     for name, value in want.items():
         if rule == "Muon8" and not thirds:
             assert torch.equal(got[name], value), name
         else:
-            assert (got[name] - value).norm() < (0.02 if thirds else 1e-4) * (value - start[name]).norm(), name
+            assert (got[name] - value).norm() < (rounded if thirds else 1e-4) * (value - start[name]).norm(), name
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
