@@ -135,67 +135,71 @@ def newton_schulz(d: Array) -> Array:
     return np.stack(made)
 
 
-def muon(lr: float, decay: float, hidden: bool = True) -> Update:
-    m, adam = np.zeros(1), adam_direction(0.9, 0.95, 1e-8)
-
-    def update(theta: Array, g: Array, t: int) -> Array:
-        nonlocal m
-        if g.ndim == 1 or not hidden:
-            return theta - lr * decay * theta - lr * adam(g, t)
-        m = 0.95 * m + 0.05 * g
-        o = newton_schulz(0.95 * m + 0.05 * g)
-        return theta - lr * decay * theta - lr * 0.2 * np.sqrt(max(o.shape[1:])) * o.reshape(g.shape)
-
-    return update
-
-
-def normuon(lr: float, decay: float, hidden: bool = True) -> Update:
-    m, v, adam = np.zeros(1), np.zeros(1), adam_direction(0.9, 0.95, 1e-8)
-
-    def update(theta: Array, g: Array, t: int) -> Array:
-        nonlocal m, v
-        if g.ndim == 1 or not hidden:
-            return theta - lr * decay * theta - lr * adam(g, t)
-        m = 0.95 * m + 0.05 * g
-        o = newton_schulz(m)
-        v = 0.95 * v + 0.05 * np.mean(o**2, axis=-1)
-        o = o / (np.sqrt(v) + 1e-10)[..., None]
-        rate = 0.2 * lr * np.sqrt(o.size) / np.linalg.norm(o)
-        return theta - lr * decay * theta - rate * o.reshape(g.shape)
-
-    return update
-
-
-def adamuon(lr: float, decay: float, hidden: bool = True) -> Update:
-    m, v, adam = np.zeros(1), np.zeros(1), adam_direction(0.9, 0.95, 1e-8)
-
-    def update(theta: Array, g: Array, t: int) -> Array:
-        nonlocal m, v
-        if g.ndim == 1 or not hidden:
-            return theta - lr * decay * theta - lr * adam(g, t)
-        m = 0.95 * m + g
-        o = newton_schulz(np.sign(m))
-        v = 0.95 * v + 0.05 * o**2
-        o = o / (np.sqrt(v) + 1e-8)
-        rate = 0.2 * lr * np.sqrt(o.size) / np.linalg.norm(o)
-        return theta - lr * decay * theta - rate * o.reshape(g.shape)
-
-    return update
-
-
-def sinkgd(lr: float, decay: float, hidden: bool = True) -> Update:
+def of_hidden(lr: float, decay: float, hidden: bool, change: Callable[[Array], Array]) -> Update:
+    """`change(g)` for hidden matrices, AdamW for all else."""
     adam = adam_direction(0.9, 0.95, 1e-8)
 
     def update(theta: Array, g: Array, t: int) -> Array:
-        if g.ndim == 1 or not hidden:
-            return theta - lr * decay * theta - lr * adam(g, t)
+        matrix = g.ndim > 1 and hidden
+        return theta - lr * decay * theta - lr * (change(g).reshape(g.shape) if matrix else adam(g, t))
+
+    return update
+
+
+def muon(lr: float, decay: float, hidden: bool = True) -> Update:
+    m = np.zeros(1)
+
+    def change(g: Array) -> Array:
+        nonlocal m
+        m = 0.95 * m + 0.05 * g
+        o = newton_schulz(0.95 * m + 0.05 * g)
+        made: Array = 0.2 * np.sqrt(max(o.shape[1:])) * o
+        return made
+
+    return of_hidden(lr, decay, hidden, change)
+
+
+def at_rms(u: Array) -> Array:
+    """`u` with an rms of 0.2."""
+    made: Array = 0.2 * np.sqrt(u.size) / np.linalg.norm(u) * u
+    return made
+
+
+def normuon(lr: float, decay: float, hidden: bool = True) -> Update:
+    m, v = np.zeros(1), np.zeros(1)
+
+    def change(g: Array) -> Array:
+        nonlocal m, v
+        m = 0.95 * m + 0.05 * g
+        o = newton_schulz(m)
+        v = 0.95 * v + 0.05 * np.mean(o**2, axis=-1)
+        return at_rms(o / (np.sqrt(v) + 1e-10)[..., None])
+
+    return of_hidden(lr, decay, hidden, change)
+
+
+def adamuon(lr: float, decay: float, hidden: bool = True) -> Update:
+    m, v = np.zeros(1), np.zeros(1)
+
+    def change(g: Array) -> Array:
+        nonlocal m, v
+        m = 0.95 * m + g
+        o = newton_schulz(np.sign(m))
+        v = 0.95 * v + 0.05 * o**2
+        return at_rms(o / (np.sqrt(v) + 1e-8))
+
+    return of_hidden(lr, decay, hidden, change)
+
+
+def sinkgd(lr: float, decay: float, hidden: bool = True) -> Update:
+    def change(g: Array) -> Array:
         x = matrices(g)
         for _ in range(5):
             x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
             x = x / np.sqrt(np.mean(x**2, axis=-2, keepdims=True))
-        return theta - lr * decay * theta - lr * 0.2 * x.reshape(g.shape)
+        return 0.2 * x
 
-    return update
+    return of_hidden(lr, decay, hidden, change)
 
 
 def scale(lr: float, decay: float, head: bool = False, lookup: bool = False) -> Update:

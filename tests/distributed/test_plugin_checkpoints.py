@@ -48,11 +48,11 @@ class World:
         texts = [f"Document {n} counts: " + " ".join(map(str, range(n, n + 15))) for n in range(30)]
         (root / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
-    def arguments(self, run: str, rule: str, stage: int, ranks: int) -> list[str]:
-        optimizer = {"type": rule, "params": {"lr": 2e-3, "compile": False}}
+    def arguments(self, run: str, rule: str, stage: int, ranks: int, *, steps: int = STEPS, **params: Any) -> list[str]:
+        optimizer = {"type": rule, "params": {"lr": 2e-3, "compile": False} | params}
         fixed = (
             f"--model {self.root / 'model'} --tokenizer python-4k --data {self.root / 'data.jsonl'} --seq-len 16 "
-            f"--global-batch 4 --micro-batch {4 // ranks} --eval-every 0 --steps {STEPS} --save-every {STEPS} "
+            f"--global-batch 4 --micro-batch {4 // ranks} --eval-every 0 --steps {steps} --save-every {steps} "
             f"--run-dir {self.root / run} --config amcs_zero{stage} --set"
         )
         return [*fixed.split(), f"optimizer={json.dumps(optimizer)}"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from checkpoint_worker import carry
 from plugins_worker import Model, gradients, train
 from ranks import launch
 from scaled_references import adam, agreement, amcs, follow_dynamic
-from test_plugin_checkpoints import SHAPE
+from test_plugin_checkpoints import World as Folder
 from test_plugins import COMPONENTS, STEPS
 
 from toolkit.checkpoint.convert import convert
@@ -44,31 +43,15 @@ def case(rule: str, stage: int) -> dict[str, Any]:
     return {"config": config, "steps": STEPS, "same": False, "warm": False}
 
 
-class World:
-    """The folder of the tests, and what its launches gave, by rule and stage."""
+class World(Folder):
+    """Beside the folder of the tests what its launches gave, by rule and stage."""
 
     two: dict[tuple[str, int], Any]
     one: dict[tuple[str, int], Any]
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        (root / "model").mkdir()
-        (root / "model" / "config.json").write_text(json.dumps(SHAPE))
-        texts = [f"Document {n} counts: " + " ".join(map(str, range(n, n + 15))) for n in range(30)]
-        (root / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
-    def arguments(self, run: str, stage: int, ranks: int) -> list[str]:
-        params = {"lr": 2e-3, "compile": False, "component_scales": "dynamic"}
-        optimizer = {"type": "AMCS", "params": params}
-        fixed = (
-            f"--model {self.root / 'model'} --tokenizer python-4k --data {self.root / 'data.jsonl'} --seq-len 16 "
-            f"--global-batch 4 --micro-batch {4 // ranks} --eval-every 0 --steps {TOTAL} --save-every {TOTAL} "
-            f"--run-dir {self.root / run} --config amcs_zero{stage} --set"
-        )
-        return [*fixed.split(), f"optimizer={json.dumps(optimizer)}"]
-
-    def digest(self, place: str) -> str:
-        return open_checkpoint(find(self.root / place)).digest()
+def arguments(world: World, run: str, stage: int, ranks: int) -> list[str]:
+    return world.arguments(run, "AMCS", stage, ranks, steps=TOTAL, component_scales="dynamic")
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +59,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, one_rank: None) -> Iterator[
     """Two ranks in one launch: a run, the same with a stop, and each rule on known gradients; one rank is this one."""
     made = World(tmp_path_factory.mktemp("scales"))
     cases = [(rule, stage) for rule in DIRECTIONS for stage in STAGES]
-    cut = made.arguments("cut", 2, 2)
-    steps: list[dict[str, Any]] = [{"run": made.arguments("plain", 2, 2)}, {"run": cut, "stop_at": STOP}, {"run": cut}]
+    cut = arguments(made, "cut", 2, 2)
+    steps: list[dict[str, Any]] = [{"run": arguments(made, "plain", 2, 2)}, {"run": cut, "stop_at": STOP}, {"run": cut}]
     found = launch(made.root / "two", 2, WORKER, {"steps": steps + [{"case": case(*each)} for each in cases]})
     made.two = dict(zip(cases, found[0][len(steps) :], strict=True))
     made.one = {each: train(case(*each)) for each in cases}
@@ -121,7 +104,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(world: World) -> None:
 
 def test_other_ranks_and_stages_keep_them(world: World) -> None:
     """2 ranks at stage 2 -> 1 at stage 3, through an engine -> 2 at stage 1."""
-    assert carry(world.arguments("unused", 3, 1), str(world.root / "plain"), str(world.root / "one")) == []
+    assert carry(arguments(world, "unused", 3, 1), str(world.root / "plain"), str(world.root / "one")) == []
     convert(open_checkpoint(find(world.root / "one")), world.root / "two-1", stage=1, world_size=2)
     assert world.digest("plain") == world.digest("one") == world.digest("two-1")
     source = open_checkpoint(find(world.root / "two-1"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from toolkit.optim.hidden import HiddenMatrixRule
 from toolkit.optim.newton_schulz import MUON, POLAR_EXPRESS, orthogonal
-from toolkit.optim.rule import NonNegative, Rule
+from toolkit.optim.rule import Beta, NonNegative, Rule
 
 
 class OrthogonalRule(HiddenMatrixRule):
@@ -33,6 +33,21 @@ class OrthogonalRule(HiddenMatrixRule):
     @classmethod
     def transform(cls, matrix: Tensor) -> Tensor:
         return orthogonal(matrix, POLAR_EXPRESS if cls.chosen["coefficients"] == "polar-express" else MUON)
+
+
+class NormalizedRule(OrthogonalRule):
+    """Of these, the rules that divide by a second moment of what became orthogonal, at a step of a given rms.
+
+    Subclasses have the field `eps`.
+    """
+
+    betas: tuple[Beta, Beta] = (0.95, 0.95)
+    eps: NonNegative
+
+    def scalars(self, t: int) -> dict[str, float]:
+        b1, b2 = self.betas
+        decay = self.lr * self.weight_decay
+        return {"step": 0.2 * self.lr, "decay": decay, "rate": 1.0 - b1, "rate2": 1.0 - b2, "eps": self.eps}
 
 
 @cache

@@ -7,11 +7,11 @@ from types import MappingProxyType
 from torch import Tensor
 
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.orthogonal import OrthogonalRule
-from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, State
+from toolkit.optim.orthogonal import NormalizedRule
+from toolkit.optim.rule import Matrix, Mean, NonNegative, State
 
 
-class NorMuonRule(OrthogonalRule):
+class NorMuonRule(NormalizedRule):
     """NorMuon (Li et al. 2025) for hidden matrices; embeddings, head, norms and biases are trained with AdamW.
 
     ::
@@ -29,13 +29,7 @@ class NorMuonRule(OrthogonalRule):
     statistics = (Matrix("o"), Mean("o2", over="row"), Mean("u2", over="parameter", by="measure_size"))
     update_error = MappingProxyType({"8bit": 12.2, "compact": 52.4, "minimal": 55.4})
 
-    betas: tuple[Beta, Beta] = (0.95, 0.95)
     eps: NonNegative = 1e-10
-
-    def scalars(self, t: int) -> dict[str, float]:
-        b1, b2 = self.betas
-        decay = self.lr * self.weight_decay
-        return {"step": 0.2 * self.lr, "decay": decay, "rate": 1.0 - b1, "rate2": 1.0 - b2, "eps": self.eps}
 
     @staticmethod
     def direction(theta: Tensor, g: Tensor, m: Tensor, **s: Tensor) -> Tensor:
