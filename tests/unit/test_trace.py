@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from toolkit.memory import trace as trace_module
 from toolkit.memory.storages import Lifetime
 from toolkit.memory.trace import StepTrace
 from toolkit.records import categories as c
@@ -194,6 +198,41 @@ def test_what_an_operation_uses_within_itself_is_seen(one_thread: None) -> None:
     assert sum(lifetime.bytes for lifetime in inside) >= values.numel() * FLOAT  # median works on a copy
     assert all(lifetime.category == c.TRANSIENTS and lifetime.phase == c.STEP for lifetime in inside)
     assert trace.curve.total.max() >= 2 * values.numel() * FLOAT
+
+
+def test_what_another_thread_is_slow_to_free_keeps_its_name(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of gloo's is, between the end of the tensor that it sent and the release of its memory."""
+    monkeypatch.setattr(trace_module, "counted", lambda: True)
+    size = 4_000_000
+    going, allocated = threading.Event(), threading.Event()
+
+    def slow(_: object) -> None:  # the tracker's own callback, which is newer, has run by now
+        going.set()
+        assert allocated.wait(60)
+
+    model = nn.Linear(8, 8)
+    trace_module._flag().value = True
+    try:
+        sent = [torch.empty(1_000_000)]
+        watched = weakref.ref(sent[0].untyped_storage(), slow)
+        trace = StepTrace(model, None, lambda: [(c.BUCKETS, "sent", one) for one in sent], on_gpu=False)
+        with trace:
+            trace.phase(c.REDUCE)
+            thread = threading.Thread(target=sent.clear)
+            thread.start()
+            assert going.wait(60)
+            kept = torch.empty(2_000_000)
+            allocated.set()
+            thread.join()
+            trace.phase(c.STEP)
+            last = torch.empty(10)
+    finally:
+        trace_module._flag().value = False
+    assert watched() is None and len(kept) > len(last)
+    other, total = trace.curve.by_category[c.OTHER], trace.curve.total
+    assert np.ptp(other) < 10_000  # what earlier traces of this process left is in all of them
+    assert total.max() - other[0] == pytest.approx(size + 8_000_000, abs=10_000)
+    assert total[-1] - other[0] == pytest.approx(8_000_000, abs=10_000)
 
 
 def test_a_phase_in_which_nothing_happens_holds_what_was_there(one_thread: None) -> None:

@@ -139,7 +139,7 @@ class StepTrace:
         for lifetime in storages.lifetimes:
             allocated_at = storages.nanoseconds[lifetime.allocated_at] if lifetime.allocated_at >= 0 else None
             freed_at = storages.nanoseconds[lifetime.freed_at] if lifetime.freed_at is not None else None
-            spans.append(log.claim(lifetime.address, allocated_at, freed_at))
+            spans.append(log.claim(lifetime.address, lifetime.bytes, allocated_at, freed_at))
         inside = log.unclaimed()
         moments = sorted({*storages.nanoseconds, *(event.start_time_ns for event in events)})
         place = {moment: index for index, moment in enumerate(moments)}
@@ -193,9 +193,18 @@ class _Log:
                 self._left[fields.ptr, moment] = fields.alloc_size, _operation(event)
             else:
                 self._freed[fields.ptr].append(moment)
+        self._times = [event.start_time_ns for event in events]
+        totals = [event.extra_fields.total_allocated for event in events]
+        self._unseen = [
+            total - before - event.extra_fields.alloc_size
+            for before, total, event in zip(totals[:1] + totals, totals, events, strict=False)
+        ]
+        """By event, what threads that the profiler does not see have added since the event before; negative: freed."""
+        self._unseen[:1] = [0] * bool(events)
 
-    def claim(self, address: int, seen: int | None, gone: int | None) -> tuple[int, int | None]:
-        """When the tensor at `address`, which the tracker saw from `seen` to `gone`, was allocated and released.
+    def claim(self, address: int, size: int, seen: int | None, gone: int | None) -> tuple[int, int | None]:
+        """When the tensor of `size` bytes at `address`, which the tracker saw from `seen` to `gone`, was allocated and
+        released.
 
         A tensor is seen right after it was allocated and right before it is released.
         """
@@ -210,8 +219,19 @@ class _Log:
         if gone is not None and (at := bisect.bisect_left(freed, gone)) < len(freed):
             following = bisect.bisect_right(made, gone)
             if following == len(made) or freed[at] <= made[following]:
-                gone = freed[at]
-        return seen or 0, gone
+                return seen or 0, freed[at]
+        return seen or 0, None if gone is None else self._freed_unseen(size, gone)
+
+    def _freed_unseen(self, size: int, gone: int) -> int:
+        """When another thread gave back `size` bytes that were about to go at `gone`: the totals show it late.
+
+        One of gloo's may be held up in between, while this thread allocates the next tensor beside them.
+        """
+        for at in range(bisect.bisect_left(self._times, gone), len(self._times)):
+            if self._unseen[at] <= -size:
+                self._unseen[at] += size
+                return self._times[at]
+        return gone
 
     def unclaimed(self) -> list[tuple[int, int, int, int | None, str]]:
         """Allocations that were no tensor's: address, bytes, from when, until when, and the operation within."""
