@@ -62,7 +62,7 @@ def compare(rule: type[Rule], kept: Layout, dtype: torch.dtype, kernel: Kernel, 
                     copied.copy_(x)
         function.eager(*inputs, *rest)
     run(kernel, pytree.arg_tree_leaves(*others, *rest), folder)
-    names = ["weights", "gradient", *(key for key, _ in kept.specs())]
+    names = ["weights", "gradient", *(key for key, _ in kept.specs)]
     found: dict[str, Any] = {}
     for name, eager, other in zip(names, inputs, others, strict=True):
         a, b = (torch.cat(halves, dim=1) for halves in (eager, other))

@@ -38,7 +38,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
     source, found = Source(folder), {}
     for name, (index, place) in source.sharding.by_name.items():
         found[name] = source.elements(name, None, 0, place.numel)
-        for key, spec in source.sharding.layout(index).specs():
+        for key, spec in source.sharding.layout(index).specs:
             if len(place.shape) > 1:
                 found[f"{name} {key}"] = source.blocks(name, key, 0, -(-place.numel // BLOCK))
             else:

@@ -78,7 +78,7 @@ def whole(folder: Path, keep_last: int = 2, weights: str = "bf16+8", step: int =
         made = {s.name: torch.randn(flat.size, generator=generator).square().view(-1, 256) for s in AMCSRule.states}
         low = {
             key: torch.randint(0, 127, (flat.size // 256, spec.per_block), generator=generator).to(spec.dtype)
-            for key, spec in kept.specs()
+            for key, spec in kept.specs
             if key.startswith("remainder")
         }
         state[index] = kept.encode(made) | low | {"step": step}

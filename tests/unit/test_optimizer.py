@@ -75,7 +75,7 @@ def test_what_is_stored_of_a_matrix(
     want = dict(zip(names, per_element, strict=True)) | {"remainder": remainder}
     assert kept.bytes_per_element() == want
     assert {key: value / p.numel() for key, value in optimizer.state_bytes().items()} == want
-    parts = {key: (spec.dtype, (1024, spec.per_block)) for key, spec in kept.specs()}
+    parts = {key: (spec.dtype, (1024, spec.per_block)) for key, spec in kept.specs}
     held = {key: (t.dtype, tuple(t.shape)) for key, t in optimizer.state[p].items() if isinstance(t, torch.Tensor)}
     assert held == parts
 

@@ -123,9 +123,7 @@ def test_a_call_never_needs_64_bit_indices() -> None:
     function = StepFunction(AMCSRule, ("lr",), layout_of(AMCSRule.states, dict.fromkeys(FORMAT, "8bit"), "bf16+8"))
     blocks, calls = (2**31 + 512) // BLOCK, []
     theta = torch.empty(blocks, BLOCK, dtype=torch.bfloat16, device="meta")
-    parts = [
-        torch.empty(blocks, spec.per_block, dtype=spec.dtype, device="meta") for _, spec in function.layout.specs()
-    ]
+    parts = [torch.empty(blocks, spec.per_block, dtype=spec.dtype, device="meta") for _, spec in function.layout.specs]
     function._compiled[theta.device, theta.dtype, theta.dtype] = lambda *inputs: calls.append(inputs)
     phases = []
     function._phase = lambda theta, rounding: phases.append(rounding)  # type: ignore[method-assign, assignment, func-returns-value]

@@ -76,11 +76,12 @@ def pieces(gradient: Tensor, sizes: Iterable[int]) -> list[Tensor]:
 def train(model: Model, sizes: Iterable[int], steps: int = 2, first_block: int = 0) -> dict[str, Tensor]:
     for _ in range(steps):
         stream = model.begin().stream(first_block=first_block)
-        for piece in pieces(model.gradient(), sizes):
-            given = piece.clone()
-            stream.add(given, ONE)
-            given.fill_(torch.nan)  # whoever gave it may use its memory again
+        given = [piece if i % 2 else piece.clone() for i, piece in enumerate(pieces(model.gradient(), sizes))]
+        for piece in given:
+            stream.add(piece, ONE)
         stream.finish(ONE)
+        for piece in given:
+            piece.fill_(torch.nan)  # whoever gave it may use its memory again
     return model.everything()
 
 

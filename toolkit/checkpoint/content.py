@@ -151,7 +151,7 @@ def _flat_problem(tensor: Tensor, flat: Flat, needed: int) -> str | None:
 def _state_problem(held: Mapping[str, Any], sharding: Sharding, index: int, rank: int, numel: int) -> str | None:
     if not is_step(held.get("step", 0)):
         return "its step is no number of steps"
-    kept = dict(sharding.layout(index).specs())
+    kept = dict(sharding.layout(index).specs)
     small = {name: sum(sizes) for name, sizes in sharding.small(index).items()} if rank == 0 else {}
     for name, size in small.items():
         value = held.get(name)

@@ -97,7 +97,7 @@ def optimizer_memory(model: nn.Module, ds: DeepSpeedSettings) -> OptimizerMemory
 
 def _per_element(layout: Layout) -> dict[str, float]:
     found: dict[str, float] = {}
-    for key, spec in layout.specs():
+    for key, spec in layout.specs:
         category = c.category_of_state(key)
         found[category] = found.get(category, 0.0) + spec.bytes_per_element
     return found

@@ -72,7 +72,7 @@ class StepFunction:
         )
         stored = [codec.name for codec in layout.codecs] + ([layout.remainder.name] if layout.remainder else [])
         self.name = "_".join([rule.__name__, *([] if function == "update" else [function]), *stored])
-        self._wide = [*(part.per_block == BLOCK for _, part in layout.specs()), *self.wide]
+        self._wide = [*(part.per_block == BLOCK for _, part in layout.specs), *self.wide]
         narrow = [codec.bits for codec in layout.codecs] + ([layout.remainder.bits] if layout.remainder else [])
         self._lanes = BLOCK // 2 if 4 in narrow else BLOCK
         given = self.numbers + self.spread
@@ -103,11 +103,14 @@ class StepFunction:
             g: gradient, same shape, any float dtype.
             scalars: fp32 [k], in the order of `rule.scalars()`.
             scale: fp32, 0-d; multiplies the gradient.
-            parts: one tensor for each of `layout.specs()`, of as many blocks, and what `wide` says.
+            parts: one tensor for each of `layout.specs`, of as many blocks, and what `wide` says.
             rounding: seed, optimizer step and number of the first block in its parameter group.
         """
         run = self._prepare(theta, g, scalars, scale, parts) if compiled else None
         most = COMPILED_ROWS if run else EAGER_ROWS.get(theta.device.type, EAGER_ROWS_ELSEWHERE)
+        if theta.shape[0] <= most:
+            (run or self.eager)(*self._inputs(theta, g, parts), scalars, scale, self._phase(theta, rounding))
+            return
         seed, step, block = rounding
         for rows in _slices(theta.shape[0], most):
             inputs = self._inputs(theta[rows], g[rows], [part[rows] for part in parts])
@@ -145,6 +148,8 @@ class StepFunction:
 
     def _inputs(self, theta: Tensor, g: Tensor, parts: Sequence[Tensor]) -> list[list[Tensor]]:
         whole = [theta, g, *parts]
+        if self._lanes == BLOCK:
+            return [[x] for x in whole]
         # Scales and packed codes are taken whole, what has a value for every lane in halves.
         wide = [True, True, *self._wide]
         return [list(x.split(self._lanes, dim=1)) if cut else [x] for x, cut in zip(whole, wide, strict=True)]
@@ -216,7 +221,8 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], given: tuple[str, ...]
         results = []
         for i in range(len(theta)):
             found = _half(i, given, opened.rest)
-            results.append([_own(x) for x in update(*opened.arguments(i), **named, **found)])
+            given_here = opened.arguments(i)
+            results.append([_own(x, given_here) for x in update(*given_here, **named, **found)])
         new_theta, *new_states = (list(halves) for halves in zip(*results, strict=True))
 
         for index, codec in enumerate(codecs):
@@ -301,13 +307,13 @@ def _bounded(g: Tensor) -> Tensor:
     return g * (g.abs() <= LARGEST_GRADIENT)
 
 
-def _own(x: Tensor) -> Tensor:
+def _own(x: Tensor, given: Sequence[Tensor]) -> Tensor:
     """`x`, computed anew if it is what a rule was given and hands on as something else, like a state that is the one
-    before another: it is a view of a stored tensor, which may be written before it is read.
+    before another: it is a stored tensor or a view of one, which may be written before it is read.
 
     A product with 1, for Inductor takes a copy for superfluous and then reads what has just been written.
     """
-    return x * 1.0 if x._is_view() else x
+    return x * 1.0 if x._is_view() or any(x is one for one in given) else x
 
 
 def _write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from toolkit.optim.arguments import OPTIONS, as_list, bind, check_tensor, fields
 from toolkit.optim.kernel import step_function
 from toolkit.optim.purity import check_declared, check_pure, with_defaults
 from toolkit.optim.rule import Rule, all_states, check_component
+from toolkit.optim.scalars import KnownScalars, in_one_tensor
 from toolkit.optim.schedules import check_setting, moves, value_at
 from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep, check_gradient
@@ -35,9 +37,6 @@ from toolkit.state.sharding import Fragment, whole_shape
 
 RULES: dict[str, type[RuleOptimizer]] = {}
 """Every optimizer that `as_optimizer` made, by the name that `optimizer.type` of a DeepSpeed JSON selects."""
-
-KnownScalars = dict[tuple[int, int, torch.device], tuple[tuple[str, ...], Tensor]]
-"""The scalars of a step with their names, by number of the parameter group, step and device."""
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -149,6 +148,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 "toolkit.initialize or toolkit.register"
             )
         known: KnownScalars = {}
+        ones: dict[torch.device, Tensor] = {}
         together: list[tuple[Tensor, Member]] = []
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter.grad is not None:
@@ -166,7 +166,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                         share = Share(whole, gradient, blocks)
                         together.append((parameter, Member(own, begun, small, [whole], share)))
                     elif begun is not None:
-                        scale = torch.ones((), device=parameter.device)
+                        if parameter.device not in ones:
+                            ones[parameter.device] = torch.ones((), device=parameter.device)
+                        scale = ones[parameter.device]
                         stream = begun.stream(first_block=blocks)
                         stream.add(gradient, scale)
                         stream.finish(scale)
@@ -188,15 +190,17 @@ class RuleOptimizer(torch.optim.Optimizer):
             return None
         state["step"] += 1
         number = next(index for index, own in enumerate(self.param_groups) if own is group)
-        key, known = (number, state["step"], tensor.device), known if known is not None else {}
-        if key not in known:
-            known[key] = self._scalars(group, state["step"], tensor.device)
+        key = (number, state["step"], tensor.device)
+        if known is None:
+            known = self._scalars({number: group}, *key[1:])
+        elif key not in known:
+            known.update(self._scalars(dict(enumerate(self.param_groups)), *key[1:]))
         names, scalars = known[key]
         return TensorStep(
             function=step_function(self.rule_of(group), names, kept),
             compiled=group["compile"],
             theta=tensor.detach().reshape(-1),
-            parts=[state[key] for key, _ in kept.specs()],
+            parts=[state[key] for key, _ in kept.specs],
             scalars=scalars,
             seed=self.defaults["seed"] * len(self.param_groups) + number,
             step=state["step"],
@@ -204,7 +208,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def layout(self, group: Mapping[str, Any], dtype: torch.dtype) -> Layout:
         """What is stored for a tensor of `dtype` in this parameter group."""
-        return layout(self.rule_of(group).states, group["state_format"], group["weights"], dtype)
+        return _layout(self.rule_of(group), tuple(group["state_format"].items()), group["weights"], dtype)
 
     def holds_weights(self) -> bool:
         """Whether bf16 weights are kept whole by their remainders, so that no master weights are needed."""
@@ -225,10 +229,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             state.update(kept.allocate(tensor.numel(), tensor.device))
         return state
 
-    def _scalars(self, group: Mapping[str, Any], t: int, device: torch.device) -> tuple[tuple[str, ...], Tensor]:
-        named = self._group_rule(group, t).scalars(t)
-        values = torch.tensor(list(named.values()), dtype=torch.float32)
-        return tuple(named), values.to(device, non_blocking=True)
+    def _scalars(self, groups: Mapping[int, Mapping[str, Any]], t: int, device: torch.device) -> KnownScalars:
+        return in_one_tensor({i: self._group_rule(group, t).scalars(t) for i, group in groups.items()}, t, device)
 
     def _group_rule(self, group: Mapping[str, Any], t: int) -> Rule:
         """The rule with this group's hyper-parameters as they are at step `t` (schedulers write to groups)."""
@@ -336,6 +338,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"saved optimizer state of parameter {number} lacks {key!r}")
                 else:
                     state[key] = int(given)
+
+
+@functools.cache
+def _layout(rule: type[Rule], formats: tuple[tuple[str, str], ...], weights: str, dtype: torch.dtype) -> Layout:
+    return layout(rule.states, dict(formats), weights, dtype)
 
 
 def as_optimizer(rule: type[Rule]) -> type[RuleOptimizer]:

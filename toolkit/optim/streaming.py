@@ -12,8 +12,11 @@ from toolkit.errors import UserError
 from toolkit.optim.kernel import StepFunction
 from toolkit.state.codecs import BLOCK
 
-STAGED = 2**16
-"""Elements below which pieces are joined before they are used: norms are small and many."""
+STAGED = {"cpu": 2**16}
+"""By kind of device, elements below which pieces are joined before they are used: norms are small and many."""
+
+STAGED_ELSEWHERE = 2**22
+"""On a GPU each use is a launch, which takes the host longer than the device takes for a million elements."""
 
 
 def check_gradient(gradient: Tensor, name: str = "a parameter") -> None:
@@ -46,28 +49,33 @@ class StreamedStep:
     ) -> None:
         self._function, self._compiled = function, compiled
         self._theta, self._parts, self._scalars, self._rounding = theta, list(parts), scalars, rounding
+        self._staged = STAGED.get(theta.device.type, STAGED_ELSEWHERE)
         self._waiting: list[Tensor] = []
         self._size = 0
         self._start = 0
         self._dtype = theta.dtype
 
     def add(self, gradient: Tensor, scale: Tensor) -> None:
-        """Take the gradient of the elements that follow those given so far, flat; it may be freed afterwards."""
+        """Take the gradient of the elements that follow those given so far, flat.
+
+        Nobody may write to it before `finish`.
+        """
         rest, self._dtype = gradient, gradient.dtype
-        if self._size and gradient.numel() > STAGED:
+        if self._size and gradient.numel() > self._staged:
             # A long piece is used where it lies, from the next block on.
             head = -self._size % BLOCK
             self._stage(rest[:head])
             self._flush(scale, keep=False)
             rest = rest[head:]
-        if rest.numel() > STAGED:
+        if rest.numel() > self._staged:
             whole = rest.numel() // BLOCK * BLOCK
             self.apply(self._start, rest[:whole], scale)
             self._start += whole
             rest = rest[whole:]
         if rest.numel():
-            self._stage(rest.clone())
-        if self._size > STAGED:
+            own = rest.untyped_storage().nbytes() == rest.numel() * rest.element_size()
+            self._stage(rest if own else rest.clone())  # a view would keep what has been used
+        if self._size > self._staged:
             self._flush(scale, keep=True)
 
     def finish(self, scale: Tensor) -> None:
@@ -75,7 +83,7 @@ class StreamedStep:
         left = self._theta.numel() - self._start - self._size
         while left > 0:
             # Of the type that the others had: another would be another function to compile.
-            zeros = self._theta.new_zeros(min(left, STAGED), dtype=self._dtype)
+            zeros = self._theta.new_zeros(min(left, self._staged), dtype=self._dtype)
             self._stage(zeros)
             self._flush(scale, keep=True)
             left -= zeros.numel()
@@ -102,13 +110,18 @@ class StreamedStep:
         check_gradient(gradient)
         size, first = gradient.numel(), start // BLOCK
         assert start % BLOCK == 0 and (size % BLOCK == 0 or start + size == self._theta.numel())
-        theta = self._theta[start : start + size]
+        theta, parts = self._theta, self._parts
         blocks = -(-size // BLOCK)
-        parts = [part[first : first + blocks] for part in self._parts]
+        if size != theta.numel():
+            theta = theta[start : start + size]
+            parts = [part[first : first + blocks] for part in parts]
         # The compiled step takes two blocks or more.
         padded = 0 if size % BLOCK == 0 and blocks > 1 else min(blocks, 3 if blocks == 3 else 2)
         head = blocks - padded
-        if head:
+        if not padded:
+            view = (blocks, BLOCK)
+            self._run(theta.view(view), gradient.view(view), scale, parts, first)
+        elif head:
             view, cut = (head, BLOCK), slice(0, head * BLOCK)
             self._run(theta[cut].view(view), gradient[cut].view(view), scale, [part[:head] for part in parts], first)
         if padded:
@@ -146,9 +159,11 @@ class TensorStep:
 
         `first_block` is the number, in the whole parameter group and over all ranks, of the block at `start`.
         """
-        theta = self.theta[start:stop]
-        first = start // BLOCK
-        parts = [part[first : first + -(-theta.numel() // BLOCK)] for part in self.parts]
+        theta, parts = self.theta, self.parts
+        if start or stop is not None:
+            first = start // BLOCK
+            theta = theta[start:stop]
+            parts = [part[first : first + -(-theta.numel() // BLOCK)] for part in parts]
         return StreamedStep(
             self.function, self.compiled, theta, parts, self.scalars, (self.seed, self.step, first_block)
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,28 +52,34 @@ class Layout:
     codecs: tuple[Codec, ...]
     remainder: Remainder | None
 
-    def specs(self) -> Iterator[tuple[str, TensorSpec]]:
+    def __hash__(self) -> int:
+        return self._hash  # looked up for every tensor of every step
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.states, self.codecs, self.remainder))
+
+    @cached_property
+    def specs(self) -> tuple[tuple[str, TensorSpec], ...]:
         """The stored tensors by key, in the order that the compiled step takes them."""
         held = [(s.name, codec.specs()) for s, codec in zip(self.states, self.codecs, strict=True)]
         if self.remainder is not None:
             held.append((REMAINDER, self.remainder.specs()))
-        for name, specs in held:
-            for spec in specs:
-                yield (f"{name}.{spec.suffix}" if spec.suffix else name), spec
+        return tuple((f"{name}.{spec.suffix}" if spec.suffix else name, spec) for name, specs in held for spec in specs)
 
     @property
     def blocked(self) -> bool:
         """Whether elements of a block are stored together: under one scale, or two to a byte."""
-        return any(spec.per_block != BLOCK for _, spec in self.specs())
+        return any(spec.per_block != BLOCK for _, spec in self.specs)
 
     def allocate(self, numel: int, device: torch.device) -> dict[str, Tensor]:
         """Zeros for a tensor of `numel` elements: each stored tensor as [ceil(numel / BLOCK), per_block]."""
         blocks = -(-numel // BLOCK)
-        return {key: torch.zeros(blocks, spec.per_block, dtype=spec.dtype, device=device) for key, spec in self.specs()}
+        return {key: torch.zeros(blocks, spec.per_block, dtype=spec.dtype, device=device) for key, spec in self.specs}
 
     def keys(self, name: str) -> list[str]:
         """The keys of the stored tensors of a state, or of the remainder."""
-        return [key for key, _ in self.specs() if state_of(key) == name]
+        return [key for key, _ in self.specs if state_of(key) == name]
 
     def decode(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every state as fp32 [blocks, BLOCK], from its stored tensors by key."""

@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from torch import Tensor
 
 from toolkit.optim import RuleOptimizer
+from toolkit.optim.scalars import KnownScalars
 from toolkit.optim.statistics import Member
 from toolkit.optim.streaming import TensorStep
 from toolkit.optim.together import step_together
@@ -69,6 +70,7 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
     def __init__(self, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
         self._held: list[dict[int, Tensor]] = [{} for _ in init_optimizer.param_groups]
         self._local: dict[int, Tensor] = {}
+        self._scalars: KnownScalars = {}  # of the step that has begun
         self._laying_out = True
         ignored = takes_mean(kwargs) or not kwargs.get("reduce_scatter", True)
         super().__init__(init_optimizer, *args, **kwargs)
@@ -231,6 +233,7 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
 
     def _discard(self) -> None:
         self._local.clear()
+        self._scalars = {}
         for i, held in enumerate(self._held):
             held.clear()
             self.averaged_gradients[i] = None
@@ -267,6 +270,7 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
             else:
                 self._step_group(shard, scale)
         self._step_together(together, scale)
+        self._scalars = {}
         gather_weights(self, self._shards)
 
     def _must_be_finite(self) -> bool:
@@ -283,7 +287,7 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
 
     def _begin(self, shard: Shard) -> TensorStep | None:
         """Count a step of a group and begin it; None while state is only allocated."""
-        return self.optimizer.begin(self.optimizer.param_groups[shard.group], shard.tensor)
+        return self.optimizer.begin(self.optimizer.param_groups[shard.group], shard.tensor, self._scalars)
 
     def _taken(self, shard: Shard) -> dict[int, Tensor]:
         """The gradients of a group, which are nobody else's any more."""

@@ -12,6 +12,7 @@ pass and, by accident, in the step. Here the streams wait for each other, and th
 from __future__ import annotations
 
 import logging
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
+from toolkit.optim.scalars import KnownScalars
 from toolkit.optim.statistics import Member
 from toolkit.optim.streaming import check_gradient
 from toolkit.optim.together import step_together
 from toolkit.printable import warn_once
+from toolkit.state.codecs import BLOCK
 from toolkit.zero.agreement import Order, have_nothing
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mean
@@ -141,9 +144,10 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
         scale = scale.to(self._shards[0].tensor.device, non_blocking=True)
         together: list[Member] = []
         waiting: list[Shard] = []
+        scalars: KnownScalars = {}
         gradients = self.grad_partitions_flat_buffer.split([shard.tensor.numel() for shard in self._shards])
         for shard, gradient in zip(self._shards, gradients, strict=True):
-            own = self._step_sub_group(shard, gradient, scale)
+            own = self._step_sub_group(shard, gradient, scale, scalars)
             together += own
             waiting += [shard] if own else []
         self.optimizer.found = step_together(together, scale, self._ranks)
@@ -179,22 +183,22 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
         square, order = self._ranks.add(torch.stack([square, order])).unbind()
         return torch.stack([square.sqrt(), order])
 
-    def _step_sub_group(self, shard: Shard, gradient: Tensor, scale: Tensor) -> list[Member]:
+    def _step_sub_group(self, shard: Shard, gradient: Tensor, scale: Tensor, scalars: KnownScalars) -> list[Member]:
         """Step a sub-group; what is to be stepped together with others comes back as it is."""
         group = self.optimizer.param_groups[shard.group]
-        begun = self.optimizer.begin(group, shard.tensor)
+        begun = self.optimizer.begin(group, shard.tensor, scalars)
         if begun is not None and self.optimizer.rule_of(group).statistics:
             return whole_parameters(self.optimizer, shard, begun, lambda own: gradient[own.elements])
-        if begun is not None and begun.function.rounds:
-            for member in shard.members:
-                start, stop = member.offset, member.offset + member.share
-                stream = begun.stream(start, stop, first_block=member.first_block)
+        if begun is not None:
+            rounds = begun.function.rounds
+            # Members whose blocks are numbered in a row go through together: all, where numbers do not matter.
+            for _, run in groupby(shard.members, lambda one: rounds and one.first_block - one.offset // BLOCK):
+                first, *others = run
+                last = others[-1] if others else first
+                start, stop = first.offset, last.offset + last.share
+                stream = begun.stream(start, stop, first_block=first.first_block)
                 stream.add(gradient[start:stop], scale)
                 stream.finish(scale)
-        elif begun is not None:
-            stream = begun.stream(first_block=shard.first_block)
-            stream.add(gradient, scale)
-            stream.finish(scale)
         self._show(shard)
         return []
 

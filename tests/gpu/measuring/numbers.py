@@ -150,7 +150,7 @@ def equal_codes(one: Run, other: Run) -> float:
     from toolkit.state.codecs import unpack
 
     equal = total = 0
-    for key, spec in one.layout.specs():
+    for key, spec in one.layout.specs:
         if key.startswith("remainder") or spec.suffix == "scale":
             continue
         mine, theirs = one.state[key].cpu(), other.state[key].cpu()
@@ -210,7 +210,7 @@ def twin_differs(recorder: Recorder) -> None:
         runs.append(Run(optimizer, parameter))
     small, large = runs
     different = 0
-    for key in ("weight", *(key for key, _ in small.layout.specs())):
+    for key in ("weight", *(key for key, _ in small.layout.specs)):
         mine, theirs = ((run.parameter.detach() if key == "weight" else run.state[key]).flatten() for run in runs)
         tail = mine.numel() * TAIL // (size + TAIL)  # both end in the twin's first blocks
         body = mine[: mine.numel() - tail]
