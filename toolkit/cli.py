@@ -13,6 +13,7 @@ from toolkit.commands import checkpoint as checkpoints
 from toolkit.commands.compare import compare
 from toolkit.commands.doctor import doctor
 from toolkit.commands.estimate import estimate, plan
+from toolkit.commands.fits import fits
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.printable import echo, printable
@@ -114,6 +115,7 @@ def report(
 
 app.command()(estimate)
 app.command()(plan)
+app.command()(fits)
 app.command()(doctor)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(compare)
 

@@ -1,0 +1,89 @@
+"""`toolkit fits`."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from toolkit.commands.estimate import Gpus
+from toolkit.plugins import Plugins, import_plugins
+from toolkit.run.ranks import settle_accelerator
+
+if TYPE_CHECKING:
+    from toolkit.console import PlainConsole
+    from toolkit.estimate.fits import Fit
+
+MEMORIES = ("24GB", "48GB", "80GB", "141GB")
+OPTIMIZERS = ("AdamW", "AMCS", "AdamW8")
+
+
+def fits(
+    gpu_memory: Annotated[
+        list[str] | None, typer.Option(help=f"Of one GPU; repeatable. (default: {', '.join(MEMORIES)})")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A preset, or a folder with a config.json; repeatable. (default: the presets from 0.6B on)"),
+    ] = None,
+    optimizer: Annotated[list[str] | None, typer.Option(help=f"Repeatable. (default: {', '.join(OPTIMIZERS)})")] = None,
+    plugins: Plugins = None,
+    gpus: Gpus = 1,
+    state_format: Annotated[
+        Literal["8bit", "compact", "minimal"], typer.Option(help="Of optimizers that have formats.")
+    ] = "8bit",
+    offload: Annotated[bool, typer.Option("--offload", help="Keep the optimizer's state on the host.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
+) -> None:
+    """Show the longest sequence that each model can be trained with, by GPU and optimizer (predicted)."""
+    settle_accelerator()
+    from rich.console import Console
+    from rich.progress import track
+
+    from toolkit.console import PlainConsole
+    from toolkit.estimate.fits import fits as find
+    from toolkit.estimate.fits import lengths, ways
+    from toolkit.models.presets import PRESETS
+    from toolkit.records.sizes import parse_size
+
+    import_plugins(plugins)
+    memories = [parse_size(text, where="--gpu-memory") for text in gpu_memory or MEMORIES]
+    tried = ways(optimizer or OPTIMIZERS, gpus, state_format, offload=offload)
+    models = model or [name for name, preset in PRESETS.items() if preset.activation_checkpointing or "0.6b" in name]
+    for name in models:
+        lengths(name)  # what is no model ends the command before anything is computed
+    watched = track(models, "predicting", console=Console(stderr=True), transient=True)
+    found = [fit for name in watched for fit in find(name, tried, memories, gpus)]
+    if as_json:
+        typer.echo(json.dumps([fit.model_dump() for fit in found], indent=1))
+        return
+    console = PlainConsole()
+    where = "one GPU, ZeRO 2" if gpus == 1 else f"{gpus} GPUs, ZeRO 3"
+    console.print_line(
+        f"longest sequence, in tokens, predicted: {where}{', state on the host' if offload else ''}, one sequence a "
+        "pass, activation checkpointing, chunked loss"
+    )
+    for memory, some in groupby(sorted(found, key=lambda fit: memories.index(fit.gpu_memory)), lambda f: f.gpu_memory):
+        _show(console, memory, list(some))
+    console.print_line("* the model's own limit; - not even 512 tokens; released: release_gradients")
+
+
+def _show(console: PlainConsole, memory: int, found: list[Fit]) -> None:
+    from rich.table import Table
+
+    from toolkit.records.sizes import size_text
+
+    table = Table(size_text(memory), box=None, pad_edge=False)
+    ways = list(dict.fromkeys((fit.optimizer, fit.state) for fit in found))
+    for optimizer, state in ways:
+        table.add_column(f"{optimizer}\n{state.replace(', ', chr(10))}", justify="right")
+    cells = {(fit.model, fit.optimizer, fit.state): _cell(fit) for fit in found}
+    for model in dict.fromkeys(fit.model for fit in found):
+        table.add_row(model, *(cells[model, *way] for way in ways))
+    console.print(table)
+
+
+def _cell(fit: Fit) -> str:
+    return "-" if fit.seq_len is None else f"{fit.seq_len:,}{'*' if fit.whole else ''}"
