@@ -66,6 +66,14 @@ def on_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
+def as_it_lies(tensor: Tensor) -> Tensor:
+    """`tensor`, of host memory, without a copy but with a storage of its own: of a view the rest is not saved."""
+    if not tensor.is_contiguous() or not tensor.numel():
+        return on_host(tensor)
+    own = torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy())
+    return own.view(tensor.dtype).view(tensor.shape)
+
+
 STAGED_BYTES = 64 << 20
 
 
@@ -214,15 +222,15 @@ class _Hashed:
             self._file.close()
 
 
-def save(content: Any, path: Path) -> dict[str, Any]:
+def save(content: Any, path: Path, *, squeezed: bool = True) -> dict[str, Any]:
     """torch.save, synced to the disk; returns the file's entry in the manifest: `bytes` and `sha256`.
 
-    Bytes are written as they are. Codes of optimizer state are squeezed, in `content` itself.
+    Bytes are written as they are. With `squeezed` codes of optimizer state are squeezed, in `content` itself.
 
     Raises:
         OSError: it cannot be written.
     """
-    if isinstance(content, Mapping) and "optimizer_state_dict" in content:
+    if squeezed and isinstance(content, Mapping) and "optimizer_state_dict" in content:
         _squeeze_states(content)
     file: Any = _Hashed(path)
     try:

@@ -155,21 +155,39 @@ def limits(device: torch.device) -> dict[str, int]:
 
 def _control_group() -> int | None:
     """The smallest limit of this process's control group and those above it (version 2, or 1)."""
+    return min((limit for limit, _ in _control_groups()), default=None)
+
+
+def _control_groups() -> list[tuple[int, int]]:
+    """By control group of this process with a limit, and those above it: the limit, and bytes that it holds.
+
+    Files that the system keeps in memory until it needs it are left out.
+    """
     root = Path("/sys/fs/cgroup")
-    values = []
+    found = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):
                 continue
-            base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
-            own = base / path.lstrip("/")
+            first, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            if not controllers:
+                first, names = root, ("memory.max", "memory.current")
+            own = first / path.lstrip("/")
             for folder in (own, *own.parents):
                 with contextlib.suppress(OSError, ValueError):
-                    values.append(int((folder / name).read_text()))
-                if folder == base:
+                    limit, used = (int((folder / name).read_text()) for name in names)
+                    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    found.append((limit, used - int(stat.get("inactive_file", 0))))
+                if folder == first:
                     break
-    return min(values, default=None)
+    return found
+
+
+def unused() -> int:
+    """Bytes that processes of this machine, or of this control group, can still have."""
+    rooms = [limit - used for limit, used in _control_groups()]
+    return max(0, min([psutil.virtual_memory().available, *rooms]))
 
 
 def address_space() -> int | None:

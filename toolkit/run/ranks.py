@@ -54,14 +54,15 @@ def prepare_environment() -> None:
         os.environ["PATH"] = os.pathsep.join([scripts, path])
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // _local_size())))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_size())))
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if rank() != 0:
         warnings.simplefilter("ignore")
 
 
-def _local_size() -> int:
+def local_size() -> int:
+    """Ranks on this machine."""
     # DeepSpeed's launcher sets the first, torchrun the second.
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
 
@@ -95,13 +96,13 @@ def start() -> torch.device:
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if devices:
-        if (local_size := _local_size()) > devices:
+        if (started := local_size()) > devices:
             raise UserError(
-                f"{local_size} ranks were started on this machine, which has {devices} GPU(s); "
+                f"{started} ranks were started on this machine, which has {devices} GPU(s); "
                 f"start at most one rank per GPU (--num_gpus {devices})."
             )
         torch.accelerator.set_device_index(local_rank)
-        little = leftovers.little_shared_memory() if local_rank == 0 and local_size > 1 else None
+        little = leftovers.little_shared_memory() if local_rank == 0 and local_size() > 1 else None
         if little is not None:
             print(f"note: {little}: ranks of one machine may fail to reach one another.", file=sys.stderr)
     settle_accelerator()

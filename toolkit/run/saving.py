@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
+from toolkit.printable import warn_once
 from toolkit.run import ranks
 from toolkit.run.folder import versions
 
@@ -19,13 +21,16 @@ if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
     from toolkit.checkpoint.store import Store
 
+logger = logging.getLogger("toolkit")
+
 
 class Saver:
     """Saves checkpoints of `engine` in `store`; every rank has one and calls it at the same steps.
 
     Training waits while what a checkpoint holds is copied to host memory. A thread then writes it; one checkpoint is
     written at a time. The ranks' threads agree over a process group of their own that all have written, and only
-    then rank 0 puts the checkpoint in place.
+    then rank 0 puts the checkpoint in place. On CPUs, where the copies would take more than half of the memory that is
+    left, there are none: training waits until the checkpoint is in place, and codes are written as they lie.
 
     Args:
         model_files: what goes into each checkpoint beside the weights, by name (`toolkit.checkpoint.model_files`),
@@ -45,6 +50,7 @@ class Saver:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[str | None] | None = None
         self._step = 0
+        self._told = False
         self.saved = 0
         """Step of the newest checkpoint that this object knows to be in place."""
         if ranks.rank() == 0:
@@ -67,12 +73,38 @@ class Saver:
         assert self._running is None, "poll or wait first"
         began = time.perf_counter()
         draft = ranks.from_first(self._store.draft(step))
-        files = capture(self._engine, self._sharding.by_name, draft, step, {"random": random_states()})
+        copy = ranks.from_first(self._can_copy())
+        files = capture(self._engine, self._sharding.by_name, draft, step, {"random": random_states()}, copy=copy)
         files |= {draft / name_of(step) / name: content for name, content in self._model_files.items()}
         about = {"saved": datetime.now().astimezone().isoformat(timespec="seconds"), **facts, "versions": versions()}
         self._step = step
-        self._running = self._worker.submit(self._write, draft, files, Manifest(step, self._sharding, about))
+        manifest = Manifest(step, self._sharding, about)
+        self._running = self._worker.submit(self._write, draft, files, manifest, squeezed=copy)
+        if not copy:
+            wait([self._running])  # what it writes is the engine's own
         return time.perf_counter() - began
+
+    def _can_copy(self) -> bool:
+        """Whether this machine has the memory for copies of what its ranks hold, as far as rank 0 can tell."""
+        from toolkit.memory.watermarks import unused
+        from toolkit.records.sizes import size_text
+        from toolkit.zero.checkpoint import copied_bytes
+
+        if self._engine.device.type != "cpu":
+            return True
+        copies, room = copied_bytes(self._engine) * ranks.local_size(), unused()
+        if 2 * copies <= room:
+            return True
+        if not self._told:
+            self._told = True
+            warn_once(
+                logger,
+                "training waits while a checkpoint is written: copies of weights and state would take %s of the %s "
+                "that are left",
+                size_text(copies),
+                size_text(room),
+            )
+        return False
 
     def poll(self) -> str | None:
         """What there is to say of a checkpoint that has come to its end, once."""
@@ -106,14 +138,14 @@ class Saver:
         """End the thread."""
         self._worker.shutdown(cancel_futures=True)
 
-    def _write(self, draft: Path, files: dict[Path, Any], manifest: Any) -> str | None:
+    def _write(self, draft: Path, files: dict[Path, Any], manifest: Any, *, squeezed: bool) -> str | None:
         """In the thread: this rank's files, then, on rank 0, the commit. Returns what went wrong on any rank."""
         from torch import distributed
 
         written: dict[str, dict[str, Any]] = {}
         problem = None
         try:
-            written = _write_files(files)
+            written = _write_files(files, squeezed)
         except OSError as error:
             problem = _told(error)
         del files
@@ -140,14 +172,14 @@ class Saver:
         self._store.commit(draft, manifest)
 
 
-def _write_files(files: Mapping[Path, Any]) -> dict[str, dict[str, Any]]:
+def _write_files(files: Mapping[Path, Any], squeezed: bool) -> dict[str, dict[str, Any]]:
     from toolkit.checkpoint.files import save
     from toolkit.paths import sync_folder
 
     written = {}
     for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        written[path.name] = save(content, path)
+        written[path.name] = save(content, path, squeezed=squeezed)
     for folder in {path.parent for path in files}:
         sync_folder(folder)
     return written

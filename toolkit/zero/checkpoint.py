@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from toolkit.checkpoint.content import OWN, PER_RANK, SCHEDULE
-from toolkit.checkpoint.files import Staging, on_host, plain
+from toolkit.checkpoint.files import Staging, as_it_lies, on_host, plain
 from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.store import name_of
 from toolkit.checkpoint.transfer import WEIGHTS, Transfer
@@ -96,10 +96,11 @@ RECOVERY_SCRIPT = Path(deepspeed.__file__).with_name("utils") / "zero_to_fp32.py
 
 
 class _Capture(CheckpointEngine):
-    """Stands in for DeepSpeed's writer and keeps what it is given, copied to host memory."""
+    """Stands in for DeepSpeed's writer and keeps what it is given, in host memory; with `copy` nothing of it is the
+    engine's own."""
 
     def __init__(
-        self, engine: Any, untrained: Untrained, extra: Mapping[str, Any], per_rank: Mapping[str, Any]
+        self, engine: Any, untrained: Untrained, extra: Mapping[str, Any], per_rank: Mapping[str, Any], copy: bool
     ) -> None:
         super().__init__()
         self.files: dict[Path, Any] = {}
@@ -107,6 +108,7 @@ class _Capture(CheckpointEngine):
         self._untrained = untrained
         self._extra = dict(extra)
         self._per_rank = per_rank
+        self._copy = copy
         self._staging: Staging | None = None
 
     def create(self, info: Any) -> None:
@@ -164,7 +166,7 @@ class _Capture(CheckpointEngine):
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         if not tensor.is_cuda:
-            return on_host(tensor)
+            return on_host(tensor) if self._copy else as_it_lies(tensor)
         self._staging = self._staging or Staging()
         return self._staging.copy(tensor)
 
@@ -174,21 +176,35 @@ class _Capture(CheckpointEngine):
             self._staging.finish()
 
 
+def copied_bytes(engine: Any) -> int:
+    """Bytes of host memory that `capture` takes on this rank for copies of weights and state."""
+    held = [shard.tensor for shard in shards(engine.optimizer)]
+    held += [x for state in engine.basic_optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    return sum(tensor.nbytes for tensor in held)
+
+
 def capture(
-    engine: Any, trained: Collection[str], draft: Path, step: int, per_rank: Mapping[str, Any]
+    engine: Any,
+    trained: Collection[str],
+    draft: Path,
+    step: int,
+    per_rank: Mapping[str, Any],
+    *,
+    copy: bool = True,
 ) -> dict[Path, Any]:
     """What this rank writes of a checkpoint, by path below `draft`, in host memory; every rank must call this.
 
     Args:
         trained: names of the parameters that the optimizer holds.
         per_rank: plain values that go into this rank's file beside its state.
+        copy: of what lies in host memory, too. Without, nothing may change it until it is written.
     """
     untrained = Untrained(engine.module, trained)
     extra = untrained.extra_states()
     problem = untrained.unsaveable(extra)
     if problem is not None:  # what modules keep may have changed since the run began
         raise UserError(problem)
-    writer, engine.checkpoint_engine = engine.checkpoint_engine, _Capture(engine, untrained, extra, per_rank)
+    writer, engine.checkpoint_engine = engine.checkpoint_engine, _Capture(engine, untrained, extra, per_rank, copy)
     engine._copy_recovery_script = lambda folder: None  # which would write at once; `RECOVERY_SCRIPT` is it
     try:
         # Frozen parameters are added by `_Capture`: DeepSpeed would have copies of them, or of some.
