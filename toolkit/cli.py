@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from toolkit.commands import bench as benchmarks
 from toolkit.commands import checkpoint as checkpoints
 from toolkit.commands.compare import compare
 from toolkit.commands.doctor import doctor
@@ -23,6 +24,7 @@ from toolkit.usage import USAGE_ERROR, check_given, sentence
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(checkpoints.app, name="checkpoint", help="Inspect, verify and convert checkpoints.")
 app.command()(checkpoints.export)
+app.add_typer(benchmarks.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

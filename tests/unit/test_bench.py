@@ -1,0 +1,289 @@
+"""`toolkit bench`: what is counted, in which order it is timed, what counts as slower, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit import cli
+from toolkit.bench import step as steps
+from toolkit.bench import timing
+from toolkit.bench.against import Change, check, compare
+from toolkit.bench.contenders import DEFAULT, Stepper, read_contenders
+from toolkit.bench.record import Machine, Record, Row, Spread, loaded, ratios
+from toolkit.bench.shapes import even, of_model, parse_count
+from toolkit.errors import UserError
+from toolkit.models import count_parameters, load_config
+from toolkit.optim import arguments
+from toolkit.state.layout import layout, state_formats
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiling proves nothing here; the command sets the process's threads and some of its environment."""
+    monkeypatch.setitem(arguments.OPTIONS, "compile", False)
+    threads, environment = torch.get_num_threads(), dict(os.environ)
+    monkeypatch.setenv("COLUMNS", "80")
+    yield
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *given: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["toolkit", "bench", *given])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+# ---- what is counted ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "moved"),
+    [
+        ("torch-adamw:fp32", 8, 28),
+        ("torch-adamw:bf16", 4, 14),
+        ("torch-adamw:master", 12, 28),  # state and the copy of the weights twice, gradient and weights once
+        ("amcs:fp32:fp32", 12, 36),
+        ("amcs:8bit:bf16+8", 3 + 3 * 4 / 256 + 1, 6 + 2 * (3 + 3 * 4 / 256 + 1)),
+        ("adamw8:8bit:master", 4 + 2 + 2 * 4 / 256, 4 + 2 * (4 + 2 + 2 * 4 / 256)),
+    ],
+)
+def test_bytes_are_those_of_the_types(name: str, state: float, moved: float) -> None:
+    [contender], shapes = read_contenders([name]), even(2**16)
+    weights, gradients = (shapes.tensors_like(contender.dtype, "cpu", scale) for scale in (1.0, 1e-3))
+    stepper = Stepper(contender, shapes, weights, gradients)
+    before = weights[0].clone()
+    stepper()
+    assert not weights[0].equal(before), "a step updates the weights that a model computes with"
+    assert stepper.state_bytes() == pytest.approx(state, rel=1e-3)
+    assert stepper.bytes_moved() == pytest.approx(moved, rel=1e-3)
+
+
+def test_bytes_of_every_format_are_those_of_its_layout() -> None:
+    shapes = even(2**16)
+    for text in ("soam:compact:bf16+4", "amcs:minimal:bf16+4", "lion8:4bit:bf16+16"):
+        [one] = read_contenders([text])
+        tensors = [shapes.tensors_like(one.dtype, "cpu", 1.0) for _ in range(2)]
+        stepper = Stepper(one, shapes, *tensors)
+        stepper()
+        [group] = stepper.optimizer.param_groups
+        states: Any = type(stepper.optimizer).rule.states  # type: ignore[attr-defined]
+        formats = state_formats(states, one.state_format or "", where=text)
+        held = layout(states, formats, group["weights"], one.dtype).bytes_per_element()
+        assert stepper.state_bytes() == pytest.approx(sum(held.values()), rel=1e-3), text
+
+
+def test_the_tensors_of_a_model_are_all_its_parameters() -> None:
+    shapes = of_model("qwen3-tiny")
+    assert shapes.parameters == count_parameters(load_config("qwen3-tiny")[0])
+    assert {group.options["component"] for group in shapes.groups} == {
+        *("embedding", "attention", "ffn", "norm", "head"),
+    }
+
+
+# ---- how it is timed ----------------------------------------------------------------------------------------------
+
+
+def test_calls_alternate_and_the_first_rounds_do_not_count() -> None:
+    made: list[str] = []
+    found = timing.in_turn({name: lambda name=name: made.append(name) for name in "abc"}, "cpu", 7)  # type: ignore[misc]
+    assert made == list("abc") * (timing.WARM + 7)
+    assert {name: len(samples) for name, samples in found.items()} == dict.fromkeys("abc", 7)
+
+
+def test_a_slow_round_moves_no_ratio() -> None:
+    times = {"a": [1.0, 1.0, 8.0, 1.0], "b": [2.0, 2.0, 16.0, 2.0]}
+    assert ratios(times, "a")["b"] == Spread(median=2, lower=2, upper=2, samples=4)
+
+
+# ---- what is said -------------------------------------------------------------------------------------------------
+
+
+def record(median: float, spread: float, **changed: Any) -> Record:
+    machine = Machine(processor="p", instructions="AVX2", cores=2, threads=2, device="cpu")
+    timed = {"seconds": Spread(median=median, lower=median - spread, upper=median + spread, samples=7)}
+    timed["tokens_per_s"] = Spread(
+        median=1 / median, lower=1 / (median + spread), upper=1 / (median - spread), samples=7
+    )
+    values: dict[str, Any] = {
+        "command": "step",
+        "settings": {"parameters": 4},
+        "options": {},
+        "machine": machine,
+        "load": 0.0,
+        "began": "",
+        "versions": {},
+        "rows": [Row(name="x", timed=timed)],
+    }
+    return Record(**(values | changed))
+
+
+def slower(before: Record, now: Record, **options: Any) -> list[str]:
+    check(before, now, Path("old.json"), anyway=options.pop("anyway", False))
+    found: list[Change] = compare(before, now, Path("old.json"), options.pop("tolerance", 0.05))
+    return [change.quantity for change in found if change.slower]
+
+
+def test_slower_is_what_lies_beyond_both_spreads_and_the_tolerance() -> None:
+    assert slower(record(1.0, 0.1), record(1.3, 0.1)) == ["seconds", "tokens_per_s"]
+    assert slower(record(1.0, 0.1), record(1.3, 0.25)) == []
+    assert slower(record(1.0, 0.01), record(1.04, 0.01)) == []
+    assert slower(record(1.0, 0.01), record(1.04, 0.01), tolerance=0.02) == ["seconds", "tokens_per_s"]
+    assert slower(record(1.3, 0.1), record(1.0, 0.1)) == [], "faster is not slower"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"settings": {"parameters": 5}}, "old.json was measured with parameters 4, and now it is 5"),
+        (
+            {"machine": Machine(processor="p", instructions="AVX2", cores=2, threads=1, device="cpu")},
+            "threads 2, and now it is 1",
+        ),
+        ({"rows": [Row(name="y", timed={})]}, "has none of what was measured now"),
+        ({"command": "data"}, "is of `toolkit bench step`, not of `toolkit bench data`"),
+    ],
+)
+def test_what_does_not_compare_is_refused(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words.replace("`", ".")):
+        slower(record(1.0, 0.1), record(9.0, 0.1, **changed))
+
+
+def test_anyway_compares_another_machine() -> None:
+    machine = Machine(processor="q", instructions="AVX2", cores=2, threads=1, device="cpu")
+    assert slower(record(1.0, 0.1), record(9.0, 0.1, machine=machine), anyway=True)
+
+
+def test_a_loaded_machine_is_said() -> None:
+    assert loaded(record(1.0, 0.1, load=0.4)) is None
+    assert "load average 3.5 on 2 cores" in str(loaded(record(1.0, 0.1, load=3.5)))
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+SMALL = (
+    "--parameters",
+    "64k",
+    "--optimizers",
+    "torch-adamw,soam:8bit:bf16+8,flash-adamw",
+    "--repeats",
+    "7",
+    "--threads",
+    "1",
+)
+
+
+def test_a_record_is_shown_written_and_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "now.json"
+    assert run(monkeypatch, "step", *SMALL, "--json", str(file)) == 0
+    printed = capsys.readouterr().out
+    table = [line for line in printed.splitlines() if line.startswith(("copy", "torch-adamw:", "soam:"))]
+    assert len(table) == 3 and all(len(line) <= 80 for line in table), printed
+    assert "left out: flash-adamw:bf16: " in printed
+    found = Record.model_validate_json(file.read_text())
+    assert [row.name for row in found.rows] == ["copy", "torch-adamw:fp32", "soam:8bit:bf16+8"]
+    assert all(row.timed["seconds"].samples == 7 for row in found.rows)
+    assert found.rows[1].counted["ratio"] == 1 and found.rows[0].counted["of_copy"] == pytest.approx(1)
+
+    # As if everything had been far faster before.
+    content = json.loads(file.read_text())
+    for row in content["rows"]:
+        row["timed"] = {
+            key: {part: value if part == "samples" else value / 1000 for part, value in spread.items()}
+            for key, spread in row["timed"].items()
+        }
+    other = tmp_path / "before.json"
+    other.write_text(json.dumps(content))
+    assert run(monkeypatch, "--against", str(other)) == 1
+    assert "slower: soam:8bit:bf16+8: ms " in capsys.readouterr().out
+    content["machine"]["processor"] = "another"
+    other.write_text(json.dumps(content))
+    assert run(monkeypatch, "--against", str(other)) == 2
+    assert 'measured with processor "another"' in capsys.readouterr().err
+    content["options"]["plugins"] = "x.py"
+    other.write_text(json.dumps(content))
+    assert run(monkeypatch, "--against", str(other)) == 2
+    assert "has an option 'plugins'" in capsys.readouterr().err
+
+
+def test_json_on_stdout_is_nothing_else(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "step", *SMALL, "--json", "-") == 0
+    assert Record.model_validate_json(capsys.readouterr().out).rows
+
+
+def test_growth_is_measured_and_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(steps, "SIZES", (2000, 4000))
+    monkeypatch.setattr(steps, "TENSORS", (3, 9))
+    plot, file = tmp_path / "growth.svg", tmp_path / "growth.json"
+    given = [
+        "--optimizers",
+        "torch-adamw",
+        "--parameters",
+        "8k",
+        "--repeats",
+        "7",
+        "--threads",
+        "1",
+        "--json",
+        str(file),
+    ]
+    assert run(monkeypatch, "step", "--growth", *given, "--plot", str(plot)) == 0
+    rows = Record.model_validate_json(file.read_text()).rows
+    assert [tuple(row.at.values()) for row in rows if row.name != steps.COPY] == [
+        *((2000, 1), (4000, 1), (8000, 1), (8000, 3), (8000, 9)),
+    ]
+    assert "</svg>" in plot.read_text()
+    monkeypatch.setattr(steps, "free_memory", lambda device: 100_000)
+    capsys.readouterr()
+    assert run(monkeypatch, "step", "--growth", *given) == 0
+    assert "8k parameters in 9 tensor(s): left out, since it needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["step", "--optimizers", "amcz"], "there is no optimizer 'amcz'"),
+        (["step", "--optimizers", "torch-adamv"], "Did you mean 'torch-adamw'?"),
+        (["step", "--optimizers", "amcs:9bit"], "state_format '9bit' is unknown"),
+        (["step", "--optimizers", "amcs:8bit:bf16"], "must be fp32, master, bf16+8, bf16+16, bf16+4. Did you mean"),
+        (["step", "--optimizers", "torch-adamw:bf16+8"], "must be fp32, bf16, master"),
+        (["step", "--optimizers", "torch-adamw:fp32:fp32"], "not of the form NAME:WEIGHTS"),
+        (["step", "--optimizers", "flash-adamw"], "none of --optimizers can run here (flash-adamw:bf16: "),
+        (["step", "--parameters", "4", "--optimizers", "torch-adamw", "--baseline", "amcs"], "is none of --optimiz"),
+        (["step", "--parameters", "many"], "such as 33.5M"),
+        (["step", "--parameters", "1M", "--model", "qwen3-tiny"], "give one of them"),
+        (["step", "--plot", "x.png"], "give --growth, too"),
+        (["step", "--repeats", "3"], "7"),
+        (["--against", "missing.json"], "missing.json is missing"),
+        (["--json", "x.json", "step"], "go behind it"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str], words: str
+) -> None:
+    assert run(monkeypatch, *given) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and words in said[0], said
+
+
+def test_the_default_optimizers_are_known() -> None:
+    assert [one.name for one in read_contenders(DEFAULT)] == list(DEFAULT)
+
+
+@pytest.mark.parametrize(("text", "count"), [("33.5M", 33_500_000), ("1B", 10**9), ("64k", 64_000), ("7", 7)])
+def test_numbers_of_parameters(text: str, count: int) -> None:
+    assert parse_count(text, where="here") == count
