@@ -17,10 +17,11 @@ import pytest
 import wheels
 from measuring import host, numbers, resume, runs, steps
 from measuring.models import filled, random_tokens
-from measuring.parts import BY_NAME, CASES, PARTS, WEIGHTS, Check
+from measuring.parts import BY_NAME, CASES, PARTS, STEPS, WEIGHTS, Check
 from measuring.record import Recorder, verdict
 from measuring.render import MISSING, page
 
+from toolkit.bench.contenders import read_contenders
 from toolkit.optim import kernel as step
 
 
@@ -83,7 +84,7 @@ def test_what_is_missing_is_not_measured() -> None:
     assert text.count(MISSING) == cells + len(PARTS)
     part = BY_NAME["steps"]
     found = {"status": "crashed", "error": "Error: no", "seconds": 3.4, "figures": {"of_copy": 62.5}}
-    found["tables"] = {"steps": {"AMCS 8bit, bf16+8": {"622M, ms": 4.25}}}
+    found["tables"] = {"steps": {"amcs:8bit:bf16+8": {"622M, ms": 4.25}}}
     text = page({"machine": {"GPU": "H100"}, "began": "today", "parts": {part.name: found}})
     assert text.count(MISSING) == cells + len(PARTS) - 3
     assert "| 62.5 % |" in text and "| 4.25 |" in text and "    Error: no" in text and "| crashed | 3 |" in text
@@ -152,12 +153,9 @@ def test_a_part_that_no_longer_fits_is_not_started(tmp_path: Path) -> None:
 def test_every_case_and_optimizer_has_its_row(tmp_path: Path) -> None:
     """Rows and columns are words, which the parts must hit."""
     recorder = Recorder("steps", tmp_path / "steps.json", tmp_path, True)
-    for name in steps.STEPS[1:]:
-        if steps.contender(name) is not None:
-            assert steps.bytes_moved(name) > 8
+    assert [one.name for one in read_contenders(STEPS[1:])] == list(STEPS[1:])
+    for name in STEPS:
         recorder.row("steps", name, **{"134M, ms": 1.0})
-    assert steps.bytes_moved(steps.OURS) == pytest.approx(14.09, abs=0.01)
-    assert steps.bytes_moved("FlashAdamW, bf16 weights, 24 bits") == 12.25
     recorder = Recorder("numbers", tmp_path / "numbers.json", tmp_path, True)
     for rule in numbers.RULES:
         for name in numbers.FORMATS:
@@ -208,7 +206,6 @@ def test_launch_configurations_are_fixed() -> None:
     assert steps.launched() == set()
     for row in steps.LAUNCHES:
         with steps.fixed(row):
-            assert steps.contender(steps.OURS) is not None
             assert row == f"{step.LAUNCH.rows} block(s), {step.LAUNCH.warps[0]} warp(s)"
         assert step.LAUNCH is usual
 

@@ -15,10 +15,12 @@ import torch
 from toolkit import cli
 from toolkit.bench import step as steps
 from toolkit.bench import timing
+from toolkit.bench import train as runs_in_turn
 from toolkit.bench.against import Change, check, compare
 from toolkit.bench.contenders import DEFAULT, Stepper, read_contenders
 from toolkit.bench.record import Machine, Record, Row, Spread, loaded, ratios
 from toolkit.bench.shapes import even, of_model, parse_count
+from toolkit.compare.methods import read_methods
 from toolkit.errors import UserError
 from toolkit.models import count_parameters, load_config
 from toolkit.optim import arguments
@@ -106,6 +108,27 @@ def test_a_slow_round_moves_no_ratio() -> None:
     assert ratios(times, "a")["b"] == Spread(median=2, lower=2, upper=2, samples=4)
 
 
+def test_processes_alternate_and_ratios_are_those_of_a_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both slow down fourfold in the second round."""
+    made: list[str] = []
+
+    def finished(runs: Any, name: str, number: int, threads: int) -> runs_in_turn.Finished:
+        made.append(f"{name}{number}")
+        base = (1.0 if name == "adamw" else 0.5) * (4.0 if number == 1 else 1.0)
+        return runs_in_turn.Finished([base, base, base], peak=number)
+
+    monkeypatch.setattr(runs_in_turn, "_own_run", finished)
+    settings = {"seq_len": 8, "micro_batch": 2, "grad_accum": 3}
+    methods = read_methods(["adamw,amcs"], [], 2, [])
+    found = runs_in_turn.measure(
+        methods, None, ["adamw", "amcs"], settings, 2, 1, 3, "adamw", tmp_path, say=lambda words: None
+    )
+    assert made == ["adamw0", "amcs0", "adamw1", "amcs1", "adamw2", "amcs2"]
+    own = found.rows[1]
+    assert own.counted == {"speed_ratio": 2, "peak_bytes": 2}
+    assert own.timed["tokens_per_s"].median == 8 * 2 * 3 * 2 / 0.5 and own.timed["step_seconds"].samples == 9
+
+
 # ---- what is said -------------------------------------------------------------------------------------------------
 
 
@@ -171,16 +194,8 @@ def test_a_loaded_machine_is_said() -> None:
 
 # ---- the command --------------------------------------------------------------------------------------------------
 
-SMALL = (
-    "--parameters",
-    "64k",
-    "--optimizers",
-    "torch-adamw,soam:8bit:bf16+8,flash-adamw",
-    "--repeats",
-    "7",
-    "--threads",
-    "1",
-)
+SHORT = ("--repeats", "7", "--threads", "1")
+SMALL = ("--parameters", "64k", "--optimizers", "torch-adamw,soam:8bit:bf16+8,flash-adamw", *SHORT)
 
 
 def test_a_record_is_shown_written_and_compared(
@@ -229,18 +244,7 @@ def test_growth_is_measured_and_drawn(
     monkeypatch.setattr(steps, "SIZES", (2000, 4000))
     monkeypatch.setattr(steps, "TENSORS", (3, 9))
     plot, file = tmp_path / "growth.svg", tmp_path / "growth.json"
-    given = [
-        "--optimizers",
-        "torch-adamw",
-        "--parameters",
-        "8k",
-        "--repeats",
-        "7",
-        "--threads",
-        "1",
-        "--json",
-        str(file),
-    ]
+    given = ["--optimizers", "torch-adamw", "--parameters", "8k", *SHORT, "--json", str(file)]
     assert run(monkeypatch, "step", "--growth", *given, "--plot", str(plot)) == 0
     rows = Record.model_validate_json(file.read_text()).rows
     assert [tuple(row.at.values()) for row in rows if row.name != steps.COPY] == [
@@ -268,6 +272,11 @@ def test_growth_is_measured_and_drawn(
         (["step", "--parameters", "1M", "--model", "qwen3-tiny"], "give one of them"),
         (["step", "--plot", "x.png"], "give --growth, too"),
         (["step", "--repeats", "3"], "7"),
+        (["train", "--steps", "2", "--rounds", "3"], "a median is of 7 steps at least"),
+        (["train", "--methods", "amcs,hf-trainer", "--baseline", "adamw"], "is none of --methods amcs, hf-trainer"),
+        (["train", "--methods", "amcz"], "'amcz' is no shipped config"),
+        (["save", "--folder", "missing"], "is no folder"),
+        (["data", "--data", "missing.txt"], "missing.txt"),
         (["--against", "missing.json"], "missing.json is missing"),
         (["--json", "x.json", "step"], "go behind it"),
     ],
@@ -278,6 +287,19 @@ def test_what_is_wrong_is_one_sentence(
     assert run(monkeypatch, *given) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and words in said[0], said
+
+
+def test_the_data_path_is_read_alone_and_beside_computation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("One word after another, and so on to the end. " * 2000)
+    file = tmp_path / "data.json"
+    given = ["--data", str(tmp_path / "text.txt"), "--seq-len", "32", "--batches", "3", "--step-ms", "4"]
+    assert run(monkeypatch, "data", *given, *SHORT, "--json", str(file)) == 0
+    [row] = Record.model_validate_json(file.read_text()).rows
+    assert row.timed["tokens_per_s"].samples == row.timed["wait_seconds"].samples == 7
+    wait = row.timed["wait_seconds"].median
+    assert row.counted == {"wait_share": pytest.approx(wait / (wait + 4e-3)), "asked_per_s": 4 * 32 / 4e-3}
 
 
 def test_the_default_optimizers_are_known() -> None:

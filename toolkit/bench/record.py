@@ -24,6 +24,9 @@ QUIET = 0.25
 """Load average for each core above which a machine counts as loaded."""
 
 
+Positive = Annotated[float, Field(gt=0)]
+
+
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -31,9 +34,9 @@ class Part(BaseModel):
 class Spread(Part):
     """Of several samples of one quantity: the median and the quartiles."""
 
-    median: float
-    lower: float
-    upper: float
+    median: Positive
+    lower: Positive
+    upper: Positive
     samples: Annotated[int, Field(ge=1)]
 
     @classmethod

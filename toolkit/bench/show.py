@@ -27,11 +27,14 @@ _TITLES = {
     "bytes_moved": "bytes",
     "of_copy": "of copy",
     "ratio": "ratio",
+    "speed_ratio": "speed",
     "wait_share": "wait",
     "peak_bytes": "peak",
     "checkpoint_bytes": "size",
-    "save_bytes_per_s": "MB/s saved",
-    "load_bytes_per_s": "MB/s read",
+    "bytes_per_parameter": "B/param",
+    "asked_per_s": "asked for",
+    "save_bytes_per_s": "MB/s\nsaved",
+    "load_bytes_per_s": "MB/s\nread",
 }
 _MILLISECONDS = ("seconds", "host_seconds", "wait_seconds")
 _SHARES = ("of_copy", "wait_share")
@@ -57,13 +60,13 @@ def text_of(quantity: str, value: float) -> str:
         return figures(value / 1e6)
     if quantity in _MILLISECONDS:
         return figures(1e3 * value)
-    return f"{value:.2f}" if quantity in ("ratio", "bytes_moved") else figures(value)
+    return f"{value:.2f}" if quantity in ("ratio", "speed_ratio", "bytes_moved") else figures(value)
 
 
-def spread_of(quantity: str, spread: Spread) -> str:
-    """The quartiles, as what they are above and below the median."""
+def spread_of(spread: Spread) -> str:
+    """How far the farther quartile is from the median."""
     widest = max(spread.upper - spread.median, spread.median - spread.lower)
-    return f"±{100 * widest / spread.median:.0f} %" if spread.median else UNKNOWN
+    return f"±{100 * widest / spread.median:.0f} %"
 
 
 def show(record: Record, console: PlainConsole, baseline: str | None) -> None:
@@ -76,8 +79,9 @@ def show(record: Record, console: PlainConsole, baseline: str | None) -> None:
     )
     console.print_line(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in record.settings.items() if value))
     console.print(table(record.rows))
-    if baseline is not None:
-        console.print_line(f"ratio: time over that of {baseline}, median of the rounds' ratios.")
+    for key, what in (("ratio", "time over that"), ("speed_ratio", "tokens/s over those")):
+        if any(key in row.counted for row in record.rows):
+            console.print_line(f"{_TITLES[key]}: {what} of {baseline}, median of the rounds' ratios.")
     for name, reason in record.left_out.items():
         console.print_line(f"left out: {name}: {reason}.")
     for note in [*record.notes, *filter(None, [loaded(record)])]:
@@ -107,7 +111,7 @@ def table(rows: Sequence[Row]) -> Table:
             spread = row.timed.get(key)
             cells.append(UNKNOWN if spread is None else text_of(key, spread.median))
             if number == 0:
-                cells.append(UNKNOWN if spread is None else spread_of(key, spread))
+                cells.append(UNKNOWN if spread is None else spread_of(spread))
         cells += [text_of(key, row.counted[key]) if key in row.counted else UNKNOWN for key in counted]
         found.add_row(*cells)
     return found

@@ -15,6 +15,7 @@ from toolkit.bench.record import Row, Spread, ratios
 from toolkit.bench.shapes import Shapes, count_text, even, smallest
 from toolkit.bench.timing import copy_call, in_turn
 from toolkit.errors import UserError
+from toolkit.records.sizes import size_text
 
 COPY = "copy"
 """The row of a copy that moves as many bytes as the baseline must."""
@@ -166,11 +167,10 @@ def growth(
     for shapes, at in plan:
         where = f"{count_text(at['parameters'])} parameters in {at['tensors']:,} tensor(s)"
         free = free_memory(device)
-        if held * shapes.parameters * _SPARE > free:
-            found.notes.append(
-                f"{where}: left out, since it needs {held * shapes.parameters * _SPARE / 1e9:.1f} GB of the "
-                f"{free / 1e9:.1f} GB that are free."
-            )
+        needed = held * shapes.parameters * _SPARE
+        if needed > free:
+            told = f"it needs {size_text(needed)}, and {size_text(free)} are free"
+            found.notes.append(f"{where}: left out, since {told}.")
             continue
         one = measure(contenders, shapes, device, repeats, baseline, at=at, say=say)
         found.rows += one.rows
@@ -181,10 +181,10 @@ def growth(
 
 
 def _held(contenders: Sequence[Contender], rows: Sequence[Row]) -> float:
-    """Bytes a parameter of all tensors together: weights and gradients of each type, state, and the copy."""
+    """Bytes a parameter of all tensors together: weights and gradients of each type, and state."""
     kinds = {one.dtype for one in contenders}
     state = sum(row.counted.get("state_bytes", 0.0) for row in rows)
-    return sum(2.0 * kind.itemsize for kind in kinds) + state + max(row.counted["bytes_moved"] for row in rows)
+    return sum(2.0 * kind.itemsize for kind in kinds) + state
 
 
 def free_memory(device: str) -> int:

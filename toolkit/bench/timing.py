@@ -15,6 +15,9 @@ WARM = 2
 QUEUED = 10
 """Calls of a sample on a GPU: they follow one another without waiting, so that the host's share does not show."""
 
+LARGEST_COPY = 2**30
+"""Bytes: far more than any cache has."""
+
 Call = Callable[[], object]
 
 
@@ -70,7 +73,18 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def copy_call(size: int, device: str) -> tuple[Call, int]:
-    """A copy that moves about `size` bytes, half of them read and half written, and the bytes that it moves."""
-    source = torch.ones(max(size // 2, 1), dtype=torch.uint8, device=device)
+    """A copy that moves about `size` bytes, half of them read and half written, and the bytes that it moves.
+
+    It takes `LARGEST_COPY` of memory at most: what is beyond that is copied from and to the same place again.
+    """
+    half = max(size // 2, 1)
+    source = torch.ones(min(half, LARGEST_COPY // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return lambda: target.copy_(source), 2 * source.nbytes
+    whole, rest = divmod(half, source.numel())
+
+    def copy() -> None:
+        for _ in range(whole):
+            target.copy_(source)
+        target[:rest].copy_(source[:rest])
+
+    return copy, 2 * half

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from toolkit.bench.against import TOLERANCE
-from toolkit.errors import UserError
+from toolkit.commands.bench_call import OPTIONS, Call, of_a_rank, say
+from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
-
-if TYPE_CHECKING:
-    from toolkit.bench.record import Record
-    from toolkit.bench.step import Measured
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write all figures as JSON; - is stdout.")]
@@ -26,13 +22,15 @@ Anyway = Annotated[
     bool, typer.Option("--anyway", help="Compare with a file of another machine or other settings, too.")
 ]
 Tolerance = Annotated[float, typer.Option(min=0.0, help="What a median may be above the earlier one, as a fraction.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU. (default: the cores there are)")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of the CPU for each rank. (default: the cores, shared out)")
+]
+Model = Annotated[str, typer.Option(help="A model preset, or a folder holding a Hugging Face model.")]
+SeqLen = Annotated[int, typer.Option(min=1, help="Predictions per sequence.")]
+MicroBatch = Annotated[int, typer.Option(min=1, help="Sequences per rank and forward pass.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Ranks of each run, started by DeepSpeed's launcher.")]
+Stage = Annotated[int, typer.Option(min=1, max=3, help="ZeRO stage of methods that do not name theirs.")]
 Repeats = Annotated[int, typer.Option(min=7, help="Rounds that are timed; in each everything is measured once.")]
-_SLOWER = 1
-_OPTIONS = {
-    "step": ("optimizers", "parameters", "model", "baseline", "repeats", "threads", "device", "growth"),
-}
-"""Options that are kept with what was measured. Plug-ins are not: a file must not say which code is run."""
 _PARAMETERS, _LARGEST = "33.5M", "1B"
 _GROWING = ("torch-adamw:fp32", "deepspeed-cpu-adam:fp32", "amcs:8bit:fp32", "amcs:8bit:bf16+8")
 
@@ -60,11 +58,11 @@ def bench(
             raise UserError(f"options of `toolkit bench {ctx.invoked_subcommand}` go behind it.")
         return
     if against is None:
-        raise UserError(f"give what to measure ({', '.join(_OPTIONS)}), or --against FILE.")
+        raise UserError(f"give what to measure ({', '.join(OPTIONS)}), or --against FILE.")
     from toolkit.bench.record import read
 
     before = read(against)
-    known = _OPTIONS[before.command]
+    known = OPTIONS[before.command]
     unknown = next((key for key in before.options if key not in known), None)
     if unknown is not None:
         raise UserError(f"{against} has an option {unknown!r}, which `toolkit bench {before.command}` does not have.")
@@ -123,7 +121,7 @@ def step(
         raise UserError("--parameters and --model both say which tensors; give one of them.")
     if plot is not None and not growth:
         raise UserError("--plot draws growth: give --growth, too.")
-    call = _Call(ctx, threads, device, plugins, json_to, against, anyway, tolerance)
+    call = Call(ctx, threads, device, plugins, json_to, against, anyway, tolerance)
     from toolkit.bench import shapes, step
     from toolkit.bench.contenders import DEFAULT, read_contenders
 
@@ -133,14 +131,14 @@ def step(
     if growth:
         largest = shapes.parse_count(parameters or _LARGEST, where="--parameters")
         call.begin({"growth": True, "parameters": largest})
-        found = step.growth(contenders, largest, call.device, repeats, base, say=_say)
+        found = step.growth(contenders, largest, call.device, repeats, base, say=say)
     else:
         if model is not None:
             chosen = shapes.of_model(model)
         else:
             chosen = shapes.even(shapes.parse_count(parameters or _PARAMETERS, where="--parameters"))
         call.begin({"model": model, "parameters": chosen.parameters, "tensors": chosen.tensors})
-        found = step.measure(contenders, chosen, call.device, repeats, base, say=_say)
+        found = step.measure(contenders, chosen, call.device, repeats, base, say=say)
     record = call.record(found)
     if plot is not None:
         from toolkit.bench.show import plot as draw
@@ -149,101 +147,150 @@ def step(
     call.finish(record, base or next(row.name for row in record.rows if row.name != step.COPY))
 
 
-def _say(words: str) -> None:
-    typer.echo(words, err=True)
+@app.command()
+def train(
+    ctx: typer.Context,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,NAME=CONFIG,...",
+            help="As of `toolkit compare`: shipped configs, rules, classes by import path, NAME=a config; and "
+            "hf-trainer, the Hugging Face Trainer with DeepSpeed's AdamW.",
+        ),
+    ] = "hf-trainer,adamw,amcs",
+    baseline: Annotated[str | None, typer.Option(help="What ratios are to. (default: the first)")] = None,
+    model: Annotated[
+        str, typer.Option(help="A model preset, or a folder holding a Hugging Face model.")
+    ] = "qwen3-tiny",
+    data: Annotated[str, typer.Option(help="As of launch/train.py; the Trainer gets random tokens.")] = "stdlib",
+    seq_len: Annotated[int, typer.Option(min=1, help="Predictions per sequence.")] = 256,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Sequences per rank and forward pass.")] = 2,
+    grad_accum: Annotated[int, typer.Option(min=1, help="Micro-batches per optimizer step.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a run that are timed, after three that are not.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each method, in turn.")] = 3,
+    ranks: Ranks = 1,
+    zero_stage: Stage = 2,
+    threads: Threads = None,
+    json_to: Json = None,
+    against: Against = None,
+    anyway: Anyway = False,
+    tolerance: Tolerance = TOLERANCE,
+    plugins: Plugins = None,
+) -> None:
+    """Time whole training steps: methods and the Hugging Face Trainer, processes in turn.
+
+    \b
+    toolkit bench train
+    toolkit bench train --model qwen3-134m --ranks 2 --methods hf-trainer,adamw,amcs,soam
+    """
+    call = Call(ctx, of_a_rank(threads, ranks), None, plugins, json_to, against, anyway, tolerance)
+    import tempfile
+
+    from toolkit.bench import train
+    from toolkit.bench.record import LEAST
+    from toolkit.compare.methods import read_methods
+
+    names = [name for part in methods.split(",") if (name := part.strip())]
+    given = ",".join(name for name in names if name != train.TRAINER)
+    own = read_methods([given], [], zero_stage, []) if given or not names else []
+    trainer = read_methods(["adamw"], [], zero_stage, [])[0] if train.TRAINER in names else None
+    order = [name.partition("=")[0] for name in names]
+    if steps * rounds < LEAST:
+        raise UserError(f"--steps {steps} in --rounds {rounds} are too few: a median is of {LEAST} steps at least.")
+    base = baseline or order[0]
+    if base not in order:
+        raise UserError(f"--baseline {base!r} is none of --methods {', '.join(order)}.{nearest(base, order)}")
+    settings = {
+        "model": model,
+        "data": data,
+        "seq_len": seq_len,
+        "micro_batch": micro_batch,
+        "grad_accum": grad_accum,
+        "steps": train.WARM + steps,
+        "eval_every": 0,
+        "save_every": 0,
+    }
+    call.begin(settings | {"ranks": ranks, "zero_stage": zero_stage})
+    with tempfile.TemporaryDirectory(prefix="leanstate-bench-") as folder:
+        found = train.measure(own, trainer, order, settings, ranks, call.threads, rounds, base, Path(folder), say=say)
+    call.finish(call.record(found), base)
 
 
-class _Call:
-    """One call of a command below `bench`: what all of them do before and after they measure."""
+@app.command()
+def data(
+    ctx: typer.Context,
+    data: Annotated[str, typer.Option(help="As of launch/train.py.")] = "stdlib",
+    tokenizer: Annotated[str | None, typer.Option(help="As of launch/train.py. (default: the model's)")] = None,
+    model: Model = "qwen3-tiny",
+    seq_len: SeqLen = 256,
+    micro_batch: MicroBatch = 4,
+    batches: Annotated[int, typer.Option(min=1, help="Micro-batches of a round.")] = 64,
+    step_ms: Annotated[float, typer.Option(min=0.1, help="What a step computes between two batches.")] = 50.0,
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    json_to: Json = None,
+    against: Against = None,
+    anyway: Anyway = False,
+    tolerance: Tolerance = TOLERANCE,
+    plugins: Plugins = None,
+) -> None:
+    """Time the data path: tokens a second, and how long a step waits for its batch.
 
-    def __init__(
-        self,
-        ctx: typer.Context,
-        threads: int | None,
-        device: Literal["cpu", "cuda"] | None,
-        plugins: list[Path] | None,
-        json_to: str | None,
-        against: Path | None,
-        anyway: bool,
-        tolerance: float,
-    ) -> None:
-        from toolkit.bench.record import load_average, read
+    \b
+    toolkit bench data
+    toolkit bench data --data 'text/*.parquet' --model qwen3-134m --step-ms 5000
+    """
+    call = Call(ctx, threads, None, plugins, json_to, against, anyway, tolerance)
+    from toolkit.bench import data as path
+    from toolkit.run.settings import check_settings
 
-        self._load = load_average()
-        self._ctx, self._json_to, self._against, self._tolerance = ctx, json_to, against, tolerance
-        self._anyway = anyway
-        self._before = None if against is None else read(against)
-        self._settings: dict[str, Any] = {}
-        _prepare(threads)
-        import_plugins(plugins)
-        self.device = _device(device)
-
-    def begin(self, settings: dict[str, Any]) -> None:
-        """Nothing is measured yet. Raises UserError where the earlier record is not of the same."""
-        from toolkit.bench.against import check
-        from toolkit.bench.step import Measured
-
-        self._settings = settings
-        if self._before is not None and self._against is not None:
-            check(self._before, self.record(Measured()), self._against, anyway=self._anyway)
-
-    def record(self, found: Measured) -> Record:
-        from toolkit.bench.record import Record, machine, now
-        from toolkit.run.folder import versions
-
-        name: Any = self._ctx.info_name
-        return Record(
-            command=name,
-            settings=self._settings,
-            options={key: self._ctx.params[key] for key in _OPTIONS[name]},
-            machine=machine(self.device),
-            load=self._load,
-            began=now(),
-            versions=versions(),
-            rows=found.rows,
-            left_out=found.left_out,
-            notes=found.notes,
-        )
-
-    def finish(self, record: Record, baseline: str | None) -> None:
-        """Show and write the record, and compare it with the earlier one."""
-        from toolkit.bench.against import compare
-        from toolkit.bench.record import record_text, write
-        from toolkit.bench.show import show, show_changes
-        from toolkit.console import PlainConsole
-
-        if self._json_to == "-":
-            typer.echo(record_text(record), nl=False)
-        elif self._json_to is not None:
-            write(record, Path(self._json_to))
-        console = PlainConsole(stderr=self._json_to == "-")
-        show(record, console, baseline)
-        if self._before is not None and self._against is not None:
-            changes = compare(self._before, record, self._against, self._tolerance)
-            show_changes(changes, console, self._against)
-            if any(change.slower for change in changes):
-                raise typer.Exit(_SLOWER)
+    given: dict[str, Any] = {"data": data, "tokenizer": tokenizer, "model": model, "seq_len": seq_len}
+    settings = check_settings(**given, micro_batch=micro_batch, eval_every=0, save_every=0)
+    call.begin(given | {"micro_batch": micro_batch, "batches": batches, "step_ms": step_ms})
+    call.finish(call.record(path.measure(settings, batches, step_ms / 1e3, repeats, say=say)), None)
 
 
-def _prepare(threads: int | None) -> None:
-    """Before torch is imported: how many threads there are, for it and for what brings an OpenMP of its own."""
-    from toolkit.run import leftovers, ranks
+@app.command()
+def save(
+    ctx: typer.Context,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,NAME=CONFIG,...",
+            help="As of `toolkit compare`, saved by this package; and deepspeed, DeepSpeed's AdamW saved by DeepSpeed.",
+        ),
+    ] = "amcs,adamw,deepspeed",
+    model: Model = "qwen3-tiny",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps before the first checkpoint.")] = 4,
+    repeats: Repeats = 7,
+    ranks: Ranks = 1,
+    zero_stage: Stage = 2,
+    threads: Threads = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk that is measured. (default: the system's folder for such files)")
+    ] = None,
+    json_to: Json = None,
+    against: Against = None,
+    anyway: Anyway = False,
+    tolerance: Tolerance = TOLERANCE,
+    plugins: Plugins = None,
+) -> None:
+    """Time checkpoints: how long training waits, and until one is on the disk, and loading it.
 
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-    ranks.prepare_environment()
-    import torch
+    \b
+    toolkit bench save
+    toolkit bench save --model qwen3-134m --ranks 2 --folder /scratch
+    """
+    call = Call(ctx, of_a_rank(threads, ranks), None, plugins, json_to, against, anyway, tolerance)
+    import tempfile
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    ranks.settle_accelerator()
-    leftovers.own_build_folder()
+    from toolkit.bench import save
 
-
-def _device(asked: Literal["cpu", "cuda"] | None) -> Literal["cpu", "cuda"]:
-    import torch
-
-    there = torch.cuda.is_available()
-    if asked == "cuda" and not there:
-        raise UserError("--device is cuda, but torch finds no GPU here.")
-    return asked or ("cuda" if there else "cpu")
+    named = save.methods_of([name for part in methods.split(",") if (name := part.strip())], zero_stage)
+    settings = {"model": model, "steps": steps, "seq_len": 64, "micro_batch": 2, "eval_every": 0, "save_every": 0}
+    call.begin({"model": model, "steps": steps, "ranks": ranks, "zero_stage": zero_stage})
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--folder {folder} is no folder.")
+    with tempfile.TemporaryDirectory(prefix="leanstate-bench-", dir=folder) as scratch:
+        found = save.measure(named, settings, ranks, call.threads, repeats, Path(scratch), say=say)
+    call.finish(call.record(found), None)

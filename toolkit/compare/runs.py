@@ -7,7 +7,6 @@ import math
 import os
 import shlex
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +101,9 @@ class Runs:
 
     def command(self, cell: Cell) -> list[str]:
         """What starts the run, or resumes it."""
-        options = self.options(cell)
-        if self.plan.ranks == 1:  # one process needs no launcher, whose own start takes seconds
-            return [sys.executable, "-m", "toolkit.train", *options]
-        launcher = str(Path(sys.executable).with_name("deepspeed"))
-        port = ["--num_gpus", str(self.plan.ranks), "--master_port", str(self._port())]
-        return [sys.executable, launcher, *port, "--module", "toolkit.train", *options]
+        from toolkit.run.ranks import launch_command
+
+        return launch_command("toolkit.train", self.options(cell), self.plan.ranks, self._port())
 
     def _port(self) -> int:
         """A free port that no other run has been given: one that has just started has not taken its own yet."""

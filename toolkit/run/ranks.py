@@ -9,7 +9,8 @@ import sys
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from toolkit.errors import UserError
@@ -151,6 +152,16 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def launch_command(module: str, options: Sequence[str], count: int, port: int) -> list[str]:
+    """What starts `module` on `count` ranks of this machine: one process needs no launcher, whose own start takes
+    seconds."""
+    if count == 1:
+        return [sys.executable, "-m", module, *options]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    master = ["--num_gpus", str(count), "--master_port", str(port)]
+    return [sys.executable, launcher, *master, "--module", module, *options]
 
 
 def agreed(check: Callable[[], T]) -> T:

@@ -10,6 +10,9 @@ from collections.abc import Callable
 import torch
 
 from measuring.record import Recorder
+from toolkit.bench.timing import in_turn
+
+ROUNDS = 5
 
 
 def measure(recorder: Recorder) -> None:
@@ -69,29 +72,6 @@ def with_nccl(recorder: Recorder) -> None:
     distributed.destroy_process_group()
 
 
-def timed(call: Callable[[], object], device: str, *, calls: int = 10, rounds: int = 5) -> float:
-    """Seconds of one call: the median of `rounds`, in each of which `calls` follow one another without waiting."""
-    for _ in range(3):
-        call()
-    taken = []
-    for _ in range(rounds):
-        taken.append(stretch(call, device, calls) / calls)
-    return statistics.median(taken)
-
-
-def stretch(call: Callable[[], object], device: str, calls: int) -> float:
-    """Seconds that `calls` calls take on the device, one after another."""
-    if device != "cuda":
-        import time
-
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return time.perf_counter() - start
-    begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(calls):
-        call()
-    finish.record()
-    finish.synchronize()
-    return begin.elapsed_time(finish) / 1e3
+def timed(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call on the device: the median of `ROUNDS`."""
+    return statistics.median(one.done for one in in_turn({"": call}, device, ROUNDS)[""])

@@ -58,20 +58,12 @@ WEIGHTS = ("fp32", "bf16+16", "bf16+8", "bf16+4")
 CASES = tuple(f"{rule} {name}" for rule in RULES for name in FORMATS)
 
 STEPS = (
-    "copy of as many bytes as AMCS 8bit, bf16+8 moves",
-    "AMCS 8bit, fp32 weights",
-    "AMCS 8bit, bf16+16",
-    "AMCS 8bit, bf16+8",
-    "AMCS compact, bf16+4",
-    "AMCS minimal, bf16+4",
-    "SOAM 8bit, bf16+8",
-    "SOAM compact, bf16+4",
-    "torch AdamW fused, fp32 weights and state",
-    "torch AdamW fused, bf16 weights and state",
-    "bitsandbytes AdamW8bit, fp32 weights",
-    "bitsandbytes AdamW8bit, bf16 weights",
-    "FlashAdamW, bf16 weights, 24 bits",
+    "copy",
+    *("amcs:8bit:fp32", "amcs:8bit:bf16+16", "amcs:8bit:bf16+8", "amcs:compact:bf16+4", "amcs:minimal:bf16+4"),
+    *("soam:8bit:bf16+8", "soam:compact:bf16+4"),
+    *("torch-adamw:fp32", "torch-adamw:bf16", "bnb-adamw8bit:fp32", "bnb-adamw8bit:bf16", "flash-adamw:bf16"),
 )
+"""A copy, and optimizers as `toolkit bench step` names them: rule, state format, weights."""
 LAUNCHES = tuple(f"{blocks} block(s), {warps} warp(s)" for blocks, warps in ((1, 1), (1, 2), (4, 1), (4, 4)))
 
 _PEAK = (
@@ -132,8 +124,9 @@ PARTS: tuple[Part, ...] = (
         "steps",
         "The step's speed",
         70,
-        "One tensor of 134M and one of 622M elements (the vocabulary matrix of Qwen3-8B), beside a copy and other "
-        "optimizers. `of copy`: bytes that the step must move over its time, as a share of what the copy reaches.",
+        "One tensor of 134M and one of 622M elements (the vocabulary matrix of Qwen3-8B), in turn with a copy and "
+        "other optimizers, as `toolkit bench step` measures and names them. `of copy`: bytes that the step must move "
+        "over its time, as a share of what the copy reaches.",
         (Check("of_copy", "AMCS 8bit, bf16+8, 622M elements, share of the copy's bandwidth", "%"),),
         (
             Table("steps", "Milliseconds a step", STEPS, ("134M, ms", "622M, ms", "bytes an element", "of copy, %")),

@@ -1,0 +1,191 @@
+"""Checkpoints: how long training waits, how long until one is on the disk, and how long loading takes.
+
+Each method is a process of its own (`python -m toolkit.bench.save SETTINGS.json`, or as many ranks of it): it makes a
+few steps, since codes of fresh state would be squeezed to nothing, and then saves and loads again and again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit.bench.record import Row, Spread
+from toolkit.bench.step import Measured
+from toolkit.bench.train import finish
+from toolkit.compare.plan import Method
+from toolkit.paths import read_text
+from toolkit.run.ranks import free_port, launch_command
+
+DEEPSPEED = "deepspeed"
+"""The method that is DeepSpeed's AdamW, saved and loaded by DeepSpeed's own functions."""
+WARM = 1
+"""Saves that do not count: the first one touches its memory for the first time."""
+TIMED = ("pause_seconds", "save_seconds", "load_seconds")
+
+
+def measure(
+    methods: Mapping[str, Method],
+    settings: Mapping[str, Any],
+    ranks: int,
+    threads: int,
+    repeats: int,
+    folder: Path,
+    *,
+    say: Callable[[str], None],
+) -> Measured:
+    """Save and load `repeats` times with each of `methods`, by name.
+
+    Args:
+        settings: of `RunSettings`; `steps` are made before the first save.
+        folder: empty; on the disk that is to be measured.
+
+    Raises:
+        UserError: a method failed.
+    """
+    found = Measured()
+    for name, method in methods.items():
+        say(f"{name}: {settings['steps']} steps, then {WARM + repeats} times saving and loading")
+        own = folder / name
+        own.mkdir(parents=True)
+        (own / "config.json").write_text(json.dumps(method.config), encoding="utf-8")
+        asked = {"run": dict(settings) | {"config": str(own / "config.json")}, "way": name, "times": WARM + repeats}
+        (own / "settings.json").write_text(json.dumps(asked | {"out": str(own)}), encoding="utf-8")
+        command = launch_command("toolkit.bench.save", [str(own / "settings.json")], ranks, free_port())
+        finish(command, threads, own / "log", name)
+        found.rows.append(_row(name, json.loads(read_text(own, "found.json"))))
+        shutil.rmtree(own)
+    return found
+
+
+def _row(name: str, found: Mapping[str, Any]) -> Row:
+    timed = {key: Spread.of(found[key][WARM:]) for key in TIMED}
+    size = float(found["bytes"])
+    counted = {
+        "checkpoint_bytes": size,
+        "bytes_per_parameter": size / found["parameters"],
+        "save_bytes_per_s": size / timed["save_seconds"].median,
+        "load_bytes_per_s": size / timed["load_seconds"].median,
+    }
+    return Row(name=name, timed=timed, counted=counted)
+
+
+# ---- one rank -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    from toolkit.run import ranks
+
+    ranks.prepare_environment()
+    ranks.start()
+    from torch import distributed
+
+    from toolkit import data
+    from toolkit.run.prepare import prepare
+    from toolkit.run.settings import check_settings
+    from toolkit.run.training import build_engine, optimizer_step
+
+    asked = json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))
+    prepared = ranks.agreed(lambda: prepare(check_settings(**asked["run"])))
+    engine, batch = build_engine(prepared), prepared.batch
+    batches = data.rank_batches(
+        prepared.data, rank=ranks.rank(), world_size=ranks.world_size(), micro_batch=batch.micro
+    )
+    for _ in range(prepared.settings.steps):
+        optimizer_step(engine, batches, batch.accumulation)
+    batches.close()
+    kind = _Deepspeed if asked["way"] == DEEPSPEED else _Own
+    way, found = kind(engine, Path(asked["out"])), dict[str, Any]({key: [] for key in TIMED})
+    for step in range(1, asked["times"] + 1):
+        distributed.barrier()
+        began = time.perf_counter()
+        pause = way.save(step)
+        saved = time.perf_counter()
+        distributed.barrier()
+        loads = time.perf_counter()
+        way.load(step)
+        distributed.barrier()
+        for key, seconds in zip(TIMED, (pause, saved - began, time.perf_counter() - loads), strict=True):
+            found[key].append(seconds)
+    if ranks.rank() == 0:
+        size = sum(path.stat().st_size for path in way.folder(asked["times"]).rglob("*.pt"))
+        text = json.dumps(found | {"bytes": size, "parameters": prepared.parameters})
+        (Path(asked["out"]) / "found.json").write_text(text, encoding="utf-8")
+    way.close()
+    ranks.finish()
+
+
+class _Own:
+    """This package's saver."""
+
+    def __init__(self, engine: Any, out: Path) -> None:
+        from toolkit.checkpoint.store import Store
+        from toolkit.run.saving import Saver
+
+        self._engine, self._store = engine, Store(out / "checkpoints", keep_last=1)
+        self._saver = Saver(engine, self._store)
+
+    def folder(self, step: int) -> Path:
+        return self._store.path(step)
+
+    def save(self, step: int) -> float:
+        """Save and wait until it is on the disk; seconds that training would have waited."""
+        paused = self._saver.start(step, {})
+        problem = self._saver.wait()
+        if problem is not None:
+            raise OSError(problem)
+        return paused
+
+    def load(self, step: int) -> None:
+        from toolkit.checkpoint.universal import open_checkpoint
+        from toolkit.zero.checkpoint import load
+
+        load(self._engine, open_checkpoint(self.folder(step)))
+
+    def close(self) -> None:
+        self._saver.close()
+
+
+class _Deepspeed:
+    """DeepSpeed's own functions, which return when everything is handed to the system, not when it is on the disk."""
+
+    def __init__(self, engine: Any, out: Path) -> None:
+        self._engine, self._out = engine, out / "checkpoints"
+
+    def folder(self, step: int) -> Path:
+        return self._out / str(step)
+
+    def save(self, step: int) -> float:
+        from toolkit.run import ranks
+
+        began = time.perf_counter()
+        self._engine.save_checkpoint(str(self._out), tag=str(step))
+        seconds = time.perf_counter() - began
+        if ranks.rank() == 0 and step > 1:
+            shutil.rmtree(self.folder(step - 1))
+        return seconds
+
+    def load(self, step: int) -> None:
+        self._engine.load_checkpoint(str(self._out), tag=str(step))
+
+    def close(self) -> None:
+        pass
+
+
+def methods_of(names: Sequence[str], stage: int) -> dict[str, Method]:
+    """The methods that are saved, by name; `DEEPSPEED` has the JSON of AdamW."""
+    from toolkit.compare.methods import read_methods
+
+    found: dict[str, Method] = {}
+    for name in names:
+        [method] = read_methods(["adamw" if name == DEEPSPEED else name], [], stage, [])
+        found[name.partition("=")[0]] = method
+    return found
+
+
+if __name__ == "__main__":
+    main()

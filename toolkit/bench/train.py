@@ -1,0 +1,131 @@
+"""Whole training steps: runs of several methods and of the Hugging Face Trainer, processes in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.bench.record import Row, Spread
+from toolkit.bench.step import Measured
+from toolkit.compare.plan import CONFIGS, Method, Plan, save
+from toolkit.compare.runs import Cell, Runs, read_summary
+from toolkit.errors import UserError
+from toolkit.paths import read_text
+from toolkit.records.run import METRICS, read_metrics
+from toolkit.run.ranks import free_port, launch_command
+
+TRAINER = "hf-trainer"
+"""The method that is the Hugging Face Trainer with DeepSpeed's AdamW, on the same model and batch."""
+WARM = 3
+"""Steps of a run that do not count: the first ones compile and allocate."""
+_LAST_LINES = 15
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run of one method found: seconds of each step that counts, and bytes at its peak."""
+
+    seconds: list[float]
+    peak: int
+
+
+def measure(
+    methods: Sequence[Method],
+    trainer: Method | None,
+    order: Sequence[str],
+    settings: Mapping[str, Any],
+    ranks: int,
+    threads: int,
+    rounds: int,
+    baseline: str,
+    folder: Path,
+    *,
+    say: Callable[[str], None],
+) -> Measured:
+    """Run every method in each of `rounds`, in the order of their names in `order`.
+
+    Args:
+        methods: runs of `toolkit.train`.
+        trainer: the JSON that the Hugging Face Trainer runs with, if it is one of them.
+        settings: of every run, by their names in `RunSettings`; `steps` includes the first `WARM`.
+        folder: empty; for what runs write.
+
+    Raises:
+        UserError: a run failed.
+    """
+    plan = Plan(settings=dict(settings), ranks=ranks, seeds=rounds, baseline=baseline, methods=list(methods))
+    save(plan, folder)
+    if trainer is not None:
+        (folder / CONFIGS / f"{TRAINER}.json").write_text(json.dumps(trainer.config), encoding="utf-8")
+    runs = Runs(plan, folder)
+    found: dict[str, list[Finished]] = {name: [] for name in order}
+    for number in range(rounds):
+        for name in order:
+            say(f"round {number + 1} of {rounds}: {name}")
+            one = _trainer_run if name == TRAINER else _own_run
+            found[name].append(one(runs, name, number, threads))
+    return Measured(rows=[_row(name, found, _tokens(settings, ranks), baseline) for name in order])
+
+
+def _tokens(settings: Mapping[str, Any], ranks: int) -> int:
+    """Of one optimizer step."""
+    return int(settings["seq_len"] * settings["micro_batch"] * settings["grad_accum"] * ranks)
+
+
+def _row(name: str, found: Mapping[str, list[Finished]], tokens: int, baseline: str) -> Row:
+    seconds = [second for run in found[name] for second in run.seconds]
+    medians = {one: [statistics.median(run.seconds) for run in found[one]] for one in (name, baseline)}
+    faster = [other / own for own, other in zip(medians[name], medians[baseline], strict=True)]
+    return Row(
+        name=name,
+        timed={
+            "step_seconds": Spread.of(seconds),
+            "tokens_per_s": Spread.of([tokens / second for second in seconds]),
+        },
+        counted={"speed_ratio": statistics.median(faster), "peak_bytes": max(run.peak for run in found[name])},
+    )
+
+
+def _own_run(runs: Runs, name: str, number: int, threads: int) -> Finished:
+    cell = Cell(name, (), number)
+    finish(runs.command(cell), threads, runs.log(cell), name)
+    folder = runs.folder(cell)
+    summary = read_summary(folder) or {}
+    records = [record for record in read_metrics(folder / METRICS) if record["step"] > WARM]
+    return Finished([record["step_time_s"] for record in records], int(summary["peak_memory_bytes"]))
+
+
+def _trainer_run(runs: Runs, name: str, number: int, threads: int) -> Finished:
+    folder = runs.out / name / str(number)
+    folder.mkdir(parents=True)
+    settings = runs.plan.settings | {
+        "config": str(runs.out / CONFIGS / f"{name}.json"),
+        "out": str(folder / "found.json"),
+        "seed": number,
+    }
+    (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    command = launch_command("toolkit.bench.hf_trainer", [str(folder / "settings.json")], runs.plan.ranks, free_port())
+    finish(command, threads, folder / "log", name)
+    found = json.loads(read_text(folder, "found.json"))
+    return Finished(found["seconds"][WARM:], found["peak_bytes"])
+
+
+def finish(command: Sequence[str], threads: int, log: Path, name: str) -> None:
+    """Run `command`, of whose ranks each has `threads`, to its end. Raises UserError where it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with open(log, "wb") as sink:
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, check=False)
+    if done.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        told = next((line for line in reversed(lines) if line.startswith("error: ")), "").removeprefix("error: ")
+        if not told:
+            print("\n".join(lines[-_LAST_LINES:]), file=sys.stderr)
+        raise UserError(f"the run of {name} failed: {told or f'it ended with status {done.returncode}.'}")

@@ -1,0 +1,136 @@
+"""What every command below `toolkit bench` does before and after it measures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from toolkit.errors import UserError
+from toolkit.plugins import import_plugins
+
+if TYPE_CHECKING:
+    from toolkit.bench.record import Record
+    from toolkit.bench.step import Measured
+
+_SLOWER = 1
+OPTIONS = {
+    "step": ("optimizers", "parameters", "model", "baseline", "repeats", "threads", "device", "growth"),
+    "train": (
+        *("methods", "baseline", "model", "data", "seq_len", "micro_batch", "grad_accum"),
+        *("steps", "rounds", "ranks", "zero_stage", "threads"),
+    ),
+    "data": ("data", "tokenizer", "model", "seq_len", "micro_batch", "batches", "step_ms", "repeats", "threads"),
+    "save": ("methods", "model", "steps", "repeats", "ranks", "zero_stage", "threads"),
+}
+"""Options that are kept with what was measured. Plug-ins are not: a file must not say which code is run."""
+
+
+def say(words: str) -> None:
+    typer.echo(words, err=True)
+
+
+class Call:
+    """One call of a command below `bench`: what all of them do before and after they measure."""
+
+    def __init__(
+        self,
+        ctx: typer.Context,
+        threads: int | None,
+        device: Literal["cpu", "cuda"] | None,
+        plugins: list[Path] | None,
+        json_to: str | None,
+        against: Path | None,
+        anyway: bool,
+        tolerance: float,
+    ) -> None:
+        from toolkit.bench.record import load_average, read
+
+        self._load = load_average()
+        self._ctx, self._json_to, self._against, self._tolerance = ctx, json_to, against, tolerance
+        self._anyway = anyway
+        self._before = None if against is None else read(against)
+        self._settings: dict[str, Any] = {}
+        _prepare(threads)
+        import_plugins(plugins)
+        self.device = _device(device)
+        self.threads = int(os.environ["OMP_NUM_THREADS"])
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Nothing is measured yet. Raises UserError where the earlier record is not of the same."""
+        from toolkit.bench.against import check
+        from toolkit.bench.step import Measured
+
+        self._settings = settings
+        if self._before is not None and self._against is not None:
+            check(self._before, self.record(Measured()), self._against, anyway=self._anyway)
+
+    def record(self, found: Measured) -> Record:
+        from toolkit.bench.record import Record, machine, now
+        from toolkit.run.folder import versions
+
+        name: Any = self._ctx.info_name
+        return Record(
+            command=name,
+            settings=self._settings,
+            options={key: self._ctx.params[key] for key in OPTIONS[name]},
+            machine=machine(self.device),
+            load=self._load,
+            began=now(),
+            versions=versions(),
+            rows=found.rows,
+            left_out=found.left_out,
+            notes=found.notes,
+        )
+
+    def finish(self, record: Record, baseline: str | None) -> None:
+        """Show and write the record, and compare it with the earlier one."""
+        from toolkit.bench.against import compare
+        from toolkit.bench.record import record_text, write
+        from toolkit.bench.show import show, show_changes
+        from toolkit.console import PlainConsole
+
+        if self._json_to == "-":
+            typer.echo(record_text(record), nl=False)
+        elif self._json_to is not None:
+            write(record, Path(self._json_to))
+        console = PlainConsole(stderr=self._json_to == "-")
+        show(record, console, baseline)
+        if self._before is not None and self._against is not None:
+            changes = compare(self._before, record, self._against, self._tolerance)
+            show_changes(changes, console, self._against)
+            if any(change.slower for change in changes):
+                raise typer.Exit(_SLOWER)
+
+
+def _prepare(threads: int | None) -> None:
+    """Before torch is imported: how many threads there are, for it and for what brings an OpenMP of its own."""
+    from toolkit.run import leftovers, ranks
+
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    ranks.prepare_environment()
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    ranks.settle_accelerator()
+    leftovers.own_build_folder()
+
+
+def of_a_rank(threads: int | None, ranks: int) -> int | None:
+    """Threads that each of `ranks` gets: those asked for, those of the environment (None), or a share of the cores."""
+    if threads is not None or "OMP_NUM_THREADS" in os.environ:
+        return threads
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def _device(asked: Literal["cpu", "cuda"] | None) -> Literal["cpu", "cuda"]:
+    import torch
+
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise UserError("--device is cuda, but torch finds no GPU here.")
+    return asked or ("cuda" if there else "cpu")
