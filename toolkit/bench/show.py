@@ -158,8 +158,8 @@ def plot(record: Record, path: Path) -> None:
             if by == "tensors" and all("host_seconds" in row.timed for row in own):
                 hosts = [1e3 * row.timed["host_seconds"].median for row in own]
                 axes.plot(places, hosts, linestyle=":", color=line.get_color())
-        held = {row.at[fixed] for row in rows}
-        axes.set_title(f"{', '.join(count_text(value) for value in sorted(held))} {fixed}")
+        [value] = {row.at[fixed] for row in rows}
+        axes.set_title(f"{count_text(value)} {fixed if value > 1 else fixed.removesuffix('s')}")
         axes.set(xscale="log", yscale="log", xlabel=by, ylabel="ms a step" + (" (dotted: the host's)" if index else ""))
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")

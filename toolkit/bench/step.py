@@ -55,6 +55,9 @@ def measure(
         UserError: an option of one of this package's optimizers is wrong, or `baseline` was not measured.
     """
     found = Measured()
+    names = [contender.name for contender in contenders]
+    if baseline is not None and baseline not in names:
+        raise UserError(f"--baseline {baseline} is none of --optimizers {', '.join(names)}.")
     with _fallbacks(found.notes):
         steppers = _steppers(contenders, shapes, device, found.left_out, say)
         base = baseline or next((name for name in steppers), None)
@@ -62,11 +65,11 @@ def measure(
             reasons = "; ".join(f"{name}: {reason}" for name, reason in found.left_out.items())
             raise UserError(f"none of --optimizers can run here ({reasons}).")
         if base not in steppers:
-            reason = found.left_out.get(base, "it is none of --optimizers")
-            raise UserError(f"--baseline {base} is not measured: {reason}.")
+            raise UserError(f"--baseline {base} is not measured: {found.left_out[base]}.")
         moved = {name: stepper.bytes_moved() for name, stepper in steppers.items()}
         copy, copied = copy_call(round(moved[base] * shapes.parameters), device)
-        say(f"{len(steppers)} optimizers on {count_text(shapes.parameters)} parameters, {repeats} rounds")
+        size = f"{count_text(shapes.parameters)} parameters in {shapes.tensors:,} tensor(s)"
+        say(f"{len(steppers)} optimizers on {size}, {repeats} rounds")
         taken = in_turn({COPY: copy, **steppers}, device, repeats)
         done = {name: [one.done for one in samples] for name, samples in taken.items()}
         hosts = {name: [one.host for one in samples] for name, samples in taken.items()}

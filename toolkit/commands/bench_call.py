@@ -61,11 +61,15 @@ class Call:
     def begin(self, settings: dict[str, Any]) -> None:
         """Nothing is measured yet. Raises UserError where the earlier record is not of the same."""
         from toolkit.bench.against import check
+        from toolkit.bench.record import loaded
         from toolkit.bench.step import Measured
 
         self._settings = settings
+        empty = self.record(Measured())
         if self._before is not None and self._against is not None:
-            check(self._before, self.record(Measured()), self._against, anyway=self._anyway)
+            check(self._before, empty, self._against, anyway=self._anyway)
+        if (warning := loaded(empty)) is not None:
+            say(f"warning: {warning}")
 
     def record(self, found: Measured) -> Record:
         from toolkit.bench.record import Record, machine, now
