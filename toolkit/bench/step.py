@@ -192,10 +192,6 @@ def _held(contenders: Sequence[Contender], rows: Sequence[Row]) -> float:
 
 def free_memory(device: str) -> int:
     """Bytes that new tensors can take."""
-    import psutil
+    from toolkit.memory.watermarks import unused
 
-    from toolkit.memory.watermarks import limits
-
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    return min([int(psutil.virtual_memory().available), *limits(torch.device("cpu")).values()])
+    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else unused()
