@@ -12,7 +12,7 @@ from toolkit.errors import UserError
 from toolkit.records.run import CHECKPOINTS, METRICS, PLOT, strict
 from toolkit.run import bad_documents, compiling, deterministic, ranks
 from toolkit.run.folder import RunFolder, plot_loss
-from toolkit.run.memory import make_explainer, memory_now, watch_memory
+from toolkit.run.memory import Forecast, make_explainer, memory_now, watch_memory
 from toolkit.run.prepare import PreparedRun, claim_folder, prepare
 from toolkit.run.resume import checkpoint_facts, make_saver, restore
 from toolkit.run.screen import Screen
@@ -64,7 +64,8 @@ def train_on_this_rank(
             screen.say(f"nothing to do: {where} is at step {start.step} of {settings.steps}; --steps gives it more.")
             return {"interrupted": False, "diverged": False}
         prepared.remarks += start.remarks
-        explainer = make_explainer(prepared, device)
+        forecast = Forecast(prepared, device)
+        explainer = make_explainer(prepared, device, forecast)
         for line in prepared.lines(device):
             screen.say(line)
         screen.say(explainer.words())
@@ -77,6 +78,8 @@ def train_on_this_rank(
             with screen:
                 run.train(ledger)
             ledger.close()
+            if run.whole:
+                forecast.changes()  # for the report
             summary = run.finish(ledger.largest)
         screen.summary(summary)
         return summary
@@ -233,6 +236,11 @@ class Run:
 
         return read
 
+    @property
+    def whole(self) -> bool:
+        """Whether its last step has been made."""
+        return bool(self.records) and self.records[-1]["step"] >= self.settings.steps
+
     def validate(self) -> float:
         """Mean loss over the validation sequences, dealt out to the ranks; the same at every world size up to
         rounding."""
@@ -363,7 +371,10 @@ def optimizer_step(engine: Any, batches: Iterator[torch.Tensor], accumulation: i
     """One optimizer step; returns this rank's mean loss over its micro-batches, 0-d fp64, on the device."""
     total: Any = 0.0
     for _ in range(accumulation):
-        loss = engine(next(batches).to(engine.device, non_blocking=True))
+        tokens = next(batches)
+        if engine.device.type != "cpu":  # out of other memory, a copy may make the host wait for the device
+            tokens = tokens.pin_memory().to(engine.device, non_blocking=True)
+        loss = engine(tokens)
         engine.backward(loss)
         engine.step()
         # Kept on the device: to read it here would make the host wait once a micro-batch.
