@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -20,6 +22,11 @@ from toolkit.run.leftovers import own_build_folder
 
 # As in a run of the toolkit, also where a test uses DeepSpeed by itself: else every extension would be built twice.
 own_build_folder()
+
+# Not the user's own; all tests of a session share it, in whatever process.
+TOKENS = None if "LEANSTATE_TOKEN_CACHE" in os.environ else tempfile.mkdtemp(prefix="leanstate-tokens-")
+if TOKENS is not None:
+    os.environ["LEANSTATE_TOKEN_CACHE"] = TOKENS
 
 settings.register_profile("any machine", deadline=None)  # a slow example on a busy machine is no failure
 settings.load_profile("any machine")
@@ -50,6 +57,11 @@ def pytest_collection_finish() -> None:
     """DeepSpeed collects garbage whenever it builds stage 3: half a second, were it to look at all that is imported."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    if TOKENS is not None:
+        shutil.rmtree(TOKENS, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,22 @@ def read_text(folder: Path, name: str, *, limit: int = TEXT_LIMIT, errors: str =
         raise UserError(f"{path} is not text from byte {error.start} on") from None
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again; nothing need be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanstate"
+
+
+def draft_of(path: Path) -> Path:
+    """A name beside `path` for what will replace it; nothing of that name is there.
+
+    Raises:
+        OSError: what is there cannot be removed.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)  # which may be a link
+    return draft
+
+
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Make `path` a file of `text`, UTF-8: whatever ends this process, readers find the old one or the new.
 
@@ -99,8 +115,7 @@ def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
     Raises:
         OSError: it cannot be written; then it is what it was.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)  # which may be a link
+    draft = draft_of(path)
     try:
         with open(draft, "x", encoding="utf-8") as file:
             file.write(text)

@@ -170,7 +170,9 @@ def test_what_was_asked_is_read_from_the_message(message: str, size: float | Non
 def explainer(folder: Path, **more: Any) -> Explainer:
     savings = {"--micro-batch 2": 500, "stage 3": 900, "worse": -10, "--seq-len 128": 300, "bf16+4": 20}
     changes = [Change(change=name, peak=1000 - saves, saves=saves) for name, saves in savings.items()]
-    return Explainer(folder, 3, CPU, changes=lambda: changes, **more)
+    made = Explainer(folder, 3, CPU, **more)
+    made.take_changes(changes)
+    return made
 
 
 def test_the_explanation_names_what_was_held(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,10 @@ import torch
 import transformers
 from small_models import qwen3
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from toolkit.errors import UserError
-from toolkit.models import PRESETS, build_model, count_parameters, load_config
+from toolkit.models import PRESETS, build_model, count_parameters, flops_per_token, load_config, peak_flops
 from toolkit.models.build import skeleton
 
 TOTALS = {
@@ -86,6 +87,64 @@ def test_count_agrees_with_a_real_model(config: transformers.PretrainedConfig) -
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+# --- arithmetic
+
+
+def test_flops_of_134m_are_those_of_its_shapes() -> None:
+    """Written from the table of the model, and not from its code."""
+    config, _ = load_config("qwen3-134m")
+    layer = 4 * 768 * 768 + 3 * 768 * 2048
+    assert flops_per_token(config, 1024) == 6 * (12 * layer + 32_000 * 768) + 12 * 12 * 12 * 64 * 1024
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_agree_with_those_that_torch_counts(tied: bool) -> None:
+    """A forward and a backward pass, attention as plain products, which computes what causality masks, too."""
+    config = transformers.Qwen3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros((3, 16), dtype=torch.int64)).logits.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for operation, count in counts.items() if str(operation) in ("aten.mm", "aten.bmm"))
+    rotary = 3 * 2 * 8 // 2 * 16 * 2  # frequencies times places: a product of matrices, too
+    assert products == pytest.approx(3 * 16 * flops_per_token(config, 16), abs=rotary)
+
+
+def test_flops_of_experts_are_those_that_a_token_passes_through() -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8, "vocab_size": 96}
+    config = transformers.MixtralConfig(**shape, intermediate_size=48, num_local_experts=8, num_experts_per_tok=2)
+    config.num_key_value_heads = 4
+    weights = 4 * 32 * 32 + 8 * 32 + 2 * 3 * 32 * 48 + 96 * 32
+    assert flops_per_token(config, 64) == 6 * weights + 12 * 32 * 64
+
+
+def test_windows_bound_what_a_token_attends_to() -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8, "vocab_size": 96}
+    config = transformers.Qwen3Config(**shape, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    assert flops_per_token(config, 64) - flops_per_token(config, 16) == 12 * 32 * (64 - 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA H20", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peaks_are_known_by_the_whole_name_only(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
 
 
 # --- what a user can get wrong

@@ -275,7 +275,7 @@ def data_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("data")]
 
 
-def test_the_thread_works_ahead_only_so_far_and_ends_with_the_iterator() -> None:
+def test_the_threads_work_ahead_only_so_far_and_end_with_the_iterator() -> None:
     read = 0
 
     def endless() -> Iterator[str]:
@@ -289,7 +289,7 @@ def test_the_thread_works_ahead_only_so_far_and_ends_with_the_iterator() -> None
     )
     assert not data_threads(), "nothing runs before the first batch is wanted"
     next(batches)
-    assert len(data_threads()) == 1
+    assert len(data_threads()) == 2, "one makes groups, one batches of them"
     batches.close()
     assert not data_threads()
     assert read < 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -20,6 +21,7 @@ from toolkit import cli
 from toolkit.records.categories import MEANING
 from toolkit.records.memory import Span, Timeline, write_record
 from toolkit.report import Report, build_report, render, report_paths, svg
+from toolkit.report.markdown import to_markdown
 from toolkit.report.words import number, signed, size
 
 STYLE = Path(svg.__file__).parent / "templates" / "style.css"
@@ -301,3 +303,22 @@ def test_the_json_of_a_crashed_run_is_strict(tmp_path: Path) -> None:
         raise AssertionError(word)
 
     json.loads(render(build_report([tmp_path / "run"]), "json"), parse_constant=refuse)
+
+
+def test_speed_and_waiting_are_shown_where_the_steps_have_them(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    path = folder / "metrics.jsonl"
+    older = build_report([folder]).runs[0].training
+    assert older is not None and (older.flops_per_s, older.mfu, older.waiting) == (None, None, None)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for index, line in enumerate(lines):
+        line |= {"flops_per_s": 2e12 + index, "data_seconds": line["step_time_s"] / 400}
+    lines[-1]["mfu"] = 0.375
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = build_report([folder])
+    training = report.runs[0].training
+    assert training is not None and training.mfu == 0.375 and training.waiting == pytest.approx(1 / 400)
+    assert training.flops_per_s == statistics.median(line["flops_per_s"] for line in lines)
+    page = to_markdown(report)
+    assert "2.00 TFLOP/s of the model's own arithmetic, 37.5% of what the devices can do" in page
+    assert "Waiting for data took 0.25% of the steps' time." in page

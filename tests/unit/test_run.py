@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.errors import UserError
+from toolkit.models import flops_per_token, load_config
 from toolkit.plugins import import_plugin
 from toolkit.records.run import read_metrics
 from toolkit.run import ranks
@@ -113,6 +114,10 @@ def test_one_process_without_a_launcher_trains(small_text: Path, tmp_path: Path)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "memory_bytes", "step_time_s", "skipped"} <= set(records[0])
     assert [step for step, record in enumerate(records, 1) if "val_loss" in record] == [2, 4]
+    for record in records:
+        assert 0 <= record["data_seconds"] < record["step_time_s"] and "mfu" not in record
+        per_token = record["flops_per_s"] / record["tokens_per_s"]
+        assert per_token == pytest.approx(flops_per_token(load_config("qwen3-tiny")[0], 32))
     # An untrained model is as unsure as a uniform guess over its 4,096 tokens.
     assert abs(records[0]["loss"] - math.log(4096)) < 0.5
     assert records[-1]["lr"] > 0

@@ -26,6 +26,9 @@ SUMMARY: dict[str, Any] = {
     "loss_steps": 10,
     "val_loss": None,
     "tokens_per_s": 5120.0,
+    "flops_per_s": 3.25e12,
+    "mfu": 0.4125,
+    "data_seconds": 0.03,
     "peak_memory_bytes": 743_600_000,
     "memory_kind": "resident",
     "memory_files": "runs/x/memory",
@@ -36,7 +39,15 @@ SUMMARY: dict[str, Any] = {
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
-    return {"step": step, "loss": 4.0, "lr": 1e-3, "tokens_per_s": 5120.0, "skipped": False, **more}
+    return {
+        "step": step,
+        "loss": 4.0,
+        "lr": 1e-3,
+        "tokens_per_s": 5120.0,
+        "flops_per_s": 2.5e9,
+        "skipped": False,
+        **more,
+    }
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -53,7 +64,8 @@ def test_screen_shows_progress_and_summary(terminal: bool) -> None:
         "in 12 s, after 24 s of compiling",
         "4.2500",
         "not measured",
-        "5,120",
+        "5,120 tokens/s, 3.25 TFLOP/s (MFU 41.2%)",
+        "0.25% of the time",
         "743.60 MB",
         "3.05",
         "m_fast 5.00 MB, v 900 B",

@@ -99,7 +99,10 @@ def estimate(
         loss=loss,
         attention={"flash": "sdpa", "eager": "eager", None: None}[attention],
     )
-    found = Estimator().predict(case, changes=what_if)
+    estimator = Estimator()
+    found = estimator.predict(case)
+    if what_if:
+        found.changes = estimator.changes(case, found.peak)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
     else:

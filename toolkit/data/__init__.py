@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from toolkit.data.batches import Batches, rank_batches
 from toolkit.data.documents import BadDocument, Documents
-from toolkit.data.pack import Batches, PackedTokens, Position, rank_batches
+from toolkit.data.pack import PackedTokens, Position
 from toolkit.data.stream import open_documents
+from toolkit.data.token_cache import TokenCache, open_cache
 from toolkit.data.tokenizers import TOKENIZERS, load_tokenizer
 
 __all__ = [
@@ -14,7 +16,9 @@ __all__ = [
     "Documents",
     "PackedTokens",
     "Position",
+    "TokenCache",
     "load_tokenizer",
+    "open_cache",
     "open_documents",
     "rank_batches",
 ]

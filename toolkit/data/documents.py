@@ -72,13 +72,15 @@ class Documents:
 
     `name` is what the user called it, for messages; `read` starts one pass, over plain texts or documents; `sizes` are
     those of its files, in order, where it has any. `bad` says what becomes of documents that cannot be used: they are
-    skipped, or the first one stops whoever reads. Iterating gives the texts that can be used.
+    skipped, or the first one stops whoever reads. `state` changes where anything that `read` gives may have changed;
+    empty, nothing is known of that. Iterating gives the texts that can be used.
     """
 
     name: str
     read: Callable[[], Iterator[Document] | Iterator[str]]
     sizes: tuple[int, ...] = ()
     bad: BadDocuments = "skip"
+    state: tuple[object, ...] = ()
 
     def __iter__(self) -> Iterator[str]:
         return (found.text for found in self.documents() if not found.problem)

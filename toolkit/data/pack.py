@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from toolkit.data.documents import BadDocument, Document, Documents
 from toolkit.data.files import first_line
@@ -26,10 +23,8 @@ HELD_OUT_TAIL = 10
 NAMED = 5
 """Documents that are skipped and named; further ones are counted."""
 ENCODE_TOGETHER = 64
-BATCHES_AHEAD = 4
 
 Part = Literal["all", "train", "validation"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,6 +60,16 @@ class Position:
         named = (*self.named, document.problem) if document.problem and self.skipped < NAMED else self.named
         skipped = self.skipped + bool(document.problem)
         return replace(self, skipped=skipped, named=named, replaced=self.replaced + document.replaced)
+
+
+class Group(NamedTuple):
+    """Sequences that are mixed among each other, in the order of the documents, and where the next group starts.
+
+    `tokens`: [sequences, seq_len + 1], uint16 where that holds them all, else int32.
+    """
+
+    tokens: np.ndarray
+    following: Position
 
 
 class PackedTokens:
@@ -123,25 +128,33 @@ class PackedTokens:
         self.read_to = Position()
         """The end of the group that `position` is in, up to which documents have been read and counted."""
 
-    def sequences(self, start: Position | None = None) -> Iterator[np.ndarray]:
-        """The sequences from `start` (the beginning if None) on, without end: int64 arrays [seq_len + 1].
+    def sequences(self, start: Position | None = None, groups: Iterator[Group] | None = None) -> Iterator[np.ndarray]:
+        """The sequences from `start` (the beginning if None) on, without end: arrays [seq_len + 1] of integers.
 
-        Before each is handed out, `position` moves to the one after it.
+        Before each is handed out, `position` moves to the one after it. `groups`: where its `groups` come from, if they
+        are not made here.
         """
         start = start or Position()
         self.position = start
         group_start = replace(start, mixed=0)
         given_out = start.mixed
-        stream = self._in_order(group_start)
+        for tokens, following in groups or self.groups(group_start):
+            self.read_to = following
+            order = np.random.default_rng((self.seed, *group_start.place, 0)).permutation(len(tokens))
+            for number in range(given_out, len(tokens)):
+                last = number + 1 == len(tokens)
+                self.position = following if last else replace(group_start, mixed=number + 1)
+                yield tokens[order[number]]
+            group_start, given_out = following, 0
+
+    def groups(self, start: Position) -> Iterator[Group]:
+        """The groups from `start` on, which begins one, without end."""
+        stream = self._in_order(start)
         while True:
-            group = list(islice(stream, self.sequence_window))
-            next_start = self.read_to = group[-1][0]
-            order = np.random.default_rng((self.seed, *group_start.place, 0)).permutation(len(group))
-            for number in range(given_out, len(group)):
-                last = number + 1 == len(group)
-                self.position = next_start if last else replace(group_start, mixed=number + 1)
-                yield group[order[number]][1]
-            group_start, given_out = next_start, 0
+            found = list(islice(stream, self.sequence_window))
+            small = max(int(tokens.max()) for _, tokens in found) <= np.iinfo(np.uint16).max
+            kind = np.uint16 if small else np.int32
+            yield Group(np.stack([tokens.astype(kind) for _, tokens in found]), found[-1][0])
 
     def first_pass(self, most: int) -> list[np.ndarray]:
         """Up to `most` sequences that begin before the documents repeat, in the order of the documents.
@@ -308,60 +321,3 @@ class PackedTokens:
             verbose=False,
         )["input_ids"]
         return ids
-
-
-class Batches:
-    """One rank's micro-batches, without end: int64 tensors [micro_batch, seq_len + 1] on the CPU.
-
-    `position` is where the stream continues after the latest one, and `read_to` how far documents have been read for it
-    (`PackedTokens.read_to`), both the same at every number of ranks. A background thread works a few batches ahead; an
-    error in it is raised here, at the batch it prevented. `close` ends the thread.
-    """
-
-    def __init__(self, ahead: Generator[tuple[torch.Tensor, Position, Position]], start: Position) -> None:
-        self._ahead = ahead
-        self.position = self.read_to = start
-
-    def __iter__(self) -> Batches:
-        return self
-
-    def __next__(self) -> torch.Tensor:
-        tokens, self.position, self.read_to = next(self._ahead)
-        return tokens
-
-    def close(self) -> None:
-        self._ahead.close()
-
-
-def rank_batches(
-    packed: PackedTokens, *, rank: int, world_size: int, micro_batch: int, start: Position | None = None
-) -> Batches:
-    """This rank's micro-batches from `start` on, the beginning of the stream if None.
-
-    Micro-step k of rank r takes the sequences (k * world_size + r) * micro_batch + j, j < micro_batch, of the
-    global stream: ranks see disjoint data, and a global batch holds the same sequences at every world size. So
-    does what follows a `position`, the same on every rank, whatever the number of ranks before and after it.
-    The price is that every rank tokenizes the whole stream: what one process tokenizes bounds the speed of all.
-    """
-    first = start or Position()
-
-    def batches() -> Iterator[tuple[torch.Tensor, Position, Position]]:
-        stream = packed.sequences(first)
-        while True:
-            step = islice(stream, world_size * micro_batch)
-            mine = [tokens for place, tokens in enumerate(step) if place // micro_batch == rank]
-            yield torch.from_numpy(np.stack(mine)), packed.position, packed.read_to
-
-    return Batches(_ahead(batches(), BATCHES_AHEAD), first)
-
-
-def _ahead(items: Iterator[T], depth: int) -> Generator[T]:
-    """The endless `items`, worked out `depth` ahead by a thread that lives as long as this iterator."""
-    worker = ThreadPoolExecutor(1, thread_name_prefix="data")
-    try:
-        pending: deque[Future[T]] = deque(worker.submit(next, items) for _ in range(depth))
-        while True:
-            pending.append(worker.submit(next, items))
-            yield pending.popleft().result()
-    finally:
-        worker.shutdown(cancel_futures=True)

@@ -8,6 +8,7 @@ been built on every rank. Single documents that cannot be used are skipped later
 from __future__ import annotations
 
 import glob
+import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -60,7 +61,8 @@ def open_documents(
     if spec == "fineweb":
         documents = Documents(spec, _fineweb(subset or FINEWEB_SUBSET, text_column, split), bad=bad)
     elif spec == "stdlib":
-        documents = Documents(spec, lambda: _read_files(stdlib_files(), text_column), bad=bad)
+        files = stdlib_files()
+        documents = Documents(spec, lambda: _read_files(files, text_column), bad=bad, state=_state(files, text_column))
     else:
         files, kind = _find_files(spec)
         for file in files:
@@ -69,10 +71,17 @@ def open_documents(
             else:
                 _begins_well(read_file(file, text_column))
         sizes = tuple(file.stat().st_size for file in files)
-        documents = Documents(spec, lambda: _read_files(files, text_column), sizes, bad)
+        state = _state(files, text_column)
+        documents = Documents(spec, lambda: _read_files(files, text_column), sizes, bad, state)
     if not _begins_well(documents.documents()):
         raise UserError(f"data {spec!r} is an empty corpus: it holds no text.")
     return documents
+
+
+def _state(files: Iterable[Path], text_column: str) -> tuple[object, ...]:
+    """What changes with the texts of `files`: of each, where it is and when it was changed, by whatever means."""
+    about = ((str(file.absolute()), file.stat()) for file in files)
+    return (text_column, *((name, found.st_size, found.st_mtime_ns, found.st_ctime_ns) for name, found in about))
 
 
 def _read_files(files: Iterable[Path], text_column: str) -> Iterator[Document]:
@@ -151,7 +160,10 @@ def stdlib_files() -> list[Path]:
     """Every .py file of the running interpreter's standard library, in sorted order."""
     root = Path(sysconfig.get_path("stdlib"))
     foreign = {"site-packages", "dist-packages"}
-    files = [file for file in root.rglob("*.py") if not foreign.intersection(file.relative_to(root).parts)]
+    files: list[Path] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = set(inner) - foreign  # not even looked into: they may hold a hundred thousand files
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise UserError(f"data 'stdlib' needs the standard library as .py files, and {root} holds none.")
     return sorted(files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import struct
 import warnings
@@ -15,7 +14,7 @@ from toolkit.data.files import read_file
 from toolkit.data.stream import hub_reachable, stdlib_files
 from toolkit.errors import UserError, nearest
 from toolkit.models.presets import first_line
-from toolkit.paths import replace_text
+from toolkit.paths import cache_folder, replace_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -179,7 +178,7 @@ def _python_tokenizer() -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanstate"
+    cache = cache_folder()
     file = cache / f"python-{platform.python_version()}-{PYTHON_VOCABULARY}.json"
     try:
         return Tokenizer.from_file(str(file))

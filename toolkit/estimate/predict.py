@@ -107,20 +107,13 @@ class Estimator:
     several: bool = False
     _passes: dict[tuple[Any, ...], DryRun] = field(default_factory=dict)
 
-    def predict(self, case: Case, *, changes: bool = False) -> Prediction:
+    def predict(self, case: Case) -> Prediction:
         """The step of the rank that holds most.
-
-        Args:
-            changes: also what other settings would hold, which takes a few more dry runs.
 
         Raises:
             UserError: an unknown model or optimizer, or settings that exclude each other.
         """
-        run, optimizer, step = self._simulate(case)
-        found = self._prediction(case, run, optimizer, step)
-        if changes:
-            found.changes = self._changes(case, found.peak)
-        return found
+        return self._prediction(case, *self._simulate(case))
 
     def peak(self, case: Case) -> int:
         """Bytes of the device, the context left out, at the peak of the rank that holds most."""
@@ -185,7 +178,8 @@ class Estimator:
             remarks=remarks,
         )
 
-    def _changes(self, case: Case, peak: int) -> list[Change]:
+    def changes(self, case: Case, peak: int) -> list[Change]:
+        """What other settings than those of `case`, whose peak is `peak`, would hold; takes a few more dry runs."""
         found = []
         for words, changed in alternatives(case):
             other = self.peak(changed)

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -99,7 +99,6 @@ class Explainer:
         rank: of this process.
         device: whose memory is watched.
         predicted: by `toolkit.estimate.predict`; what each phase was expected to hold stands beside what it held.
-        changes: what other settings would hold. Called here: there may be no memory to compute it later.
         named_already: bytes of the tensors that exist already, and that will be named when something fails.
 
     The ledger keeps `setup`, `inventory`, `vocabulary`, `phase` and `step` up to date.
@@ -112,7 +111,6 @@ class Explainer:
         device: torch.device,
         *,
         predicted: Prediction | None = None,
-        changes: Callable[[], Sequence[Change]] | None = None,
         named_already: int = 0,
     ) -> None:
         self.folder, self.rank, self.device = folder, rank, device
@@ -123,8 +121,7 @@ class Explainer:
         self.vocabulary: int | None = None
         self.written: Path | None = None
         self._predicted = predicted
-        found = list(changes()) if changes is not None else predicted.changes if predicted is not None else []
-        self._changes = sorted((x for x in found if x.saves > 0), key=lambda change: -change.saves)[:CHANGES]
+        self._changes: list[Change] = []
         self.limits = limits(device)
         self._watermark = watermark(device)
         self._at_start = 0 if device.type == "cuda" else max(0, self._watermark.now() - named_already)
@@ -146,16 +143,26 @@ class Explainer:
         """The smallest of the limits."""
         return min(self.limits.values(), default=None)
 
+    def take_changes(self, changes: Iterable[Change]) -> None:
+        """What other settings would hold. Before the run: there may be no memory to compute it later."""
+        self._changes = sorted((x for x in changes if x.saves > 0), key=lambda change: -change.saves)[:CHANGES]
+
+    def _needed(self, limit: str) -> int:
+        """Bytes that are predicted to count against `limit`; 0 where nothing is predicted."""
+        if self._predicted is None:
+            return 0
+        # The limit on address space also counts what the libraries have mapped.
+        before = address_space() if limit == RESERVED_SPACE else self._at_start
+        return self._predicted.needed + (0 if self.device.type == "cuda" else before or 0)
+
+    def share(self) -> float:
+        """The largest share of a limit that the run is predicted to need."""
+        return max((self._needed(what) / limit for what, limit in self.limits.items()), default=0.0)
+
     def warning(self) -> str | None:
         """One sentence where the prediction exceeds a limit; None where it fits or is not known."""
-        if self._predicted is None:
-            return None
-        needed = self._predicted.needed
         for what, limit in self.limits.items():
-            # The limit on address space also counts what the libraries have mapped.
-            before = address_space() if what == RESERVED_SPACE else self._at_start
-            total = needed if self.device.type == "cuda" else needed + (before or 0)
-            if total > limit:
+            if (total := self._needed(what)) > limit:
                 return (
                     f"this run is predicted to need {size_text(total)} on its largest rank, more than the limit of "
                     f"{size_text(limit)} ({what}); see `toolkit plan` for settings that fit."
@@ -266,7 +273,7 @@ class Explainer:
             lines += [f"| `{x.change}` | {x.saves:,} | {x.peak:,} |" for x in record.changes]
             lines += ["", "As predicted by `toolkit estimate` for the largest rank; each change on its own."]
         else:
-            lines.append("Nothing was predicted for this run; `toolkit plan` names settings that fit.")
+            lines.append("`toolkit plan` names settings that fit, and `toolkit estimate` what others would save.")
         return "\n".join(lines) + "\n"
 
     def _table(self, record: OutOfMemoryRecord) -> list[str]:

@@ -2,6 +2,7 @@
 
 from toolkit.models import cpu_matmul
 from toolkit.models.build import CausalLM, build_model, count_parameters
+from toolkit.models.flops import flops_per_token, peak_flops
 from toolkit.models.presets import PRESETS, Preset, check_length, load_config
 
 __all__ = [
@@ -12,5 +13,7 @@ __all__ = [
     "check_length",
     "count_parameters",
     "cpu_matmul",
+    "flops_per_token",
     "load_config",
+    "peak_flops",
 ]

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes and speeds as people write them."""
 
 from __future__ import annotations
 
@@ -38,3 +38,11 @@ def size_text(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def flops_text(count: float) -> str:
+    """A number of floating-point operations a second in PFLOP/s, TFLOP/s, GFLOP/s or MFLOP/s."""
+    for unit, factor in (("PFLOP/s", 1e15), ("TFLOP/s", 1e12), ("GFLOP/s", 1e9)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count / 1e6:.2f} MFLOP/s"

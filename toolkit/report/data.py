@@ -100,6 +100,12 @@ class Training(Record):
     val_loss: float | None
     tokens_per_s: float | None
     """Of the median step."""
+    flops_per_s: float | None
+    """Floating-point operations of the model alone, all ranks together, of the median step."""
+    mfu: float | None
+    """Their share of what the devices can do, of the median step; None where that is not known."""
+    waiting: float | None
+    """Share of the steps' time that the slowest rank waited for data."""
     nonfinite_steps: list[int]
     skipped_steps: int
     curve: LossCurve

@@ -77,6 +77,9 @@ class StepLine(_Written):
     loss: float | None
     tokens_per_s: float | None = None
     step_time_s: float | None = None
+    data_seconds: float | None = None
+    flops_per_s: float | None = None
+    mfu: float | None = None
     sequences: _Count | None = None
     tokens: _Count | None = None
     changed: list[str] = []

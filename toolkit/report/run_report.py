@@ -90,6 +90,10 @@ def _training(folder: Folder, facts: RunFacts) -> Training | None:
     finite = [loss for loss in final if loss is not None]
     times = [line.step_time_s for line in steps if line.step_time_s]
     speeds = [line.tokens_per_s for line in steps if line.tokens_per_s is not None]
+    flops = [line.flops_per_s for line in steps if line.flops_per_s is not None]
+    mfu = [line.mfu for line in steps if line.mfu is not None]
+    waits = [(line.data_seconds, line.step_time_s or 0.0) for line in steps if line.data_seconds is not None]
+    during = sum(seconds for _, seconds in waits)
     validated = [line for line in steps if "val_loss" in line.model_fields_set]
     bad = [line.step for line in steps if line.loss is None]
     if bad:
@@ -108,6 +112,9 @@ def _training(folder: Folder, facts: RunFacts) -> Training | None:
         loss_steps=len(final),
         val_loss=validated[-1].val_loss if validated else None,
         tokens_per_s=statistics.median(speeds) if speeds else None,
+        flops_per_s=statistics.median(flops) if flops else None,
+        mfu=statistics.median(mfu) if mfu else None,
+        waiting=sum(waited for waited, _ in waits) / during if during > 0 else None,
         nonfinite_steps=bad,
         skipped_steps=sum(line.skipped for line in steps),
         curve=LossCurve(

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from toolkit.records.categories import MEANING, in_order
 from toolkit.records.memory import LargeTensor
+from toolkit.records.sizes import flops_text
 from toolkit.report import svg
 from toolkit.report.data import Explanation, RunReport, Topic
 from toolkit.report.elements import Chart, Item, Kind, Preformatted, RunPart, Section, Table, legend, table
@@ -66,6 +67,8 @@ def _figures(run: RunReport) -> list[tuple[str, str]]:
     if run.training is not None:
         figures.append(("training loss", number(run.training.loss, 4)))
         figures.append(("tokens per second", number(run.training.tokens_per_s, 0)))
+        if run.training.mfu is not None:
+            figures.append(("MFU", f"{run.training.mfu:.1%}"))
     return figures
 
 
@@ -266,6 +269,11 @@ def _loss(run: RunReport) -> list[Item]:
     )
     if training.skipped_steps:
         sentence += f" Skipped for a gradient that is not finite: {training.skipped_steps}."
+    if training.flops_per_s is not None:
+        mfu = f", {training.mfu:.1%} of what the devices can do (MFU)" if training.mfu is not None else ""
+        sentence += f" Speed of the median step: {flops_text(training.flops_per_s)} of the model's own arithmetic{mfu}."
+    if training.waiting is not None:
+        sentence += f" Waiting for data took {training.waiting:.2%} of the steps' time."
     curve = training.curve
     series = [svg.Series("training", curve.steps, curve.loss, 0)]
     legend = [svg.dash(0, "training")]

@@ -36,15 +36,14 @@ class Notes:
 
 
 @contextmanager
-def saved_before(save: Callable[[], None] | None) -> Iterator[None]:
+def saved_before(save: Callable[[], None]) -> Iterator[None]:
     """Calls `save` if a document ends the data within: every rank gets there in the same step."""
     from toolkit.data import BadDocument
 
     try:
         yield
     except BadDocument as error:
-        if save is not None:
-            save()
+        save()
         raise ranks.AgreedError(str(error)) from None
 
 

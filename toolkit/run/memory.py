@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
@@ -15,48 +17,77 @@ if TYPE_CHECKING:
 
     from toolkit.memory.ledger import Ledger
     from toolkit.memory.out_of_memory import Explainer
-    from toolkit.records.memory import Prediction
+    from toolkit.records.memory import Change, Prediction
+
+_RISKY = 0.5
+"""Share of a limit: of a run that is predicted to need more, it is computed beforehand what would change that."""
 
 
-def make_explainer(prepared: PreparedRun, device: torch.device) -> Explainer:
+class Forecast:
+    """What this run will hold, predicted on rank 0 and written to memory/predicted.json; with it, what would change it.
+
+    The latter takes seconds, and is computed before the run only where memory may run out.
+    """
+
+    def __init__(self, prepared: PreparedRun, device: torch.device) -> None:
+        from toolkit.estimate.predict import Case, Estimator
+
+        self.prediction: Prediction | None = None
+        settings, batch = prepared.settings, prepared.batch
+        self._folder, self._remarks = prepared.folder, prepared.remarks
+        self._estimator = Estimator()
+        if ranks.rank() != 0 or settings.memory_profile == "off":
+            return
+        with self._refusals():
+            self._case = Case(
+                model=settings.model,
+                config=prepared.config,
+                world_size=batch.world_size,
+                micro_batch=batch.micro,
+                accumulation=batch.accumulation,
+                seq_len=settings.seq_len,
+                device=device.type,
+                activation_checkpointing=settings.activation_checkpointing,
+                loss=settings.loss,
+            )
+            self.prediction = self._estimator.predict(self._case)
+            self._write(self.prediction)
+
+    def changes(self) -> list[Change]:
+        """What would change it, on every rank; all must call this."""
+        found = self.prediction
+        if found is not None and not found.changes:
+            with self._refusals():
+                found.changes = self._estimator.changes(self._case, found.peak)
+                self._write(found)
+        return ranks.from_first(found.changes if found is not None else [])
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of a model or optimizer that it does not know; the run may be fine
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self._remarks.append(f"the memory of this run could not be predicted: {reason}")
+
+    def _write(self, prediction: Prediction) -> None:
+        from toolkit.records.memory import PREDICTED, write_record
+
+        write_record(self._folder, PREDICTED, prediction)
+
+
+def make_explainer(prepared: PreparedRun, device: torch.device, forecast: Forecast) -> Explainer:
     """What explains memory that runs out, with the prediction that it needs before there is none left."""
     from toolkit.memory.out_of_memory import Explainer
 
-    predicted = ranks.from_first(_predict(prepared, device) if ranks.rank() == 0 else None)
+    predicted = ranks.from_first(forecast.prediction)
     explainer = Explainer(prepared.folder, ranks.rank(), device, predicted=predicted)
     # A limit may be on one rank only, and only rank 0 is heard.
     warnings = ranks.everyones(explainer.warning())
     prepared.remarks += [f"rank {rank}: {warning}" for rank, warning in enumerate(warnings) if warning][:1]
+    if any(ranks.everyones(explainer.share() > _RISKY)):
+        explainer.take_changes(forecast.changes())
     return explainer
-
-
-def _predict(prepared: PreparedRun, device: torch.device) -> Prediction | None:
-    """What this run will hold and what would change it, also written to memory/predicted.json."""
-    from toolkit.estimate.predict import Case, Estimator
-    from toolkit.records.memory import PREDICTED, write_record
-
-    settings, batch = prepared.settings, prepared.batch
-    if settings.memory_profile == "off":
-        return None
-    case = Case(
-        model=settings.model,
-        config=prepared.config,
-        world_size=batch.world_size,
-        micro_batch=batch.micro,
-        accumulation=batch.accumulation,
-        seq_len=settings.seq_len,
-        device=device.type,
-        activation_checkpointing=settings.activation_checkpointing,
-        loss=settings.loss,
-    )
-    try:
-        predicted = Estimator().predict(case, changes=True)
-    except Exception as error:  # of a model or optimizer that it does not know; the run may be fine
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        prepared.remarks.append(f"the memory of this run could not be predicted: {reason}")
-        return None
-    write_record(prepared.folder, PREDICTED, predicted)
-    return predicted
 
 
 def watch_memory(prepared: PreparedRun, engine: Any, explainer: Explainer) -> Ledger:

@@ -36,6 +36,7 @@ class PreparedRun:
     data: PackedTokens
     validation: list[torch.Tensor]
     parameters: int
+    flops_per_token: int
     identity: dict[str, dict[str, Any]]
     model_files: dict[str, bytes]
     """What checkpoints keep beside the weights; on rank 0."""
@@ -141,6 +142,7 @@ def prepare(settings: RunSettings) -> PreparedRun:
         data=training,
         validation=validation,
         parameters=models.count_parameters(model_config),
+        flops_per_token=models.flops_per_token(model_config, settings.seq_len),
         identity=identity(settings, model_config, name, training),
         model_files=model_files(model_config, tokenizer, Path(settings.model).expanduser())
         if ranks.rank() == 0

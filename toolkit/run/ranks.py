@@ -19,6 +19,9 @@ from toolkit.run import leftovers
 if TYPE_CHECKING:
     import torch
 
+    Values = Sequence["float | torch.Tensor"]
+
+MeansAndMaxima = tuple[list[float], list[float]]
 T = TypeVar("T")
 
 # How long the other ranks wait for rank 0 to print: the launcher ends all ranks as soon as one has ended.
@@ -201,16 +204,36 @@ def everyones(value: T) -> list[T]:
     return box
 
 
-def mean_max(mean: list[float], largest: list[float], device: torch.device) -> tuple[list[float], list[float]]:
+def mean_max(mean: Values, largest: Values, device: torch.device) -> tuple[list[float], list[float]]:
     """Over all ranks: the means of the first values and the maxima of the second, in one collective."""
+    return mean_max_later(mean, largest, device)()
+
+
+def mean_max_later(mean: Values, largest: Values, device: torch.device) -> Callable[[], MeansAndMaxima]:
+    """As `mean_max`, whose result is what the returned function gives; it waits for that alone.
+
+    Until it is called the device may be given more to do. Values may lie on the device.
+    """
     import torch
     from torch import distributed
 
-    mine = torch.tensor(mean + largest, dtype=torch.float64, device=device)
+    from toolkit.zero.gradients import HostCopy
+
+    values = [*mean, *largest]
+    mine = torch.tensor([0.0 if isinstance(value, torch.Tensor) else value for value in values], dtype=torch.float64)
+    mine = mine.to(device, non_blocking=True)
+    for place, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            mine[place] = value
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
     distributed.all_gather(everyone, mine)
-    table = torch.stack(everyone).cpu()
-    return table[:, : len(mean)].mean(0).tolist(), table[:, len(mean) :].amax(0).tolist()
+    copy = HostCopy(torch.stack(everyone))
+
+    def read() -> MeansAndMaxima:
+        table = copy.wait()
+        return table[:, : len(mean)].mean(0).tolist(), table[:, len(mean) :].amax(0).tolist()
+
+    return read
 
 
 def report(error: UserError) -> None:

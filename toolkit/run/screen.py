@@ -14,7 +14,7 @@ from rich.text import Text
 
 from toolkit.console import PlainConsole
 from toolkit.printable import printable
-from toolkit.records.sizes import size_text
+from toolkit.records.sizes import flops_text, size_text
 
 # Where there is no terminal for a progress bar: about so many lines, but one at least every so many steps.
 PLAIN_LINES = 24
@@ -69,7 +69,7 @@ class Screen:
         where = f"step {step:>{len(str(self._steps))}}/{self._steps}"
         figures = f"loss {_figure(record['loss'])}  lr {record['lr']:.2e}  "
         figures += "".join(f"{name} {_figure(record[name])}  " for name in reported)
-        figures += f"{record['tokens_per_s']:,.0f} tok/s"
+        figures += f"{record['tokens_per_s']:,.0f} tok/s  {_arithmetic(record)}"
         if record.get("skipped"):
             figures += "  (skipped: the gradient is not finite)"
         if self._bar is not None:
@@ -95,7 +95,8 @@ class Screen:
             "steps": f"{summary['steps']} ({summary['tokens']:,} tokens in {summary['seconds']:.0f} s{compiling})",
             "training loss": f"{_figure(summary['loss'])} (mean of the last {summary['loss_steps']} steps)",
             "validation loss": "not measured" if validation is None else _figure(validation),
-            "speed": f"{summary['tokens_per_s']:,.0f} tokens/s",
+            "speed": f"{summary['tokens_per_s']:,.0f} tokens/s, {_arithmetic(summary)}",
+            "  waiting for data": f"{summary['data_seconds'] / summary['seconds']:.2%} of the time",
             "peak memory": f"{peak} {summary['memory_kind']}, largest rank{more}",
             "  records": summary["memory_files"] or "none: --memory-profile off",
             "optimizer state": f"{summary['state_bytes_per_parameter']:.2f} bytes per parameter, "
@@ -113,6 +114,11 @@ class Screen:
         for name, value in rows.items():
             table.add_row(name, Text(printable(value)))
         self.console.print(table)
+
+
+def _arithmetic(of: Mapping[str, Any]) -> str:
+    mfu = f" (MFU {of['mfu']:.1%})" if of.get("mfu") is not None else ""
+    return flops_text(of["flops_per_s"]) + mfu
 
 
 def _figure(value: float | None) -> str:

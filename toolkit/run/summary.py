@@ -35,6 +35,7 @@ def summarize(
     final = [record["loss"] for record in records[-LAST_STEPS:]]
     validated = [record["val_loss"] for record in records if "val_loss" in record]
     seconds = [record["step_time_s"] for record in records]
+    flops, mfu = ([record[name] for record in records if name in record] for name in ("flops_per_s", "mfu"))
     return {
         "run_dir": str(prepared.folder),
         "interrupted": records[-1]["step"] < prepared.settings.steps,
@@ -49,6 +50,9 @@ def summarize(
         "val_loss": validated[-1] if validated else None,
         # The median: a machine that others use has slow moments.
         "tokens_per_s": statistics.median(record["tokens_per_s"] for record in records),
+        "flops_per_s": statistics.median(flops),
+        "mfu": statistics.median(mfu) if mfu else None,
+        "data_seconds": sum(record.get("data_seconds", 0.0) for record in records),
         "peak_memory_bytes": int(peak),
         "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
         "memory_files": str(prepared.folder / MEMORY_FOLDER) if prepared.settings.memory_profile != "off" else None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from toolkit.errors import UserError
 from toolkit.records.run import CHECKPOINTS, METRICS, PLOT, strict
 from toolkit.run import bad_documents, compiling, deterministic, ranks
 from toolkit.run.folder import RunFolder, plot_loss
-from toolkit.run.memory import make_explainer, memory_now, watch_memory
+from toolkit.run.memory import Forecast, make_explainer, memory_now, watch_memory
 from toolkit.run.prepare import PreparedRun, claim_folder, prepare
 from toolkit.run.resume import checkpoint_facts, make_saver, restore
 from toolkit.run.screen import Screen
@@ -23,6 +24,7 @@ from toolkit.run.summary import summarize
 if TYPE_CHECKING:
     import torch
 
+    from toolkit.data import Position
     from toolkit.memory.ledger import Ledger
     from toolkit.memory.out_of_memory import Explainer
 
@@ -62,7 +64,8 @@ def train_on_this_rank(
             screen.say(f"nothing to do: {where} is at step {start.step} of {settings.steps}; --steps gives it more.")
             return {"interrupted": False, "diverged": False}
         prepared.remarks += start.remarks
-        explainer = make_explainer(prepared, device)
+        forecast = Forecast(prepared, device)
+        explainer = make_explainer(prepared, device, forecast)
         for line in prepared.lines(device):
             screen.say(line)
         screen.say(explainer.words())
@@ -75,6 +78,8 @@ def train_on_this_rank(
             with screen:
                 run.train(ledger)
             ledger.close()
+            if run.whole:
+                forecast.changes()  # for the report
             summary = run.finish(ledger.largest)
         screen.summary(summary)
         return summary
@@ -130,10 +135,16 @@ class Run:
             world_size=self.batch.world_size,
             micro_batch=self.batch.micro,
             start=start.position,
+            cache=data.open_cache(prepared.data, prepared.identity, str(prepared.folder.absolute())),
         )
         self._notes = bad_documents.Notes(self.batches, screen.say)
         self._rule = rule_optimizer(self.engine)
         self._skipped_in_a_row = 0
+        self._behind = steps_behind(self.engine.device)
+        self._made: deque[Callable[[], tuple[dict[str, Any], bool]]] = deque()
+        self._ended = 0.0
+        self._names: tuple[str, ...] = ()
+        self._peak = peak_of_ranks(self.engine.device, prepared.ds.computed, self.batch.world_size)
         # For the next record, what came before its step: another setting, the compiler, the copy for a checkpoint.
         self._before: dict[str, Any] = {}
         self.saver = make_saver(prepared, self.engine, start, screen.say)  # last: it has a thread, which `close` ends
@@ -149,46 +160,86 @@ class Run:
         if self.prepared.resolved.changed:
             self._before["changed"] = self.prepared.resolved.changed
         for step in range(self.start.step + 1, self.settings.steps + 1):
-            record, asked_to_stop = self.step(step, ledger)
+            self._made.append(self.step(step, ledger))
             last = step == self.settings.steps
-            if self.prepared.validation and not asked_to_stop and (last or step % self.settings.eval_every == 0):
-                record["val_loss"] = self.validate()
-            self.record(record)
+            validates = bool(self.prepared.validation) and (last or step % self.settings.eval_every == 0)
+            saves = self.saver is not None and step % self.settings.save_every == 0
             diverged = self._skipped_in_a_row >= self.settings.max_skipped
+            records, asked_to_stop = self._read(0 if last or validates or saves or diverged else self._behind)
+            if validates and not asked_to_stop:
+                records[-1]["val_loss"] = self.validate()
+            for record in records:
+                self.record(record)
             ending = last or asked_to_stop or diverged
             self.save(step, ending)
             if ending:
                 self._say_why_it_ends(step, diverged)
                 break
-        self.batches.close()
 
-    def step(self, step: int, ledger: Ledger) -> tuple[dict[str, Any], bool]:
-        """One optimizer step; returns its record, and whether any rank has been asked to stop."""
+    def _read(self, behind: int) -> tuple[list[dict[str, Any]], bool]:
+        """The records of the steps that were made, but of the last `behind`; whether a rank was asked to stop. Then it
+        is those of all."""
+        records = []
+        asked_to_stop = False
+        while len(self._made) > (0 if asked_to_stop else behind):
+            record, asked = self._made.popleft()()
+            records.append(record)
+            asked_to_stop = asked_to_stop or asked
+        return records, asked_to_stop
+
+    def step(self, step: int, ledger: Ledger) -> Callable[[], tuple[dict[str, Any], bool]]:
+        """One optimizer step; returns what waits until it has ended and gives its record, and whether any rank has been
+        asked to stop."""
+        import torch
+
+        from toolkit.zero.gradients import HostCopy
+
         engine, tokens = self.engine, self.batch.total * self.settings.seq_len
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), self.batches.waited
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
-        with bad_documents.saved_before(self._save_now(step - 1)):
+        with bad_documents.saved_before(partial(self._save_after, step - 1, self.batches.position)):
             mine = optimizer_step(engine, self.batches, self.batch.accumulation)
-        [loss], [memory, asked] = ranks.mean_max([mine], [memory_now(ledger), self.stop.requested], engine.device)
-        self.stop.step_boundary(last=bool(asked))
-        seconds = time.perf_counter() - started
+        largest = [memory_now(ledger), self.stop.requested, self.batches.waited - waited]
+        over_ranks = ranks.mean_max_later([mine], largest, engine.device)
         norm = engine.get_global_grad_norm()
-        record: dict[str, Any] = {
-            "step": step,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": None if norm is None else float(norm),
-            **self._reported(),
-            **{"sequences": self.batch.total, "tokens": tokens},
-            "tokens_per_s": tokens / seconds,
-            "step_time_s": seconds,
-            "memory_bytes": int(memory),
-            "skipped": not engine.was_step_applied(),
-            **self._before,
-        }
-        self._before = {}
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if record["skipped"] else 0
-        return record, bool(asked)
+        norm_read = HostCopy(norm).wait if isinstance(norm, torch.Tensor) else lambda: norm
+        reported = self._reported()
+        self._names = tuple(reported)
+        skipped = not engine.was_step_applied()
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        before, self._before = self._before, {}
+
+        def read() -> tuple[dict[str, Any], bool]:
+            [loss], [memory, asked, waited] = over_ranks()
+            self.stop.step_boundary(last=bool(asked))
+            now = time.perf_counter()
+            # The device began with it when it had ended the step before.
+            seconds, self._ended = now - max(started, self._ended), now
+            norm = norm_read()
+            flops = tokens * self.prepared.flops_per_token / seconds
+            return {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": None if norm is None else float(norm),
+                **reported,
+                **{"sequences": self.batch.total, "tokens": tokens},
+                "tokens_per_s": tokens / seconds,
+                "step_time_s": seconds,
+                "data_seconds": waited,
+                "flops_per_s": flops,
+                **({"mfu": flops / self._peak} if self._peak is not None else {}),
+                "memory_bytes": int(memory),
+                "skipped": skipped,
+                **before,
+            }, bool(asked)
+
+        return read
+
+    @property
+    def whole(self) -> bool:
+        """Whether its last step has been made."""
+        return bool(self.records) and self.records[-1]["step"] >= self.settings.steps
 
     def validate(self) -> float:
         """Mean loss over the validation sequences, dealt out to the ranks; the same at every world size up to
@@ -200,13 +251,13 @@ class Run:
         # Under ZeRO-3 every rank must run the same number of forward passes: one with no sequence left
         # repeats the first and counts it zero times.
         passes = -(-len(sequences[::world_size]) // micro_batch)
-        total = 0.0
+        total: Any = 0.0
         self.engine.eval()
         with torch.no_grad():
             for index in range(passes):
                 rows = mine[index * micro_batch : (index + 1) * micro_batch]
                 tokens = torch.stack(rows or sequences[:1]).to(self.engine.device)
-                total += float(self.engine(tokens).float()) * len(rows)
+                total = total + self.engine(tokens).double() * len(rows)  # on the device: nothing waits for it
         self.engine.train()
         [mean], _ = ranks.mean_max([total], [], self.engine.device)
         return mean * world_size / len(sequences)
@@ -218,11 +269,11 @@ class Run:
         if self.folder is not None:
             self.folder.write_step(record)
         if self.engine.monitor.enabled:  # what DeepSpeed does not write itself (it writes the rate)
-            names = {name: f"Train/{name}" for name in ("loss", *self._reported(), "grad_norm", "tokens_per_s")}
+            names = {name: f"Train/{name}" for name in ("loss", *self._names, "grad_norm", "tokens_per_s", "mfu")}
             names["val_loss"] = "Validation/loss"
             events = [(name, record[key], record["step"]) for key, name in names.items() if record.get(key) is not None]
             self.engine.monitor.write_events(events)
-        self.screen.step(record, self._reported())
+        self.screen.step(record, self._names)
         self._notes.say_new()
 
     def _reported(self) -> dict[str, float]:
@@ -252,15 +303,17 @@ class Run:
         return summary
 
     def close(self) -> None:
-        """End the thread that saves."""
+        """End the threads that read and save."""
+        self.batches.close()
         if self.saver is not None:
             self.saver.close()
 
-    def _save_now(self, step: int) -> partial[None] | None:
-        """What saves the state after `step`, which was the last one; None where no step was made."""
-        if self.saver is None or step == self.start.step:
-            return None
-        return partial(self.saver.now, step, checkpoint_facts(self.prepared, self.batches.position))
+    def _save_after(self, step: int, position: Position) -> None:
+        """Save the state after `step`, which was the last one, unless it is where the run began."""
+        for record in self._read(0)[0]:
+            self.record(record)
+        if self.saver is not None and step != self.start.step:
+            self.saver.now(step, checkpoint_facts(self.prepared, position))
 
     def _say_why_it_ends(self, step: int, diverged: bool) -> None:
         where = f"; a checkpoint is in {self.prepared.folder / CHECKPOINTS}" if self.saver is not None else ""
@@ -272,6 +325,16 @@ class Run:
             )
         elif step != self.settings.steps:
             self.screen.say(f"stopped after step {step} of {self.settings.steps}{where}.")
+
+
+def peak_of_ranks(device: torch.device, computed: str, world_size: int) -> float | None:
+    """Operations a second that all ranks' devices can do in the dtype that is computed in; None: not known."""
+    import torch
+
+    from toolkit.models import peak_flops
+
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return peak * world_size if peak is not None and computed in ("bf16", "fp16") else None
 
 
 def build_engine(prepared: PreparedRun) -> Any:
@@ -299,13 +362,21 @@ def build_engine(prepared: PreparedRun) -> Any:
     return engine
 
 
-def optimizer_step(engine: Any, batches: Iterator[torch.Tensor], accumulation: int) -> float:
-    """One optimizer step; returns this rank's mean loss over its micro-batches."""
+def steps_behind(device: torch.device) -> int:
+    """Steps that the device is given before the loss of the last one is read: a GPU must not wait for the host."""
+    return 0 if device.type == "cpu" else 1
+
+
+def optimizer_step(engine: Any, batches: Iterator[torch.Tensor], accumulation: int) -> torch.Tensor:
+    """One optimizer step; returns this rank's mean loss over its micro-batches, 0-d fp64, on the device."""
     total: Any = 0.0
     for _ in range(accumulation):
-        loss = engine(next(batches).to(engine.device, non_blocking=True))
+        tokens = next(batches)
+        if engine.device.type != "cpu":  # out of other memory, a copy may make the host wait for the device
+            tokens = tokens.pin_memory().to(engine.device, non_blocking=True)
+        loss = engine(tokens)
         engine.backward(loss)
         engine.step()
-        # Kept on the device: reading it here would make the host wait once a micro-batch.
+        # Kept on the device: to read it here would make the host wait once a micro-batch.
         total = total + loss.detach().float()
-    return float(total) / accumulation
+    return total.double() / accumulation

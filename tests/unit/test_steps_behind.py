@@ -1,0 +1,56 @@
+"""On a GPU a step is read after the next one has been queued; here a CPU does so, and nothing else may change."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from small_models import qwen3
+
+WORKER = """
+import json, os, signal, sys
+from pathlib import Path
+import toolkit.train
+from toolkit.run import training
+from toolkit.run.settings import parse
+
+folder, data = Path(sys.argv[1]), sys.argv[2]
+line = f"--data {data} --model {folder}/model --tokenizer python-4k --eval-sequences 2 --config amcs_zero2"
+line += " --set optimizer.params.compile=false --seq-len 16 --seed 1"
+line += " --micro-batch 1 --grad-accum 2 --memory-profile off --bad-documents stop"
+step, made = training.optimizer_step, []
+
+def stopping(engine, *rest):
+    if engine.global_steps == stop_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(engine, *rest)
+
+training.optimizer_step = stopping
+for behind, stop_at, name in ((0, None, "at once"), (1, 3, "later")):
+    training.steps_behind = lambda device: behind
+    settings = parse([*line.split(), *"--steps 7 --eval-every 3 --save-every 3 --run-dir".split(), str(folder / name)])
+    toolkit.train.train(settings)
+"""
+
+
+def test_records_saves_and_stops_are_those_of_steps_that_are_read_at_once(tmp_path: Path) -> None:
+    qwen3(tmp_path / "model", vocab_size=4096, num_hidden_layers=1)
+    data = tmp_path / "text.txt"
+    data.write_text("".join(f"Line {number} of a text, {number * number}.\n" for number in range(600)))
+    command = [sys.executable, "-c", WORKER, str(tmp_path), str(data)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+    def records(name: str) -> list[dict[str, object]]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        timed = ("tokens_per_s", "step_time_s", "data_seconds", "flops_per_s", "memory_bytes", "save_wait_s")
+        return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+    assert len(records("at once")) == 7
+    # The signal came in step 4. The step that was queued before anybody knew of it is made, written and saved.
+    assert records("later") == records("at once")[:5]
+    for name, last in (("at once", 7), ("later", 5)):
+        assert (tmp_path / name / "checkpoints" / f"global_step{last}").is_dir()
