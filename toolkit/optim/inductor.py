@@ -87,7 +87,8 @@ class Launch:
                 return {**kernel_kwargs, "fixed_config": FixedTritonConfig(fixed)}
 
             def uuid(self) -> str:
-                return f"{launch!r}, {_short_instructions.__name__}"
+                # The key has nothing else of what is written differently below.
+                return f"{launch!r}, {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
 
         return Choices()
 
@@ -215,9 +216,11 @@ def _tiles_of(lanes: int) -> Iterator[None]:
 def _short_instructions() -> Iterator[None]:
     """Let Triton code that Inductor writes take a GPU's one instruction where there is one.
 
-    Square roots of fp32 are then approximate, as quotients on a GPU are anyway: off by a unit in the last place or two,
-    and those of denormal numbers 0. Exact ones take some 15 instructions each, and codes are made of roots. A maximum
-    or minimum stays NaN where one of the two is.
+    Square roots and quotients of fp32 are then approximate, off by a unit in the last place or two; denormal numbers
+    count as 0 in them, and a quotient by more than 2^126 is 0. Exact roots take some 15 instructions each, and codes
+    are made of roots; quotients without those limits take 8. Inverses, such as those of scales, which are one a block,
+    have no such limits. A maximum or minimum stays NaN where one of the two is. Codes are made of fp32 by way of int32,
+    which needs no mask before four of them are put in one register.
     """
     from torch._inductor.codegen.triton import TritonKernel
 
@@ -227,6 +230,22 @@ def _short_instructions() -> Iterator[None]:
         @staticmethod
         def sqrt(x: Any) -> str:
             return f"tl.sqrt({x})" if x.dtype == torch.float32 else str(usual.sqrt(x))
+
+        @staticmethod
+        def truediv(x: Any, y: Any) -> str:
+            if x.dtype == y.dtype == torch.float32:
+                return f"libdevice.fast_dividef({x}, {y})"
+            return str(usual.truediv(x, y))
+
+        @staticmethod
+        def reciprocal(x: Any) -> str:
+            return f"(1.0 / {x})" if x.dtype == torch.float32 else str(usual.reciprocal(x))
+
+        @staticmethod
+        def to_dtype(x: Any, dtype: torch.dtype, src_dtype: torch.dtype | None = None, **kwargs: Any) -> str:
+            if src_dtype == torch.float32 and dtype in (torch.int8, torch.uint8):
+                return f"{x}.to(tl.int32).to({'tl.int8' if dtype == torch.int8 else 'tl.uint8'})"
+            return str(usual.to_dtype(x, dtype, src_dtype, **kwargs))
 
         @staticmethod
         def maximum(a: Any, b: Any) -> str:
