@@ -8,6 +8,7 @@ graph for each of several such cases, gives up after eight, and checks every ten
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from toolkit.optim import vectors
+from toolkit.optim.vectors import vector_code
 
 if TYPE_CHECKING:
     from torch._inductor.choices import InductorChoices
@@ -34,11 +38,6 @@ _OPTIONS: dict[str, Any] = {
     # It is one kernel. The default is a pool of up to 32 processes beside every rank.
     "compile_threads": 1,
 }
-
-_AVX2_BITS, _AVX2_TILE = 256, 32
-"""Lanes at a time of vector code with 8 lanes of fp32: as many as int8 has. Inductor takes 8 or 16; then parts of
-registers are loaded by way of memory, and the load waits for the store. Measured: 0.55 to 0.75 of the time. With
-AVX-512, which loads parts under a mask, Inductor's own choice is the fastest."""
 
 _SIZE = 2**14
 """Blocks that the compiler takes for typical, where it asks: enough for a CPU's loop to be worth threads."""
@@ -87,10 +86,26 @@ class Launch:
                 return {**kernel_kwargs, "fixed_config": FixedTritonConfig(fixed)}
 
             def uuid(self) -> str:
-                # The key has nothing else of what is written differently below.
-                return f"{launch!r}, {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+                return f"{launch!r}, {_as_written_here()}"
 
         return Choices()
+
+
+@functools.cache
+def _as_written_here() -> str:
+    """For the key of Inductor's cache: code that was written before these files changed is not the same."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, vectors.__file__))).hexdigest()
+
+
+def _usual_choices() -> InductorChoices:
+    """Inductor's own, with a key."""
+    from torch._inductor.choices import InductorChoices
+
+    class Choices(InductorChoices):
+        def uuid(self) -> str:
+            return _as_written_here()
+
+    return Choices()
 
 
 @contextmanager
@@ -172,16 +187,17 @@ def _without_data(flat: Sequence[Any], mode: Any) -> list[Any]:
 def _compile(graph: Any, tensors: list[Any], mode: Any, launch: Launch | None) -> BlockStep:
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.cpu_vec_isa import VecAVX2, pick_vec_isa
     from torch._inductor.virtualized import V
 
     options = dict(_OPTIONS)
     with ExitStack() as stack:
         if launch is None:
             # Part of the cache's key, which lacks the instruction set: code for one is wrong when built for another.
-            options["cpp.simdlen"] = bits = pick_vec_isa().bit_width()
-            if bits == _AVX2_BITS:
-                stack.enter_context(_tiles_of(_AVX2_TILE))
+            isa = pick_vec_isa()
+            options["cpp.simdlen"] = isa.bit_width()
+            options["inductor_choices_class"] = _usual_choices
+            stack.enter_context(vector_code(avx2=isinstance(isa, VecAVX2)))
         stack.enter_context(tracing(TracingContext(mode)))
         if launch is not None:
             options["inductor_choices_class"] = launch
@@ -190,26 +206,6 @@ def _compile(graph: Any, tensors: list[Any], mode: Any, launch: Launch | None) -
             stack.enter_context(_short_instructions())
         compiled: Any = compile_fx(graph, tensors, config_patches=options)
         return compiled
-
-
-@contextmanager
-def _tiles_of(lanes: int) -> Iterator[None]:
-    """Let vector code that Inductor writes take at least `lanes` lanes of a block at a time."""
-    from torch._inductor.codegen.cpp import TilingSelect
-
-    select = TilingSelect.select_tiling
-
-    def widened(self: Any, *args: Any, **kwargs: Any) -> Any:
-        factors, indices, *rest = select(self, *args, **kwargs)
-        if len(factors) == 1 and indices == [1]:  # along a block; scales have one dimension
-            factors = [max(factors[0], lanes)]
-        return factors, indices, *rest
-
-    TilingSelect.select_tiling = widened  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        TilingSelect.select_tiling = select  # type: ignore[method-assign]
 
 
 @contextmanager
