@@ -180,8 +180,9 @@ that allows at best. A prediction, and an upper bound.
 Every step is one kernel with 32-bit indices, without intermediates of the tensor's size and without spills
 (`tests/unit/test_gpu_static.py`); larger tensors are stepped in several calls of at most 2^30 elements.
 
-Square roots of fp32 are approximate, one instruction each, off by a unit in the last place or two, as quotients are:
-at most one code in 1,000 differs for it (`tests/unit/test_approximate.py`). Those of denormal numbers are 0.
+Square roots and quotients of fp32 are approximate, one or two instructions each, off by a unit in the last place or
+two: at most one code in 1,000 differs for it (`tests/unit/test_approximate.py`). Denormal numbers count as 0 in them,
+and quotients by more than 2^126 are 0. Inverses, those of scales among them, have no such limits.
 
 Launch configuration, the same for every tensor: {chosen.rows} blocks of 256 elements to a program of
 {chosen.warps[0]} warps where blocks have scales, {chosen.elements} elements to {chosen.warps[1]} warps where they have

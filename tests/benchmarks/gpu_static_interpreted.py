@@ -37,8 +37,11 @@ _SHIM = (
     "@triton.jit",
     "def _copysign(x, y):",
     "    return tl.where(y < 0, -tl.abs(x), tl.abs(x))",
+    "@triton.jit",
+    "def _quotient(x, y):",
+    "    return x / y",
     "class libdevice:",
-    "    floor, trunc, copysign = _floor, _trunc, _copysign",
+    "    floor, trunc, copysign, fast_dividef = _floor, _trunc, _copysign, _quotient",
     "",
 )
 

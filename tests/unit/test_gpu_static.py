@@ -22,6 +22,7 @@ from gpu_static import Case, shipped  # noqa: E402
 from toolkit.optim import RULES, AMCSRule, SOAMRule  # noqa: E402
 from toolkit.optim.inductor import Launch  # noqa: E402
 from toolkit.optim.rules.amcs import AMCSSingleRule  # noqa: E402
+from toolkit.state.codecs import BLOCK  # noqa: E402
 
 FEW = [
     Case(AMCSRule, "8bit", "bf16+8"),
@@ -31,6 +32,9 @@ FEW = [
     Case(SOAMRule, "fp32", "bf16+16"),
 ]
 """Every rule, format and way of keeping weights at least once; the whole product takes minutes."""
+
+MOST = {FEW[0]: 120, Case(RULES["AdamW8"].rule, "8bit", "bf16+8"): 95}
+"""Instructions an element that a step takes at most, at the launch configuration that is chosen."""
 
 written = functools.cache(lambda case: write(case.rule, case.layout, case.dtype, Launch()))
 
@@ -53,6 +57,9 @@ def check(case: Case) -> None:
     code = machine_code(kernel)
     assert code.spilled == code.stack == 0
     assert code.registers <= 128, "a quarter of the warps that a multiprocessor can hold"
+    if case in MOST:
+        elements = block * (BLOCK if scaled else 1) / (32 * warps)
+        assert code.opcodes.total() / elements <= MOST[case]
 
 
 def scales(case: Case) -> set[str]:
@@ -64,7 +71,7 @@ def scales(case: Case) -> set[str]:
     return {f"arg{number}_1" for number, x in enumerate(flat) if x.shape[1] == 1}
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", list(dict.fromkeys([*FEW, *MOST])), ids=str)
 def test_a_step_is_one_kernel_without_intermediates_and_spills(case: Case) -> None:
     check(case)
 

@@ -8,6 +8,7 @@ graph for each of several such cases, gives up after eight, and checks every ten
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from toolkit.optim import vectors
+from toolkit.optim.vectors import vector_code
 
 if TYPE_CHECKING:
     from torch._inductor.choices import InductorChoices
@@ -34,11 +38,6 @@ _OPTIONS: dict[str, Any] = {
     # It is one kernel. The default is a pool of up to 32 processes beside every rank.
     "compile_threads": 1,
 }
-
-_AVX2_BITS, _AVX2_TILE = 256, 32
-"""Lanes at a time of vector code with 8 lanes of fp32: as many as int8 has. Inductor takes 8 or 16; then parts of
-registers are loaded by way of memory, and the load waits for the store. Measured: 0.55 to 0.75 of the time. With
-AVX-512, which loads parts under a mask, Inductor's own choice is the fastest."""
 
 _SIZE = 2**14
 """Blocks that the compiler takes for typical, where it asks: enough for a CPU's loop to be worth threads."""
@@ -87,9 +86,26 @@ class Launch:
                 return {**kernel_kwargs, "fixed_config": FixedTritonConfig(fixed)}
 
             def uuid(self) -> str:
-                return f"{launch!r}, {_short_instructions.__name__}"
+                return f"{launch!r}, {_as_written_here()}"
 
         return Choices()
+
+
+@functools.cache
+def _as_written_here() -> str:
+    """For the key of Inductor's cache: code that was written before these files changed is not the same."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, vectors.__file__))).hexdigest()
+
+
+def _usual_choices() -> InductorChoices:
+    """Inductor's own, with a key."""
+    from torch._inductor.choices import InductorChoices
+
+    class Choices(InductorChoices):
+        def uuid(self) -> str:
+            return _as_written_here()
+
+    return Choices()
 
 
 @contextmanager
@@ -171,16 +187,17 @@ def _without_data(flat: Sequence[Any], mode: Any) -> list[Any]:
 def _compile(graph: Any, tensors: list[Any], mode: Any, launch: Launch | None) -> BlockStep:
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.cpu_vec_isa import VecAVX2, pick_vec_isa
     from torch._inductor.virtualized import V
 
     options = dict(_OPTIONS)
     with ExitStack() as stack:
         if launch is None:
             # Part of the cache's key, which lacks the instruction set: code for one is wrong when built for another.
-            options["cpp.simdlen"] = bits = pick_vec_isa().bit_width()
-            if bits == _AVX2_BITS:
-                stack.enter_context(_tiles_of(_AVX2_TILE))
+            isa = pick_vec_isa()
+            options["cpp.simdlen"] = isa.bit_width()
+            options["inductor_choices_class"] = _usual_choices
+            stack.enter_context(vector_code(avx2=isinstance(isa, VecAVX2)))
         stack.enter_context(tracing(TracingContext(mode)))
         if launch is not None:
             options["inductor_choices_class"] = launch
@@ -192,32 +209,14 @@ def _compile(graph: Any, tensors: list[Any], mode: Any, launch: Launch | None) -
 
 
 @contextmanager
-def _tiles_of(lanes: int) -> Iterator[None]:
-    """Let vector code that Inductor writes take at least `lanes` lanes of a block at a time."""
-    from torch._inductor.codegen.cpp import TilingSelect
-
-    select = TilingSelect.select_tiling
-
-    def widened(self: Any, *args: Any, **kwargs: Any) -> Any:
-        factors, indices, *rest = select(self, *args, **kwargs)
-        if len(factors) == 1 and indices == [1]:  # along a block; scales have one dimension
-            factors = [max(factors[0], lanes)]
-        return factors, indices, *rest
-
-    TilingSelect.select_tiling = widened  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        TilingSelect.select_tiling = select  # type: ignore[method-assign]
-
-
-@contextmanager
 def _short_instructions() -> Iterator[None]:
     """Let Triton code that Inductor writes take a GPU's one instruction where there is one.
 
-    Square roots of fp32 are then approximate, as quotients on a GPU are anyway: off by a unit in the last place or two,
-    and those of denormal numbers 0. Exact ones take some 15 instructions each, and codes are made of roots. A maximum
-    or minimum stays NaN where one of the two is.
+    Square roots and quotients of fp32 are then approximate, off by a unit in the last place or two; denormal numbers
+    count as 0 in them, and a quotient by more than 2^126 is 0. Exact roots take some 15 instructions each, and codes
+    are made of roots; quotients without those limits take 8. Inverses, such as those of scales, which are one a block,
+    have no such limits. A maximum or minimum stays NaN where one of the two is. Codes are made of fp32 by way of int32,
+    which needs no mask before four of them are put in one register.
     """
     from torch._inductor.codegen.triton import TritonKernel
 
@@ -227,6 +226,22 @@ def _short_instructions() -> Iterator[None]:
         @staticmethod
         def sqrt(x: Any) -> str:
             return f"tl.sqrt({x})" if x.dtype == torch.float32 else str(usual.sqrt(x))
+
+        @staticmethod
+        def truediv(x: Any, y: Any) -> str:
+            if x.dtype == y.dtype == torch.float32:
+                return f"libdevice.fast_dividef({x}, {y})"
+            return str(usual.truediv(x, y))
+
+        @staticmethod
+        def reciprocal(x: Any) -> str:
+            return f"(1.0 / {x})" if x.dtype == torch.float32 else str(usual.reciprocal(x))
+
+        @staticmethod
+        def to_dtype(x: Any, dtype: torch.dtype, src_dtype: torch.dtype | None = None, **kwargs: Any) -> str:
+            if src_dtype == torch.float32 and dtype in (torch.int8, torch.uint8):
+                return f"{x}.to(tl.int32).to({'tl.int8' if dtype == torch.int8 else 'tl.uint8'})"
+            return str(usual.to_dtype(x, dtype, src_dtype, **kwargs))
 
         @staticmethod
         def maximum(a: Any, b: Any) -> str:

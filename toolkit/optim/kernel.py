@@ -45,6 +45,9 @@ EAGER_ROWS_ELSEWHERE = 2**14
 COMPILED_ROWS = 2**22
 """Blocks per call of the compiled step: their 2^30 elements have 32-bit indices, on which the kernel counts."""
 
+CPU_ROWS = 2**16
+"""The same on a CPU, whose kernel has temporaries of a few numbers for each block: 3 MB."""
+
 LARGEST_GRADIENT = 2.0**63
 """A larger element of a gradient counts as none, so that squares, which second moments add up, are finite."""
 
@@ -107,7 +110,9 @@ class StepFunction:
             rounding: seed, optimizer step and number of the first block in its parameter group.
         """
         run = self._prepare(theta, g, scalars, scale, parts) if compiled else None
-        most = COMPILED_ROWS if run else EAGER_ROWS.get(theta.device.type, EAGER_ROWS_ELSEWHERE)
+        most = EAGER_ROWS.get(theta.device.type, EAGER_ROWS_ELSEWHERE)
+        if run:
+            most = min(COMPILED_ROWS, CPU_ROWS) if theta.device.type == "cpu" else COMPILED_ROWS
         if theta.shape[0] <= most:
             (run or self.eager)(*self._inputs(theta, g, parts), scalars, scale, self._phase(theta, rounding))
             return

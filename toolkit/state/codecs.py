@@ -24,6 +24,7 @@ BLOCK = 256
 """Elements that share one scale. Shards are whole blocks, so a block never spans two ranks."""
 
 _TINY = torch.finfo(torch.float32).tiny
+_SIGN = torch.iinfo(torch.int32).min  # the bit of a float
 _LARGEST_ROOT = 2.0**32 * (1.0 - 2.0**-22)  # its fourth power is finite, however a device rounds roots
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill an interval most evenly
 
@@ -154,7 +155,14 @@ def _block_scale(codec: Codec, size: Tensor) -> Scale:
     scale = codec.scale_of(_largest(size))
     scale = torch.where(scale < _TINY, 0.0, scale)
     scale = torch.where(scale < torch.inf, scale, torch.nan)
-    return Scale(scale, torch.where(scale == 0.0, 0.0, 1.0 / scale))
+    return Scale(scale, _once(torch.where(scale == 0.0, 0.0, 1.0 / scale)))
+
+
+def _once(x: Tensor) -> Tensor:
+    """`x`, [blocks, 1]. What is compiled for a CPU computes it once for a block, not for each vector of one, since a
+    view by strides is one of memory. On a GPU that would be a kernel of its own.
+    """
+    return x.as_strided(x.shape, x.stride()) if x.device.type == "cpu" else x
 
 
 def _largest(size: Tensor) -> Tensor:
@@ -170,7 +178,9 @@ def _largest(size: Tensor) -> Tensor:
 
 def _signed(size: Tensor, x: Tensor) -> Tensor:
     """`size`, which is less than 1 where `x` is 0, with the sign of `x`: equal once it is cut to a whole number."""
-    return size * x.sign() if x.device.type == "cpu" else torch.copysign(size, x)
+    if x.device.type == "cpu":  # by its bit, two instructions; `copysign` calls a function
+        return (size.view(torch.int32) | (x.view(torch.int32) & _SIGN)).view(torch.float32)
+    return torch.copysign(size, x)
 
 
 class Fp32(Codec):
@@ -281,7 +291,7 @@ def _dither(scale: Tensor, first: int, lanes: int) -> Tensor:
 def spread(shift: Tensor, first: int, lanes: int) -> Tensor:
     """Numbers in [0, 1), [blocks, lanes]: multiples of the golden ratio by lane, plus the block's `shift`."""
     lane = torch.arange(first, first + lanes, device=shift.device)
-    value = shift + lane * _GOLDEN
+    value = _once(shift) + lane * _GOLDEN
     return value - torch.floor(value)
 
 

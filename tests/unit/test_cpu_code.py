@@ -1,0 +1,97 @@
+"""The optimizer step's C++, as Inductor writes it for a CPU: one loop over blocks, in vector registers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from toolkit.optim import AMCSRule, SOAMRule
+from toolkit.optim.inductor import Launch, compile_blocks
+from toolkit.optim.kernel import StepFunction
+from toolkit.optim.rule import Rule
+from toolkit.state.codecs import BLOCK
+from toolkit.state.layout import layout, state_formats
+
+CASES: list[tuple[type[Rule], str, str]] = [(AMCSRule, "8bit", "bf16+8"), (SOAMRule, "minimal", "bf16+4")]
+
+
+class _Written(Exception):
+    """Inductor has written its module."""
+
+
+def write(rule: type[Rule], state_format: str, weights: str) -> str:
+    """What Inductor writes for the step, for the vectors of this process."""
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+    from torch._inductor.graph import GraphLowering
+
+    kept = layout(rule.states, state_formats(rule.states, state_format, where="here"), weights, torch.bfloat16)
+    made = rule(total_steps=10) if "total_steps" in rule.model_fields else rule()
+    function = StepFunction(rule, tuple(made.scalars(1)), kept)
+    theta = torch.zeros(64, BLOCK, dtype=torch.bfloat16)
+    inputs = function._inputs(theta, theta.clone(), list(kept.allocate(theta.numel(), theta.device).values()))
+    rest: list[Tensor | None] = [torch.zeros(len(made.scalars(1))), torch.ones(())]
+    written: list[str] = []
+
+    def stop(code: str) -> None:
+        written.append(code)
+        raise _Written
+
+    rest.append(function._phase(theta, (0, 1, 0)))
+    uncached = inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False)
+    with uncached[0], uncached[1], mock.patch.object(GraphLowering, "save_output_code", staticmethod(stop)):
+        try:
+            compile_blocks(function.eager, inputs, rest, Launch())
+        except Exception:
+            if not written:  # an error before there was anything to stop
+                raise
+    [code] = written
+    return code
+
+
+def shortcomings(code: str) -> Iterator[str]:
+    """What costs time in the C++ of a step: reading blocks twice, vectors that go by way of memory."""
+    if code.count("#pragma omp for") != 1:
+        yield "several loops over all blocks"
+    if "tmpbuf" in code:
+        yield "one number of a vector after the other"
+    wide = [sizes for sizes in re.findall(r"convert<[\w:]+,(\d+),[\w:]+,(\d+)>", code) if "4" in sizes]
+    if wide:
+        yield "conversions of ATen that go by way of memory"
+    if "::arange(0, 1)" not in code:
+        yield "numbers of lanes are counted up"
+
+
+def found() -> list[str]:
+    return [f"{rule.__name__} {name}: {list(shortcomings(write(rule, name, kept)))}" for rule, name, kept in CASES]
+
+
+GOOD = [f"{rule.__name__} {name}: []" for rule, name, _ in CASES]
+
+
+def test_a_step_is_one_loop_in_vector_registers() -> None:
+    assert found() == GOOD
+
+
+def test_so_it_is_with_avx2() -> None:
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == GOOD
+
+
+if __name__ == "__main__":
+    print("\n".join(found()))
