@@ -132,7 +132,7 @@ def test_a_rank_that_runs_out_of_memory_says_why(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = options(folder, steps=3, seq_len=1024, micro_batch=8, eval_every=0)
     settings = tmp_path / "settings.json"
-    settings.write_text(json.dumps({"arguments": arguments, "rank": 1, "room": 1_500_000_000}))
+    settings.write_text(json.dumps({"arguments": arguments, "rank": 1, "room": 1_600_000_000}))
     run = start(WORKER, "train", str(settings))
     assert run.returncode == 12, run.stdout[-3000:] + run.stderr[-3000:]
     page = folder / FOLDER / "rank1-out-of-memory.md"

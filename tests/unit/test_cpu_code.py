@@ -46,8 +46,9 @@ def write(rule: type[Rule], state_format: str, weights: str) -> str:
         raise _Written
 
     rest.append(function._phase(theta, (0, 1, 0)))
-    uncached = inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False)
-    with uncached[0], uncached[1], mock.patch.object(GraphLowering, "save_output_code", staticmethod(stop)):
+    # With several threads, whatever this process has: with one there is nothing in the code that tells a loop.
+    mine = inductor.patch({"fx_graph_cache": False, "cpp.threads": 2}), functorch.patch(enable_autograd_cache=False)
+    with mine[0], mine[1], mock.patch.object(GraphLowering, "save_output_code", staticmethod(stop)):
         try:
             compile_blocks(function.eager, inputs, rest, Launch())
         except Exception:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from toolkit.estimate.fits import Fit
 
 MEMORIES = ("24GB", "48GB", "80GB", "141GB")
-OPTIMIZERS = ("AdamW", "AMCS", "AdamW8")
 
 
 def fits(
@@ -28,7 +27,7 @@ def fits(
         list[str] | None,
         typer.Option(help="A preset, or a folder with a config.json; repeatable. (default: the presets from 0.6B on)"),
     ] = None,
-    optimizer: Annotated[list[str] | None, typer.Option(help=f"Repeatable. (default: {', '.join(OPTIMIZERS)})")] = None,
+    optimizer: Annotated[list[str] | None, typer.Option(help="Repeatable. (default: AdamW, AMCS and AdamW8)")] = None,
     plugins: Plugins = None,
     gpus: Gpus = 1,
     state_format: Annotated[
@@ -46,11 +45,12 @@ def fits(
     from toolkit.estimate.fits import fits as find
     from toolkit.estimate.fits import lengths, ways
     from toolkit.models.presets import PRESETS
+    from toolkit.optim import COMPARED
     from toolkit.records.sizes import parse_size
 
     import_plugins(plugins)
     memories = [parse_size(text, where="--gpu-memory") for text in gpu_memory or MEMORIES]
-    tried = ways(optimizer or OPTIMIZERS, gpus, state_format, offload=offload)
+    tried = ways(optimizer or COMPARED, gpus, state_format, offload=offload)
     models = model or [name for name, preset in PRESETS.items() if preset.activation_checkpointing or "0.6b" in name]
     for name in models:
         lengths(name)  # what is no model ends the command before anything is computed

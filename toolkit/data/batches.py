@@ -84,7 +84,7 @@ def rank_batches(
         while True:
             step = islice(stream, world_size * micro_batch)
             mine = [tokens for place, tokens in enumerate(step) if place // micro_batch == rank]
-            yield torch.from_numpy(np.stack(mine).astype(np.int64)), packed.position, packed.read_to
+            yield torch.from_numpy(np.stack(mine)), packed.position, packed.read_to
 
     return Batches(_ahead(batches(), BATCHES_AHEAD), groups, first, cache)
 

@@ -129,7 +129,7 @@ class PackedTokens:
         """The end of the group that `position` is in, up to which documents have been read and counted."""
 
     def sequences(self, start: Position | None = None, groups: Iterator[Group] | None = None) -> Iterator[np.ndarray]:
-        """The sequences from `start` (the beginning if None) on, without end: arrays [seq_len + 1] of integers.
+        """The sequences from `start` (the beginning if None) on, without end: int64 arrays [seq_len + 1].
 
         Before each is handed out, `position` moves to the one after it. `groups`: where its `groups` come from, if they
         are not made here.
@@ -144,7 +144,7 @@ class PackedTokens:
             for number in range(given_out, len(tokens)):
                 last = number + 1 == len(tokens)
                 self.position = following if last else replace(group_start, mixed=number + 1)
-                yield tokens[order[number]]
+                yield tokens[order[number]].astype(np.int64)
             group_start, given_out = following, 0
 
     def groups(self, start: Position) -> Iterator[Group]:

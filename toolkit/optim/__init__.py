@@ -4,12 +4,13 @@ from toolkit.optim.arguments import OPTIONS
 from toolkit.optim.components import component_of, param_groups
 from toolkit.optim.optimizer import RULES, RuleOptimizer, as_optimizer, check_params, find_rule
 from toolkit.optim.rule import COMPONENTS, Beta, Matrix, Mean, NonNegative, Rule, State
-from toolkit.optim.rules import RECOMMENDED
+from toolkit.optim.rules import COMPARED, RECOMMENDED
 from toolkit.optim.rules.amcs import AMCS, AMCSRule
 from toolkit.optim.rules.soam import SOAM, SOAMRule
 
 __all__ = [
     "AMCS",
+    "COMPARED",
     "COMPONENTS",
     "OPTIONS",
     "RECOMMENDED",
