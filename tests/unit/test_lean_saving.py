@@ -90,3 +90,15 @@ def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path: Path) -> None
         assert torch.equal(made, view) and made.dtype == view.dtype
         assert made.untyped_storage().nbytes() == view.numel() * view.element_size()
     assert checkpoint_files.as_it_lies(whole[10:20]).data_ptr() == whole[10:20].data_ptr()
+
+
+def test_what_has_two_types_in_one_memory_is_saved(one_rank: None, tmp_path: Path) -> None:
+    engine = engine_of("stage 2, bf16+8")
+    step(engine)
+    words = torch.arange(512, dtype=torch.float32)
+    engine.module.register_buffer("words", words)
+    engine.module.register_buffer("bits", words.view(torch.int32))
+    files = capture(engine, sharding(engine).by_name, tmp_path, 1, {}, copy=False)
+    for number, content in enumerate(files.values()):
+        checkpoint_files.save(content, tmp_path / str(number), squeezed=False)
+    engine.destroy()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, sys.argv[2])
 import numpy as np
 from test_token_cache import TokenCache, packed, through
@@ -247,15 +249,15 @@ def test_skipped_documents_are_counted_from_disk_too(tmp_path: Path) -> None:
 def test_room_is_made_by_removing_what_was_not_used_for_longest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for age, name in enumerate(("new", "old", "oldest"), start=1):
+    for age, name in enumerate((24 * "a", 24 * "b", 24 * "c"), start=1):
         through(TokenCache(tmp_path / name, name), 16, seed=age)
         os.utime(tmp_path / name, (0, 10**9 - age))
-    size = sum(path.stat().st_size for path in files(tmp_path / "new"))
+    size = sum(path.stat().st_size for path in files(tmp_path / (24 * "a")))
     limit = 2 * size + size // 2
     monkeypatch.setattr(token_cache, "LIMIT", limit)
     cache = TokenCache(tmp_path / "mine", "mine")
     assert through(cache, 60, seed=9) == plain(60, seed=9)
-    assert {path.name for path in tmp_path.iterdir()} == {"new", "old", "mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {24 * "a", 24 * "b", "mine"}
     assert sum(path.stat().st_size for path in files(tmp_path / "mine")) <= limit
 
 
@@ -277,7 +279,7 @@ def test_the_folder_changes_with_whatever_changes_the_tokens(
 ) -> None:
     monkeypatch.setenv(token_cache.FOLDER, str(tmp_path / "cache"))
     first = keys_of(corpus_file, {"seed": 0})
-    assert first.parent == tmp_path / "cache" and not first.exists()
+    assert first.parent.parent == tmp_path / "cache" and not first.exists()
     assert keys_of(corpus_file, {"seed": 0}) == first
     others = [keys_of(corpus_file, {"seed": 1}), keys_of(corpus_file, {"seed": 0}, bad="stop")]
     times = corpus_file.stat()
@@ -313,3 +315,30 @@ def test_waiting_is_measured() -> None:
     next(batches)
     assert batches.waited - before < 0.05, "it was worked out meanwhile"
     batches.close()
+
+
+def test_other_folders_beside_the_caches_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that the user names may be anything, such as a disk with data sets on it."""
+    monkeypatch.setenv(token_cache.FOLDER, str(tmp_path))
+    monkeypatch.setattr("toolkit.data.token_cache.LIMIT", 1)
+    others = [tmp_path / "fineweb", tmp_path / "leanstate-tokens" / "mine"]
+    for other in others:
+        other.mkdir(parents=True)
+        (other / "train.parquet").write_bytes(bytes(1000))
+    cache = open_cache(packed(), {}, "run")
+    assert cache is not None
+    stream = cache.groups(packed().groups, Position())
+    next(stream)
+    cache.close()
+    assert all((other / "train.parquet").exists() for other in others)
+    assert cache.folder.parent == tmp_path / "leanstate-tokens"
+
+
+def test_a_nearly_full_disk_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=100 << 30, free=4 << 30))
+    cache = TokenCache(tmp_path / "tokens", "run")
+    next(cache.groups(packed().groups, Position()))
+    cache.close()
+    assert not list((tmp_path / "tokens").glob("*.npy")) and "the disk is nearly full" in caplog.text

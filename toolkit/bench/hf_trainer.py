@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,13 @@ def trainer_config(config: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     settings = json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))
     ranks.prepare_environment()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_SIZE": str(ranks.local_size()),
+        "MASTER_ADDR": "127.0.0.1",
+    }
     for name, value in (alone | {"MASTER_PORT": str(ranks.free_port())}).items():
         os.environ.setdefault(name, value)
     ranks.settle_accelerator()
@@ -42,6 +47,7 @@ def main() -> None:
     from toolkit.memory.watermarks import ResidentSet
     from toolkit.models import build_model, cpu_matmul, load_config
     from toolkit.models.build import skeleton
+    from toolkit.run.moment import Moment
     from toolkit.zero import shared_memory
 
     gpu = torch.cuda.is_available()
@@ -77,12 +83,10 @@ def main() -> None:
     class Clock(transformers.TrainerCallback):
         """From the end of a step to the end of the next: waiting for data is part of a step."""
 
-        ends: list[float] = []
+        ends: list[Moment] = []
 
         def _now(self) -> None:
-            if gpu:
-                torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
+            self.ends.append(Moment(model.device))
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             resident.begin()
@@ -119,7 +123,7 @@ def main() -> None:
     peak = torch.cuda.max_memory_allocated() if gpu else resident.read()[1]
     peaks = ranks.everyones(peak)
     if ranks.rank() == 0:
-        seconds = [end - begin for begin, end in zip(clock.ends, clock.ends[1:], strict=False)]
+        seconds = [begin.until(end) for begin, end in zip(clock.ends, clock.ends[1:], strict=False)]
         Path(settings["out"]).write_text(json.dumps({"seconds": seconds, "peak_bytes": max(peaks)}), encoding="utf-8")
     ranks.finish()
 

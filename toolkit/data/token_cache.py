@@ -9,11 +9,13 @@ resumed and another run of the same data share files, and a file is the group th
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import threading
@@ -35,8 +37,13 @@ FOLDER = "LEANSTATE_TOKEN_CACHE"
 """Names another folder, or is "off"."""
 LIMIT = 16 << 30
 """Bytes of all token caches together; the longest unused ones are removed."""
-_LIBRARIES = ("tokenizers", "transformers", "pyarrow")
+_SPARED, _SPARED_SHARE = 2 << 30, 20
+"""Bytes, and the part of a disk (one in so many), that stay free: runs and others write there, too."""
+_LAG = 8
+"""Groups that other ranks may be behind by, and read still."""
+_LIBRARIES = ("tokenizers", "transformers", "pyarrow", "numpy")
 _POLL_SECONDS = 0.005
+_SUBFOLDER, _NAME = "leanstate-tokens", re.compile(r"[0-9a-f]{24}")
 
 
 class Closed(Exception):
@@ -78,8 +85,11 @@ class TokenCache:
             os.utime(self.folder)  # as `_make_room` wants to know
         while True:
             # Once it makes groups, it makes all: to find the place in the documents again would take longer.
+            passed = made is None and self._passed(start)  # looked for first: what was written before it is there
             group = self._read(start) if made is None else None
             if group is None and made is None and not (self._alone or self._claimed()):
+                # Removed before this rank has read it, by another run that made room: nobody will make it again.
+                self._alone = passed and self._lock is None
                 if self._closed.wait(_POLL_SECONDS):
                     raise Closed
                 continue
@@ -128,6 +138,9 @@ class TokenCache:
         path = self._path(start)
         draft = draft_of(path)
         try:
+            disk = shutil.disk_usage(self.folder)
+            if disk.free < max(_SPARED, disk.total // _SPARED_SHARE):
+                raise OSError(errno.ENOSPC, "the disk is nearly full")
             with open(draft, "xb") as file:
                 np.save(file, group.tokens)
                 crc = zlib.crc32(group.tokens.data)
@@ -139,6 +152,11 @@ class TokenCache:
                 draft.unlink(missing_ok=True)
             self._give_up(error)
             return group
+        if self._lock is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._lock.truncate(0)
+                self._lock.write(json.dumps(start.place))
+                self._lock.flush()
         self._written.append((path, size))
         while sum(size for _, size in self._written) > LIMIT:
             with contextlib.suppress(OSError):
@@ -153,7 +171,7 @@ class TokenCache:
         lock: IO[str] | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = open(self._lock_path, "w")  # noqa: SIM115 (open as long as it is held)
+            lock = open(self._lock_path, "a")  # noqa: SIM115 (open as long as it is held)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()  # type: ignore[union-attr]
@@ -163,9 +181,17 @@ class TokenCache:
                 lock.close()
             self._give_up(error)
             return True
+        lock.truncate(0)
         self._lock = lock
         self._make_room()
         return False
+
+    def _passed(self, start: Position) -> bool:
+        """Whether the rank that makes groups has written one from `start` on or behind it, and will not come back."""
+        try:
+            return tuple(json.loads(self._lock_path.read_text())) >= start.place
+        except (OSError, ValueError, TypeError):
+            return False
 
     def _release(self) -> None:
         lock, self._lock = self._lock, None
@@ -177,6 +203,9 @@ class TokenCache:
     def _give_up(self, error: OSError) -> None:
         self._alone = True
         self._release()
+        for path, _ in self._written[:-_LAG]:  # a quota does not show before it is reached
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
         if not self._closed.is_set():
             logger.warning(
                 "tokens are not kept in %s (%s): this rank reads and tokenizes for itself; %s names another folder",
@@ -188,7 +217,11 @@ class TokenCache:
     def _make_room(self) -> None:
         """Remove the caches that have not been used for longest, until the others take at most LIMIT."""
         with contextlib.suppress(OSError):
-            others = [path for path in self.folder.parent.iterdir() if path.is_dir() and not path.is_symlink()]
+            others = [
+                path
+                for path in self.folder.parent.iterdir()
+                if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+            ]
             others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
             total = 0
             for path in others:
@@ -202,7 +235,7 @@ def open_cache(packed: PackedTokens, identity: Mapping[str, Any], run: str) -> T
 
     Args:
         identity: what else tells one stream from another: the corpus, the tokenizer, the order.
-        run: a name of the run, the same on all of its ranks.
+        run: a name of this start of a run, the same on all of its ranks and nobody else's.
     """
     named = os.environ.get(FOLDER, "")
     if named == "off":
@@ -210,9 +243,10 @@ def open_cache(packed: PackedTokens, identity: Mapping[str, Any], run: str) -> T
     code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(__file__).parent.glob("*.py"))]
     facts = [identity, packed.documents.state, packed.documents.bad, packed.tokenizer.eos_token_id, code]
     facts += [metadata.version(name) for name in _LIBRARIES]
-    # A hub's data, or a tokenizer written in Python, may be others the next time, and nothing here would tell.
+    # A hub's data, or a tokenizer written in Python, may be others the next time, and nothing here would tell: its
+    # tokens are shared by the ranks of this start alone.
     if not packed.documents.state or not getattr(packed.tokenizer, "is_fast", False):
         facts.append(run)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    root = Path(named).expanduser() if named else cache_folder() / "tokens"
+    root = Path(named).expanduser() / _SUBFOLDER if named else cache_folder() / "tokens"
     return TokenCache(root / digest[:24], run)

@@ -209,18 +209,19 @@ class _Log:
         A tensor is seen right after it was allocated and right before it is released.
         """
         made, freed = self._made[address], self._freed[address]
+        known = seen is None  # from before the trace; else once its allocation is found
         # What the allocator has no record of (shared memory, another library's) must not take another's allocation.
         if (
             seen is not None
             and (at := bisect.bisect_right(made, seen))
             and self._left.pop((address, made[at - 1]), None) is not None
         ):
-            seen = made[at - 1]
+            seen, known = made[at - 1], True
         if gone is not None and (at := bisect.bisect_left(freed, gone)) < len(freed):
             following = bisect.bisect_right(made, gone)
             if following == len(made) or freed[at] <= made[following]:
                 return seen or 0, freed[at]
-        return seen or 0, None if gone is None else self._freed_unseen(size, gone)
+        return seen or 0, self._freed_unseen(size, gone) if gone is not None and known else gone
 
     def _freed_unseen(self, size: int, gone: int) -> int:
         """When another thread gave back `size` bytes that were about to go at `gone`: the totals show it late.

@@ -159,7 +159,8 @@ def _control_group() -> int | None:
 
 
 def _control_groups() -> list[tuple[int, int]]:
-    """By control group of this process with a limit, and those above it: the limit, and bytes that it holds.
+    """By control group of this process with a limit, and those above it: the limit, and bytes that it holds (0 where
+    that cannot be read).
 
     Files that the system keeps in memory until it needs it are left out.
     """
@@ -176,9 +177,11 @@ def _control_groups() -> list[tuple[int, int]]:
             own = first / path.lstrip("/")
             for folder in (own, *own.parents):
                 with contextlib.suppress(OSError, ValueError):
-                    limit, used = (int((folder / name).read_text()) for name in names)
-                    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                    found.append((limit, used - int(stat.get("inactive_file", 0))))
+                    limit, used = int((folder / names[0]).read_text()), 0
+                    with contextlib.suppress(OSError, ValueError):
+                        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                        used = int((folder / names[1]).read_text()) - int(stat.get("inactive_file", 0))
+                    found.append((limit, used))
                 if folder == first:
                     break
     return found

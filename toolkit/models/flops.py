@@ -43,15 +43,21 @@ def flops_per_token(config: PretrainedConfig, seq_len: int) -> int:
     head = model.get_output_embeddings()
     weights = float(head.weight.numel()) if head is not None and id(head.weight) in looked_up else 0.0
     share = _share_of_experts(config)
+    experts = _experts(config)
     for name, weight in model.named_parameters():
         if weight.dim() > 1 and id(weight) not in looked_up:
-            weights += weight.numel() * (share if ".experts." in name else 1.0)
+            one_of_many = ".experts." in name or (weight.dim() == 3 and weight.shape[0] == experts)
+            weights += weight.numel() * (share if one_of_many else 1.0)
     return round(6 * weights + 12 * _attended(config, seq_len))
 
 
-def _share_of_experts(config: PretrainedConfig) -> float:
+def _experts(config: PretrainedConfig) -> int:
     names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((count for name in names if (count := getattr(config, name, None))), 1)
+    return next((count for name in names if (count := getattr(config, name, None))), 1)
+
+
+def _share_of_experts(config: PretrainedConfig) -> float:
+    experts = _experts(config)
     return float(getattr(config, "num_experts_per_tok", None) or experts) / float(experts)
 
 

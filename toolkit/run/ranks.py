@@ -110,7 +110,8 @@ def start() -> torch.device:
         if little is not None:
             print(f"note: {little}: ranks of one machine may fail to reach one another.", file=sys.stderr)
     settle_accelerator()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone["LOCAL_SIZE"] = str(local_size())  # of whatever started it
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +13,7 @@ from toolkit.records.run import CHECKPOINTS, METRICS, PLOT, strict
 from toolkit.run import bad_documents, compiling, deterministic, ranks
 from toolkit.run.folder import RunFolder, plot_loss
 from toolkit.run.memory import Forecast, make_explainer, memory_now, watch_memory
+from toolkit.run.moment import Moment
 from toolkit.run.prepare import PreparedRun, claim_folder, prepare
 from toolkit.run.resume import checkpoint_facts, make_saver, restore
 from toolkit.run.screen import Screen
@@ -79,6 +80,7 @@ def train_on_this_rank(
                 run.train(ledger)
             ledger.close()
             if run.whole:
+                stop.step_boundary(last=True)
                 forecast.changes()  # for the report
             summary = run.finish(ledger.largest)
         screen.summary(summary)
@@ -135,14 +137,17 @@ class Run:
             world_size=self.batch.world_size,
             micro_batch=self.batch.micro,
             start=start.position,
-            cache=data.open_cache(prepared.data, prepared.identity, str(prepared.folder.absolute())),
+            cache=data.open_cache(
+                prepared.data,
+                {part: prepared.identity[part] for part in ("tokenizer", "data")},
+                ranks.from_first(secrets.token_hex(8)),
+            ),
         )
         self._notes = bad_documents.Notes(self.batches, screen.say)
         self._rule = rule_optimizer(self.engine)
         self._skipped_in_a_row = 0
         self._behind = steps_behind(self.engine.device)
         self._made: deque[Callable[[], tuple[dict[str, Any], bool]]] = deque()
-        self._ended = 0.0
         self._names: tuple[str, ...] = ()
         self._peak = peak_of_ranks(self.engine.device, prepared.ds.computed, self.batch.world_size)
         # For the next record, what came before its step: another setting, the compiler, the copy for a checkpoint.
@@ -195,12 +200,13 @@ class Run:
         from toolkit.zero.gradients import HostCopy
 
         engine, tokens = self.engine, self.batch.total * self.settings.seq_len
-        started, waited = time.perf_counter(), self.batches.waited
+        started, waited = Moment(engine.device), self.batches.waited
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
         with bad_documents.saved_before(partial(self._save_after, step - 1, self.batches.position)):
             mine = optimizer_step(engine, self.batches, self.batch.accumulation)
         largest = [memory_now(ledger), self.stop.requested, self.batches.waited - waited]
         over_ranks = ranks.mean_max_later([mine], largest, engine.device)
+        ended = Moment(engine.device)
         norm = engine.get_global_grad_norm()
         norm_read = HostCopy(norm).wait if isinstance(norm, torch.Tensor) else lambda: norm
         reported = self._reported()
@@ -212,9 +218,7 @@ class Run:
         def read() -> tuple[dict[str, Any], bool]:
             [loss], [memory, asked, waited] = over_ranks()
             self.stop.step_boundary(last=bool(asked))
-            now = time.perf_counter()
-            # The device began with it when it had ended the step before.
-            seconds, self._ended = now - max(started, self._ended), now
+            seconds = started.until(ended)
             norm = norm_read()
             flops = tokens * self.prepared.flops_per_token / seconds
             return {
@@ -285,12 +289,15 @@ class Run:
         if self.saver is None:
             return
         due = not ending and step % self.settings.save_every == 0
+        if due:
+            self.stop.step_boundary(last=True)  # it takes as long as the disk does, where there are no copies
         note = self.saver.wait() if ending or due else self.saver.poll()
         if note is not None:
             self.screen.say(f"note: {note}")
         if due:
             waited = self.saver.start(step, checkpoint_facts(self.prepared, self.batches.position))
             self._before["save_wait_s"] = waited
+            self.stop.step_boundary()
         elif ending:
             self.saver.now(step, checkpoint_facts(self.prepared, self.batches.position))
 

@@ -109,6 +109,7 @@ class _Capture(CheckpointEngine):
         self._extra = dict(extra)
         self._per_rank = per_rank
         self._copy = copy
+        self._dtypes: dict[int, torch.dtype] = {}
         self._staging: Staging | None = None
 
     def create(self, info: Any) -> None:
@@ -166,7 +167,9 @@ class _Capture(CheckpointEngine):
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         if not tensor.is_cuda:
-            return on_host(tensor) if self._copy else as_it_lies(tensor)
+            # torch.save takes no memory twice as different types.
+            same = self._dtypes.setdefault(tensor.data_ptr(), tensor.dtype) == tensor.dtype
+            return as_it_lies(tensor) if same and not self._copy else on_host(tensor)
         self._staging = self._staging or Staging()
         return self._staging.copy(tensor)
 
