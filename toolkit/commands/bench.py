@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from toolkit.bench.against import TOLERANCE
-from toolkit.commands.bench_call import OPTIONS, Call, of_a_rank, say
+from toolkit.commands.bench_call import OPTIONS, Call, listed, of_a_rank, say
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
 
@@ -125,8 +125,8 @@ def step(
     from toolkit.bench import shapes, step
     from toolkit.bench.contenders import DEFAULT, read_contenders
 
-    given = (optimizers or ",".join(_GROWING if growth else DEFAULT)).split(",")
-    contenders = read_contenders([name for part in given if (name := part.strip())])
+    given = optimizers or ",".join(_GROWING if growth else DEFAULT)
+    contenders = read_contenders(listed(given))
     base = None if baseline is None else read_contenders([baseline])[0].name
     if growth:
         largest = shapes.parse_count(parameters or _LARGEST, where="--parameters")
@@ -159,12 +159,10 @@ def train(
         ),
     ] = "hf-trainer,adamw,amcs",
     baseline: Annotated[str | None, typer.Option(help="What ratios are to. (default: the first)")] = None,
-    model: Annotated[
-        str, typer.Option(help="A model preset, or a folder holding a Hugging Face model.")
-    ] = "qwen3-tiny",
+    model: Model = "qwen3-tiny",
     data: Annotated[str, typer.Option(help="As of launch/train.py; the Trainer gets random tokens.")] = "stdlib",
-    seq_len: Annotated[int, typer.Option(min=1, help="Predictions per sequence.")] = 256,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Sequences per rank and forward pass.")] = 2,
+    seq_len: SeqLen = 256,
+    micro_batch: MicroBatch = 2,
     grad_accum: Annotated[int, typer.Option(min=1, help="Micro-batches per optimizer step.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a run that are timed, after three that are not.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each method, in turn.")] = 3,
@@ -190,7 +188,7 @@ def train(
     from toolkit.bench.record import LEAST
     from toolkit.compare.methods import read_methods
 
-    names = [name for part in methods.split(",") if (name := part.strip())]
+    names = listed(methods)
     given = ",".join(name for name in names if name != train.TRAINER)
     own = read_methods([given], [], zero_stage, []) if given or not names else []
     trainer = read_methods(["adamw"], [], zero_stage, [])[0] if train.TRAINER in names else None
@@ -286,7 +284,7 @@ def save(
 
     from toolkit.bench import save
 
-    named = save.methods_of([name for part in methods.split(",") if (name := part.strip())], zero_stage)
+    named = save.methods_of(listed(methods), zero_stage)
     settings = {"model": model, "steps": steps, "seq_len": 64, "micro_batch": 2, "eval_every": 0, "save_every": 0}
     call.begin({"model": model, "steps": steps, "ranks": ranks, "zero_stage": zero_stage})
     if folder is not None and not folder.is_dir():

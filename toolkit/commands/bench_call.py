@@ -32,6 +32,11 @@ def say(words: str) -> None:
     typer.echo(words, err=True)
 
 
+def listed(text: str) -> list[str]:
+    """The entries of an option that takes several, parted by commas."""
+    return [entry for part in text.split(",") if (entry := part.strip())]
+
+
 class Call:
     """One call of a command below `bench`: what all of them do before and after they measure."""
 
