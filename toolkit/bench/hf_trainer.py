@@ -7,7 +7,6 @@ products of CPUs that have none (`toolkit.models.cpu_matmul`), which both sides 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,7 @@ def trainer_config(config: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     settings = json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))
     ranks.prepare_environment()
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_SIZE": str(ranks.local_size()),
-        "MASTER_ADDR": "127.0.0.1",
-    }
-    for name, value in (alone | {"MASTER_PORT": str(ranks.free_port())}).items():
-        os.environ.setdefault(name, value)
+    ranks.place_alone()
     ranks.settle_accelerator()
     leftovers.own_build_folder()
 

@@ -110,12 +110,7 @@ def start() -> torch.device:
         if little is not None:
             print(f"note: {little}: ranks of one machine may fail to reach one another.", file=sys.stderr)
     settle_accelerator()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    alone["LOCAL_SIZE"] = str(local_size())  # of whatever started it
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
+    place_alone()
 
     leftovers.own_build_folder()
     if local_rank == 0:
@@ -138,6 +133,16 @@ def settle_accelerator() -> None:
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def place_alone() -> None:
+    """Set what a launcher sets, as far as none has: this process is the only rank."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone["LOCAL_SIZE"] = str(local_size())  # of whatever started it
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
 
 
 def finish() -> None:
