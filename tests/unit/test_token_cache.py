@@ -100,8 +100,8 @@ def test_ranks_tokenize_once_and_stops_change_nothing(tmp_path: Path) -> None:
             rows += [row for batches in ranks for row in next(batches).tolist()]
             assert len({batches.position for batches in ranks}) == 1
         position = ranks[0].position
-        for batches in ranks:
-            batches.close()
+        for rank in sorted(range(world), key=lambda rank: caches[rank].made):  # who makes ends last: nobody takes over
+            ranks[rank].close()
         assert sum(cache.made > 0 for cache in caches) == 1, "one makes, the others read"
         made += sum(cache.made for cache in caches)
     assert rows == expected
@@ -169,6 +169,35 @@ def test_who_waits_takes_over_from_one_that_ends(tmp_path: Path) -> None:
     first.close()
     waiting.join(30)
     assert found == [plain(40)] and second.made == 4
+
+
+def test_one_that_is_closed_takes_no_lock(tmp_path: Path) -> None:
+    """Its thread may look for a group just after `close`: a lock taken then would stay."""
+    cache = TokenCache(tmp_path, "run")
+    cache.close()
+    with pytest.raises(token_cache.Closed):
+        next(cache.groups(packed().groups, Position()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_its_owner_has_just_removed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened before it was removed, it would be locked by one rank, and its successor by another."""
+    lock, flock = token_cache.fcntl.flock, []
+
+    def removed(*arguments: Any) -> None:
+        flock.append(arguments)
+        if len(flock) == 1:
+            next(tmp_path.glob("*.lock")).unlink()
+        lock(*arguments)
+
+    monkeypatch.setattr(token_cache.fcntl, "flock", removed)
+    cache, other = TokenCache(tmp_path, "run"), TokenCache(tmp_path, "run")
+    assert through(cache, 8) == plain(8) and len(flock) == 2
+    groups = other.groups(packed().groups, next(packed().groups(Position())).following)
+    threading.Timer(0.2, other.close).start()
+    with pytest.raises(token_cache.Closed):
+        next(groups)
+    assert other.made == 0
 
 
 def test_one_that_waits_can_be_ended(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ _SPARED, _SPARED_SHARE = 2 << 30, 20
 _LAG = 8
 """Groups that other ranks may be behind by, and read still."""
 _LIBRARIES = ("tokenizers", "transformers", "pyarrow", "numpy")
-_POLL_SECONDS = 0.005
+_POLL_SECONDS = 0.02
 _SUBFOLDER, _NAME = "leanstate-tokens", re.compile(r"[0-9a-f]{24}")
 
 
@@ -67,6 +67,8 @@ class TokenCache:
         name = hashlib.sha256(f"{socket.gethostname()} {run}".encode()).hexdigest()[:16]
         self._lock_path = folder / f"{name}.lock"
         self._lock: IO[str] | None = None
+        self._changing = threading.Lock()
+        """Held where `_lock` changes: `close` comes from another thread."""
         self._alone = False
         self._closed = threading.Event()
         self._written: list[tuple[Path, int]] = []
@@ -152,11 +154,12 @@ class TokenCache:
                 draft.unlink(missing_ok=True)
             self._give_up(error)
             return group
-        if self._lock is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._lock.truncate(0)
-                self._lock.write(json.dumps(start.place))
-                self._lock.flush()
+        lock = self._lock
+        if lock is not None:
+            with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+                lock.truncate(0)
+                lock.write(json.dumps(start.place))
+                lock.flush()
         self._written.append((path, size))
         while sum(size for _, size in self._written) > LIMIT:
             with contextlib.suppress(OSError):
@@ -168,23 +171,35 @@ class TokenCache:
         for a file, which the last one may have written just before it ended."""
         if self._lock is not None:
             return True
-        lock: IO[str] | None = None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = open(self._lock_path, "a")  # noqa: SIM115 (open as long as it is held)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()  # type: ignore[union-attr]
-            return False
-        except OSError as error:
-            if lock is not None:
-                lock.close()
-            self._give_up(error)
+        with self._changing:
+            if self._closed.is_set():
+                raise Closed
+            failure: OSError | None = None
+            try:
+                self._lock = self._locked()
+            except OSError as error:
+                failure = error
+        if failure is not None:
+            self._give_up(failure)
             return True
-        lock.truncate(0)
-        self._lock = lock
-        self._make_room()
+        if self._lock is not None:
+            self._make_room()
         return False
+
+    def _locked(self) -> IO[str] | None:
+        """The lock's file, locked by this process; None where another one has it, or has just removed it."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.ExitStack() as stack:
+            lock = stack.enter_context(open(self._lock_path, "a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(lock.fileno()), os.stat(self._lock_path)):
+                    return None
+            except (BlockingIOError, FileNotFoundError):
+                return None
+            lock.truncate(0)
+            stack.pop_all()  # open as long as it is held
+            return lock
 
     def _passed(self, start: Position) -> bool:
         """Whether the rank that makes groups has written one from `start` on or behind it, and will not come back."""
@@ -194,11 +209,12 @@ class TokenCache:
             return False
 
     def _release(self) -> None:
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            with contextlib.suppress(OSError):
-                self._lock_path.unlink(missing_ok=True)
-            lock.close()
+        with self._changing:
+            lock, self._lock = self._lock, None
+            if lock is not None:
+                with contextlib.suppress(OSError):
+                    self._lock_path.unlink(missing_ok=True)
+                lock.close()
 
     def _give_up(self, error: OSError) -> None:
         self._alone = True
