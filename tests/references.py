@@ -31,6 +31,22 @@ def adamw(lr: float, decay: float) -> Update:
     return lambda theta, g, t: theta - lr * decay * theta - lr * direction(g, t)
 
 
+def factored_adamw(lr: float, decay: float) -> Update:
+    """AdamW whose second moment is kept by rows and columns between steps, of what has more than one dimension."""
+    m, v = np.zeros(1), np.zeros(1)
+
+    def update(theta: Array, g: Array, t: int) -> Array:
+        nonlocal m, v
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        moved: Array = theta - lr * decay * theta - lr * m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        if g.ndim > 1:
+            grid = v.reshape(-1, g.shape[-1]) if g.ndim == 3 else v.reshape(g.shape[0], -1)
+            v = (grid.mean(1)[:, None] * grid.mean(0) / grid.mean()).reshape(g.shape)
+        return moved
+
+    return update
+
+
 def lamb(lr: float, decay: float) -> Update:
     direction = adam_direction(0.9, 0.999, 1e-6)
 
@@ -221,6 +237,9 @@ def lomo(lr: float, decay: float) -> Update:
     return lambda theta, g, t: theta - lr * (g + decay * theta)
 
 
+FACTORED = "AdamW8, factored"
+"""Stands for a rule with a state format."""
+
 REFERENCES: dict[str, Callable[..., Update]] = {
     "AdamW8": adamw,
     "Lion8": lion,
@@ -251,7 +270,8 @@ def follow(
     hidden = {"hidden": component in HIDDEN}
     kinds = dict.fromkeys(("Muon8", "NorMuon", "AdaMuon", "SinkGD"), hidden)
     kinds["SCALE"] = {"head": component == "head", "lookup": component == "embedding"}
-    update, theta = REFERENCES[name](lr, decay, **kinds.get(name, {})), start.astype(np.float64)
+    made = factored_adamw if name == FACTORED else REFERENCES[name]
+    update, theta = made(lr, decay, **kinds.get(name, {})), start.astype(np.float64)
     for t, gradient in enumerate(gradients, 1):
         theta = update(theta, gradient.astype(np.float64), t)
     return theta

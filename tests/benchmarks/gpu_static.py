@@ -57,7 +57,7 @@ class Case:
     @property
     def layout(self) -> Layout:
         formats = state_formats(self.rule.states, self.state_format, where="here")
-        return layout(self.rule.states, formats, self.weights, self.dtype)
+        return layout(self.rule.states, formats, self.weights, self.dtype).opened
 
     @property
     def bytes_moved(self) -> float:

@@ -45,7 +45,7 @@ def base(stage: int, buckets: bool = True) -> dict[str, Any]:
     }
 
 
-def ours(rule: str, state_format: str, weights: str, **extra: Any) -> dict[str, Any]:
+def ours(rule: str, state_format: Any, weights: str, **extra: Any) -> dict[str, Any]:
     params = {"lr": 1e-4, "state_format": state_format, "weights": weights} | extra
     return {"optimizer": {"type": rule, "params": params}}
 
@@ -63,10 +63,17 @@ CASES: dict[str, tuple[dict[str, Any], bool, str | None]] = {
     "AMCS 8bit, bf16+8": (ours("AMCS", "8bit", "bf16+8"), True, None),
     "AMCS compact, bf16+4": (ours("AMCS", "compact", "bf16+4"), True, None),
     "AMCS minimal, bf16+4": (ours("AMCS", "minimal", "bf16+4"), True, None),
+    "AMCS factored, bf16+8": (ours("AMCS", "factored", "bf16+8"), True, None),
+    "AMCS lean, bf16": (ours("AMCS", "lean", "bf16"), True, None),
+    "AMCS single, lean, bf16": (ours("AMCS", "lean", "bf16", mode="single"), True, None),
+    "AdamW8 lean, bf16": (ours("AdamW8", "lean", "bf16"), True, None),
     "SOAM 8bit, fp32 weights": (ours("SOAM", "8bit", "fp32"), True, None),
     "SOAM 8bit, bf16+8": (ours("SOAM", "8bit", "bf16+8"), True, None),
     "SOAM compact, bf16+4": (ours("SOAM", "compact", "bf16+4"), True, None),
     "AMCS compact, bf16+4, released": (ours("AMCS", "compact", "bf16+4", release_gradients=True), True, None),
+    "AMCS factored, bf16+8, released": (ours("AMCS", "factored", "bf16+8", release_gradients=True), True, None),
+    "AMCS lean, bf16, released": (ours("AMCS", "lean", "bf16", release_gradients=True), True, None),
+    "AdamW8 lean, bf16, released": (ours("AdamW8", "lean", "bf16", release_gradients=True), True, None),
 }
 GOALS = {
     "AMCS 8bit, bf16+8": 8.3,
@@ -75,6 +82,8 @@ GOALS = {
     "SOAM 8bit, bf16+8": 7.3,
     "SOAM compact, bf16+4": 6.3,
     "AMCS compact, bf16+4, released": 5.6,
+    "AMCS lean, bf16": 5.0,
+    "AMCS lean, bf16, released": 4.0,
 }
 
 

@@ -18,19 +18,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-FORMATS: dict[str, dict[str, Any]] = {
-    "fp32": {"state_format": "fp32", "weights": "fp32"},
-    "8bit, bf16+8": {"state_format": "8bit", "weights": "bf16+8"},
-    "compact, bf16+4": {"state_format": "compact", "weights": "bf16+4"},
-    "minimal, bf16+4": {"state_format": "minimal", "weights": "bf16+4"},
-    "8bit, fp32 weights": {"state_format": "8bit", "weights": "fp32"},
-    "compact, fp32 weights": {"state_format": "compact", "weights": "fp32"},
-    "minimal, fp32 weights": {"state_format": "minimal", "weights": "fp32"},
-    "fp32, bf16+8": {"state_format": "fp32", "weights": "bf16+8"},
-    "fp32, bf16+4": {"state_format": "fp32", "weights": "bf16+4"},
-}
 MAIN = ["fp32", "8bit, bf16+8", "compact, bf16+4", "minimal, bf16+4"]
 MICRO_BATCH = 8
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Optimizer parameters: "compact, bf16+4", or by state, "m=8bit v=factored, bf16"; others follow, ", mode=single".
+
+    Without weights behind a comma they are "fp32".
+    """
+    state_format, *more = name.split(", ")
+    by_state = dict(one.split("=") for one in state_format.split()) if "=" in state_format else state_format
+    others = dict(one.split("=") for one in more[1:])
+    return {"state_format": by_state, "weights": more[0] if more else "fp32"} | others
 
 
 def config(rule: str, lr: float, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def read(source: str, rows: int, seq_len: int, seed: int) -> list[Any]:
 
 def summarize(results: list[dict[str, Any]]) -> None:
     """Print the table."""
-    print(f"{'':6}{'format':24}{'seeds':>6}{'val loss':>10}{'difference':>12}{'2 s.e.':>9}")
+    print(f"{'':6}{'format':44}{'seeds':>6}{'val loss':>10}{'difference':>12}{'2 s.e.':>9}")
     for rule in dict.fromkeys(found["rule"] for found in results):
         by_format: dict[str, dict[int, float]] = {}
         for found in results:
@@ -101,7 +101,7 @@ def summarize(results: list[dict[str, Any]]) -> None:
             error = 2 * statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else float("nan")
             mean = statistics.fmean(pairs) if pairs else float("nan")
             loss = statistics.fmean(by_seed.values())
-            print(f"{rule:6}{name:24}{len(by_seed):6}{loss:10.4f}{mean:+12.4f}{error:9.4f}")
+            print(f"{rule:6}{name:44}{len(by_seed):6}{loss:10.4f}{mean:+12.4f}{error:9.4f}")
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--train", default="stdlib", help="as launch/train.py's --data")
     parser.add_argument("--val", required=True)
     parser.add_argument("--rules", nargs="+", default=["AMCS", "SOAM"])
-    parser.add_argument("--formats", nargs="+", default=MAIN, choices=FORMATS)
+    parser.add_argument("--formats", nargs="+", default=MAIN, metavar="STATE_FORMAT[, WEIGHTS]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=640)
     parser.add_argument("--seq-len", type=int, default=128)
@@ -144,7 +144,7 @@ def main() -> None:
                 model = AutoModelForCausalLM.from_config(shape)
                 lr = options.lr or {"AMCS": 1e-3, "SOAM": 8e-3}.get(rule, 1e-3)
                 started = time.perf_counter()
-                made = config(rule, lr, options.steps, FORMATS[name])
+                made = config(rule, lr, options.steps, settings_of(name))
                 result = train(model, made, options.steps, batches, held_out)
                 done.append(key | result | {"seconds": time.perf_counter() - started})
                 print(json.dumps(done[-1]), flush=True)

@@ -23,6 +23,7 @@ MODEL = "qwen3-tiny"
     [
         ("AMCS compact, bf16+4, released", 2, 1, 8, False),
         ("AMCS 8bit, bf16+8", 3, 2, 96, True),
+        ("AMCS lean, bf16, released", 2, 1, 8, False),
         ("AdamW", 2, 1, 64, True),
     ],
 )

@@ -31,17 +31,26 @@ COMPILED = {"state_format": "compact", "weights": "bf16+4"}
 LEAN = COMPILED | {"compile": False}  # of a model this small a step takes no time, compiling it does
 
 
+def same_of(world_size: int, stage: int, params: dict[str, Any], **top: Any) -> dict[str, Any]:
+    """Every rank sees the same sequences."""
+    return config(world_size, stage, params, gradient_clipping=0.0, **top) | {"train_micro_batch_size_per_gpu": 4}
+
+
 def cases(world_size: int) -> dict[str, dict[str, Any]]:
     made = {}
     for stage in STAGES:
-        same = config(world_size, stage, COMPILED, gradient_clipping=0.0) | {"train_micro_batch_size_per_gpu": 4}
-        made[f"same-{stage}"] = case(same, same_data=True, dump=True, full=True)
+        made[f"same-{stage}"] = case(same_of(world_size, stage, COMPILED), same_data=True, dump=True, full=True)
         if world_size > 2:
             continue
         for weights in ("fp32", "bf16+16"):
             made[f"{weights}-{stage}"] = case(
                 config(world_size, stage, {"weights": weights, "compile": False}), steps=1, full=True
             )
+        bare = {"weights": "bf16", "compile": False}
+        made[f"bare-{stage}"] = case(same_of(world_size, stage, bare), same_data=True, dump=True, full=True)
+        other: dict[str, Any] = {"zero": {"offload_optimizer": {"device": "cpu"}}} if stage == 3 else {}
+        again = same_of(world_size, stage, bare | {"release_gradients": stage < 3}, **other)
+        made[f"bare-again-{stage}"] = case(again, same_data=True, save_at=2)
         made[f"lean-{stage}"] = case(config(world_size, stage, LEAN), full=True)
         made[f"poison-{stage}"] = case(config(world_size, stage, LEAN), steps=5, poison_at=2)
         made[f"unused-{stage}"] = case(config(world_size, stage, LEAN), unused=True, full=True)
@@ -88,6 +97,25 @@ def test_packed_codes_and_rounding_agree_at_every_world_size(runs: dict[int, Res
             assert torch.equal(other[key][: len(value)], value), (world_size, key)
         for name, value in runs[1][f"same-{stage}"][0]["full"].items():
             assert torch.equal(runs[world_size][f"same-{stage}"][0]["full"][name], value), (world_size, name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_alone_is_rounded_alike_at_every_world_size(runs: dict[int, Results], stage: int) -> None:
+    """Matrices have no remainder; released gradients, offload and a checkpoint between two steps change nothing."""
+    one, two = (runs[world_size][f"bare-{stage}"] for world_size in WORLD_SIZES)
+    for key, value in one[0]["held"].items():
+        assert torch.equal(torch.cat([rank["held"][key] for rank in two])[: len(value)], value), key
+    for ranks in (one, two):
+        full, model = ranks[0]["full"], ranks[0]["model"]
+        assert all(torch.equal(full[name], model[name].float()) for name in full if full[name].dim() > 1)
+        held = sum(rank["state_bytes"]["remainder"] for rank in ranks)
+        assert held < 0.1 * ranks[0]["parameters"], "that of 1-D parameters, 16 bits"
+    for world_size in WORLD_SIZES:
+        losses = runs[world_size][f"bare-{stage}"][0]["losses"]
+        assert losses[-1] < losses[0] - 0.1
+        assert losses == pytest.approx(runs[1][f"same-{stage}"][0]["losses"], rel=5e-3)
+        again = runs[world_size][f"bare-again-{stage}"][0]["losses"]
+        assert again == (losses if stage < 3 else pytest.approx(losses, rel=1e-4))
 
 
 @pytest.mark.parametrize("stage", STAGES)

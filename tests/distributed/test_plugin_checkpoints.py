@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import launch
 from typer.testing import CliRunner
 
@@ -19,7 +20,8 @@ from toolkit.records.run import read_metrics
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 STEPS, STOP = 5, 3
-RULES = ("NorMuon", "Adafactor8")
+FACTORED = "AMCS"
+RULES = ("NorMuon", "Adafactor8", FACTORED)
 SHAPE = {
     "model_type": "qwen3",
     "vocab_size": 4099,
@@ -38,6 +40,7 @@ SHAPE = {
 class World:
     """The folder of the tests, and what its launches gave."""
 
+    said: list[str]
     trained: list[Any]
     carried: list[Any]
 
@@ -49,7 +52,8 @@ class World:
         (root / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
     def arguments(self, run: str, rule: str, stage: int, ranks: int, *, steps: int = STEPS, **params: Any) -> list[str]:
-        optimizer = {"type": rule, "params": {"lr": 2e-3, "compile": False} | params}
+        kept = {"state_format": "factored"} if rule == FACTORED else {}
+        optimizer = {"type": rule, "params": {"lr": 2e-3, "compile": False} | kept | params}
         fixed = (
             f"--model {self.root / 'model'} --tokenizer python-4k --data {self.root / 'data.jsonl'} --seq-len 16 "
             f"--global-batch 4 --micro-batch {4 // ranks} --eval-every 0 --steps {steps} --save-every {steps} "
@@ -57,8 +61,8 @@ class World:
         )
         return [*fixed.split(), f"optimizer={json.dumps(optimizer)}"]
 
-    def carry(self, rule: str, stage: int, ranks: int, source: str, to: str) -> dict[str, Any]:
-        unused = self.arguments("unused", rule, stage, ranks)
+    def carry(self, rule: str, stage: int, ranks: int, source: str, to: str, **params: Any) -> dict[str, Any]:
+        unused = self.arguments("unused", rule, stage, ranks, **params)
         return {"carry": unused, "source": str(self.root / source), "to": str(self.root / to)}
 
     def launch(self, name: str, ranks: int, steps: list[dict[str, Any]]) -> list[Any]:
@@ -79,7 +83,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         steps += [{"run": made.arguments(f"{rule}/plain", rule, 2, 2)}, {"run": cut, "stop_at": STOP}, {"run": cut}]
     made.trained = made.launch("train", 2, steps)
     one = [made.carry(rule, 3, 1, f"{rule}/plain", f"{rule}/one-3") for rule in RULES]
-    assert made.launch("one", 1, one) == [[] for _ in RULES]
+    whole = {"state_format": {"v": "fp32"}}
+    other = made.carry(FACTORED, 3, 1, f"{FACTORED}/plain", f"{FACTORED}/whole", **whole)
+    *same, made.said = made.launch("one", 1, [*one, other | {"convert": True}])
+    assert same == [[] for _ in RULES]
     two = []
     for rule in RULES:
         origin = open_checkpoint(find(made.root / rule / "one-3"))
@@ -88,6 +95,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         two.append(made.carry(rule, 2, 2, f"{rule}/one-3", f"{rule}/two-2"))
         two.append(made.carry(rule, 3, 2, f"{rule}/converted-1", f"{rule}/two-3"))
         two.append(made.carry(rule, 2, 2, f"{rule}/universal", f"{rule}/back") | {"convert": True})
+    two.append(made.carry(FACTORED, 2, 2, f"{FACTORED}/whole", f"{FACTORED}/again") | {"convert": True})
     made.carried = made.launch("two", 2, two)
     return made
 
@@ -119,8 +127,26 @@ def test_of_the_universal_layout_comes_back_what_was_there(world: World) -> None
             old, new = (source.states(name, 0, place.numel) | source.small(name) for source in (before, after))
             assert old.keys() == new.keys()
             for key, value in old.items():
-                exact = before.sharding.flats[index].formats[key] == "fp32"
-                assert (new[key] - value).norm() <= (0.0 if exact else 0.02) * value.norm(), (name, key)
+                kept = before.sharding.flats[index].formats.get(key)  # of rows and columns of a factored one, none
+                most = 0.0 if kept == "fp32" else 1e-6 if kept in ("factored", None) else 0.02
+                assert (new[key] - value).norm() <= most * value.norm(), (name, key)
+
+
+def test_a_second_moment_is_factored_and_made_whole_again(world: World) -> None:
+    assert world.said == ["v was kept as factored and is now fp32"]
+    plain, whole, again = (
+        open_checkpoint(find(world.root / FACTORED / place)) for place in ("plain", "whole", "again")
+    )
+    seen = 0
+    for name, (_, place) in plain.sharding.by_name.items():
+        rows_and_columns = {f"v.{of}" for of in ("rows", "columns")} if len(place.shape) > 1 else set()
+        assert set(plain.small(name)) == set(again.small(name)) == rows_and_columns and not whole.small(name)
+        before, between, after = (source.states(name, 0, place.numel)["v"] for source in (plain, whole, again))
+        assert torch.equal(before, between) and (after - before).norm() <= 1e-6 * before.norm()
+        seen += bool(rows_and_columns)
+        for key, value in plain.small(name).items():
+            assert (again.small(name)[key] - value).norm() <= 1e-6 * value.norm()
+    assert seen > 5
 
 
 def test_states_of_rows_and_columns_are_saved_once(world: World) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from plugins_worker import Model, gradients
 from ranks import launch
-from references import REFERENCES, SETTINGS, follow
+from references import FACTORED, REFERENCES, SETTINGS, follow
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 STEPS, DECAY = 4, 0.1
@@ -26,6 +26,7 @@ COMPONENTS = {
     "norm": "norm",
     "lm_head": "head",
 }
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 CODED = (2, 3)
 """Stages for 8-bit state; stage 1 steps as stage 2 does."""
 WHOLE = ("StableAdamW", "Lamb8", "Adafactor8", "Muon8", "NorMuon", "AdaMuon", "SinkGD", "SCALE")
@@ -54,9 +55,11 @@ def cases() -> dict[str, dict[str, Any]]:
         for stage in CODED if rule in WHOLE else ():
             coded = {"params": {"state_format": "8bit"}, "bf16": {"enabled": True}}
             made[f"{rule}-{stage}-8bit"] = case(rule, stage, same=True, **coded)
+    kept = {"state_format": {"m": "fp32", "v": "factored"}}
+    made |= {f"factored-{stage}": case("AdamW8", stage, params=kept) for stage in STAGES}
+    made["factored-offload"] = case("AdamW8", 3, params=kept, zero_optimization={"stage": 3, **OFFLOAD})
     made["clipped"] = case("StableAdamW", 2, gradient_clipping=0.1)
-    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    made["offload"] = case("Adafactor8", 2, zero_optimization=offload)
+    made["offload"] = case("Adafactor8", 2, zero_optimization={"stage": 2, **OFFLOAD})
     made["compiled"] = case("StableAdamW", 3, params={"compile": True}, warm=True)
     return made
 
@@ -81,7 +84,9 @@ def reference(rule: str, world_size: int, factor: float = 1.0) -> dict[str, Any]
     for name, p in Model().named_parameters():
         mean = [factor * np.mean([by_rank[name].double().numpy() for by_rank in step], axis=0) for step in seen]
         decay = DECAY if p.dim() > 1 else 0.0  # `param_groups` decays no 1-D parameters
-        found[name] = follow(rule, RATES[rule], decay, p.detach().numpy(), mean, COMPONENTS[name.split(".")[0]])
+        found[name] = follow(
+            rule, RATES.get(rule, 1e-2), decay, p.detach().numpy(), mean, COMPONENTS[name.split(".")[0]]
+        )
     return found
 
 
@@ -101,6 +106,17 @@ def test_a_rule_follows_its_equations_at_every_stage(ranks: Any, world_size: int
     # Muon8's polynomial makes differences larger: its slope at 0 is 3.4445 to the fifth.
     most = 1e-4 if rule == "Muon8" else 1e-5
     assert_follows(first[f"{rule}-{stage}"]["weights"], reference(rule, world_size), most)
+
+
+@pytest.mark.parametrize("case", [*STAGES, "offload"])
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_a_factored_second_moment_follows_its_equations(ranks: Any, world_size: int, case: Any) -> None:
+    """Parts of ranks begin and end in the middle of rows."""
+    first, *others = (rank[f"factored-{case}"] for rank in ranks(world_size))
+    assert_follows(first["weights"], reference(FACTORED, world_size))
+    for other in others:
+        for held, same in zip(first["small"], other["small"], strict=True):
+            assert held.keys() == same.keys() and all(torch.equal(x, same[key]) for key, x in held.items())
 
 
 @pytest.mark.parametrize("rule", WHOLE)

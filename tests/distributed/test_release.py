@@ -1,4 +1,4 @@
-"""Released gradients with a rule that keeps no state: LOMO, whose equations are all there is to compare with."""
+"""Released gradients: with a rule that keeps no state, LOMO, and with a second moment kept by rows and columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from plugins_worker import Model, gradients
 from ranks import launch
-from references import follow
+from references import FACTORED, follow
 
 STEPS, RATE, DECAY = 4, 5.0, 0.1
 """With a smaller rate LOMO's steps would be so small that fp32 weights round them."""
@@ -27,9 +27,18 @@ def config(stage: int, released: bool, **top: Any) -> dict[str, Any]:
     } | top
 
 
+def factored(stage: int, released: bool, m: str, **top: Any) -> dict[str, Any]:
+    params = {"lr": 1e-2, "weight_decay": DECAY, "state_format": {"m": m, "v": "factored"}}
+    params |= {"release_gradients": released, "compile": False}
+    return config(stage, released) | {"optimizer": {"type": "AdamW8", "params": params}} | top
+
+
 def cases() -> dict[str, dict[str, Any]]:
     made = {}
     for stage in (1, 2):
+        made[f"factored-fp32-{stage}"] = factored(stage, True, "fp32")
+        for released in (False, True):
+            made[f"factored-bf16-{stage}-{released}"] = factored(stage, released, "8bit", bf16={"enabled": True})
         made[f"fp32-{stage}"] = config(stage, True)
         for released in (False, True):
             made[f"bf16-{stage}-{released}"] = config(stage, released, bf16={"enabled": True})
@@ -61,8 +70,48 @@ def test_lomo_with_released_gradients_follows_its_equation(ranks: Any, stage: in
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_release_changes_no_bit_of_bf16_weights_and_remainders(ranks: Any, stage: int) -> None:
-    held, released = (ranks[0][f"bf16-{stage}-{released}"] for released in (False, True))
-    assert held["bytes"] == released["bytes"]
-    for name, value in held["weights"].items():
-        assert torch.equal(released["weights"][name], value), name
+def test_a_factored_second_moment_follows_its_equation(ranks: Any, stage: int) -> None:
+    """Matrices of whole blocks during the backward pass, others at its end."""
+    seen = [[gradients(step, rank) for rank in range(len(ranks))] for step in range(STEPS)]
+    for name, p in Model().named_parameters():
+        mean = [np.mean([by_rank[name].double().numpy() for by_rank in step], axis=0) for step in seen]
+        start = p.detach().double().numpy()
+        want = follow(FACTORED, 1e-2, DECAY if p.dim() > 1 else 0.0, start, mean)
+        error = np.linalg.norm(ranks[0][f"factored-fp32-{stage}"]["weights"][name].double().numpy() - want)
+        assert error < 1e-5 * np.linalg.norm(want - start), name
+
+
+@pytest.mark.parametrize("kind", ["", "factored-"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_release_changes_no_bit_of_bf16_weights_and_state(ranks: Any, stage: int, kind: str) -> None:
+    for rank in ranks:
+        held, released = (rank[f"{kind}bf16-{stage}-{released}"] for released in (False, True))
+        assert held["bytes"] == released["bytes"]
+        for name, value in held["weights"].items():
+            assert torch.equal(released["weights"][name], value), name
+        lines, same = (
+            sorted(sorted(x.tolist()) for one in case["small"] for x in one.values()) for case in (held, released)
+        )
+        assert lines == same and bool(lines) == bool(kind), "in whatever order groups were begun"
+
+
+def test_a_step_that_is_skipped_half_way_is_counted_on_all_ranks_or_on_none(tmp_path: Path) -> None:
+    """One rank has applied the gradient of its matrix when the other one's turns out to be NaN."""
+    made = {kind: factored(2, True, "8bit", bf16={"enabled": True}) for kind in ("factored", "whole")}
+    made["whole"]["optimizer"]["params"]["state_format"] = "8bit"
+    made["joined"] = made["whole"] | {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10**6}}
+    first, second = launch(tmp_path, 2, Path(__file__).with_name("release_worker.py"), {"cases": made})
+    kept = [rank["joined"]["kept"] for rank in (first, second)]
+    assert sum(kept) >= 2 * 300, "the norm's gradient waits"
+    assert kept == [rank["joined"]["waiting"] for rank in (first, second)], "and nothing of its bucket with it"
+    for kind in ("factored", "whole"):
+        one, other = first[kind], second[kind]
+        assert one["skipped"] == other["skipped"] == 1
+        assert one["steps"] == other["steps"]
+        skipped, done = (sorted(map(sorted, states)) for states in one["allocated"])
+        assert skipped == done, "a checkpoint of the skipped step has the state of all groups"
+        for key in ("rows", "weights"):
+            assert all(
+                torch.equal(x, y) and bool(x.isfinite().all()) for x, y in zip(one[key], other[key], strict=True)
+            )
+    assert len(first["factored"]["rows"]) == 1 and not first["whole"]["rows"]

@@ -19,9 +19,12 @@ from toolkit.optim import RULES
 
 WORLD_SIZE, STEPS, FEW = 2, 16, 3
 SHIPPED = shipped_configs()
-AS_THEY_ARE = [name for name, one in SHIPPED.items() if one.optimizer in ("AMCS", "SOAM", "AdamW")]
+LEAN = [name for name, one in SHIPPED.items() if one.state_format == "lean"]
+AS_THEY_ARE = [name for name, one in SHIPPED.items() if one.optimizer in ("AMCS", "SOAM", "AdamW") and name not in LEAN]
 MORE = ("adamw8_zero1", "adamw8_zero3", "adafactor8_zero3", "muon8_zero3")
-OTHERS = [name for name, one in SHIPPED.items() if name not in AS_THEY_ARE and (one.way == "zero2" or name in MORE)]
+OTHERS = [
+    name for name, one in SHIPPED.items() if name not in AS_THEY_ARE + LEAN and (one.way == "zero2" or name in MORE)
+]
 BUILT = ("adamw_zero2_offload", "adamw_zero3_offload")
 
 
@@ -47,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
     @functools.cache
     def start(built: bool) -> dict[str, list[dict[str, Any]]]:
         cases = {}
-        for name in BUILT if built else [name for name in AS_THEY_ARE + OTHERS if name not in BUILT]:
+        for name in BUILT if built else [name for name in AS_THEY_ARE + OTHERS + LEAN if name not in BUILT]:
             config = load_config(name)
             batch = WORLD_SIZE * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
             if name in OTHERS:
@@ -71,6 +74,15 @@ def test_it_trains(runs: Callable[[str], list[dict[str, Any]]], name: str) -> No
         assert rank["skipped"] == 0
         if SHIPPED[name].optimizer != "AdamW":
             assert_steps(rank, STEPS)
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_the_leanest_trains_as_well(runs: Callable[[str], list[dict[str, Any]]], name: str) -> None:
+    plain = runs(name.removesuffix("_lean"))[0]
+    for rank in runs(name):
+        assert rank["losses"] == pytest.approx(plain["losses"], rel=0.02) and rank["skipped"] == 0
+        assert_steps(rank, STEPS)
+        assert sum(rank["state_bytes"].values()) < 0.4 * sum(plain["state_bytes"].values())
 
 
 @pytest.mark.parametrize("name", OTHERS)

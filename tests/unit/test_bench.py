@@ -57,6 +57,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *given: str) -> int:
         ("torch-adamw:master", 12, 28),  # state and the copy of the weights twice, gradient and weights once
         ("amcs:fp32:fp32", 12, 36),
         ("amcs:8bit:bf16+8", 3 + 3 * 4 / 256 + 1, 6 + 2 * (3 + 3 * 4 / 256 + 1)),
+        ("soam:8bit:bf16", 2 + 2 * 4 / 256, 6 + 2 * (2 + 2 * 4 / 256)),
         ("adamw8:8bit:master", 4 + 2 + 2 * 4 / 256, 4 + 2 * (4 + 2 + 2 * 4 / 256)),
     ],
 )
@@ -263,7 +264,10 @@ def test_growth_is_measured_and_drawn(
         (["step", "--optimizers", "amcz"], "there is no optimizer 'amcz'"),
         (["step", "--optimizers", "torch-adamv"], "Did you mean 'torch-adamw'?"),
         (["step", "--optimizers", "amcs:9bit"], "state_format '9bit' is unknown"),
-        (["step", "--optimizers", "amcs:8bit:bf16"], "must be fp32, master, bf16+8, bf16+16, bf16+4. Did you mean"),
+        (
+            ["step", "--optimizers", "amcs:8bit:bf61"],
+            "must be fp32, master, bf16+8, bf16+16, bf16+4, bf16. Did you mean",
+        ),
         (["step", "--optimizers", "torch-adamw:bf16+8"], "must be fp32, bf16, master"),
         (["step", "--optimizers", "torch-adamw:fp32:fp32"], "not of the form NAME:WEIGHTS"),
         (["step", "--optimizers", "flash-adamw"], "none of --optimizers can run here (flash-adamw:bf16: "),

@@ -154,6 +154,15 @@ def test_update_errors_are_those_of_the_docs() -> None:
     assert of_amcs == AMCSRule.update_error
 
 
+def test_prices_in_loss_are_those_of_the_docs() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.count("|") == 7]
+    shown = {row[1]: (float(row[4]), float(row[5])) for row in rows if row[1] == "AMCS lean, bf16"}
+    kept = {name: dict(one.rule.loss_price) for name, one in RULES.items() if one.rule.loss_price}
+    price = shown["AMCS lean, bf16"]
+    assert kept == {"AMCS": {"lean": (round(price[0], 3), round(price[1], 3))}}
+
+
 def test_a_plan_counts_the_hosts_memory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -32,33 +32,38 @@ def test_every_rule_has_a_file_for_every_stage() -> None:
     stages, offload = ["zero1", "zero2", "zero3"], ["zero2_offload", "zero3_offload"]
     optimizers = ["AdamW", *(name for name, made in RULES.items() if made.rule.__module__.startswith("toolkit."))]
     wanted = {f"{optimizer.lower()}_{stage}" for optimizer in optimizers for stage in stages}
-    assert set(SHIPPED) == wanted | {f"{optimizer}_{way}" for optimizer in ("adamw", "amcs", "soam") for way in offload}
+    wanted |= {f"{optimizer}_{way}" for optimizer in ("adamw", "amcs", "soam") for way in offload}
+    assert set(SHIPPED) == wanted | {"amcs_zero2_lean"}
 
 
 @pytest.mark.parametrize("name", [name for name, config in SHIPPED.items() if find_rule(config.optimizer)])
 def test_files_of_rules_differ_in_the_optimizer_only_and_say_its_defaults(name: str) -> None:
     config = load_config(name)
     optimizer = config.pop("optimizer")
-    same = load_config(f"amcs_{SHIPPED[name].way}")
+    same = load_config(f"amcs_{SHIPPED[name].way.removesuffix('_lean')}")
     del same["optimizer"]
     assert config == same
     rule = RULES[optimizer["type"]].rule
+    lean = name.endswith("_lean")
+    assert optimizer["params"].pop("release_gradients", False) == lean
     for key, value in optimizer["params"].items():
         if key not in ("state_format", "weights"):
             default = rule.model_fields[key].get_default()
             assert value == (list(default) if isinstance(default, tuple) else default), key
-    assert optimizer["params"]["weights"] == "bf16+8"
+    assert optimizer["params"]["weights"] == ("bf16" if lean else "bf16+8")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_file_is_what_its_name_says_and_valid_at_any_world_size(name: str) -> None:
     config = json.loads(SHIPPED[name].path.read_text())
-    optimizer, stage, *offload = name.split("_")
+    optimizer, stage, *more = name.split("_")
     assert config["optimizer"]["type"].lower() == optimizer
     assert f"zero{config['zero_optimization']['stage']}" == stage
     parts = [key for key in config["zero_optimization"] if key.startswith("offload_")]
     wanted = {"zero2": ["offload_optimizer"], "zero3": ["offload_optimizer", "offload_param"]}
-    assert parts == (wanted[stage] if offload else [])
+    assert parts == (wanted[stage] if more == ["offload"] else [])
+    params = config["optimizer"]["params"]
+    assert (params.get("state_format") == "lean" and params["release_gradients"]) == (more == ["lean"])
     for world_size in (None, 1, 2, 8):
         validate(config, origin=name, world_size=world_size)
 
@@ -69,7 +74,7 @@ def test_a_shipped_file_describes_itself(name: str) -> None:
     assert config.optimizer.lower() == name.split("_")[0]
     rule = find_rule(config.optimizer)
     coded = rule is not None and any(state.of is None for state in all_states(rule.rule.variants({})))
-    assert config.state_format == ("8bit" if coded else "fp32")
+    assert config.state_format == ("lean" if name.endswith("_lean") else "8bit" if coded else "fp32")
     assert bool(config.offload) == name.endswith("offload")
     assert name == f"{config.optimizer.lower()}_{config.way}"
     assert config.idea and config.placing and "\n" not in config.idea + config.placing

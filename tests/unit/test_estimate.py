@@ -69,6 +69,7 @@ def numels(model: str) -> tuple[int, int]:
         ("AMCS", "compact", "bf16+4", 3, 0.5 + 2.5 + 3 * SCALE),
         ("AMCS", "minimal", "bf16+4", 3, 0.5 + 2 + 3 * SCALE),
         ("SOAM", "8bit", "bf16+16", 2, 2 + 2 * (1 + SCALE)),
+        ("SOAM", "8bit", "bf16", 2, 2 * (1 + SCALE)),
         ("SOAM", "compact", "bf16+4", 2, 0.5 + 1.5 + 2 * SCALE),
         ("AdamW", "", "", 2, 4 + 8),
     ],

@@ -28,8 +28,9 @@ FEW = [
     Case(AMCSRule, "8bit", "bf16+8"),
     Case(AMCSRule, "compact", "bf16+4"),
     Case(AMCSSingleRule, "4bit", "fp32"),
-    Case(SOAMRule, "minimal", "bf16+4"),
+    Case(SOAMRule, "minimal", "bf16"),
     Case(SOAMRule, "fp32", "bf16+16"),
+    Case(AMCSRule, "lean", "bf16"),
 ]
 """Every rule, format and way of keeping weights at least once; the whole product takes minutes."""
 

@@ -153,7 +153,7 @@ def step_in_ranks(rule: str, size: int) -> tuple[list[Tensor], list[Thread]]:
     def work(rank: Thread) -> None:
         try:
             optimizer: Any = RULES[rule]([nn.Parameter(torch.zeros(16, 16))], lr=0.1, compile=False)
-            group, kind = optimizer.param_groups[0], optimizer.rule_of(optimizer.param_groups[0])
+            group = optimizer.param_groups[0]
             cut, at = [], 0
             for x in whole:
                 share = share_of(x.shape, size)
@@ -167,7 +167,7 @@ def step_in_ranks(rule: str, size: int) -> tuple[list[Tensor], list[Thread]]:
             parameters = [Parameter(tuple(x.shape), "ffn") for x in whole]
             for step in gradients:
                 begun = optimizer.begin(group, master)
-                small = small_states(kind, parameters, optimizer.state[master], master.device)
+                small = small_states(optimizer.whole(group), parameters, optimizer.state[master], master.device)
                 members = []
                 for i, own in enumerate(mine):
                     share = Share(own, step[i].flatten()[own.start : own.stop], 0) if own is not None else None

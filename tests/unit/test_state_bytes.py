@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from engines import BASE, build, step
 
-from toolkit.zero.engine import optimizer_state_bytes, replicated_states
+from toolkit.state.codecs import BLOCK
+from toolkit.zero.engine import optimizer_state_bytes, replicated_bytes
+from toolkit.zero.stage12 import ShardedZeroOptimizer
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -23,5 +25,35 @@ from toolkit.zero.engine import optimizer_state_bytes, replicated_states
 def test_states_of_rows_are_whole_on_every_rank_and_without_zero_all_are(more: dict[str, Any], whole: set[str]) -> None:
     engine = build(BASE | {"optimizer": {"type": "NorMuon", "params": {"lr": 1e-3, "compile": False}}} | more)
     step(engine)
-    assert replicated_states(engine) == whole
-    assert optimizer_state_bytes(engine)["v_row"] == 4 * (40 + 8), "one fp32 number for each row of the two matrices"
+    held = optimizer_state_bytes(engine)
+    assert replicated_bytes(engine) == sum(held[name] for name in whole)
+    assert held["v_row"] == 4 * (40 + 8), "one fp32 number for each row of the two matrices"
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_stands_for_a_factored_state_is_whole_on_every_rank(stage: int) -> None:
+    params = {"lr": 1e-3, "compile": False, "state_format": "factored"}
+    more: dict[str, Any] = {"zero_optimization": {"stage": stage}, "optimizer": {"type": "AdamW8", "params": params}}
+    engine = build(BASE | more)
+    step(engine)
+    held = optimizer_state_bytes(engine)
+    assert replicated_bytes(engine) == 4 * (40 + 24 + 8 + 40), "rows and columns of the two matrices"
+    assert held["v"] - replicated_bytes(engine) == 4 * 2 * BLOCK, "1-D parameters, 128 elements in all, are exact"
+
+
+def test_while_groups_are_laid_out_no_second_model_piles_up(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed clones each group's weights as master weights; a clone goes before the next group is laid out."""
+    seen = []
+    original = ShardedZeroOptimizer.get_partition_info
+
+    def looking(zero: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(zero, *args, **kwargs)
+        masters = [tensor.data_ptr() for tensor in zero.single_partition_of_fp32_groups]
+        seen.append(masters == [parts[0].data_ptr() for parts in zero.parallel_partitioned_bit16_groups])
+        return found
+
+    monkeypatch.setattr(ShardedZeroOptimizer, "get_partition_info", looking)
+    params = {"lr": 1e-3, "alpha": 0.5, "compile": False}
+    build(BASE | {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AMCS", "params": params}}).destroy()
+    assert len(seen) > 1 and all(seen)

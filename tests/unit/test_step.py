@@ -18,6 +18,7 @@ from toolkit.optim import AMCS, RULES, SOAM, AMCSRule, NonNegative, Rule, State,
 from toolkit.optim.kernel import StepFunction, step_function
 from toolkit.state.codecs import BLOCK, Root, Signed, decode_blocks, unpack
 from toolkit.state.layout import layout_of
+from toolkit.state.remainders import WEIGHTS
 
 SIZES = [(7,), (64, 64), (2, 256), (300, 1), (1, 1000), (33, 100), (3, 256), (513, 3)]
 
@@ -66,6 +67,7 @@ def whole(optimizer: Any, p: nn.Parameter) -> Tensor:
         (AMCS, torch.bfloat16, {"total_steps": 10, **BF16_4}),
         (SOAM, torch.float32, {}),
         (SOAM, torch.bfloat16, {"state_format": "minimal", "weights": "bf16+4"}),
+        (SOAM, torch.bfloat16, {"weights": "bf16"}),
     ],
 )
 def test_eager_gives_the_compiled_numbers(rule: Any, dtype: torch.dtype, settings: dict[str, Any]) -> None:
@@ -249,8 +251,10 @@ def test_bf16_with_16_bits_is_fp32(rule: Any, extra: dict[str, Any], state_forma
 
 
 # The step is 1e-4 where the last bit of a bf16 weight near 1 is 4e-3, so that rounding to nearest would move nothing.
-@pytest.mark.parametrize(("weights", "most"), [("bf16+8", 5e-2), ("bf16+4", 0.6)])
-def test_fewer_bits_stay_close_to_fp32(weights: str, most: float, one_thread: None) -> None:
+@pytest.mark.parametrize(
+    ("weights", "most", "mean"), [("bf16+8", 5e-2, 0.02), ("bf16+4", 0.6, 0.02), ("bf16", 3.0, 0.07)]
+)
+def test_fewer_bits_stay_close_to_fp32(weights: str, most: float, mean: float, one_thread: None) -> None:
     settings = {"lr": 1e-4, "compile": False, "total_steps": 100}
     exact, master = train(AMCS, 100, torch.float32, **settings)
     pairs, optimizer = train(AMCS, 100, torch.bfloat16, weights=weights, **settings)
@@ -259,7 +263,8 @@ def test_fewer_bits_stay_close_to_fp32(weights: str, most: float, one_thread: No
     errors = [whole(optimizer, b) - whole(master, a) for a, b in zip(exact, pairs, strict=True)]
     error = torch.cat([e.flatten() for e in errors if e.dim() > 1])
     assert error.norm() < most * moved.norm()
-    assert error.mean().abs() < 0.02 * moved.abs().mean(), "right on average"
+    # Of "bf16" the mean of coins tossed apart would be 0.022 off, rms.
+    assert error.mean().abs() < mean * moved.abs().mean(), "right on average"
     assert torch.equal(whole(optimizer, pairs[0]), whole(master, exact[0])), "1-D tensors keep all 16 bits"
 
 
@@ -296,7 +301,7 @@ SPIKES = [2.0**62, 1e19, 2e19, 1e25, -1e30, 1.7e38, torch.finfo(torch.float32).m
     [(AMCS, {"total_steps": 9}), (AMCS, {"alpha": 0.5, "mode": "single"}), (SOAM, {}), (SOAM, {"eps": 0.0})],
 )
 @pytest.mark.parametrize("state_format", ["fp32", "8bit", "4bit", "compact", "minimal"])
-@pytest.mark.parametrize("weights", ["fp32", "bf16+16", "bf16+8", "bf16+4"])
+@pytest.mark.parametrize("weights", ["fp32", *WEIGHTS])
 def test_any_finite_gradient_leaves_weights_finite(
     rule: Any, extra: dict[str, Any], state_format: str, weights: str, one_thread: None
 ) -> None:

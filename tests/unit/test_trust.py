@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import zstandard
-from small_checkpoints import STEP, Call, call, cut, refile, refused, rewrite, stock, use, whole
+from small_checkpoints import STEP, Call, call, cut, refile, refused, rewrite, stock, use
 
 from toolkit.checkpoint import manifest as manifests
 from toolkit.checkpoint import universal
@@ -72,15 +72,6 @@ def test_a_checkpoint_that_nobody_touched_is_read(
     assert call("checkpoint", "verify", made(stage, ranks)).output.strip().endswith(": intact")
     convert(open_checkpoint(made(0, 0)), tmp_path / "back", stage=3, world_size=2)
     assert Source(tmp_path / "back" / name_of(STEP)).digest() == Source(made(1, 1)).digest()
-
-
-@pytest.mark.parametrize("weights", ["bf16+4", "bf16+8", "bf16+16"])
-def test_remainders_of_small_tensors_are_theirs_at_every_stage(tmp_path: Path, weights: str) -> None:
-    """Two norms in one flat tensor: the second begins in the middle of a block."""
-    origin = Source(whole(tmp_path / "whole", weights=weights).path(STEP))
-    for stage, ranks in ((3, 1), (3, 3), (2, 3)):
-        convert(origin, tmp_path / f"{stage}-{ranks}", stage=stage, world_size=ranks)
-        assert Source(tmp_path / f"{stage}-{ranks}" / name_of(STEP)).digest() == origin.digest(), (stage, ranks)
 
 
 # ---- code -----------------------------------------------------------------------------------------------------------

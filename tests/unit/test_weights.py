@@ -1,4 +1,4 @@
-"""Weights as bf16 and a remainder: every fp32 number, both neighbours, every NaN, and where rounding goes."""
+"""Weights as bf16, with a remainder or without: all fp32 numbers, neighbours and NaNs, and where rounding goes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 INF = 0x7F800000
 """The pattern of infinity; what is above it, without the sign, is a NaN."""
 
-each = pytest.mark.parametrize("kind", [Remainder(16), Remainder(8), Remainder(4)])
-rounded = pytest.mark.parametrize("kind", [Remainder(8), Remainder(4)])
+each = pytest.mark.parametrize("kind", list(WEIGHTS.values()))
+ROUNDED = [kind for kind in WEIGHTS.values() if kind.bits < 16]
+rounded = pytest.mark.parametrize("kind", ROUNDED)
 
 
 def fp32(patterns: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def test_ends_of_the_range() -> None:
     x = torch.tensor([0.0, least, 2.0**-133, 2.0**-126, 1.0, largest, torch.inf])
     x = torch.cat([x, -x])
     assert torch.equal(bits(join_split(Remainder(16), x)), bits(x)), "-0 and infinities too"
-    for kind in (Remainder(8), Remainder(4)):
+    for kind in ROUNDED:
         stored = torch.tensor([0.0, -0.0, 2.0**-126, 1.0, torch.inf, -torch.inf])
         assert torch.equal(bits(join_split(kind, stored)), bits(stored))
         assert join_split(kind, torch.tensor([largest, -largest])).tolist() == [torch.inf, -torch.inf]
@@ -153,17 +154,18 @@ def test_rounding_takes_one_of_the_two_neighbours(kind: Remainder) -> None:
     dropped = 16 - kind.bits
     step = 1 << dropped
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4096, generator=generator) * 10.0 ** torch.randint(-30, 30, (4096,), generator=generator)
+    numbers = 2**24 // max(step, 2**12)
+    x = torch.randn(numbers, generator=generator) * 10.0 ** torch.randint(-30, 30, (numbers,), generator=generator)
     below = bits(x) >> dropped << dropped
     fraction = (bits(x) - below).double() / step
-    ups = torch.zeros(4096, dtype=torch.float64)
+    ups = torch.zeros(numbers, dtype=torch.float64)
     grid = (torch.arange(step) + 0.5) / step  # every interval of thresholds that rounding can tell apart
-    for threshold in grid.tolist():
-        back = bits(join_split(kind, x, torch.full_like(x, threshold)))
+    for threshold in grid.unsqueeze(1).split(256):
+        back = bits(join_split(kind, x.expand(len(threshold), -1), threshold))
         up = back != below
-        assert torch.equal(back[up], below[up] + step)
+        assert torch.equal(back[up], (below + step).expand_as(back)[up])
         assert torch.equal(up, threshold >= 1 - fraction)
-        ups += up
+        ups += up.sum(dim=0)
     assert torch.equal(ups / step, fraction), "right on average, exactly"
 
 
@@ -182,6 +184,16 @@ def test_small_updates_add_up(kind: Remainder) -> None:
     moved = (theta - 1) / (steps * update)
     assert moved.mean().item() == pytest.approx(1, abs=0.02)
     assert (moved - 1).abs().max() < 0.15, "each weight by itself, too; a fair coin would be 0.22 off, rms"
+
+
+@rounded
+def test_the_mean_over_steps_is_the_number(kind: Remainder) -> None:
+    """With the thresholds of a run: over 256 steps within 3 % of the last bit, as a fair coin is, rms."""
+    x = torch.randn(8, BLOCK, generator=torch.Generator().manual_seed(0))
+    phases = [torch.tensor(float(rounding_phase(5, step, 3))) for step in range(1, 257)]
+    rounded = [join_split(kind, x, thresholds(phase, 8, 0, BLOCK)).double() for phase in phases]
+    last = fp32(bits(x) & INF).double() * 2.0 ** -(kind.bits + 7)
+    assert ((sum(rounded) / len(phases) - x.double()) / last).abs().max() < 0.03
 
 
 @each

@@ -18,7 +18,8 @@ from toolkit.state.remainders import MASTER, WEIGHTS
 
 FP32, BF16, MASTERED = "fp32", "bf16", "master"
 """How weights are held: fp32 with fp32 gradients; bf16 with bf16 gradients; bf16 with bf16 gradients and an fp32 copy,
-which is updated and then copied into them. (Rules of this package have bf16+16, bf16+8 and bf16+4, too.)"""
+which is updated and then copied into them. (Rules of this package have bf16+16, bf16+8 and bf16+4, too, and
+round to bf16 stochastically.)"""
 
 DEFAULT = (
     "torch-adamw:fp32",

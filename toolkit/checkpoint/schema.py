@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from toolkit.optim.rule import COMPONENTS
 from toolkit.paths import inside
-from toolkit.state.codecs import BLOCK, FORMATS
+from toolkit.state.codecs import BLOCK, FACTORED, FORMATS
 from toolkit.state.remainders import MASTER, WEIGHTS
 from toolkit.state.sharding import Flat, Sharding
 
@@ -88,7 +88,8 @@ class _Sharding(_Strict):
 
     def unknown_formats(self) -> list[str]:
         """State formats that no codec here has."""
-        return sorted({name for flat in self.flat_tensors for name in flat.state_format.values()} - FORMATS.keys())
+        named = {name for flat in self.flat_tensors for name in flat.state_format.values()}
+        return sorted(named - FORMATS.keys() - {FACTORED})
 
 
 class _File(_Strict):
@@ -156,10 +157,12 @@ def disagreement(sharding: Sharding) -> str | None:
             return f"flat tensor {number} is {flat.dtype}"
         if not flat.formats.keys() <= set(names):
             return f"flat tensor {number} has formats of {', '.join(flat.formats)}"
-        if any(flat.formats[name] != "fp32" for name in sharding.small(number)):
+        if any(state.of is not None and flat.formats[state.name] != "fp32" for state in sharding.kept(number)):
             return f"flat tensor {number} has states of rows, columns or parameters that are not fp32"
         if any(state.residual_of not in {None, *flat.formats} for state in sharding.layout(number).states):
             return f"a state of flat tensor {number} is a residual of one that there is not"
+        if any(state.signed for _, state in sharding.layout(number).factored):
+            return f"flat tensor {number} has rows and columns of a state that is no second moment"
         problem = _overlap(sharding, number, flat) or _alignment(sharding, number, flat)
         if problem is not None:
             return problem

@@ -20,9 +20,10 @@ from toolkit.checkpoint.manifest import Manifest
 from toolkit.checkpoint.opening import load_file
 from toolkit.checkpoint.schema import disagreement
 from toolkit.errors import UserError
+from toolkit.optim.factored import shares
 from toolkit.paths import regular
 from toolkit.state.codecs import BLOCK, unpack
-from toolkit.state.layout import REMAINDER, State, dtype_name
+from toolkit.state.layout import REMAINDER, Layout, State, dtype_name, lines_of
 from toolkit.state.sharding import Flat, Fragment, Place, Sharding, blocks_of, share_of
 
 OPTIMIZER_FILE = "zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
@@ -226,16 +227,27 @@ class Source:
         return joined
 
     def states(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
-        """Elements of every state of a parameter, decoded to fp32, 1-D."""
+        """Elements of every state of a parameter, decoded to fp32, 1-D; also of those that are kept as factors."""
         index, _ = self.sharding.by_name[name]
         kept = self.sharding.layout(index)
+        factored = self._factored(name, kept, start, stop)
         if not any(codec.scaled for codec in kept.codecs):
-            return {state.name: self.elements(name, state.name, start, stop) for state in kept.states}
+            return {state.name: self.elements(name, state.name, start, stop) for state in kept.states} | factored
         first = start // BLOCK
         keys = [key for state in kept.states for key in kept.keys(state.name)]
         decoded = kept.decode({key: self.blocks(name, key, first, blocks_of(stop)) for key in keys})
         inside = slice(start - first * BLOCK, stop - first * BLOCK)
-        return {key: value.reshape(-1)[inside] for key, value in decoded.items()}
+        return {key: value.reshape(-1)[inside] for key, value in decoded.items()} | factored
+
+    def _factored(self, name: str, kept: Layout, start: int, stop: int) -> dict[str, Tensor]:
+        small = self.small(name) if kept.factored else {}
+        found = {}
+        for _, state in kept.factored:
+            rows, columns = (small[one.name] for one in lines_of(state.name))
+            first, last = start // columns.numel(), -(-stop // columns.numel())
+            whole = (shares(rows)[first:last, None] * columns).view(-1)
+            found[state.name] = whole[start - first * columns.numel() :][: stop - start]
+        return found
 
     def small(self, name: str) -> dict[str, Tensor]:
         """The states of rows and columns of a parameter, 1-D; the first rank's file has them."""

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from toolkit.checkpoint.source import Source
 from toolkit.errors import some
-from toolkit.state.codecs import BLOCK, Codec, pack
-from toolkit.state.layout import REMAINDER, Layout, State
+from toolkit.state.codecs import BLOCK, FACTORED, Codec, pack
+from toolkit.state.layout import REMAINDER, Layout, State, kept_whole, lines_of
 from toolkit.state.remainders import MASTER
-from toolkit.state.sharding import Flat, Fragment, Sharding, blocks_of
+from toolkit.state.sharding import Flat, Fragment, Place, Sharding, blocks_of, lines
 
 WEIGHTS = ""
 """Key of the flat tensor itself among the tensors of a rank."""
@@ -68,9 +68,9 @@ class Transfer:
                 states = (set(there.kept(old_index)), set(here.kept(index)))
                 if states[0] != states[1] and states != whole:
                     moved.setdefault(_pairs(here.kept(index), there.kept(old_index)), []).append(place.name)
-                codecs = dict(zip((s.name for s in before.states), before.codecs, strict=True))
-                for state, codec in zip(kept.states, kept.codecs, strict=True):
-                    origin = _origin(state, before.states) or ""
+                codecs = _codecs(before)
+                for state in kept.every:
+                    origin, codec = _origin(state, before.every) or "", _codecs(kept)[state.name]
                     was = codecs.get(origin)
                     if was is not None and was != codec:
                         then, now = _kept_as(old.formats[origin], was), _kept_as(flat.formats[state.name], codec)
@@ -129,7 +129,7 @@ class Transfer:
         decoded = self.source.states(name, fragment.start, fragment.stop)
         values = {}
         for state in kept.states:
-            origin = _origin(state, old.states)
+            origin = _origin(state, old.every)
             whole = torch.zeros(blocks_of(fragment.numel) * BLOCK)
             if origin is not None:
                 whole[: fragment.numel] = decoded[origin]
@@ -141,15 +141,28 @@ class Transfer:
                 made[key].view(-1)[fragment.elements] = stored.view(-1)[: fragment.numel]
 
     def _small_states(self, index: int) -> dict[str, Tensor]:
-        source, states = self.source, {state.name: state for state in self.target.states}
-        found = {}
-        for name, sizes in self.target.small(index).items():
-            parts = []
-            for place, size in zip(self.target.flats[index].places, sizes, strict=True):
-                origin = _origin(states[name], source.sharding.kept(source.sharding.by_name[place.name][0]))
-                parts.append(torch.zeros(size) if origin is None else source.small(place.name)[origin])
-            found[name] = torch.cat(parts)
+        flat, found = self.target.flats[index], {}
+        means = {line.name: state for _, state in self.target.layout(index).factored for line in lines_of(state.name)}
+        for state in kept_whole(self.target.kept(index), flat.formats):
+            found[state.name] = torch.cat([self._small(state, place, means.get(state.name)) for place in flat.places])
         return found
+
+    def _small(self, state: State, place: Place, of: State | None) -> Tensor:
+        """A state of rows, columns or one number of a parameter; `of`: the state whose rows or columns these are."""
+        source, size = self.source, lines(place.shape, str(state.of))
+        old, _ = source.sharding.by_name[place.name]
+        there = source.small(place.name)
+        if of is None:
+            origin = _origin(state, source.sharding.kept(old))
+            return torch.zeros(size) if origin is None else there[origin]
+        origin = _origin(of, source.sharding.layout(old).every)
+        if origin is None:
+            return torch.zeros(size)
+        kept = next(line.name for line in lines_of(origin) if line.of == state.of)
+        if kept in there:
+            return there[kept]
+        whole = source.states(place.name, 0, place.numel)[origin].view(-1, lines(place.shape, "columns"))
+        return whole.mean(1 if state.of == "rows" else 0)
 
     def _copy(self, into: Tensor, name: str, key: str, fragment: Fragment, *, by_block: bool) -> None:
         if by_block:
@@ -184,9 +197,16 @@ def _put(into: Tensor, fragment: Fragment, lanes: Tensor) -> None:
     into[fragment.blocks] = pack(whole.view(-1, BLOCK).split(BLOCK // 2, dim=1))
 
 
-def _kept_as(state_format: str, codec: Codec) -> str:
+def _codecs(kept: Layout) -> dict[str, Codec | str]:
+    """How each state is kept: its codec, or FACTORED."""
+    coded: dict[str, Codec | str] = dict(zip((state.name for state in kept.states), kept.codecs, strict=True))
+    return coded | {state.name: FACTORED for _, state in kept.factored}
+
+
+def _kept_as(state_format: str, codec: Codec | str) -> str:
     """A format, and what it codes where that is not the state itself."""
-    return f"{state_format} (the difference from another state)" if codec.relative else state_format
+    relative = isinstance(codec, Codec) and codec.relative
+    return f"{state_format} (the difference from another state)" if relative else state_format
 
 
 def _weights(kept: Layout, dtype: str) -> str:

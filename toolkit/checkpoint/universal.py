@@ -55,14 +55,17 @@ def write(source: Source, folder: Path) -> None:
         found = {"fp32": source.weights(name, 0, place.numel)}
         if source.trained():
             found |= source.states(name, 0, place.numel)
-            kept = source.sharding.layout(index).states
+            kept = source.sharding.layout(index).every
             for state in ADAM:
                 alike = next((old.name for old in kept if old.signed == state.signed), None)
                 if state.name not in found and alike is not None:
                     found[state.name] = found[alike]
             put(torch.tensor(float(source.step_of(index))), home / "step.pt")
         whole = {key: values.view(place.shape) for key, values in found.items()}
-        for key, values in (whole | (source.small(name) if source.trained() else {})).items():
+        if source.trained():  # what is factored is there as a whole
+            declared = {state.name for state in source.sharding.kept(index)}
+            whole |= {key: values for key, values in source.small(name).items() if key in declared}
+        for key, values in whole.items():
             put({"param": on_host(values)}, home / f"{key}.pt")
     saved = source.optimizer_states(0)
     shared = {key: value for key, value in saved["optimizer_state_dict"].items() if key in _SHARED}

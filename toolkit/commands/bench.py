@@ -83,8 +83,8 @@ def step(
         str | None,
         typer.Option(
             metavar="NAME:FORMAT:WEIGHTS,...",
-            help="Rules of this package with state format and weights (fp32, master, bf16+16, bf16+8, bf16+4), and "
-            "others: torch-adamw, deepspeed-cpu-adam, bnb-adamw8bit, bnb-ademamix8bit (fp32, bf16, master), "
+            help="Rules of this package with state format and weights (fp32, master, bf16+16, bf16+8, bf16+4, "
+            "bf16), and others: torch-adamw, deepspeed-cpu-adam, bnb-adamw8bit, bnb-ademamix8bit (fp32, bf16, master), "
             "flash-adamw. (default: a dozen)",
         ),
     ] = None,

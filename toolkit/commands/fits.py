@@ -31,7 +31,7 @@ def fits(
     plugins: Plugins = None,
     gpus: Gpus = 1,
     state_format: Annotated[
-        Literal["8bit", "compact", "minimal"], typer.Option(help="Of optimizers that have formats.")
+        Literal["8bit", "compact", "minimal", "lean"], typer.Option(help="Of optimizers that have formats.")
     ] = "8bit",
     offload: Annotated[bool, typer.Option("--offload", help="Keep the optimizer's state on the host.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
@@ -44,13 +44,16 @@ def fits(
     from toolkit.console import PlainConsole
     from toolkit.estimate.fits import fits as find
     from toolkit.estimate.fits import lengths, ways
+    from toolkit.estimate.recommend import offered
     from toolkit.models.presets import PRESETS
     from toolkit.optim import COMPARED
     from toolkit.records.sizes import parse_size
 
     import_plugins(plugins)
     memories = [parse_size(text, where="--gpu-memory") for text in gpu_memory or MEMORIES]
-    tried = ways(optimizer or COMPARED, gpus, state_format, offload=offload)
+    tried = ways(
+        optimizer or [one for one in COMPARED if offered(one, state_format)], gpus, state_format, offload=offload
+    )
     models = model or [name for name, preset in PRESETS.items() if preset.activation_checkpointing or "0.6b" in name]
     for name in models:
         lengths(name)  # what is no model ends the command before anything is computed

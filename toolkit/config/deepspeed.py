@@ -160,10 +160,11 @@ class DeepSpeedSettings:
 
     @property
     def weights(self) -> str:
-        """How the optimizer keeps weights: with a remainder ("bf16+8"), or as master weights ("fp32")."""
-        from toolkit.state.remainders import DEFAULT_WEIGHTS, MASTER
+        """How the optimizer keeps weights: "bf16+8" and the like, in bf16; "fp32": as master weights."""
+        from toolkit.state.layout import default_weights
+        from toolkit.state.remainders import MASTER
 
-        default = DEFAULT_WEIGHTS if self.computed == "bf16" else MASTER
+        default = default_weights(self.state_format) if self.computed == "bf16" else MASTER
         return str(self.params.get("weights", default)) if self.rule else MASTER
 
     @property

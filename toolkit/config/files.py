@@ -52,6 +52,8 @@ class ShippedConfig:
     @property
     def placing(self) -> str:
         """What this way of sharding is good for."""
+        if self.way.endswith("_lean"):
+            return "least memory on one device; gradients are used during the backward pass"
         return (_OFFLOAD if self.offload else _STAGES)[self.stage]
 
 

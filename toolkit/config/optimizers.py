@@ -141,7 +141,7 @@ def check_combination(ds: DeepSpeedSettings, *, accumulation: int | None) -> Non
     if weights not in (None, "auto", "fp32"):
         if ds.computed != "bf16":
             raise UserError(
-                f"{place} {weights!r} keeps the lower bits of bf16 weights, but the run computes in {ds.computed}; "
+                f"{place} {weights!r} is for weights in bf16, but the run computes in {ds.computed}; "
                 "enable bf16, or set it to 'fp32'."
             )
         if ds.stage == 0:

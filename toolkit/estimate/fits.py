@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from toolkit.config import DeepSpeedSettings, load_config, shipped_configs
 from toolkit.errors import UserError, nearest
 from toolkit.estimate.predict import Case, Estimator, assumed_context, with_section
-from toolkit.estimate.recommend import FORMATS
+from toolkit.estimate.recommend import formats_of
 from toolkit.models import load_config as load_model_config
 from toolkit.optim import find_rule
 
@@ -67,7 +67,7 @@ def ways(optimizers: Sequence[str], gpus: int, state_format: str, *, offload: bo
         if find_rule(kind) is None:
             found.append(Way(kind, "fp32", base))
             continue
-        for state, params in FORMATS.items():
+        for state, params in formats_of(kind, state_format).items():
             config = with_section(base, ["optimizer", "params"], params)
             ds = DeepSpeedSettings.read(config)
             released = params.get("release_gradients", False)

@@ -14,7 +14,7 @@ from toolkit.errors import UserError
 from toolkit.optim import Rule, param_groups
 from toolkit.records import categories as c
 from toolkit.state.codecs import BLOCK
-from toolkit.state.layout import Layout
+from toolkit.state.layout import Layout, State
 from toolkit.state.sharding import lines
 
 _PROBE = 256
@@ -28,7 +28,8 @@ class Group:
     `per_element`: bytes by category of remainder and states. `master`: of fp32 master weights, 0 without.
     `whole_blocks`: whether stage 3 pads each of them to whole blocks; `released`: whether their gradients are used
     and freed during the backward pass. `whole`: bytes by category of states of rows and columns, which every rank has
-    of whole parameters. `together`: the rule, if it looks at more than single elements.
+    of whole parameters. `together`: the rule, where it looks at more than single elements or has factored states,
+    and `factored`: how many of these.
     """
 
     numbers: tuple[int, ...]
@@ -38,6 +39,7 @@ class Group:
     released: bool
     whole: Mapping[str, float] = field(default_factory=dict)
     together: type[Rule] | None = None
+    factored: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ def optimizer_memory(model: nn.Module, ds: DeepSpeedSettings) -> OptimizerMemory
                 master=0.0 if whole else masters,
                 whole_blocks=any(p.dim() > 1 for p in group["params"]),
                 released=optimizer.defaults["release_gradients"] and all(size % BLOCK == 0 for size in sizes),
-                whole=_of_lines(kind, [tuple(p.shape) for p in group["params"]]),
-                together=kind if kind.statistics else None,
+                whole=_of_lines(optimizer.whole(group), [tuple(p.shape) for p in group["params"]]),
+                together=kind if optimizer.steps_together(group) else None,
+                factored=len(layout.factored),
             )
         )
     return OptimizerMemory(tuple(groups), True, 0.0)
@@ -103,9 +106,12 @@ def _per_element(layout: Layout) -> dict[str, float]:
     return found
 
 
-def _of_lines(rule: type[Rule], shapes: Sequence[tuple[int, ...]]) -> dict[str, float]:
-    small = [(state.name, state.of) for state in rule.states if state.of is not None]
-    return {c.category_of_state(name): 4.0 * sum(lines(shape, of) for shape in shapes) for name, of in small}
+def _of_lines(states: Sequence[State], shapes: Sequence[tuple[int, ...]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for state in states:
+        category = c.category_of_state(state.name)
+        found[category] = found.get(category, 0.0) + 4.0 * sum(lines(shape, str(state.of)) for shape in shapes)
+    return found
 
 
 # DeepSpeed's own, which need a compiler or a GPU to be tried.

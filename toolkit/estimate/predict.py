@@ -21,7 +21,7 @@ from toolkit.records.categories import LOGITS
 from toolkit.records.memory import Change, Prediction, Setup
 from toolkit.records.sizes import size_text
 from toolkit.sentences import value_at
-from toolkit.state.layout import format_text
+from toolkit.state.layout import LEAN, format_text
 
 _CONTEXT = 1_000_000_000
 _COMMUNICATOR = 200_000_000
@@ -261,10 +261,10 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
         if other > stage and (case.world_size > 1 or stage == 0) and not (other == 3 and released):
             yield f"zero_optimization.stage {other}", zero_with(stage=other)
     if ours:
-        for name in ("8bit", "compact", "minimal"):
+        for name in ("8bit", "compact", "minimal", *([LEAN] if ds.rule and LEAN in ds.rule.rule.loss_price else [])):
             if ds.state_format != name:
                 yield f"optimizer.params.state_format {name}", params_with(state_format=name)
-    if without_masters and ds.weights != "bf16+4":
+    if without_masters and ds.weights not in ("bf16+4", "bf16"):
         yield "optimizer.params.weights bf16+4", params_with(weights="bf16+4")
     if ours and not without_masters and stage > 0 and in_bf16:
         yield "optimizer.params.weights bf16+8", params_with(weights="bf16+8")

@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from toolkit.config import DeepSpeedSettings, load_config, shipped_configs
+from toolkit.errors import UserError
 from toolkit.estimate.predict import Case, Estimator, assumed_context, with_section
-from toolkit.optim import RECOMMENDED, find_rule
+from toolkit.optim import RECOMMENDED, RULES, find_rule
+from toolkit.state.layout import LEAN
 
 LARGEST_MICRO_BATCH = 64
+ANY = "any"
+DEFAULT_FORMAT = "8bit"
 
 FORMATS: dict[str, dict[str, Any]] = {
     "8bit, bf16+8": {"state_format": "8bit", "weights": "bf16+8"},
@@ -18,11 +22,34 @@ FORMATS: dict[str, dict[str, Any]] = {
     "compact, bf16+4": {"state_format": "compact", "weights": "bf16+4"},
     "compact, bf16+4, released": {"state_format": "compact", "weights": "bf16+4", "release_gradients": True},
     "minimal, bf16+4": {"state_format": "minimal", "weights": "bf16+4"},
+    "lean, bf16": {"state_format": LEAN, "weights": "bf16"},
+    "lean, bf16, released": {"state_format": LEAN, "weights": "bf16", "release_gradients": True},
 }
 """What is tried for this package's rules, in order of preference."""
 
-ANY = "any"
-DEFAULT_FORMAT = "8bit"
+
+def offered(optimizer: str, state_format: str) -> bool:
+    """Whether a plan has this format for an optimizer, where that has formats at all."""
+    made = find_rule(optimizer)
+    return made is None or state_format != LEAN or LEAN in made.rule.loss_price
+
+
+def formats_of(optimizer: str, wanted: str = ANY) -> dict[str, dict[str, Any]]:
+    """Those of FORMATS that are offered for an optimizer: the leanest where its price in loss has been measured.
+
+    Raises UserError where that one is `wanted`, and is not offered.
+    """
+    if find_rule(optimizer) is None:
+        return {"fp32": {}}
+    priced = offered(optimizer, LEAN)
+    if wanted == LEAN and not priced:
+        names = ", ".join(name for name, one in RULES.items() if LEAN in one.rule.loss_price)
+        raise UserError(
+            f"--state-format is {LEAN!r}, but its price in loss is not measured for {optimizer}, only for {names}. "
+            f"A config can have it (optimizer.params.state_format={LEAN}), and `toolkit estimate` says what it needs."
+        )
+    return {state: params for state, params in FORMATS.items() if priced or params["state_format"] != LEAN}
+
 
 # How much longer a token takes than without, for ranking only: assumed, not measured.
 _CHECKPOINTING = 4 / 3  # one more forward pass
@@ -77,7 +104,7 @@ def recommend(
         gpu_memory: bytes of one device.
         optimizer: of the shipped configurations to try; for ways of sharding without one, a rule is tried in the
             recommended optimizer's.
-        state_format: "8bit", "compact", "minimal", or "any" of them; optimizers that are no rule have only their own.
+        state_format: "8bit", "compact", "minimal", "lean", or "any" of them; what is no rule has its own.
         host_memory: bytes of one machine, which what is offloaded by its `ranks_per_machine` must fit into.
 
     Raises:
@@ -86,7 +113,7 @@ def recommend(
     estimator = Estimator(several=True)
     found = [
         _fit(estimator, case, gpu_memory, name, state, state_format, host_memory, ranks_per_machine)
-        for name, state, case in _cases(model, world_size, seq_len, optimizer, device, loss)
+        for name, state, case in _cases(model, world_size, seq_len, optimizer, device, loss, state_format)
     ]
 
     def order(one: Candidate) -> tuple[Any, ...]:
@@ -97,9 +124,9 @@ def recommend(
 
 
 def _cases(
-    model: str, world_size: int, seq_len: int, optimizer: str, device: str, loss: str | None
+    model: str, world_size: int, seq_len: int, optimizer: str, device: str, loss: str | None, wanted: str
 ) -> Iterator[tuple[str, str, Case]]:
-    formats = FORMATS if find_rule(optimizer) else {"fp32": {}}
+    formats = formats_of(optimizer, wanted)
     for name, base in _bases(optimizer).items():
         ds = DeepSpeedSettings.read(base)
         for state, params in formats.items():
@@ -125,7 +152,10 @@ def _cases(
 
 def _bases(optimizer: str) -> dict[str, dict[str, Any]]:
     """The JSONs to try, by the name of the shipped configuration that each is or was made from."""
-    shipped, rule = shipped_configs(), find_rule(optimizer)
+    shipped, rule = (
+        {name: one for name, one in shipped_configs().items() if one.state_format != LEAN},
+        find_rule(optimizer),
+    )
     found = {name: load_config(name) for name, one in shipped.items() if one.optimizer == optimizer}
     if rule is None:
         return found

@@ -109,6 +109,10 @@ def show_candidates(
         if rule := find_rule(optimizer):
             measured = f"of an update of {optimizer}, against fp32 state"
             notes += f"; error: {measured if rule.rule.update_error else 'not measured'}"
+            priced = [name for name in rule.rule.loss_price if any(one.state_format == name for one in fitting)]
+            for name in priced:
+                more, error = rule.rule.loss_price[name]
+                notes += f"; {name} state: validation loss {more:+.3f} ± {error:.3f} beside fp32 state (small model)"
         console.print_line(notes)
     failed = [one for one in found if not one.fits]
     if failed:

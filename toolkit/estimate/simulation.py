@@ -9,7 +9,7 @@ from toolkit.config import DeepSpeedSettings
 from toolkit.config.batch import Batch
 from toolkit.estimate.dry_run import DryRun
 from toolkit.estimate.optimizer_memory import Group, OptimizerMemory
-from toolkit.estimate.together import Flat, Part, step_together
+from toolkit.estimate.together import Flat, Part, opened, step_together
 from toolkit.memory.storages import Lifetime
 from toolkit.records import categories as c
 from toolkit.state.codecs import BLOCK
@@ -53,12 +53,14 @@ class Simulation:
         self.own = self._shares()
         # Then, one for each, the passes and rounds of what is stepped together.
         self.together = step_together(
-            [flat for group in optimizer.groups for flat in self._flats(group)],
+            [flat for group in optimizer.groups if not group.released for flat in self._flats(group)],
             ranks=self.world_size if ds.stage else 1,
             rank=rank if ds.stage else 0,
             device="cuda" if on_gpu else "cpu",
         )
         self.end = self.step + 1 + len(self.together.moments)
+        # What is updated during the backward pass, and has factored states.
+        self.released = [flat for group in optimizer.groups if group.released for flat in self._flats(group)]
 
     # ---- small parts ----------------------------------------------------------------------------------------------
 
@@ -117,6 +119,22 @@ class Simulation:
         if not self.on_gpu:
             self.allocate(4 * min(NORM_CHUNK, numel), c.TRANSIENTS, "pieces of gradients", moment, moment + 1)
 
+    def opening(self) -> None:
+        """Factored states of released groups: what a step finds of them, and a stretch of each parameter in turn."""
+        sums = sum(flat.sums for flat in self.released)
+        moments = dict(self.dry_run.arrivals)
+        what, device = "rows and columns of second moments", "cuda" if self.on_gpu else "cpu"
+        first = min(moments.values(), default=self.reduced)
+        self.allocate(sums + sum(flat.shares for flat in self.released), c.TRANSIENTS, what, first, self.end)
+        self.allocate(sums, c.TRANSIENTS, what, self.step, self.end)
+        for flat in self.released:
+            for part in (part for part in flat.parts if part.number in moments):
+                size = flat.factored * opened(part, device)
+                if not self.on_gpu:  # not at the time of `staging`
+                    size -= 4 * min(NORM_CHUNK, part.numel)
+                moment = moments[part.number]
+                self.allocate(size, c.TRANSIENTS, "second moments of a stretch", moment, moment + 1)
+
     def accumulated(self, number: int, size: float) -> Lifetime:
         """What earlier micro-batches have summed up is there from the start; this one's is added to it."""
         made = self.allocate(size, c.GRADIENTS, f"gradient of {self.dry_run.parameters[number].name}", -1, self.end)
@@ -159,7 +177,7 @@ class Simulation:
                     fragment = held(self.rank if stage else 0, numel, size=whole, shift=at)
                     at += numel
                 parts.append(Part(number, shape, numel, fragment))
-            yield Flat(group.together, tuple(parts), width)
+            yield Flat(group.together, tuple(parts), width, group.factored)
 
     def step_together(self) -> None:
         """Lets go of gradients as they are used, and allocates what a pass or a round holds."""

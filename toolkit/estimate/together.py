@@ -16,6 +16,7 @@ from torch import Tensor
 from toolkit.errors import UserError
 from toolkit.estimate.dry_run import transients
 from toolkit.optim import Rule
+from toolkit.optim.factored import STRETCH, STRETCH_ELSEWHERE
 from toolkit.optim.kernel import measured_by_element
 from toolkit.optim.matrices import Phase, Round, order, rounds
 from toolkit.optim.rule import Matrix
@@ -42,11 +43,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Flat:
-    """Parameters of one rule in one flat tensor, with `width` bytes of weights and state for each element."""
+    """Parameters of one rule in one flat tensor, with `width` bytes of weights and state for each element.
+
+    `factored`: how many of its states are kept by rows and columns.
+    """
 
     rule: type[Rule]
     parts: tuple[Part, ...]
     width: float
+    factored: int = 0
 
     @property
     def blocks(self) -> int:
@@ -59,6 +64,17 @@ class Flat:
         if not any(fragment.offset % BLOCK for fragment in fragments):
             return 0.0
         return self.width * self.blocks * BLOCK + 2 * _INT64 * sum(fragment.numel for fragment in fragments)
+
+    @property
+    def sums(self) -> int:
+        """Bytes of what a step finds of factored states: by row, by column, and of how many elements."""
+        shapes = (part.shape for part in self.parts)
+        return self.factored * _FP32 * sum(lines(shape, "rows") + lines(shape, "columns") + 1 for shape in shapes)
+
+    @property
+    def shares(self) -> int:
+        """Bytes of what the products of factored states are made of."""
+        return self.factored * _FP32 * sum(lines(part.shape, of) for part in self.parts for of in ("rows", "columns"))
 
 
 @dataclass(frozen=True)
@@ -100,9 +116,11 @@ def step_together(flats: Sequence[Flat], *, ranks: int, rank: int, device: str) 
         by_rule.setdefault(flat.rule, []).append(flat)
     moments: list[Moment] = []
     sent = counts = 0
+    sums = sum(flat.sums for flat in flats)
+    factors = sums + sum(flat.shares for flat in flats)
     for rule, own in by_rule.items():
         parts = [part for flat in own for part in flat.parts]
-        kept = sum(flat.copied for flat in own)
+        kept = factors + sum(flat.copied for flat in own)
         counted = {mean.over: mean for means in rule.passes().values() for mean in means}
         counts += _FP64 * sum(
             mean.sums(part.shape)
@@ -116,13 +134,15 @@ def step_together(flats: Sequence[Flat], *, ranks: int, rank: int, device: str) 
             kept += found
         matrix = rule.matrix()
         if matrix is None:
-            most = _pass(own, "update", ())
+            most = _pass(own, "update", (), device)
             moments.append(Moment("means by element", kept + most, tuple(part.number for part in parts)))
             continue
         plan = rounds([part.numel for part in parts], ranks)
-        moments += _exchanges(rule, matrix, parts, plan, kept, ranks, rank, device)
+        moments += _exchanges(rule, matrix, parts, plan, kept, ranks, rank, device, max(flat.factored for flat in own))
         owned = [(parts[number], owner == rank) for now in plan for number, owner in now]
         sent += _FP32 * sum(part.numel - part.held if mine else part.held for part, mine in owned)
+    if factors:
+        moments.append(Moment("rows and columns of second moments", factors + sums))
     return Together(tuple(moments), sent, counts)
 
 
@@ -135,22 +155,35 @@ def _measured(flats: Sequence[Flat], function: str, device: str) -> tuple[int, i
     lengths = [sum(mean.sums(part.shape) for flat in flats for part in flat.parts) for mean in means]
     sums, found = _FP64 * sum(lengths), _FP32 * sum(lengths)
     after = found + _FP64 * max(lengths) * (2 if device == "cuda" else 1)  # a mean, and the counts of its sums
-    return sums + max(_pass(flats, function, measured_by_element(flats[0].rule, function)), after), found
+    return sums + max(_pass(flats, function, measured_by_element(flats[0].rule, function), device), after), found
 
 
-def _pass(flats: Sequence[Flat], function: str, wide: Sequence[bool]) -> int:
+def _pass(flats: Sequence[Flat], function: str, wide: Sequence[bool], device: str) -> int:
     """Bytes beside its sums of a pass of one of the rule's functions; `wide`: which results are by element."""
     rule = flats[0].rule
     numbers, spread = rule.given(function)
     narrow = len(numbers) + (wide.count(False) + 1 if not all(wide) else 0)  # results, and how many lanes count
-    if not any(wide) and not spread:
+    factored = max((flat.factored * opened(part, device) for flat in flats for part in flat.parts), default=0)
+    if not any(wide) and not spread and not factored:
         # One number for each block; places, or sums in fp64, beside them.
         return max(flat.blocks for flat in flats) * (_FP32 * narrow + _INT64 if narrow else 0)
     matrix = rule.matrix()
     across = any(matrix is None or name != matrix.name for name in spread)
     parts = [part for flat in flats for part in flat.parts]
     added = function in rule.passes()
-    return _by_element(parts, results=sum(wide), narrow=narrow, spread=len(spread), across=across, added=added)
+    return factored + _by_element(
+        parts, results=sum(wide), narrow=narrow, spread=len(spread), across=across, added=added
+    )
+
+
+def opened(part: Part, device: str) -> int:
+    """Bytes of the buffer that holds a factored state of the longest stretch: whole rows, and where they are cut."""
+    most, columns = 0, lines(part.shape, "columns")
+    start = part.fragment.start if part.fragment is not None else 0
+    for at, size in stretches(part.held, STRETCH.get(device, STRETCH_ELSEWHERE)):
+        before = (start + at) % columns
+        most = max(most, -(-(before + size) // columns) * columns, before + blocks_of(size) * BLOCK)
+    return _FP32 * most
 
 
 def _by_element(parts: Sequence[Part], *, results: int, narrow: int, spread: int, across: bool, added: bool) -> int:
@@ -187,6 +220,7 @@ class _Round:
     members: tuple[Part, ...]
     mine: tuple[Part, ...]
     alone: bool
+    factored: int
 
     @property
     def given(self) -> int:
@@ -206,9 +240,9 @@ class _Round:
 
     def during(self, phase: Phase, rule: type[Rule], matrix: Matrix, device: str) -> int:
         """The most bytes held meanwhile."""
-        here, means = [Flat(rule, self.members, 0.0)], 0
+        here, means = [Flat(rule, self.members, 0.0, self.factored)], 0
         if phase is Phase.SEND:
-            return max(self.given + _pass(here, matrix.by, (True,)), self.after(phase))
+            return max(self.given + _pass(here, matrix.by, (True,), device), self.after(phase))
         if phase is Phase.RETURN:
             return self.given + self.owned
         if phase is Phase.TRANSFORM:
@@ -224,7 +258,7 @@ class _Round:
             most, found = _measured(here, function, device)
             held.append(self.given + means + most)
             means += found
-        return max(*held, self.given + means + _pass(here, "update", ()))
+        return max(*held, self.given + means + _pass(here, "update", (), device))
 
 
 def _exchanges(
@@ -236,6 +270,7 @@ def _exchanges(
     ranks: int,
     rank: int,
     device: str,
+    factored: int,
 ) -> list[Moment]:
     """All rounds: directions on their way to owners, transformed matrices on their way back, their means, the update.
 
@@ -246,6 +281,7 @@ def _exchanges(
             tuple(parts[number] for number, _ in now),
             tuple(parts[number] for number, owner in now if owner == rank),
             ranks == 1,
+            factored,
         )
         for now in plan
     ]

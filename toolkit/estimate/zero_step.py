@@ -60,6 +60,7 @@ class _Simulation(Simulation):
             self._own_stages_1_and_2()
         else:
             self._deepspeed_stages_1_and_2()
+        self.opening()
         phases = [*self.dry_run.storages.phases, (c.REDUCE, self.reduced), (c.STEP, self.step)]
         self.step_together()
         found = curve(self.lifetimes, self.end, phases)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from toolkit.errors import UserError, nearest
 from toolkit.optim.rule import Rule
-from toolkit.state.layout import DEFAULT_FORMAT, check_dtype
+from toolkit.state.layout import DEFAULT_FORMAT, check_dtype, default_weights
 from toolkit.state.remainders import DEFAULT_WEIGHTS
 
 OPTIONS: dict[str, Any] = {
@@ -37,7 +37,7 @@ def bind(optimizer: type[torch.optim.Optimizer], args: tuple[Any, ...], kwargs: 
                 f"{optimizer.__name__}: unknown hyper-parameter {key!r}; known are {', '.join(known)}."
                 f"{nearest(key, known)}"
             )
-    options = dict(OPTIONS) | given
+    options = OPTIONS | {"weights": default_weights(given.get("state_format"))} | given
     for key in ("compile", "release_gradients"):
         if not isinstance(options[key], bool):
             raise UserError(f"{optimizer.__name__}: {key} must be true or false, not {options[key]!r}")

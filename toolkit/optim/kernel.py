@@ -203,8 +203,8 @@ class _Opened:
                 self.states[index] = [x + base for x, base in zip(self.states[index], self.states[anchor], strict=True)]
         self.weights = [_at_least_fp32(half) for half in theta]
         if remainder is not None:
-            rests = zip(*([unpack(self.low[0][0])] if remainder.bits == 4 else self.low), strict=True)
-            self.weights = [remainder.join(half, *rest) for half, rest in zip(theta, rests, strict=True)]
+            low = [unpack(self.low[0][0])] if remainder.bits == 4 else self.low
+            self.weights = [remainder.join(*half) for half in zip(theta, *low, strict=True)]
         self._g, self._scale = g, scale
 
     def arguments(self, i: int) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ def _measure(members: Sequence[Member], function: str, means: tuple[Mean, ...], 
     lengths = [[mean.sums(parameter.shape) for parameter in parameters] for mean in means]
     sums = torch.zeros(sum(map(sum, lengths)), dtype=torch.float64, device=device)
     by_mean = sums.split([sum(each) for each in lengths])
-    if by_block(members[0].step, function):
+    if by_block(members, function):
         for flat in flats(members):
             for own, found in zip(by_mean, flat.measure(function, scale), strict=True):
                 own[flat.place] = found.to(device)

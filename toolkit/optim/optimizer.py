@@ -16,18 +16,19 @@ from toolkit.errors import UserError
 from toolkit.optim.arguments import OPTIONS, as_list, bind, check_tensor, fields, separate
 from toolkit.optim.kernel import step_function
 from toolkit.optim.purity import check_declared, check_pure, with_defaults
-from toolkit.optim.rule import Rule, all_states, check_component
+from toolkit.optim.rule import Rule, State, all_states, check_component, looks_at
+from toolkit.optim.saved import fill
 from toolkit.optim.scalars import KnownScalars, in_one_tensor
 from toolkit.optim.schedules import check_setting, moves, value_at
 from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.optim.together import Found, step_together
-from toolkit.state.codecs import BLOCK
+from toolkit.state.codecs import BLOCK, FACTORED
 from toolkit.state.layout import (
     REMAINDER,
     Layout,
     check_weights,
-    dtype_name,
+    kept_whole,
     layout,
     state_formats,
     state_of,
@@ -45,11 +46,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     Args:
         params: tensors, or groups of them as in torch.optim; `toolkit.optim.param_groups(model)` makes groups by
             component. A group may set any hyper-parameter, `component`, `state_format` and `weights` for itself.
-        state_format: "fp32", "8bit", "compact", "minimal", or a mapping from state to "fp32", "8bit" or "4bit";
-            states that a mapping leaves out are "8bit". 1-D tensors always keep fp32 state.
-        weights: how bf16 tensors keep the bits that rounding drops: "bf16+8", "bf16+16", "bf16+4", as state; tensors
-            of other types are whole by themselves. "fp32" leaves them to DeepSpeed's fp32 master weights.
-        seed: of the stochastic rounding of "bf16+8" and "bf16+4".
+        state_format: "fp32", "8bit", "compact", "minimal", "factored", "lean", or a mapping from state to "fp32",
+            "8bit" or "4bit", or for a second moment "factored"; states that a mapping leaves out are "8bit". 1-D
+            tensors always keep fp32 state.
+        weights: how bf16 tensors keep the bits that rounding drops: "bf16+8", "bf16+16", "bf16+4", as state; "bf16":
+            not at all. Other types are whole by themselves. "fp32" leaves them to DeepSpeed's fp32 master weights.
+        seed: of the stochastic rounding of "bf16+8", "bf16+4" and "bf16".
         release_gradients: under ZeRO 1 and 2, update weights during the backward pass (`toolkit.zero`).
         compile: run the step as Inductor compiles it. If that fails, a warning says why and the same step runs
             eagerly.
@@ -154,17 +156,18 @@ class RuleOptimizer(torch.optim.Optimizer):
             if parameter.grad is not None:
                 check_gradient(parameter.grad)
         for group in self.param_groups:
-            rule, blocks = self.rule_of(group), 0
+            together_here, blocks = self.steps_together(group), 0
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.numel():
                     begun = self.begin(group, parameter, known)
                     gradient = parameter.grad.detach().reshape(-1)
-                    if begun is not None and rule.statistics:
+                    if together_here:
                         own = Parameter(tuple(parameter.shape), group["component"])
                         whole = Fragment(0, 0, own.numel, 0)
-                        [small] = small_states(rule, [own], self.state[parameter], parameter.device)
-                        share = Share(whole, gradient, blocks)
-                        together.append((parameter, Member(own, begun, small, [whole], share)))
+                        [small] = small_states(self.whole(group), [own], self.state[parameter], parameter.device)
+                        if begun is not None:  # else state is only allocated
+                            share = Share(whole, gradient, blocks)
+                            together.append((parameter, Member(own, begun, small, [whole], share)))
                     elif begun is not None:
                         if parameter.device not in ones:
                             ones[parameter.device] = torch.ones((), device=parameter.device)
@@ -196,14 +199,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         elif key not in known:
             known.update(self._scalars(dict(enumerate(self.param_groups)), *key[1:]))
         names, scalars = known[key]
+        opened = [key for key, _ in kept.opened.specs]
         return TensorStep(
-            function=step_function(self.rule_of(group), names, kept),
+            function=step_function(self.rule_of(group), names, kept.opened),
             compiled=group["compile"],
             theta=tensor.detach().reshape(-1),
             parts=[state[key] for key, _ in kept.specs],
             scalars=scalars,
             seed=self.defaults["seed"] * len(self.param_groups) + number,
             step=state["step"],
+            factored={one.name: opened.index(one.name) for _, one in kept.factored},
         )
 
     def layout(self, group: Mapping[str, Any], dtype: torch.dtype) -> Layout:
@@ -211,7 +216,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return _layout(self.rule_of(group), tuple(group["state_format"].items()), group["weights"], dtype)
 
     def holds_weights(self) -> bool:
-        """Whether bf16 weights are kept whole by their remainders, so that no master weights are needed."""
+        """Whether bf16 weights are stepped on themselves, with a remainder or without: there are no master weights."""
         dtypes = {getattr(p, "ds_tensor", p).dtype for group in self.param_groups for p in group["params"]}
         return self.defaults["weights"] != MASTER and torch.bfloat16 in dtypes
 
@@ -279,9 +284,32 @@ class RuleOptimizer(torch.optim.Optimizer):
                     total[name] = total.get(name, 0) + value.untyped_storage().nbytes()
         return total
 
+    def whole(self, group: Mapping[str, Any]) -> tuple[State, ...]:
+        """The states of a parameter group that are of no single elements, which under ZeRO every rank holds whole."""
+        return kept_whole(self.rule_of(group).states, group["state_format"])
+
     def whole_states(self) -> set[str]:
-        """Names of the states that are of no single elements, which under ZeRO every rank holds whole."""
-        return {state.name for state in all_states(self.rules()) if state.of is not None}
+        """Names of those of all groups."""
+        return {state.name for group in self.param_groups for state in self.whole(group)}
+
+    def whole_bytes(self) -> int:
+        """Bytes of them."""
+        names = self.whole_states()
+        return sum(
+            x.untyped_storage().nbytes() for held in self.state.values() for key, x in held.items() if key in names
+        )
+
+    def steps_together(self, group: Mapping[str, Any]) -> bool:
+        """Whether a step of a parameter group is one of whole parameters, of all such groups together."""
+        return bool(self.rule_of(group).statistics) or FACTORED in group["state_format"].values()
+
+    def looks_at(self) -> str:
+        """What a step looks at beside single elements, for sentences; empty if at nothing else."""
+        factored = (
+            name for group in self.param_groups for name, kept in group["state_format"].items() if kept == FACTORED
+        )
+        found = [looks_at(self.rules()), *(f"rows and columns of {name}" for name in dict.fromkeys(factored))]
+        return ", ".join(one for one in found if one)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its dtype: torch casts state to the parameter's, codes included.
@@ -311,33 +339,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 continue
             self.state.pop(parameter, None)
             state = self._allocate(parameter, self.layout(group, parameter.dtype))
-            rule = self.rule_of(group)
             if parameter.dim() > 1:
-                small_states(rule, [Parameter(tuple(parameter.shape), group["component"])], state, parameter.device)
+                whole = [Parameter(tuple(parameter.shape), group["component"])]
+                small_states(self.whole(group), whole, state, parameter.device)
             else:  # under ZeRO one tensor holds those of several parameters
-                small = [one.name for one in rule.states if one.of is not None and one.name in saved[number]]
+                small = [one.name for one in self.whole(group) if one.name in saved[number]]
                 state |= {name: saved[number][name].to(parameter.device, copy=True) for name in small}
-            surplus = sorted(saved[number].keys() - state.keys())
-            if surplus:
-                raise ValueError(
-                    f"saved optimizer state of parameter {number} has {', '.join(surplus)}, which this optimizer does "
-                    f"not keep for {dtype_name(parameter.dtype)} weights"
-                )
-            for key, value in state.items():
-                given = saved[number].get(key)
-                if isinstance(value, Tensor):
-                    if given is None or given.shape != value.shape or given.dtype != value.dtype:
-                        found = f"{given.dtype} {list(given.shape)}" if given is not None else "nothing"
-                        raise ValueError(
-                            f"saved optimizer state {key!r} of parameter {number} is {found}, but this "
-                            f"optimizer keeps {value.dtype} {list(value.shape)}; was it saved with another "
-                            "state_format or model?"
-                        )
-                    value.copy_(given)
-                elif given is None:
-                    raise ValueError(f"saved optimizer state of parameter {number} lacks {key!r}")
-                else:
-                    state[key] = int(given)
+            fill(state, saved[number], number, parameter.dtype)
 
 
 @functools.cache

@@ -91,6 +91,13 @@ class Rule(BaseModel):
     table is in docs/state.md.
     """
 
+    loss_price: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """By state format, with the weights that go with it, what it adds to the validation loss that fp32 state and master
+    weights give, in nats, and twice the standard error; empty: not measured.
+
+    Paired by seed: `python tests/benchmarks/quality.py`, whose table is in docs/benchmarks.
+    """
+
     lr: NonNegative
 
     @staticmethod

@@ -9,19 +9,21 @@ through one, so that nothing of the parameter's size is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from toolkit.optim.factored import STRETCH, STRETCH_ELSEWHERE, Factors
 from toolkit.optim.kernel import StepFunction, step_function
-from toolkit.optim.rule import Rule
 from toolkit.optim.streaming import StreamedStep, TensorStep
 from toolkit.state.codecs import BLOCK
+from toolkit.state.layout import State, lines_of
 from toolkit.state.sharding import Fragment, blocks_of, lines
 
 CHUNK = 2**20
@@ -88,7 +90,7 @@ class Share:
 class Member:
     """A parameter in a step: who holds what of it, and this rank's share.
 
-    `small` are the states of its rows and columns, by name, updated in place.
+    `small` are the states of its rows and columns, by name, updated in place; `factors` stand for factored states.
     """
 
     parameter: Parameter
@@ -98,6 +100,12 @@ class Member:
     share: Share | None
     numbers: dict[str, Tensor] = field(default_factory=dict)  # found so far, 0-d
     wide: dict[str, tuple[str, Tensor]] = field(default_factory=dict)  # with "rows" or "columns" or "elements"
+    factors: dict[str, Factors] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.step.factored:
+            rows, columns = (self.small.pop(state.name) for state in lines_of(name))
+            self.factors[name] = Factors(rows, columns)
 
     def update(self, scale: Tensor) -> None:
         """Update weights and state; the gradient is let go of."""
@@ -108,27 +116,27 @@ class Member:
 
 
 def small_states(
-    rule: type[Rule], parameters: Sequence[Parameter], state: dict[str, Tensor], device: torch.device
+    kept: Sequence[State], parameters: Sequence[Parameter], state: dict[str, Tensor], device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """The small states of each of the `parameters` of one tensor: views into its `state`, where they are kept."""
+    """The states `kept` whole of each of the `parameters` of one tensor: views into its `state`, where they are."""
     found: list[dict[str, Tensor]] = [{} for _ in parameters]
-    for small in rule.states:
-        if small.of is not None:
-            sizes = [lines(parameter.shape, small.of) for parameter in parameters]
-            if small.name not in state:
-                state[small.name] = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-            for views, view in zip(found, state[small.name].split(sizes), strict=True):
-                views[small.name] = view
+    for small in kept:
+        assert small.of is not None
+        sizes = [lines(parameter.shape, small.of) for parameter in parameters]
+        if small.name not in state:
+            state[small.name] = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        for views, view in zip(found, state[small.name].split(sizes), strict=True):
+            views[small.name] = view
     return found
 
 
 # ---- passes over what this rank holds -----------------------------------------------------------------------------
 
 
-def by_block(step: TensorStep, function: str) -> bool:
+def by_block(members: Sequence[Member], function: str) -> bool:
     """Whether a function of the rule has to do with no values of single elements beside weights and state."""
-    kernel = _kernel(step, function)
-    return not any(kernel.results) and not kernel.spread
+    kernel = _kernel(members[0].step, function)
+    return not any(kernel.results) and not kernel.spread and not any(member.factors for member in members)
 
 
 def _kernel(step: TensorStep, function: str) -> StepFunction:
@@ -137,11 +145,21 @@ def _kernel(step: TensorStep, function: str) -> StepFunction:
 
 
 def _over(
-    step: TensorStep, kernel: StepFunction, part: slice, extra: Sequence[Tensor], first_block: int
+    step: TensorStep,
+    kernel: StepFunction,
+    part: slice,
+    extra: Sequence[Tensor],
+    first_block: int,
+    opened: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> StreamedStep:
-    """`kernel` over `part` of a tensor, which begins at a block; `extra`: what it takes beside what is stored."""
+    """`kernel` over `part` of a tensor, which begins at a block.
+
+    `extra`: what it takes beside what is stored; `opened`: blocks of factored states.
+    """
     begin, theta = part.start // BLOCK, step.theta[part]
     parts = [held[begin : begin + blocks_of(theta.numel())] for held in step.parts]
+    for name, place in step.factored.items():
+        parts.insert(place, opened[name])
     return StreamedStep(
         kernel, step.compiled, theta, [*parts, *extra], step.scalars, (step.seed, step.step, first_block)
     )
@@ -159,15 +177,25 @@ def run(member: Member, function: str, scale: Tensor) -> Iterator[tuple[int, lis
     kernel = _kernel(step, function)
     begin, offset, total = share.fragment.start, share.fragment.offset, share.fragment.numel
     most = CHUNK if any(kernel.results) or kernel.spread else total
+    if member.factors:
+        most = min(most, STRETCH.get(step.theta.device.type, STRETCH_ELSEWHERE))
     for at, size in stretches(total, most):
         blocks = blocks_of(size)
         results = [step.theta.new_zeros(blocks, BLOCK if one else 1, dtype=torch.float32) for one in kernel.results]
         lanes = [] if all(kernel.results) else [_lanes([size], [blocks], step.theta.device)]
         numbers = [member.numbers[name].expand(blocks, 1).contiguous() for name in kernel.numbers]
         spread = [_spread(member, name, begin + at, size, blocks) for name in kernel.spread]
-        part = slice(offset + at, offset + at + size)
-        stretch = _over(step, kernel, part, [*results, *lanes, *numbers, *spread], share.first_block + at // BLOCK)
+        part, extra = slice(offset + at, offset + at + size), [*results, *lanes, *numbers, *spread]
+        opened = {name: factors.whole(begin + at, size) for name, factors in member.factors.items()}
+        blocks_opened = {name: one.blocks for name, one in opened.items()}
+        stretch = _over(step, kernel, part, extra, share.first_block + at // BLOCK, blocks_opened)
         stretch.apply(0, share.gradient[at : at + size], scale.to(step.theta.device))
+        for name in list(opened):
+            one = opened.pop(name)
+            if function == "update":
+                member.factors[name].add(one)
+            del one  # not held beside those of the next stretch
+        del blocks_opened, stretch
         yield begin + at, [x.view(-1)[:size] if x.shape[1] == BLOCK else x for x in results]
 
 
@@ -323,67 +351,3 @@ def stretches(size: int, most: int) -> Iterator[tuple[int, int]]:
     yield from ((at, min(most, whole - at)) for at in range(0, whole, most))
     if whole < size:
         yield whole, size - whole
-
-
-# ---- 1-D parameters -----------------------------------------------------------------------------------------------
-
-
-def aligned(members: Sequence[Member]) -> tuple[list[Member], list[Moved]]:
-    """`members`, each of which begins at a block of its tensor, and what has been moved for that.
-
-    1-D parameters lie in one tensor without regard to blocks. They are few, and their state is kept exactly, one
-    number for each lane: a copy of that tensor has them apart.
-    """
-    found: list[Member] = []
-    moved = []
-    for flat in flats(members):
-        if any(member.share is not None and member.share.fragment.offset % BLOCK for member in flat.members):
-            moved.append(Moved.of(flat.members))
-            found += moved[-1].members
-        else:
-            found += flat.members
-    return found, moved
-
-
-@dataclass
-class Moved:
-    """Members of a tensor in a copy of it. `source`, `target`: where their elements lie in either."""
-
-    original: TensorStep
-    members: list[Member]
-    source: Tensor
-    target: Tensor
-
-    @classmethod
-    def of(cls, members: Sequence[Member]) -> Moved:
-        """Copy."""
-        step = members[0].step
-        assert all(part.shape[1] == BLOCK for part in step.parts), "a block belongs to one parameter"
-        device, at, shares, source, target = step.theta.device, 0, list[Share | None](), [], []
-        for member in members:
-            share = member.share
-            if share is not None:
-                part = share.fragment
-                source.append(torch.arange(part.offset, part.offset + part.numel))
-                target.append(torch.arange(at, at + part.numel))
-                gradient, share.gradient = share.gradient, share.gradient.new_empty(0)
-                share = Share(replace(part, offset=at), gradient, at // BLOCK)
-                at += blocks_of(part.numel) * BLOCK
-            shares.append(share)
-        places = [torch.cat(each).to(device) for each in (source, target)]
-        made = cls(step, [], *places)
-        theta = step.theta.new_zeros(at)
-        parts = [part.new_zeros(at // BLOCK, BLOCK) for part in step.parts]
-        for new, old in zip((theta, *parts), (step.theta, *step.parts), strict=True):
-            new.view(-1)[made.target] = old.view(-1)[made.source]
-        copied = replace(step, theta=theta, parts=parts)
-        made.members = [
-            replace(member, step=copied, share=share) for member, share in zip(members, shares, strict=True)
-        ]
-        return made
-
-    def write_back(self) -> None:
-        """Put what was copied where it belongs."""
-        copied = self.members[0].step
-        for new, old in zip((copied.theta, *copied.parts), (self.original.theta, *self.original.parts), strict=True):
-            old.view(-1)[self.source] = new.view(-1)[self.target]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -144,7 +144,10 @@ class StreamedStep:
 
 @dataclass(frozen=True)
 class TensorStep:
-    """A step of one tensor that has been counted; `stream` takes its gradient. Fields as of `StreamedStep`."""
+    """A step of one tensor that has been counted; `stream` takes its gradient. Fields as of `StreamedStep`.
+
+    `factored`: the states that are no `parts`, by name, and where the function has them among these.
+    """
 
     function: StepFunction
     compiled: bool
@@ -153,12 +156,19 @@ class TensorStep:
     scalars: Tensor
     seed: int
     step: int
+    factored: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def together(self) -> bool:
+        """Whether it is a step of whole parameters, which `toolkit.optim.together` makes."""
+        return bool(self.function.rule.statistics or self.factored)
 
     def stream(self, start: int = 0, stop: int | None = None, *, first_block: int) -> StreamedStep:
         """For the elements from `start` to `stop`; `start` is a multiple of BLOCK.
 
         `first_block` is the number, in the whole parameter group and over all ranks, of the block at `start`.
         """
+        assert not self.factored
         theta, parts = self.theta, self.parts
         if start or stop is not None:
             first = start // BLOCK

@@ -1,8 +1,8 @@
-"""A step of all parameters together, for rules that look at more than one element.
+"""A step of all parameters together, for rules that look at more than one element, and for factored states.
 
 Means first, over everything that this rank holds; then the update, to which a mean comes like a scale: of one tensor
 after the other, of one parameter where there are rows and columns, or of one round of matrices. Variants of a rule come
-one after the other. What has no `statistics` has no part in this.
+one after the other. What has no `statistics` and no factored state has no part in this.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from toolkit.optim.aligned import aligned
+from toolkit.optim.factored import settle
 from toolkit.optim.matrices import step_matrices
 from toolkit.optim.means import find_means
 from toolkit.optim.rule import Rule
-from toolkit.optim.statistics import Flat, Member, Ranks, aligned, by_block, flats
+from toolkit.optim.statistics import Flat, Member, Ranks, by_block, flats
 
 Found = Mapping[tuple[type[Rule], str], Mapping[str, Tensor]]
 """By rule and component, the single numbers that a step found, 0-d: of means over less, its last parameter's."""
@@ -38,10 +40,11 @@ def step_together(members: Sequence[Member], scale: Tensor, ranks: Ranks) -> Fou
         if rule.matrix() is not None:
             step_matrices(own, scale, ranks)
         else:
-            parts: Sequence[Flat | Member] = flats(own) if by_block(own[0].step, "update") else own
+            parts: Sequence[Flat | Member] = flats(own) if by_block(own, "update") else own
             for part in parts:
                 part.update(scale)
         for copied in moved:
             copied.write_back()
         numbers |= {(rule, member.parameter.component): member.numbers for member in own}
+    settle([one for member in members for one in member.factors.values()], ranks)
     return numbers

@@ -48,10 +48,9 @@ def warm(
     assert begun is not None, "state is not only allocated here"
     scale = torch.ones((), device=device)
     zeros = torch.zeros_like(tensor, dtype=gradient)
-    rule = optimizer.rule_of(group)
-    if rule.statistics:
+    if begun.together:
         whole = Parameter((BLOCKS, BLOCK), group["component"])
-        small = small_states(rule, [whole], {}, tensor.device)[0]
+        small = small_states(optimizer.whole(group), [whole], {}, tensor.device)[0]
         everything = Fragment(0, 0, zeros.numel(), 0)
         step_together([Member(whole, begun, small, [everything], Share(everything, zeros, 0))], scale, Alone())
     else:

@@ -101,7 +101,7 @@ class Setup(Record):
     stage: int
     state_format: str
     weights: str
-    """"bf16+8", ...; "fp32" where master weights are kept or the model is fp32."""
+    """"bf16+8", "bf16", ...; "fp32" where master weights are kept or the model is fp32."""
     offload: list[str] = []
     world_size: int
     micro_batch: int

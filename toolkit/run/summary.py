@@ -27,10 +27,10 @@ def summarize(
     """
     import torch
 
-    from toolkit.zero.engine import optimizer_state_bytes, replicated_states
+    from toolkit.zero.engine import optimizer_state_bytes, replicated_bytes
 
     states = optimizer_state_bytes(engine)
-    mine, whole = sum(states.values()), sum(states[name] for name in replicated_states(engine))
+    mine, whole = sum(states.values()), replicated_bytes(engine)
     [mean], [largest, peak] = ranks.mean_max([mine - whole], [mine, memory], engine.device)
     final = [record["loss"] for record in records[-LAST_STEPS:]]
     validated = [record["val_loss"] for record in records if "val_loss" in record]

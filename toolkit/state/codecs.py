@@ -309,7 +309,12 @@ FORMATS: dict[str, Format] = {
     "4bit": Format(Signed(4), Root(4), residual=Signed(4, relative=True)),
 }
 
+FACTORED = "factored"
+"""The format of a second moment of which means over rows and over columns are kept, and no codes."""
+
 MIXES: dict[str, dict[str, str]] = {
+    "lean": {"signed": "4bit", "anchor": "4bit", "residual": "4bit", "second": FACTORED},
+    FACTORED: {"signed": "8bit", "anchor": "8bit", "residual": "8bit", "second": FACTORED},
     "compact": {"signed": "4bit", "anchor": "8bit", "residual": "4bit", "second": "8bit"},
     "minimal": {"signed": "4bit", "anchor": "8bit", "residual": "4bit", "second": "4bit"},
 }

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import UserError, nearest
-from toolkit.state.codecs import BLOCK, FORMATS, MIXES, Codec, TensorSpec, decode_blocks, encode_blocks
-from toolkit.state.remainders import MASTER, WEIGHTS, Remainder
+from toolkit.state.codecs import BLOCK, FACTORED, FORMATS, MIXES, Codec, TensorSpec, decode_blocks, encode_blocks
+from toolkit.state.remainders import DEFAULT_WEIGHTS, MASTER, WEIGHTS, Remainder
 
 REMAINDER = "remainder"
 """Key of the lower bits of bf16 weights in a tensor's state."""
 
 DEFAULT_FORMAT = "8bit"
+LEAN = "lean"
+"""The mix of least state, which settles `weights`, too, where these are not given."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types of weights that can be trained. fp64 weights are updated in fp64, from states in fp32."""
@@ -44,20 +46,51 @@ def elementwise(states: tuple[State, ...]) -> tuple[State, ...]:
     return tuple(state for state in states if state.of is None)
 
 
+def kept_whole(states: tuple[State, ...], formats: Mapping[str, str]) -> tuple[State, ...]:
+    """What every rank keeps whole: states of rows, columns and parameters, and what stands for one that is factored."""
+    found: list[State] = []
+    for state in states:
+        if state.of is not None:
+            found.append(state)
+        elif formats.get(state.name) == FACTORED:
+            found += lines_of(state.name)
+    return tuple(found)
+
+
+def lines_of(name: str) -> tuple[State, State]:
+    """What is kept of the state `name` whose format is FACTORED."""
+    rows, columns = (State(f"{name}.{of}", signed=False, of=of) for of in ("rows", "columns"))
+    return rows, columns
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The codec of each of `states`, in their order, and the remainder, or None for weights that are whole."""
+    """The codec of each of `states`, in their order, and the remainder, or None for weights that are whole.
+
+    `factored`: the states of which rows and columns are kept, with their places among all. A step has their elements
+    in a buffer: `opened` is the layout that it works on.
+    """
 
     states: tuple[State, ...]
     codecs: tuple[Codec, ...]
     remainder: Remainder | None
+    factored: tuple[tuple[int, State], ...] = ()
 
     def __hash__(self) -> int:
         return self._hash  # looked up for every tensor of every step
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.states, self.codecs, self.remainder))
+        return hash((self.states, self.codecs, self.remainder, self.factored))
+
+    @cached_property
+    def opened(self) -> Layout:
+        """With an fp32 number for each element of what is factored."""
+        states, codecs = list(self.states), list(self.codecs)
+        for place, state in self.factored:
+            states.insert(place, state)
+            codecs.insert(place, FORMATS["fp32"].second)
+        return Layout(tuple(states), tuple(codecs), self.remainder) if self.factored else self
 
     @cached_property
     def specs(self) -> tuple[tuple[str, TensorSpec], ...]:
@@ -66,6 +99,11 @@ class Layout:
         if self.remainder is not None:
             held.append((REMAINDER, self.remainder.specs()))
         return tuple((f"{name}.{spec.suffix}" if spec.suffix else name, spec) for name, specs in held for spec in specs)
+
+    @property
+    def every(self) -> tuple[State, ...]:
+        """All states with a number for each element, factored ones among them."""
+        return self.opened.states
 
     @property
     def blocked(self) -> bool:
@@ -102,9 +140,10 @@ class Layout:
         return stored
 
     def bytes_per_element(self) -> dict[str, float]:
-        """Stored bytes per element, scales included, by state and for the remainder."""
+        """Stored bytes per element, scales included, by state and for the remainder, where bits of it are kept."""
         held = {s.name: codec.bytes_per_element() for s, codec in zip(self.states, self.codecs, strict=True)}
-        return held | ({REMAINDER: self.remainder.bytes_per_element()} if self.remainder is not None else {})
+        kept = self.remainder
+        return held | ({REMAINDER: kept.bytes_per_element()} if kept is not None and kept.bits else {})
 
 
 def state_of(key: str) -> str:
@@ -140,9 +179,11 @@ def check_dtype(dtype: torch.dtype, where: str, allowed: Sequence[torch.dtype] =
 
 def layout_of(states: tuple[State, ...], formats: Mapping[str, str], weights: str) -> Layout:
     """The layout of a tensor with these `states`; `weights` "fp32": without remainder."""
-    kept = elementwise(states)
+    every = elementwise(states)
+    kept = tuple(state for state in every if formats[state.name] != FACTORED)
     codecs = tuple(_codec(state, formats[state.name]) for state in kept)
-    return Layout(kept, codecs, WEIGHTS.get(weights))
+    factored = tuple((place, state) for place, state in enumerate(every) if state not in kept)
+    return Layout(kept, codecs, WEIGHTS.get(weights), factored)
 
 
 def _codec(state: State, name: str) -> Codec:
@@ -172,8 +213,9 @@ def state_formats(
                 f"{where}: state_format names the unknown state {state!r}; its states are "
                 f"{', '.join(names)}.{nearest(state, names)}"
             )
-    formats = [*FORMATS, *MIXES] if isinstance(wanted, str) else list(FORMATS)
-    for value in given.values():
+    second = [state.name for state in (*states, *elementwise(known)) if not state.signed]
+    for name, value in given.items():
+        formats = [*FORMATS, *(MIXES if isinstance(wanted, str) else [FACTORED] if name in second else [])]
         if str(value) not in formats:
             what = "state_format" if isinstance(wanted, str) else "the format of a single state,"
             raise UserError(
@@ -193,6 +235,11 @@ def _role(state: State, states: tuple[State, ...]) -> str:
 def format_text(formats: str | Mapping[str, str]) -> str:
     """A state format as records show it: its name, or "m 8bit, v 4bit" for one by state."""
     return formats if isinstance(formats, str) else ", ".join(f"{state} {name}" for state, name in formats.items())
+
+
+def default_weights(state_format: object) -> str:
+    """How weights are kept where nobody says it."""
+    return Remainder(0).name if state_format == LEAN else DEFAULT_WEIGHTS
 
 
 def check_weights(value: object, *, where: str) -> None:

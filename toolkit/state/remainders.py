@@ -1,10 +1,10 @@
 """Weights without a second copy: the bf16 weight that the model computes with, and the bits that rounding dropped.
 
 An fp32 number is 32 bits, of which its bf16 neighbour is the upper 16. `Remainder` keeps the difference of the two
-bit patterns, as a whole number, in 16, 8 or 4 bits: with 16 the pair *is* the fp32 number, with 8 it has 24 of its
-bits, with 4 it has 20. Integer shifts do it, there is no exponent arithmetic. Where bits are dropped, they are
-rounded stochastically: an update smaller than the last bit is taken with the probability that makes it right on
-average, instead of never.
+bit patterns, as a whole number, in 16, 8, 4 or no bits: with 16 the pair *is* the fp32 number, with 8 it has 24 of its
+bits, with 4 it has 20, and with none it is the bf16 weight alone. Integer shifts do it, there is no exponent
+arithmetic. Where bits are dropped, they are rounded stochastically: an update smaller than the last bit is taken with
+the probability that makes it right on average, instead of never.
 
 The bf16 weight is the pattern rounded half up in magnitude. That differs from the IEEE rule in exact ties only
 (lower bits 0x8000), one pattern in 65,536: a tie to even can lie 32768 above its bf16 neighbour or 32768 below, one
@@ -28,7 +28,8 @@ _ROW = 40503
 class Remainder:
     """The lower bits of fp32 weights as state: signed whole numbers in `bits` bits, zero at the start.
 
-    With 16 bits the weights are exactly fp32; 8 keep sign, exponent and 15 bits of mantissa, 4 keep 11 of them.
+    With 16 bits the weights are exactly fp32; 8 keep sign, exponent and 15 bits of mantissa, 4 keep 11 of them. With 0
+    there is no remainder, and bf16's 7 bits are all of the mantissa.
 
     Zero means the bf16 weight itself. 4-bit remainders are held as 0 to 15 in uint8, two to a byte in memory; of 16
     bits the upper and the lower byte are tensors of their own (vectorised CPU code has no 16-bit integers).
@@ -39,10 +40,12 @@ class Remainder:
     @property
     def name(self) -> str:
         """As the option `weights` has it."""
-        return f"bf16+{self.bits}"
+        return f"bf16+{self.bits}" if self.bits else "bf16"
 
     def specs(self) -> tuple[TensorSpec, ...]:
         """The stored tensors."""
+        if self.bits == 0:
+            return ()
         if self.bits == 4:
             return (TensorSpec("", torch.uint8, BLOCK // 2),)
         upper = TensorSpec("", torch.int8, BLOCK)
@@ -58,6 +61,8 @@ class Remainder:
 
     def join(self, weight: Tensor, *stored: Tensor) -> Tensor:
         """The fp32 weight of a bf16 weight and its remainder (4-bit codes unpacked), tensors of one shape."""
+        if self.bits == 0:
+            return weight.to(torch.float32)
         low = stored[0].to(torch.int32)
         if self.bits == 4:
             low = (low ^ 8) - 8  # two's complement of 4 bits
@@ -77,7 +82,10 @@ class Remainder:
         if dropped:
             half = 1 << (dropped - 1)
             bits = bits + (half if threshold is None else (threshold * float(1 << dropped)).to(torch.int32))
-        kept = (bits >> dropped) + (1 << (self.bits - 1))
+        kept = bits >> dropped
+        if self.bits == 0:
+            return ((kept << 16).view(torch.float32).to(torch.bfloat16),)
+        kept = kept + (1 << (self.bits - 1))
         weight = ((kept >> self.bits) << 16).view(torch.float32).to(torch.bfloat16)
         if self.bits == 4:
             return weight, ((kept & 15) ^ 8).to(torch.uint8)
@@ -87,9 +95,9 @@ class Remainder:
 
 
 MASTER = "fp32"
-"""The `weights` that keeps no remainder: tensors are fp32 themselves, or DeepSpeed hands over its fp32 copy."""
+"""The `weights` of tensors that are fp32 themselves, or of which DeepSpeed hands over its fp32 copy."""
 
-WEIGHTS: dict[str, Remainder] = {kind.name: kind for kind in map(Remainder, (8, 16, 4))}
+WEIGHTS: dict[str, Remainder] = {kind.name: kind for kind in map(Remainder, (8, 16, 4, 0))}
 """Every other value of `weights`."""
 
 DEFAULT_WEIGHTS = Remainder(8).name

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from toolkit.state.codecs import BLOCK
-from toolkit.state.layout import Layout, State, layout_of
+from toolkit.state.layout import Layout, State, kept_whole, layout_of
 from toolkit.state.remainders import MASTER
 
 
@@ -190,8 +190,8 @@ class Sharding:
         One tensor holds them, whole on every rank; files hold that of the first rank.
         """
         shapes = [place.shape for place in self.flats[index].places]
-        kept = ((state.name, state.of) for state in self.kept(index))
-        return {name: [lines(shape, of) for shape in shapes] for name, of in kept if of is not None}
+        kept = kept_whole(self.kept(index), self.flats[index].formats)
+        return {state.name: [lines(shape, str(state.of)) for shape in shapes] for state in kept}
 
     def fragments(self, index: int, place: Place, start: int = 0, stop: int | None = None) -> list[Fragment]:
         """Where elements `start` to `stop` of a parameter of flat tensor `index` lie, on all ranks."""

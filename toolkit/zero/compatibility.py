@@ -20,9 +20,9 @@ from toolkit.zero import shared_memory
 
 # What `turns.py`, `stage12.py`, `stage3.py` and `shards.py` override, call or read.
 _METHODS_1_AND_2 = (
-    "_configure_master_weights flatten_dense_tensors_aligned initialize_optimizer_states setup_buckets "
-    "process_gradients get_gradient_for_reduction reduce_independent_p_g_buckets_and_remove_grads reduce_ipg_grads "
-    "reduce_gradients independent_gradient_partition_epilogue finalize_gradient_accumulation_boundary "
+    "_configure_master_weights flatten_dense_tensors_aligned get_partition_info initialize_optimizer_states "
+    "setup_buckets process_gradients get_gradient_for_reduction reduce_independent_p_g_buckets_and_remove_grads "
+    "reduce_ipg_grads reduce_gradients independent_gradient_partition_epilogue finalize_gradient_accumulation_boundary "
     "_get_offload_gradient_dict _maybe_reduce_autoep_folding_tp_gradient _update_model_bit16_weights _update_scale "
     "_restore_from_bit16_weights scaled_global_norm zero_grad"
 )

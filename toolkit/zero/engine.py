@@ -26,7 +26,6 @@ from toolkit.errors import UserError
 from toolkit.masking import hide_in_logs
 from toolkit.models import cpu_matmul
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
-from toolkit.optim.rule import looks_at
 from toolkit.optim.warm import kinds, warm
 from toolkit.printable import warn_once
 from toolkit.sentences import shown
@@ -298,7 +297,7 @@ def _finish(engine: Any) -> None:
         partition.check_stage_3(engine.optimizer)
     if not isinstance(engine.basic_optimizer, RuleOptimizer):
         return
-    if isinstance(engine.optimizer, BF16_Optimizer) and (found := looks_at(engine.basic_optimizer.rules())):
+    if isinstance(engine.optimizer, BF16_Optimizer) and (found := engine.basic_optimizer.looks_at()):
         raise UserError(
             f"{type(engine.basic_optimizer).__name__} looks at whole parameters ({found}), "
             "which DeepSpeed's BF16_Optimizer flattens; use ZeRO stage 1, 2 or 3"
@@ -358,13 +357,12 @@ def compile_step(engine: Any) -> None:
             warm(optimizer, group, weights, gradient, device)
 
 
-def replicated_states(engine: Any) -> set[str]:
-    """Names, as of `optimizer_state_bytes`, of what every rank holds whole: without ZeRO all states, else those of rows
-    and columns."""
+def replicated_bytes(engine: Any) -> int:
+    """Bytes of optimizer state that every rank holds whole: without ZeRO all, else those of rows and columns."""
     if not engine.zero_optimization() and not isinstance(engine.optimizer, BF16_Optimizer):
-        return set(optimizer_state_bytes(engine))
+        return sum(optimizer_state_bytes(engine).values())
     optimizer = rule_optimizer(engine)
-    return optimizer.whole_states() if optimizer is not None else set()
+    return optimizer.whole_bytes() if optimizer is not None else 0
 
 
 def optimizer_state_bytes(engine: Any) -> dict[str, int]:

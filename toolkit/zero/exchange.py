@@ -18,7 +18,6 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.rule import looks_at
 from toolkit.optim.statistics import Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep
 from toolkit.state.sharding import Fragment
@@ -66,11 +65,8 @@ def whole_parameters(
     Args:
         gradient: of what this rank holds of a parameter; None: there is none.
     """
-    group = optimizer.param_groups[shard.group]
-    parameters = [Parameter(tuple(member.shape), group["component"]) for member in shard.members]
-    small = small_states(optimizer.rule_of(group), parameters, optimizer.state[shard.tensor], shard.tensor.device)
     found = []
-    for member, parameter, states in zip(shard.members, parameters, small, strict=True):
+    for member, (parameter, states) in zip(shard.members, with_small(optimizer, shard), strict=True):
         own = member.fragment
         part = gradient(own) if own is not None else None
         share = Share(own, part, member.first_block) if own is not None and part is not None else None
@@ -78,9 +74,17 @@ def whole_parameters(
     return found
 
 
+def with_small(optimizer: RuleOptimizer, shard: Shard) -> list[tuple[Parameter, dict[str, Tensor]]]:
+    """The parameters of a flat tensor, each with the states that every rank holds whole; made where missing."""
+    group = optimizer.param_groups[shard.group]
+    parameters = [Parameter(tuple(member.shape), group["component"]) for member in shard.members]
+    small = small_states(optimizer.whole(group), parameters, optimizer.state[shard.tensor], shard.tensor.device)
+    return list(zip(parameters, small, strict=True))
+
+
 def check_whole(optimizer: RuleOptimizer, *, split: bool) -> None:
     """Raise UserError for a rule that looks at whole parameters where `split` says that more than ZeRO cuts them."""
-    if split and (found := looks_at(optimizer.rules())):
+    if split and (found := optimizer.looks_at()):
         raise UserError(
             f"{type(optimizer).__name__} looks at whole parameters ({found}), which is supported neither "
             "with mixture-of-experts layers under expert parallelism nor with model parallelism nor MiCS"

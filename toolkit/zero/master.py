@@ -10,7 +10,7 @@ from toolkit.optim import RuleOptimizer
 
 
 class MasterWeights:
-    """In front of DeepSpeed's ZeRO optimizers: bf16 weights with remainders are the master weights themselves."""
+    """In front of DeepSpeed's ZeRO optimizers: bf16 weights, with their remainders, are the master weights."""
 
     optimizer: RuleOptimizer
 

@@ -29,9 +29,12 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
+from toolkit.optim.factored import settle
 from toolkit.optim.rule import looks_at
+from toolkit.optim.statistics import Member, Share
 from toolkit.optim.streaming import StreamedStep
 from toolkit.state.codecs import BLOCK
+from toolkit.zero.exchange import whole_parameters, with_small
 from toolkit.zero.gradients import GradientFragment, HostCopy, squared_norms
 from toolkit.zero.shards import Shard
 from toolkit.zero.stage12 import ShardedZeroOptimizer, gather_weights
@@ -57,6 +60,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
     """Stages 1 and 2 with `release_gradients`, for one micro-batch a step in bf16 or fp32.
 
     Groups whose parameters are not all whole blocks (norms; they are small) are updated at the end of the step.
+    Of factored states a step uses rows and columns as they were before it: parts of a matrix wait for no others.
     """
 
     def __init__(self, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
@@ -65,6 +69,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         if refusal:
             raise UserError(f"optimizer.params.release_gradients {refusal}")
         self._delays = not get_accelerator().is_synchronized_device()
+        self._group_of = {id(member.param): shard.group for shard in self._shards for member in shard.members}
         self._whole = [all(member.shape.numel() % BLOCK == 0 for member in shard.members) for shard in self._shards]
         self._start()
 
@@ -79,7 +84,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         self._seen: set[int] = set()
         self._squares = 0.0
         self._broken = False
-        self._streams: dict[int, StreamedStep] = {}
+        self._steps: dict[int, StreamedStep | dict[int, Member]] = {}
         self._measured: deque[_Measured] = deque()
 
     def _deliver(self, params: Sequence[Tensor], pieces: list[GradientFragment]) -> None:
@@ -118,14 +123,19 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         self._squares += sum(norm**2 for norm in norms.values())
         self._broken |= not all(norm < float("inf") for norm in norms.values())
         waiting = []
+        if not self._broken:  # a step of a group is counted on all ranks, whoever has a piece of it
+            for param in bucket.params:
+                if self._whole[self._group_of[id(param)]]:
+                    self._begun(self._shards[self._group_of[id(param)]])
         for piece in bucket.pieces:
             if self._broken:
                 continue
             if not self._whole[piece.group]:
+                piece.gradient = piece.gradient.clone()  # a view would keep the whole bucket until then
                 waiting.append(piece)
                 continue
             known = [norms[id(piece.param)]] + ([self._previous_norm] if self._previous_norm is not None else [])
-            self._begun(self._shards[piece.group]).apply(piece.offset, piece.gradient, self._factor(*known))
+            self._use(self._shards[piece.group], piece.param, piece.offset, piece.gradient, self._factor(*known))
             piece.gradient = piece.gradient[:0]
         super()._deliver(bucket.params, waiting)
 
@@ -135,13 +145,31 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         factor = 1.0 / max(1.0, *((norm + 1e-6) / clip for norm in norms)) if clip > 0.0 else 1.0
         return torch.full((), factor, device=self._shards[0].tensor.device)
 
-    def _begun(self, shard: Shard) -> StreamedStep:
-        """The step of a group, as far as it has come."""
-        if shard.group not in self._streams:
+    def _begun(self, shard: Shard) -> StreamedStep | dict[int, Member]:
+        """The step of a group, as far as it has come; one of factored states by parameter."""
+        if shard.group not in self._steps:
             begun = self._begin(shard)
             assert begun is not None
-            self._streams[shard.group] = begun.stream(first_block=shard.first_block)
-        return self._streams[shard.group]
+            if begun.together:
+                members = whole_parameters(self.optimizer, shard, begun, lambda own: None)
+                params = (id(member.param) for member in shard.members)
+                self._steps[shard.group] = dict(zip(params, members, strict=True))
+            else:
+                self._steps[shard.group] = begun.stream(first_block=shard.first_block)
+        return self._steps[shard.group]
+
+    def _use(self, shard: Shard, param: Tensor, offset: int, gradient: Tensor, factor: Tensor) -> None:
+        """Update what this rank holds of a parameter; it lies at `offset` of the group."""
+        begun = self._begun(shard)
+        if isinstance(begun, StreamedStep):
+            begun.apply(offset, gradient, factor)
+            return
+        own = next(one for one in shard.members if one.param is param)
+        assert own.fragment is not None
+        assert own.fragment.offset == offset
+        assert own.fragment.numel == gradient.numel()
+        begun[id(param)].share = Share(own.fragment, gradient, own.first_block)
+        begun[id(param)].update(factor)
 
     def _publish(self) -> None:
         """Most gradients are gone; there is nothing to show."""
@@ -156,12 +184,22 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         self.overflow = self._broken
         self._global_grad_norm = torch.tensor(float("inf") if self._broken else norm)
         if not self._broken:
+            late = [shard for shard, whole in zip(self._shards, self._whole, strict=True) if not whole]
+            self._step_groups(late, self._factor(norm))
             for shard, whole in zip(self._shards, self._whole, strict=True):
-                if not whole:
-                    self._step_group(shard, self._factor(norm))
-                else:
+                if whole:
                     self._rest(shard)
             self.optimizer.param_groups[0][RELEASED_NORM] = norm
+        else:
+            with (
+                self.optimizer.allocating()
+            ):  # what has not begun: a checkpoint has the state of all groups, or of none
+                for shard in self._shards:
+                    self._begin(shard)
+                    with_small(self.optimizer, shard)
+        by_param = [self._steps[number] for number in sorted(self._steps)]
+        members = [member for one in by_param if isinstance(one, dict) for member in one.values()]
+        settle([factors for member in members for factors in member.factors.values()], self._ranks)
         self._discard()
         for shard in self._shards:
             self._show(shard)
@@ -171,11 +209,12 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
     def _rest(self, shard: Shard) -> None:
         """Parameters without gradient take a step with zeros, as they do without release."""
         zero_scale = torch.zeros((), device=shard.tensor.device)
+        self._begun(shard)
         for member in shard.members:
             own = member.fragment
             if own is not None and id(member.param) not in self._seen:
                 zeros = torch.zeros(own.numel, dtype=member.param.dtype, device=zero_scale.device)
-                self._begun(shard).apply(own.offset, zeros, zero_scale)
+                self._use(shard, member.param, own.offset, zeros, zero_scale)
 
 
 def _refusal(zero: ShardedZeroOptimizer) -> str | None:

@@ -108,6 +108,13 @@ def model_weights(zero: Any, shard: Shard) -> Any:
     return zero.parallel_partitioned_bit16_groups[shard.number][shard.members[0].rank]
 
 
+def latest(zero: Any) -> tuple[Tensor, Tensor]:
+    """While stages 1 and 2 lay out groups: the master weights of the latest one, and the weights that they are of."""
+    number = len(zero.single_partition_of_fp32_groups) - 1
+    rank = dist.get_rank(group=zero.real_dp_process_group[number])
+    return zero.single_partition_of_fp32_groups[number], zero.parallel_partitioned_bit16_groups[number][rank]
+
+
 def _is_stage_3(zero: Any) -> bool:
     return hasattr(zero, "fp32_partitioned_groups_flat")
 

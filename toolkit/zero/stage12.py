@@ -28,7 +28,7 @@ from toolkit.state.codecs import BLOCK
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import GradientFragment, HostCopy, Reducer, clip_scale, squared_norm, takes_mean
 from toolkit.zero.master import MasterWeights
-from toolkit.zero.shards import Shard, model_weights, shards
+from toolkit.zero.shards import Shard, latest, model_weights, shards
 from toolkit.zero.turns import OrderedZeroOptimizer
 
 logger = logging.getLogger("toolkit")
@@ -106,12 +106,21 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
             alignment = BLOCK * world_size
         return super().flatten_dense_tensors_aligned(tensor_list, alignment, *args, **kwargs)
 
-    def initialize_optimizer_states(self) -> None:
-        """Let the optimizer's tensors be the model's own weights, or, with offload, their host copy.
+    def get_partition_info(self, *args: Any, **kwargs: Any) -> Any:
+        """Called for each group that is laid out, just after DeepSpeed has cloned this rank's part as master weights.
 
-        Called once all groups are laid out.
+        Let the optimizer's tensor be the model's own weights: the clones of all groups would be a second model.
         """
+        if self._laying_out and self.holds_weights and not self.cpu_offload:
+            masters, own = latest(self)
+            masters.data = own.data
+        return super().get_partition_info(*args, **kwargs)
+
+    def initialize_optimizer_states(self) -> None:
+        """With offload, make room on the host. Called once all groups are laid out."""
         self._shards = shards(self)
+        if self.holds_weights and not self.cpu_offload:
+            assert all(shard.tensor.data_ptr() == model_weights(self, shard).data_ptr() for shard in self._shards)
         if self.cpu_offload:
             self._host_gradients = [
                 self._pinned(torch.zeros(shard.tensor.numel(), dtype=self.gradient_accumulation_dtype))
@@ -121,10 +130,6 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
             self.temp_grad_buffer_for_cpu_offload = self.temp_grad_buffer_for_gpu_offload = torch.empty(0)
             if self.holds_weights:
                 self.param_buffer_of_bit16_for_cpu_offload_groups = [shard.tensor for shard in self._shards]
-            return
-        if self.holds_weights:
-            for shard in self._shards:
-                shard.tensor.data = model_weights(self, shard).data
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return get_accelerator().pin_memory(tensor) if self.cpu_offload_pin_memory else tensor
@@ -263,13 +268,7 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
         self._global_grad_norm = known / scale_before if self.compute_grad_norm and norm is not None else None
         clip = self.clip_grad if norm is not None else 0.0
         scale = clip_scale(known, clip, scale_before).to(self._shards[0].tensor.device, non_blocking=True)
-        together = []
-        for shard in self._shards:
-            if self.optimizer.rule_of(self.optimizer.param_groups[shard.group]).statistics:
-                together.append(shard)
-            else:
-                self._step_group(shard, scale)
-        self._step_together(together, scale)
+        self._step_groups(self._shards, scale)
         self._scalars = {}
         gather_weights(self, self._shards)
 
@@ -293,6 +292,15 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
         """The gradients of a group, which are nobody else's any more."""
         held, self._held[shard.group], self.averaged_gradients[shard.group] = self._held[shard.group], {}, None
         return held
+
+    def _step_groups(self, groups: Sequence[Shard], scale: Tensor) -> None:
+        together = []
+        for shard in groups:
+            if self.optimizer.steps_together(self.optimizer.param_groups[shard.group]):
+                together.append(shard)
+            else:
+                self._step_group(shard, scale)
+        self._step_together(together, scale)
 
     def _step_group(self, shard: Shard, scale: Tensor) -> None:
         held, begun = self._taken(shard), self._begin(shard)

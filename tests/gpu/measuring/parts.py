@@ -54,7 +54,7 @@ class Part:
 
 RULES = ("AMCS", "AMCS single", "SOAM")
 FORMATS = ("fp32", "8bit", "4bit", "compact", "minimal")
-WEIGHTS = ("fp32", "bf16+16", "bf16+8", "bf16+4")
+WEIGHTS = ("fp32", "bf16+16", "bf16+8", "bf16+4", "bf16")
 CASES = tuple(f"{rule} {name}" for rule in RULES for name in FORMATS)
 
 STEPS = (

@@ -1,0 +1,62 @@
+"""One rank of two steps with released gradients, the first of which is skipped half-way.
+
+Started by `ranks.launch` from `test_release.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import toolkit
+from toolkit.zero import rule_optimizer
+
+
+class Model(nn.Module):
+    """Two matrices of one parameter group: of two ranks each holds one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Linear(64, 64, bias=False) for _ in range(2))
+        self.norm = nn.Parameter(torch.ones(300))
+
+    def forward(self, factor: float) -> Tensor:
+        early = (self.first.weight.float() * factor).sum()  # its gradient comes last
+        return early + self.last.weight.float().square().sum() + self.norm.float().square().sum()
+
+
+def main() -> None:
+    settings = json.loads(Path(sys.argv[-1]).read_text())
+    found = {}
+    for name, config in settings["cases"].items():
+        torch.manual_seed(0)
+        engine, *_ = toolkit.initialize(model=Model(), config=config)
+        allocated = []
+        for factor in (float("nan"), 1.0):
+            engine.backward(engine(factor))
+            waiting = [gradient for held in engine.optimizer._held for gradient in held.values()]
+            engine.step()
+            allocated.append([set(held) for held in engine.basic_optimizer.state.values()])
+        optimizer = rule_optimizer(engine)
+        assert optimizer is not None
+        found[name] = {
+            "steps": [held["step"] for held in optimizer.state.values()],
+            "allocated": allocated,
+            "skipped": engine.skipped_steps,
+            "waiting": sum(gradient.nbytes for gradient in waiting),
+            "kept": sum(gradient.untyped_storage().nbytes() for gradient in waiting),
+            "rows": [held["v.rows"] for held in optimizer.state.values() if "v.rows" in held],
+            "weights": [p.detach().float() for p in engine.module.parameters()],
+        }
+        engine.destroy()
+    torch.save(found, Path(settings["out"]) / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
