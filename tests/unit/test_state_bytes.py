@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engines import BASE, build, step
+import torch
+from engines import BASE, Net, build, step
+from torch import nn
 
+import toolkit
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.engine import optimizer_state_bytes, replicated_bytes
 from toolkit.zero.stage12 import ShardedZeroOptimizer
@@ -57,3 +60,22 @@ def test_while_groups_are_laid_out_no_second_model_piles_up(one_rank: None, monk
     params = {"lr": 1e-3, "alpha": 0.5, "compile": False}
     build(BASE | {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AMCS", "params": params}}).destroy()
     assert len(seen) > 1 and all(seen)
+
+
+def test_a_matrix_without_elements_has_factors_of_none(one_rank: None) -> None:
+    class Odd(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nothing = nn.Parameter(torch.empty(0, 5))
+
+    params = {"lr": 1e-3, "compile": False, "state_format": "factored", "weights": "bf16+16"}
+    config = BASE | {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW8", "params": params}}
+    plain = build(config)
+    torch.manual_seed(0)
+    engine, *_ = toolkit.initialize(model=Odd(), config=config)
+    for one in (plain, engine):
+        torch.manual_seed(1)
+        step(one)
+    others = {name: p for name, p in engine.module.named_parameters() if name != "nothing"}
+    for name, p in plain.module.named_parameters():
+        assert torch.equal(others[name], p), name

@@ -68,7 +68,8 @@ class Factors:
 
     def __post_init__(self) -> None:
         self.share = shares(self.rows)
-        self.bounded = torch.minimum(self.columns, LARGEST / self.share.max())
+        largest = self.share.max() if self.share.numel() else 1.0
+        self.bounded = self.columns.clamp(max=LARGEST / largest)
         self.sums = self.rows.new_zeros(self.rows.numel() + self.columns.numel() + 1)
 
     def whole(self, start: int, size: int) -> Stretch:
