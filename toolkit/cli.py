@@ -65,7 +65,7 @@ def configs(
 
     from toolkit.console import PlainConsole
 
-    rules = {config.optimizer: config for config in shipped.values()}
+    rules = {config.optimizer: config for config in shipped.values() if config.way == "zero2"}
     optimizers = Table("optimizer", "type", "state", "what it does", box=None)
     for kind, config in sorted(rules.items(), key=lambda item: item[0].lower()):
         optimizers.add_row(kind.lower(), kind, config.state_format, config.idea)

@@ -133,9 +133,16 @@ def test_a_plan_recommends_eight_bits_unless_asked(
     printed = capsys.readouterr().out
     chosen = json.loads((tmp_path / "qwen3-tiny-plan.json").read_text())["optimizer"]["params"]
     assert chosen["state_format"] == "8bit"
-    recommended, others = printed.split("is not recommended unless asked for (--state-format compact or minimal)")
+    recommended, others = printed.split(
+        "is not recommended unless asked for (--state-format compact or minimal or lean)"
+    )
     assert "2.9 %" in recommended and "compact" not in recommended
-    assert "12.1 %" in others and "22.7 %" in others and "at 128 tokens a sequence" in recommended
+    assert (
+        "lean state: validation loss +" in others
+        and "12.1 %" in others
+        and "22.7 %" in others
+        and "at 128 tokens a sequence" in recommended
+    )
     assert run(monkeypatch, *arguments, "--state-format", "minimal", "--json") == 0
     assert json.loads(capsys.readouterr().out)["optimizer"]["params"]["state_format"] == "minimal"
     assert run(monkeypatch, *arguments, "--optimizer", "soam", "--json") == 0

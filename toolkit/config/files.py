@@ -53,7 +53,7 @@ class ShippedConfig:
     def placing(self) -> str:
         """What this way of sharding is good for."""
         if self.way.endswith("_lean"):
-            return "least memory on one device; gradients are used during the backward pass"
+            return "least state; gradients are released"
         return (_OFFLOAD if self.offload else _STAGES)[self.stage]
 
 

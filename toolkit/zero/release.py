@@ -191,9 +191,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
                     self._rest(shard)
             self.optimizer.param_groups[0][RELEASED_NORM] = norm
         else:
-            with (
-                self.optimizer.allocating()
-            ):  # what has not begun: a checkpoint has the state of all groups, or of none
+            with self.optimizer.allocating():  # a checkpoint has the state of all groups, or of none
                 for shard in self._shards:
                     self._begin(shard)
                     with_small(self.optimizer, shard)
