@@ -29,7 +29,7 @@ from toolkit.state.codecs import FORMATS, MIXES, Format, Root, Scale, Signed
 from toolkit.state.layout import elementwise
 
 KINDS = ("embedding", "head", "attention", "ffn", "all")
-SHIPPED = ("8bit", "compact", "minimal", "4bit")
+SHIPPED = ("8bit", "compact", "minimal", "4bit", "factored", "lean")
 ROWS, SEQ_LEN = 8, 32
 DONE = 0.3
 
