@@ -45,7 +45,7 @@ def base(stage: int, buckets: bool = True) -> dict[str, Any]:
     }
 
 
-def ours(rule: str, state_format: Any, weights: str, **extra: Any) -> dict[str, Any]:
+def ours(rule: str, state_format: str, weights: str, **extra: Any) -> dict[str, Any]:
     params = {"lr": 1e-4, "state_format": state_format, "weights": weights} | extra
     return {"optimizer": {"type": rule, "params": params}}
 

@@ -127,7 +127,6 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from types import SimpleNamespace
 sys.path.insert(0, sys.argv[2])
 import numpy as np
 from test_token_cache import TokenCache, packed, through

@@ -68,10 +68,10 @@ class Transfer:
                 states = (set(there.kept(old_index)), set(here.kept(index)))
                 if states[0] != states[1] and states != whole:
                     moved.setdefault(_pairs(here.kept(index), there.kept(old_index)), []).append(place.name)
-                codecs = _codecs(before)
+                now_kept, was_kept = _codecs(kept), _codecs(before)
                 for state in kept.every:
-                    origin, codec = _origin(state, before.every) or "", _codecs(kept)[state.name]
-                    was = codecs.get(origin)
+                    origin, codec = _origin(state, before.every) or "", now_kept[state.name]
+                    was = was_kept.get(origin)
                     if was is not None and was != codec:
                         then, now = _kept_as(old.formats[origin], was), _kept_as(flat.formats[state.name], codec)
                         said[f"{state.name} was kept as {then} and is now {now}"] = None

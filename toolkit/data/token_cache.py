@@ -171,16 +171,13 @@ class TokenCache:
         for a file, which the last one may have written just before it ended."""
         if self._lock is not None:
             return True
-        with self._changing:
-            if self._closed.is_set():
-                raise Closed
-            failure: OSError | None = None
-            try:
+        try:
+            with self._changing:
+                if self._closed.is_set():
+                    raise Closed
                 self._lock = self._locked()
-            except OSError as error:
-                failure = error
-        if failure is not None:
-            self._give_up(failure)
+        except OSError as error:
+            self._give_up(error)
             return True
         if self._lock is not None:
             self._make_room()

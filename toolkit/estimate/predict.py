@@ -16,7 +16,7 @@ from toolkit.errors import UserError
 from toolkit.estimate.dry_run import DryRun, dry_run, scaled
 from toolkit.estimate.optimizer_memory import OptimizerMemory, optimizer_memory
 from toolkit.estimate.zero_step import Step, simulate
-from toolkit.optim import RECOMMENDED
+from toolkit.optim import RECOMMENDED, find_rule
 from toolkit.records.categories import LOGITS
 from toolkit.records.memory import Change, Prediction, Setup
 from toolkit.records.sizes import size_text
@@ -243,6 +243,12 @@ def setup_of(case: Case, run: DryRun) -> Setup:
     )
 
 
+def offered(optimizer: str, state_format: str) -> bool:
+    """Whether a format is offered for an optimizer, where that has formats: the leanest where its price is measured."""
+    made = find_rule(optimizer)
+    return made is None or state_format != LEAN or LEAN in made.rule.loss_price
+
+
 def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
     """Settings that change one thing of `case`, in a user's words; only what the rest of it allows."""
     config, ds, stage = case.config, case.ds, case.ds.stage
@@ -261,8 +267,8 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
         if other > stage and (case.world_size > 1 or stage == 0) and not (other == 3 and released):
             yield f"zero_optimization.stage {other}", zero_with(stage=other)
     if ours:
-        for name in ("8bit", "compact", "minimal", *([LEAN] if ds.rule and LEAN in ds.rule.rule.loss_price else [])):
-            if ds.state_format != name:
+        for name in ("8bit", "compact", "minimal", LEAN):
+            if ds.state_format != name and offered(str(ds.optimizer), name):
                 yield f"optimizer.params.state_format {name}", params_with(state_format=name)
     if without_masters and ds.weights not in ("bf16+4", "bf16"):
         yield "optimizer.params.weights bf16+4", params_with(weights="bf16+4")

@@ -8,7 +8,7 @@ from typing import Any
 
 from toolkit.config import DeepSpeedSettings, load_config, shipped_configs
 from toolkit.errors import UserError
-from toolkit.estimate.predict import Case, Estimator, assumed_context, with_section
+from toolkit.estimate.predict import Case, Estimator, assumed_context, offered, with_section
 from toolkit.optim import RECOMMENDED, RULES, find_rule
 from toolkit.state.layout import LEAN
 
@@ -28,12 +28,6 @@ FORMATS: dict[str, dict[str, Any]] = {
 """What is tried for this package's rules, in order of preference."""
 
 
-def offered(optimizer: str, state_format: str) -> bool:
-    """Whether a plan has this format for an optimizer, where that has formats at all."""
-    made = find_rule(optimizer)
-    return made is None or state_format != LEAN or LEAN in made.rule.loss_price
-
-
 def formats_of(optimizer: str, wanted: str = ANY) -> dict[str, dict[str, Any]]:
     """Those of FORMATS that are offered for an optimizer: the leanest where its price in loss has been measured.
 
@@ -41,14 +35,13 @@ def formats_of(optimizer: str, wanted: str = ANY) -> dict[str, dict[str, Any]]:
     """
     if find_rule(optimizer) is None:
         return {"fp32": {}}
-    priced = offered(optimizer, LEAN)
-    if wanted == LEAN and not priced:
+    if not offered(optimizer, wanted):
         names = ", ".join(name for name, one in RULES.items() if LEAN in one.rule.loss_price)
         raise UserError(
             f"--state-format is {LEAN!r}, but its price in loss is not measured for {optimizer}, only for {names}. "
             f"A config can have it (optimizer.params.state_format={LEAN}), and `toolkit estimate` says what it needs."
         )
-    return {state: params for state, params in FORMATS.items() if priced or params["state_format"] != LEAN}
+    return {state: params for state, params in FORMATS.items() if offered(optimizer, params["state_format"])}
 
 
 # How much longer a token takes than without, for ranking only: assumed, not measured.
@@ -152,10 +145,8 @@ def _cases(
 
 def _bases(optimizer: str) -> dict[str, dict[str, Any]]:
     """The JSONs to try, by the name of the shipped configuration that each is or was made from."""
-    shipped, rule = (
-        {name: one for name, one in shipped_configs().items() if one.state_format != LEAN},
-        find_rule(optimizer),
-    )
+    rule = find_rule(optimizer)
+    shipped = {name: one for name, one in shipped_configs().items() if one.state_format != LEAN}
     found = {name: load_config(name) for name, one in shipped.items() if one.optimizer == optimizer}
     if rule is None:
         return found

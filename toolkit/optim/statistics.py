@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from toolkit.optim.factored import STRETCH, STRETCH_ELSEWHERE, Factors
+from toolkit.optim.factored import STRETCH, STRETCH_ELSEWHERE, Factors, Stretch
 from toolkit.optim.kernel import StepFunction, step_function
 from toolkit.optim.streaming import StreamedStep, TensorStep
 from toolkit.state.codecs import BLOCK
@@ -150,16 +150,16 @@ def _over(
     part: slice,
     extra: Sequence[Tensor],
     first_block: int,
-    opened: Mapping[str, Tensor] = MappingProxyType({}),
+    opened: Mapping[str, Stretch] = MappingProxyType({}),
 ) -> StreamedStep:
     """`kernel` over `part` of a tensor, which begins at a block.
 
-    `extra`: what it takes beside what is stored; `opened`: blocks of factored states.
+    `extra`: what it takes beside what is stored; `opened`: factored states.
     """
     begin, theta = part.start // BLOCK, step.theta[part]
     parts = [held[begin : begin + blocks_of(theta.numel())] for held in step.parts]
     for name, place in step.factored.items():
-        parts.insert(place, opened[name])
+        parts.insert(place, opened[name].blocks)
     return StreamedStep(
         kernel, step.compiled, theta, [*parts, *extra], step.scalars, (step.seed, step.step, first_block)
     )
@@ -187,15 +187,11 @@ def run(member: Member, function: str, scale: Tensor) -> Iterator[tuple[int, lis
         spread = [_spread(member, name, begin + at, size, blocks) for name in kernel.spread]
         part, extra = slice(offset + at, offset + at + size), [*results, *lanes, *numbers, *spread]
         opened = {name: factors.whole(begin + at, size) for name, factors in member.factors.items()}
-        blocks_opened = {name: one.blocks for name, one in opened.items()}
-        stretch = _over(step, kernel, part, extra, share.first_block + at // BLOCK, blocks_opened)
+        stretch = _over(step, kernel, part, extra, share.first_block + at // BLOCK, opened)
         stretch.apply(0, share.gradient[at : at + size], scale.to(step.theta.device))
-        for name in list(opened):
-            one = opened.pop(name)
-            if function == "update":
-                member.factors[name].add(one)
-            del one  # not held beside those of the next stretch
-        del blocks_opened, stretch
+        for name, factors in member.factors.items() if function == "update" else ():
+            factors.add(opened[name])
+        del opened, stretch  # not held beside those of the next stretch
         yield begin + at, [x.view(-1)[:size] if x.shape[1] == BLOCK else x for x in results]
 
 

@@ -158,11 +158,6 @@ class TensorStep:
     step: int
     factored: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def together(self) -> bool:
-        """Whether it is a step of whole parameters, which `toolkit.optim.together` makes."""
-        return bool(self.function.rule.statistics or self.factored)
-
     def stream(self, start: int = 0, stop: int | None = None, *, first_block: int) -> StreamedStep:
         """For the elements from `start` to `stop`; `start` is a multiple of BLOCK.
 

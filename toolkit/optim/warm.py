@@ -48,7 +48,7 @@ def warm(
     assert begun is not None, "state is not only allocated here"
     scale = torch.ones((), device=device)
     zeros = torch.zeros_like(tensor, dtype=gradient)
-    if begun.together:
+    if optimizer.steps_together(group):
         whole = Parameter((BLOCKS, BLOCK), group["component"])
         small = small_states(optimizer.whole(group), [whole], {}, tensor.device)[0]
         everything = Fragment(0, 0, zeros.numel(), 0)

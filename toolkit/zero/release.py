@@ -69,7 +69,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         if refusal:
             raise UserError(f"optimizer.params.release_gradients {refusal}")
         self._delays = not get_accelerator().is_synchronized_device()
-        self._group_of = {id(member.param): shard.group for shard in self._shards for member in shard.members}
+        self._placed = {id(member.param): (shard, member) for shard in self._shards for member in shard.members}
         self._whole = [all(member.shape.numel() % BLOCK == 0 for member in shard.members) for shard in self._shards]
         self._start()
 
@@ -125,8 +125,9 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         waiting = []
         if not self._broken:  # a step of a group is counted on all ranks, whoever has a piece of it
             for param in bucket.params:
-                if self._whole[self._group_of[id(param)]]:
-                    self._begun(self._shards[self._group_of[id(param)]])
+                shard, _ = self._placed[id(param)]
+                if self._whole[shard.group]:
+                    self._begun(shard)
         for piece in bucket.pieces:
             if self._broken:
                 continue
@@ -135,7 +136,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
                 waiting.append(piece)
                 continue
             known = [norms[id(piece.param)]] + ([self._previous_norm] if self._previous_norm is not None else [])
-            self._use(self._shards[piece.group], piece.param, piece.offset, piece.gradient, self._factor(*known))
+            self._use(piece.param, piece.gradient, self._factor(*known))
             piece.gradient = piece.gradient[:0]
         super()._deliver(bucket.params, waiting)
 
@@ -150,7 +151,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         if shard.group not in self._steps:
             begun = self._begin(shard)
             assert begun is not None
-            if begun.together:
+            if self.optimizer.steps_together(self.optimizer.param_groups[shard.group]):
                 members = whole_parameters(self.optimizer, shard, begun, lambda own: None)
                 params = (id(member.param) for member in shard.members)
                 self._steps[shard.group] = dict(zip(params, members, strict=True))
@@ -158,18 +159,17 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
                 self._steps[shard.group] = begun.stream(first_block=shard.first_block)
         return self._steps[shard.group]
 
-    def _use(self, shard: Shard, param: Tensor, offset: int, gradient: Tensor, factor: Tensor) -> None:
-        """Update what this rank holds of a parameter; it lies at `offset` of the group."""
-        begun = self._begun(shard)
+    def _use(self, param: Tensor, gradient: Tensor, factor: Tensor) -> None:
+        """Update what this rank holds of a parameter, all of it."""
+        shard, placed = self._placed[id(param)]
+        own, begun = placed.fragment, self._begun(shard)
+        assert own is not None
+        assert own.numel == gradient.numel()
         if isinstance(begun, StreamedStep):
-            begun.apply(offset, gradient, factor)
-            return
-        own = next(one for one in shard.members if one.param is param)
-        assert own.fragment is not None
-        assert own.fragment.offset == offset
-        assert own.fragment.numel == gradient.numel()
-        begun[id(param)].share = Share(own.fragment, gradient, own.first_block)
-        begun[id(param)].update(factor)
+            begun.apply(own.offset, gradient, factor)
+        else:
+            begun[id(param)].share = Share(own, gradient, placed.first_block)
+            begun[id(param)].update(factor)
 
     def _publish(self) -> None:
         """Most gradients are gone; there is nothing to show."""
@@ -212,7 +212,7 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
             own = member.fragment
             if own is not None and id(member.param) not in self._seen:
                 zeros = torch.zeros(own.numel, dtype=member.param.dtype, device=zero_scale.device)
-                self._use(shard, member.param, own.offset, zeros, zero_scale)
+                self._use(member.param, zeros, zero_scale)
 
 
 def _refusal(zero: ShardedZeroOptimizer) -> str | None:

@@ -187,7 +187,7 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
         """Step a sub-group; what is to be stepped together with others comes back as it is."""
         group = self.optimizer.param_groups[shard.group]
         begun = self.optimizer.begin(group, shard.tensor, scalars)
-        if begun is not None and begun.together:
+        if begun is not None and self.optimizer.steps_together(group):
             return whole_parameters(self.optimizer, shard, begun, lambda own: gradient[own.elements])
         if begun is not None:
             rounds = begun.function.rounds
