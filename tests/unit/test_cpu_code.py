@@ -64,9 +64,12 @@ def shortcomings(code: str) -> Iterator[str]:
         yield "several loops over all blocks"
     if "tmpbuf" in code:
         yield "one number of a vector after the other"
-    wide = [sizes for sizes in re.findall(r"convert<[\w:]+,(\d+),[\w:]+,(\d+)>", code) if "4" in sizes]
-    if wide:
-        yield "conversions of ATen that go by way of memory"
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        if re.search(r"VectorizedN<(float|int32_t|u?int8_t|at::\w+),", code):
+            yield "more numbers at a time than a register holds"
+        parts = r"Vectorized<(?:u?int8_t|at::\w+)>"
+        if re.search(rf"{parts}::loadu|convert<(?:u?int8_t|at::\w+)[,>]|convert<[\w,]+>\({parts}", code):
+            yield "parts of registers go by way of memory"
     if "::arange(0, 1)" not in code:
         yield "numbers of lanes are counted up"
 

@@ -122,6 +122,20 @@ def test_deepspeeds_own_checkpoints_are_read_without_running_what_they_name(
         assert call("checkpoint", "inspect", folder, "--digest", "--trust-pickle").exit_code == 0 and mark.exists()
 
 
+@pytest.mark.parametrize(("stage", "name"), [(2, "gradients"), (3, "weights")])
+def test_a_stage_is_read_as_older_pythons_write_it(tmp_path: Path, stage: int, name: str) -> None:
+    """Python 3.11.0 to 3.11.3, Debian 12's among them, writes a member of an enumeration as getattr of its class."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    good = stock(tmp_path / "good", stage)
+    expected = Source(good).digest()
+    [file] = good.glob("*optim_states.pt")
+    content = torch.load(file, weights_only=False)
+    content["optimizer_state_dict"]["zero_stage"] = Call(getattr, ZeroStageEnum, name)
+    torch.save(content, file)
+    assert Source(good).digest() == expected
+
+
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 2), (0, 0)])
 def test_with_a_manifest_nothing_is_unpickled_even_when_trusted(
     copied: Callable[[int, int], Path], tmp_path: Path, stage: int, ranks: int

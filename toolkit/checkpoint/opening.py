@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -24,9 +25,24 @@ class Fields(dict[str, Any]):
         self.update(state)
 
 
+class _Stage(int):
+    """A ZeRO stage: DeepSpeed saves a member of an enumeration."""
+
+
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _member(owner: Any, name: Any) -> int:
+    """A stage by its name: Python 3.11.0 to 3.11.3 writes a member of an enumeration as `getattr` of its class."""
+    if owner is not _Stage or name not in _STAGES:
+        raise pickle.UnpicklingError("GLOBAL getattr of something else")
+    return _STAGES[name]
+
+
 # Each global that DeepSpeed's files mention, and what stands in for it. Nothing here may call what it is given.
 _DEEPSPEED: list[Any] = [
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_member, "builtins.getattr"),
     *(
         (Fields, name)
         for name in (

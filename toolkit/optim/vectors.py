@@ -8,61 +8,43 @@ from typing import Any
 
 import torch
 
-_AVX2_TILE = 32
-"""Lanes at a time where a register holds 8 of fp32: as many as it holds of int8. Inductor takes 8 or 16; then parts of
-registers are loaded by way of memory, and the load waits for the store. With AVX-512, which loads parts under a mask,
-Inductor's own choice is the fastest."""
+_AVX2_LANES = 8
+"""Lanes at a time where a register holds 8 of fp32: what a chain of operations has made stays in registers. Of int8 or
+bf16 that is a part of a register, which ATen loads, stores and converts by way of memory, where the load waits for the
+store; the instructions below do it in registers. With AVX-512, which loads parts under a mask, Inductor's own choice is
+the fastest."""
 
-# Conversions of _AVX2_TILE lanes. ATen's are by way of memory, one number after the other. Packing works within halves
-# of a register, whose order is mended last.
-_WIDEN = """[&] {{
-    at::vec::VectorizedN<{to}, 4> y;
-    const __m256i bytes = {x};
-    y[0] = at::vec::convert<{to}>(at::vec::Vectorized<{of}>(bytes));
-    y[1] = at::vec::convert<{to}>(at::vec::Vectorized<{of}>(_mm256_permute4x64_epi64(bytes, 1)));
-    y[2] = at::vec::convert<{to}>(at::vec::Vectorized<{of}>(_mm256_permute4x64_epi64(bytes, 2)));
-    y[3] = at::vec::convert<{to}>(at::vec::Vectorized<{of}>(_mm256_permute4x64_epi64(bytes, 3)));
-    return y;
-}}()"""
-_NARROW = """[&] {{
-    const __m256i mask = _mm256_set1_epi32(255);
-    const auto whole = [&](int i) {{ return _mm256_and_si256(at::vec::convert<int32_t>({x}[i]), mask); }};
-    const __m256i low = _mm256_packs_epi32(whole(0), whole(1)), high = _mm256_packs_epi32(whole(2), whole(3));
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    return at::vec::Vectorized<{to}>(_mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
-}}()"""
-_WHOLE = """[&] {{
-    at::vec::VectorizedN<{to}, 4> y;
-    for (int i = 0; i < 4; i++) y[i] = at::vec::convert<{to}>({x}[i]);
-    return y;
-}}()"""
-_FROM_HALF = """[&] {{
-    at::vec::VectorizedN<{to}, 4> y;
-    for (int i = 0; i < 2; i++) {{
-        const auto two = at::vec::convert<{to}, 2, {of}, 1>({x}[i]);
-        y[2 * i] = two[0];
-        y[2 * i + 1] = two[1];
-    }}
-    return y;
-}}()"""
-_TO_HALF = """[&] {{
-    at::vec::VectorizedN<{to}, 2> y;
-    for (int i = 0; i < 2; i++) {{
-        y[i] = at::vec::convert<{to}, 1, {of}, 2>(at::vec::VectorizedN<{of}, 2>({x}[2 * i], {x}[2 * i + 1]));
-    }}
-    return y;
-}}()"""
+_INT8, _UINT8, _BF16, _FP16 = torch.int8, torch.uint8, torch.bfloat16, torch.float16
+_INT32, _FP32 = torch.int32, torch.float32
+_BYTES, _HALVES = (_INT8, _UINT8), (_BF16, _FP16)
 
-_BYTES, _WORDS, _HALVES = (torch.int8, torch.uint8), (torch.int32, torch.float32), (torch.bfloat16, torch.float16)
-_AVX2: dict[tuple[torch.dtype, torch.dtype], str] = {
-    **{(byte, word): _WIDEN for byte in _BYTES for word in _WORDS},
-    **{(word, byte): _NARROW for byte in _BYTES for word in _WORDS},
-    **{(half, torch.float32): _FROM_HALF for half in _HALVES},
-    **{(torch.float32, half): _TO_HALF for half in _HALVES},
-    (torch.float32, torch.int32): _WHOLE,
-    (torch.int32, torch.float32): _WHOLE,
+_PART = "_mm256_castsi256_si128({x})"
+_WIDER = {_INT8: f"_mm256_cvtepi8_epi32({_PART})", _UINT8: f"_mm256_cvtepu8_epi32({_PART})"}
+_LOW_BYTES = (  # of each number of 32 bits, without saturation, in the lowest 8 bytes
+    "_mm256_permutevar8x32_epi32(_mm256_shuffle_epi8({x}, _mm256_set1_epi32(0x0c080400)), "
+    "_mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4))"
+)
+_CONVERT: dict[tuple[torch.dtype, torch.dtype], str] = {
+    **{(byte, _INT32): _WIDER[byte] for byte in _BYTES},
+    **{(byte, _FP32): f"_mm256_cvtepi32_ps({_WIDER[byte]})" for byte in _BYTES},
+    **{(_INT32, byte): _LOW_BYTES for byte in _BYTES},
+    **{(_FP32, byte): _LOW_BYTES.format(x="_mm256_cvttps_epi32({x})") for byte in _BYTES},
+    (_BF16, _FP32): f"_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32({_PART}), 16))",
+    (_FP16, _FP32): f"_mm256_cvtph_ps({_PART})",
+    (_FP32, _BF16): "_mm256_castsi128_si256(at::vec::cvtfp32_bf16({x}))",
+    (_FP32, _FP16): "_mm256_castsi128_si256(at::vec::cvtfp32_fp16({x}))",
 }
-"""By the types from and to."""
+"""Of _AVX2_LANES lanes, by the types from and to."""
+
+_LOAD = {
+    1: "_mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>({place})))",
+    2: "_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>({place})))",
+}
+_STORE = {
+    1: f"_mm_storel_epi64(reinterpret_cast<__m128i*>({{place}}), {_PART});",
+    2: f"_mm_storeu_si128(reinterpret_cast<__m128i*>({{place}}), {_PART});",
+}
+"""Of _AVX2_LANES lanes, by the bytes of each."""
 
 
 @contextmanager
@@ -74,19 +56,21 @@ def vector_code(*, avx2: bool) -> Iterator[None]:
       largest values and again, from memory, for all else.
     * Vectors are seen as another type where they are. Inductor would store them, and load them again.
     * Numbers of lanes are a constant vector and a number, not 16 sums of single numbers.
-    * With AVX2, vectors have at least _AVX2_TILE lanes, and are converted in registers.
+    * With AVX2, vectors have _AVX2_LANES lanes, and are loaded, converted and stored in registers.
     """
-    from torch._inductor.codegen.cpp import DTYPE_TO_CPP, CppVecKernel, CppVecOverrides, TilingSelect
+    from torch._inductor.codegen.common import IndentedBuffer
+    from torch._inductor.codegen.cpp import CppVecKernel, CppVecOverrides, TilingSelect, cexpr_index
     from torch._inductor.virtualized import V
 
     select, convert = TilingSelect.select_tiling, CppVecKernel.get_to_dtype_expr
+    load, store = CppVecKernel._get_vec_load_line, CppVecKernel._get_store_line
 
     def select_tiling(self: Any, functions: Any, sizes: Any) -> Any:
         factors, indices, *rest = select(self, functions, sizes)
         if all(len(size) == 1 and size[0].is_symbol and not reduced for size, reduced in sizes):  # one for each block
             factors, indices = [], []
         elif len(factors) == 1 and indices == [1]:  # along a block
-            factors = [max(factors[0], _AVX2_TILE if avx2 else 0)]
+            factors = [_AVX2_LANES] if avx2 else factors
         return factors, indices, *rest
 
     def to_dtype_bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
@@ -98,11 +82,28 @@ def vector_code(*, avx2: bool) -> Iterator[None]:
         lane.is_vec = True
         return lane
 
+    def in_registers(self: Any) -> bool:
+        return avx2 and self.tiling_factor == self.num_elems == _AVX2_LANES
+
     def get_to_dtype_expr(self: Any, src: Any, dtype: Any, src_dtype: Any, rounding: bool = False) -> Any:
-        text = _AVX2.get((src_dtype, dtype)) if avx2 and src.is_vec and not rounding else None
-        if text is None or self.tiling_factor != _AVX2_TILE:
+        text = _CONVERT.get((src_dtype, dtype)) if src.is_vec and not rounding and in_registers(self) else None
+        if text is None:
             return convert(self, src, dtype, src_dtype, rounding)
-        return " ".join(text.format(x=src, to=DTYPE_TO_CPP[dtype], of=DTYPE_TO_CPP[src_dtype]).split("\n"))
+        return f"{self._get_vec_type(dtype)}({text.format(x=src)})"
+
+    def _get_vec_load_line(self: Any, var: Any, index: Any, dtype: Any, load_mask: Any = None) -> Any:
+        text = _LOAD.get(dtype.itemsize) if dtype != torch.bool and load_mask is None and in_registers(self) else None
+        if text is None:
+            return load(self, var, index, dtype, load_mask)
+        return f"{self._get_vec_type(dtype)}({text.format(place=f'{var} + {cexpr_index(index)}')})"
+
+    def _get_store_line(self: Any, value: Any, var: Any, index: Any, dtype: Any, accu_store: bool = False) -> Any:
+        text = _STORE.get(dtype.itemsize) if dtype != torch.bool and not accu_store and in_registers(self) else None
+        if text is None or self._try_get_const_stride(index, self.itervars[self.tiling_idx]) != 1:
+            return store(self, value, var, index, dtype, accu_store)
+        code = IndentedBuffer()
+        code.writeline(text.format(place=f"{var} + {cexpr_index(index)}", x=value))
+        return code
 
     with ExitStack() as stack:
         for owner, value in (
@@ -110,6 +111,8 @@ def vector_code(*, avx2: bool) -> Iterator[None]:
             (CppVecOverrides, staticmethod(to_dtype_bitcast)),
             (CppVecKernel, arange),
             (CppVecKernel, get_to_dtype_expr),
+            (CppVecKernel, _get_vec_load_line),
+            (CppVecKernel, _get_store_line),
         ):
             stack.enter_context(_replaced(owner, value.__name__, value))
         yield
