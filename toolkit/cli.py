@@ -15,13 +15,17 @@ from toolkit.commands.compare import compare
 from toolkit.commands.doctor import doctor
 from toolkit.commands.estimate import estimate, plan
 from toolkit.commands.fits import fits
+from toolkit.commands.train import train
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.printable import echo, printable
 from toolkit.run.output import outliving
+from toolkit.run.settings import RunCommand
+from toolkit.run.stopping import INTERRUPTED
 from toolkit.usage import USAGE_ERROR, check_given, sentence
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app.command(cls=RunCommand)(train)
 app.add_typer(checkpoints.app, name="checkpoint", help="Inspect, verify and convert checkpoints.")
 app.command()(checkpoints.export)
 app.add_typer(benchmarks.app, name="bench")
@@ -135,6 +139,8 @@ def main() -> None:
                 error.show()
                 raise SystemExit(2) from None
             problem = sentence(error)
+        except (KeyboardInterrupt, typer.Abort):
+            raise SystemExit(INTERRUPTED) from None
         except BrokenPipeError:
             raise
         except OSError as error:  # what the file system refuses

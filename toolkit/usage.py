@@ -14,7 +14,8 @@ USAGE_ERROR: Any = typer.BadParameter.__base__
 
 _LAUNCHER = (
     "--local_rank",
-    "that is an option of the launcher and goes before the script: deepspeed --num_gpus N [...] launch/train.py [...]",
+    "that is an option of the launcher and goes before the script: deepspeed --num_gpus N [...] launch/train.py [...]; "
+    "toolkit train takes it anywhere",
 )
 _MICRO, _GLOBAL = (
     "--micro-batch (sequences per rank and forward pass)",
@@ -81,7 +82,7 @@ _INSTEAD: dict[tuple[str, ...], tuple[str | tuple[str, str], ...]] = {
         "--gpus",
         "--ranks",
     ),
-    ("num-nodes", "nnodes", "n-nodes", "nodes"): (_LAUNCHER, "--nodes"),
+    ("num-nodes", "nnodes", "n-nodes", "nodes"): (_LAUNCHER, "--nodes", "--num_nodes"),
     ("master-port", "master-addr", "hostfile", "include", "exclude", "node-rank", "no-ssh", "launcher"): (_LAUNCHER,),
     ("gpu-mem", "memory", "vram", "gpu-memory-gb"): ("--gpu-memory",),
     ("ram", "cpu-memory", "host-mem"): ("--host-memory",),

@@ -86,12 +86,14 @@ class Runs:
 
     def options(self, cell: Cell) -> list[str]:
         """Of `toolkit.train`, for the run."""
+        from toolkit.run.settings import line_of
+
         settings = {"config": str(self.out / CONFIGS / f"{cell.method}.json"), **self.plan.settings}
         flags, assignments = point_settings(cell.point)
         settings |= {"seed": cell.seed, "run_dir": str(self.folder(cell))}
         settings |= {name: f"{value:g}" for name, value in flags.items()}
-        options = [text for name, value in settings.items() for text in _option(name, value)]
-        return options + [text for assignment in assignments for text in ("--set", assignment)]
+        settings.pop("overrides", None)  # those are in the method's JSON
+        return line_of(settings) + [text for assignment in assignments for text in ("--set", assignment)]
 
     def shown(self, cell: Cell) -> str:
         """The command line that makes the run, for a reader."""
@@ -139,14 +141,3 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     except (UserError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _option(name: str, value: Any) -> list[str]:
-    from toolkit.run.settings import flag_of
-
-    if name == "overrides" or value is None:  # those are in the method's JSON
-        return []
-    flag = flag_of(name)
-    if isinstance(value, bool):
-        return [flag] if value else [f"--no-{flag[2:]}"] if name == "activation_checkpointing" else []
-    return [text for one in (value if isinstance(value, list) else [value]) for text in (flag, str(one))]

@@ -194,13 +194,18 @@ def _carry_out(order: Mapping[str, Any]) -> None:
         _mark(order).touch()
 
 
-def _end_with(parent: int) -> None:
-    """Let this process, its C++ compiler included, end when `parent` does, however that ends."""
-    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+def hear_of_the_end_of(parent: int) -> None:
+    """Have SIGTERM sent to this process when `parent`, which started it, ends, however that ends."""
     with contextlib.suppress(OSError, AttributeError):  # Linux has it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
-        os.killpg(0, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_with(parent: int) -> None:
+    """Let this process, its C++ compiler included, end when `parent` does."""
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    hear_of_the_end_of(parent)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from typer.core import TyperCommand
 
 from toolkit.errors import UserError
 from toolkit.plugins import PLUGIN
 from toolkit.usage import USAGE_ERROR, check_given, sentence
+
+T = TypeVar("T")
 
 
 class RunSettings(BaseModel):
@@ -174,45 +177,99 @@ def _option(name: str) -> Any:
     return next(item for item in metadata if isinstance(item, typer.models.OptionInfo))
 
 
+class RunCommand(TyperCommand):
+    """A command that takes `RunSettings`: `--resume` may stand alone, and help is in parts, with or without rich."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _with_resume(args))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        parts: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            shown = option.get_help_record(ctx)
+            if shown is not None:
+                parts.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(shown)
+        for name, options in parts.items():
+            with formatter.section(name):
+                formatter.write_dl(options)
+
+
+def taking_settings(command: Callable[..., T]) -> Callable[..., T]:
+    """`command` with an option for each field of `RunSettings` in the place of its `**values`, before its own ones.
+
+    So a setting is declared, typed and described in one place. `command` takes the context first; see `given`.
+    """
+    context, *own = inspect.signature(command, eval_str=True).parameters.values()
+    fields = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.get_default(call_default_factory=True),
+            annotation=Annotated[field.annotation, _option(name)],
+        )
+        for name, field in RunSettings.model_fields.items()
+    ]
+    own = [one for one in own if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (context, *fields, *own)]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def given(ctx: typer.Context, values: Mapping[str, Any]) -> RunSettings:
+    """The settings among the `values` of a command's options, as `ctx` got them.
+
+    What is typed is told from what is left open (`model_fields_set`): a run that is resumed keeps the latter.
+
+    Raises:
+        UserError: a value is outside its range.
+    """
+    typed = {name for name in values if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")}
+    return check_settings(**{name: values[name] for name in RunSettings.model_fields if name in typed})
+
+
 def parse(arguments: Sequence[str] | None = None) -> RunSettings | None:
     """The settings that a command line gives (`sys.argv` if None), or None where it asked for help.
 
-    The options are the fields of `RunSettings`, so a setting is declared, typed and described in one place,
-    beside those that DeepSpeed's launcher adds.
+    The options are the fields of `RunSettings`, beside those that DeepSpeed's launcher adds.
 
     Raises:
         UserError: an unknown option, a missing value, a value of the wrong type or outside its range.
     """
-
-    def train(ctx: typer.Context, **values: Any) -> RunSettings:
-        """Train a language model with DeepSpeed."""
-        # What is typed is told from what is left open (`model_fields_set`): a run that is resumed keeps the latter.
-        # The launcher's own options stay out: the rank is read from the environment, and DeepSpeed is always on.
-        typed = {name for name in values if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")}
-        return check_settings(**{name: values[name] for name in RunSettings.model_fields if name in typed})
-
-    options = {
-        name: (field.annotation, field.get_default(call_default_factory=True), _option(name))
-        for name, field in RunSettings.model_fields.items()
-    }
-    options["local_rank"] = (int, 0, typer.Option("--local_rank", "--local-rank", hidden=True))
-    options["deepspeed"] = (bool, True, typer.Option("--deepspeed", hidden=True))
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
-        for name, (kind, default, option) in options.items()
-    ]
-    parameters.insert(0, inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
-    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    train.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app = typer.Typer(add_completion=False)
-    app.command()(train)
-    given = _with_resume(sys.argv[1:] if arguments is None else arguments)
-    check_given(given)
+    app.command(cls=RunCommand)(_train)
+    line = list(sys.argv[1:] if arguments is None else arguments)
+    check_given(line)
     try:
-        result = typer.main.get_command(app).main(given, standalone_mode=False)
+        result = typer.main.get_command(app).main(line, standalone_mode=False)
     except USAGE_ERROR as error:
         raise UserError(sentence(error)) from None
     return result if isinstance(result, RunSettings) else None
+
+
+@taking_settings
+def _train(
+    ctx: typer.Context,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+    deepspeed: Annotated[bool, typer.Option("--deepspeed", hidden=True)] = True,
+    **values: Any,
+) -> RunSettings:
+    """Train a language model with DeepSpeed."""
+    # The launcher's own options stay out: the rank is read from the environment, and DeepSpeed is always on.
+    return given(ctx, values)
+
+
+def line_of(settings: Mapping[str, Any]) -> list[str]:
+    """The options that give `settings`, by the names of the fields of `RunSettings`; what is None is left out."""
+    line = []
+    for name, value in settings.items():
+        flag = flag_of(name)
+        if isinstance(value, bool):
+            negative = f"--no-{flag[2:]}"
+            line += [flag] if value else [negative] if negative in _option(name).default else []
+        elif value is not None:
+            line += [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
+    return line
 
 
 def _with_resume(arguments: Sequence[str]) -> list[str]:

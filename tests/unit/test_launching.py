@@ -1,0 +1,99 @@
+"""`toolkit train`: what it takes, refuses and passes on; `tests/distributed/test_after_training.py` starts ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import run
+
+from toolkit.errors import UserError
+from toolkit.run import launching
+from toolkit.run.settings import line_of, parse
+
+LINE = (
+    "--model m --tokenizer t --data d --data-subset s --text-column body --bad-documents stop --val-data v "
+    "--config soam_zero3 --set a=1 --set b={} --plugin p.py --steps 7 --seq-len 33 --micro-batch 2 --lr 1e-3 "
+    "--warmup 0.2 --seed 0 --eval-every 100 --run-dir r --no-activation-checkpointing --loss plain --from-checkpoint "
+    "--resume --convert-state --deterministic"
+)
+
+
+@pytest.mark.parametrize("line", ["", LINE, "--activation-checkpointing --resume none", "--data=-x --set c=-1"])
+def test_ranks_get_the_settings_as_they_were_typed(line: str) -> None:
+    settings = parse(line.split())
+    assert settings is not None
+    again = parse(line_of(settings.model_dump(include=settings.model_fields_set)))
+    assert again == settings
+    assert again is not None and again.model_fields_set == settings.model_fields_set
+
+
+def test_help_has_all_options_of_a_run_and_the_launchers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(monkeypatch, "train", "--help") == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    of_a_run, of_the_launcher = shown.split("\nOptions:")[1].split("Ranks and machines")
+    assert all(option in of_a_run for option in LINE.split() if option.startswith("--"))
+    launcher = ("--ranks, --num_gpus", "--hostfile", "--num_nodes", "--include", "--exclude", "--no_ssh")
+    for option in (*launcher, "--node_rank", "--master_addr", "--master_port", "--launcher"):
+        assert option in of_the_launcher and option not in of_a_run
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--hostfile absent", "--hostfile absent: there is no such file."),
+        ("--launcher pdhs", "must be one of pdsh, openmpi, mvapich, slurm, mpich, impi. Did you mean 'pdsh'?"),
+        ("--include localhost:0 --exclude localhost:1", "--include and --exclude both say which ranks there are"),
+        ("--ranks 2 --include localhost:0", "--include and --num_gpus both say"),
+        ("--node_rank 1", "--no_ssh and --node_rank, this machine's place in the hostfile, go together."),
+        ("--num_nodes 2", "--num_nodes is for several machines: name them with --hostfile"),
+        ("--master_addr 10.0.0.1", "--master_addr is for several machines"),
+        ("--nproc-per-node 2", "there is no option --nproc-per-node. Use --ranks."),
+        ("--batch-size 2", "Use --micro-batch"),
+        ("--ranks 0", "greater than or equal to 1."),
+        ("--steps 0", "--steps is 0, but it should be greater than 0."),
+        ("--model ''", "--model is empty"),
+    ],
+)
+def test_what_is_typed_wrong_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launching, "HOSTFILE", tmp_path / "none")
+    assert run(monkeypatch, "train", *(word.strip("'") for word in line.split())) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert printed.out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_hostfile_of_several_machines_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=8\nb slots=8\n")
+    started: list[list[str]] = []
+    monkeypatch.setattr(launching, "_pass_on", lambda command, environment: started.append(list(command)) or 7)
+    line = f"--hostfile {hosts} --no_ssh --node_rank 0 --steps 3 --master_addr a"
+    assert run(monkeypatch, "train", *line.split()) == 7
+    launcher = {"--hostfile=" + str(hosts), "--no_ssh", "--node_rank=0", "--master_addr=a"}
+    assert set(started[0][4:-3]) == launcher and started[0][-3:] == ["--module", "toolkit.train", "--steps=3"]
+    launching.check({"hostfile": hosts, "no_ssh": True, "node_rank": 0, "master_addr": "a", "num_nodes": 2})
+    with pytest.raises(UserError, match="go together"):
+        launching.check({"hostfile": hosts, "no_ssh": True})
+
+
+def test_a_torch_for_cpus_is_told_without_its_import() -> None:
+    built_for_none = launching._torch_knows_none()
+    kinds = [getattr(torch.version, kind, None) for kind in ("cuda", "hip", "xpu")]
+    assert built_for_none == (kinds == [None] * 3)
+    assert not built_for_none or not torch.accelerator.is_available()
+    script = (
+        "import sys; from toolkit.run import launching; import toolkit.cli\n"
+        "launching._torch_knows_none(); assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

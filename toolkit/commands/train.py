@@ -1,0 +1,92 @@
+"""`toolkit train`: DeepSpeed's launcher and launch/train.py in one command, for an installed package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from toolkit.run.settings import given, line_of, taking_settings
+
+_PART = "Ranks and machines (DeepSpeed's launcher)"
+_LAUNCHER = (
+    *("num_gpus", "num_nodes", "hostfile", "include", "exclude"),
+    *("master_addr", "master_port", "no_ssh", "node_rank", "launcher"),
+)
+
+
+@taking_settings
+def train(
+    ctx: typer.Context,
+    num_gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--ranks",
+            "--num_gpus",
+            min=1,
+            rich_help_panel=_PART,
+            help="Ranks on each machine. (default: one for each GPU, and one without GPUs)",
+        ),
+    ] = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option("--hostfile", "-H", rich_help_panel=_PART, help="The machines, one a line: worker-0 slots=8."),
+    ] = None,
+    num_nodes: Annotated[
+        int | None,
+        typer.Option("--num_nodes", min=1, rich_help_panel=_PART, help="Machines: the first ones of the hostfile."),
+    ] = None,
+    include: Annotated[
+        str | None,
+        typer.Option("--include", "-i", rich_help_panel=_PART, help="Only these: worker-0@worker-1:0,2; localhost:1."),
+    ] = None,
+    exclude: Annotated[
+        str | None, typer.Option("--exclude", "-e", rich_help_panel=_PART, help="All but these, in the same form.")
+    ] = None,
+    no_ssh: Annotated[
+        bool,
+        typer.Option("--no_ssh", rich_help_panel=_PART, help="Start this machine's ranks only; needs --node_rank."),
+    ] = False,
+    node_rank: Annotated[
+        int | None,
+        typer.Option("--node_rank", min=0, rich_help_panel=_PART, help="This machine's place in the hostfile, from 0."),
+    ] = None,
+    master_addr: Annotated[
+        str | None,
+        typer.Option("--master_addr", rich_help_panel=_PART, help="The first machine. (default: asked for by ssh)"),
+    ] = None,
+    master_port: Annotated[
+        int | None,
+        typer.Option(
+            "--master_port",
+            min=1,
+            max=65535,
+            rich_help_panel=_PART,
+            help="A free port there. (default: any; with a hostfile 29500)",
+        ),
+    ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            "--launcher",
+            rich_help_panel=_PART,
+            help="How other machines are reached: pdsh, openmpi, mvapich, slurm, mpich or impi. (default: pdsh)",
+        ),
+    ] = None,
+    **values: Any,
+) -> None:
+    """Train a language model with DeepSpeed, on one rank or many.
+
+    \b
+    toolkit train --model qwen3-tiny --steps 20
+    toolkit train --ranks 2 --data 'text/*.jsonl' --config soam_zero3
+    toolkit train --hostfile hosts --model qwen3-8b --config amcs_zero3
+    """
+    from toolkit.run import launching
+
+    settings = given(ctx, values)
+    given_to_it = {name: ctx.params[name] for name in _LAUNCHER}
+    options = {name: value for name, value in given_to_it.items() if value is not None and value is not False}
+    arguments = line_of(settings.model_dump(include=settings.model_fields_set))
+    raise typer.Exit(launching.train(options, arguments))

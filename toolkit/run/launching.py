@@ -1,0 +1,196 @@
+"""`toolkit train`: DeepSpeed's launcher starts the ranks of a run, under a process that passes signals on to them.
+
+    toolkit train              hears the signals, and ends with the run's status; it loads no torch
+      this file                DeepSpeed's runner, in a session of its own
+        deepspeed.launcher     one on each machine
+          toolkit.train        a rank
+
+Of a terminal's Ctrl-C the launcher would end with a status of its own, in place of the ranks', and the runner with a
+traceback before the ranks have saved. A single rank needs none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from toolkit.errors import UserError, nearest
+from toolkit.run import ranks
+from toolkit.run.compiling import hear_of_the_end_of
+from toolkit.run.stopping import INTERRUPTED
+from toolkit.sentences import one_line
+
+MODULE = "toolkit.train"
+LAUNCHERS = ("pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi")
+"""That DeepSpeed starts other machines' ranks by."""
+_OF_SEVERAL = ("num_nodes", "no_ssh", "master_addr", "launcher")
+"""Options that the launcher ignores without a hostfile."""
+HOSTFILE = Path("/job/hostfile")
+"""Where DeepSpeed looks for one that nobody has named."""
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_COUNT = "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
+
+
+def train(options: Mapping[str, Any], arguments: Sequence[str]) -> int:
+    """Start the ranks of a run and wait for their end.
+
+    Args:
+        options: those of DeepSpeed's launcher that were given, by name.
+        arguments: of `toolkit.train`.
+
+    Returns:
+        The run's exit status. A single rank takes the place of this process, and nothing is returned.
+
+    Raises:
+        UserError: the options contradict one another, or name nothing.
+    """
+    check(options)
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}  # nothing is imported that happens to lie in the working folder
+    local = "hostfile" not in options and not HOSTFILE.is_file()
+    simple = local and not options.keys() - {"num_gpus", "master_port"}
+    if simple and (options["num_gpus"] if "num_gpus" in options else _devices()) <= 1:
+        _become_the_rank(arguments, environment, options.get("master_port"))
+    options = ({"master_port": ranks.free_port()} if local else {}) | dict(options)
+    line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "toolkit.run.launching", str(os.getpid()), *line, "--module", MODULE, *arguments]
+    return _pass_on(command, environment)
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Raise UserError for what DeepSpeed's launcher would take for something else, or end in a traceback."""
+    hostfile, launcher = options.get("hostfile"), options.get("launcher")
+    # The launcher takes a missing hostfile for "this machine only" and would train alone on each.
+    if hostfile is not None and not Path(hostfile).is_file():
+        raise UserError(f"--hostfile {hostfile}: there is no such file.")
+    if launcher is not None and launcher.lower() not in LAUNCHERS:
+        raise UserError(
+            f"--launcher is {launcher!r}, but must be one of {', '.join(LAUNCHERS)}.{nearest(launcher, LAUNCHERS)}"
+        )
+    filters = [name for name in ("include", "exclude") if name in options]
+    counts = [name for name in ("num_gpus", "num_nodes") if name in options]
+    if len(filters) == 2 or (filters and counts):
+        raise UserError(f"--{filters[0]} and --{(filters[1:] + counts)[0]} both say which ranks there are; give one.")
+    if ("no_ssh" in options) != ("node_rank" in options):
+        raise UserError("--no_ssh and --node_rank, this machine's place in the hostfile, go together.")
+    if hostfile is None and not HOSTFILE.is_file():
+        several = next((name for name in _OF_SEVERAL if name in options), None)
+        if several is not None:
+            raise UserError(f"--{several} is for several machines: name them with --hostfile, a line each, a slots=8.")
+
+
+# ---- a single rank --------------------------------------------------------------------------------------------------
+
+
+def _devices() -> int:
+    """GPUs that torch finds on this machine. It is asked in a process of its own, and only if it was built for any."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or _torch_knows_none():
+        return 0
+    found = subprocess.run([sys.executable, "-P", "-c", _COUNT], stdout=subprocess.PIPE, text=True, check=False)
+    if found.returncode:
+        raise UserError("torch cannot be imported: see above.")
+    return int(found.stdout.split()[-1])
+
+
+def _torch_knows_none() -> bool:
+    """Whether torch was built for CPUs only, as far as that can be told without its import, which takes seconds."""
+    place = importlib.util.find_spec("torch")
+    if place is None or place.origin is None:
+        raise UserError("torch is not installed.")
+    if sys.platform != "linux" or metadata.entry_points(group="torch.backends"):
+        return False
+    built = runpy.run_path(str(Path(place.origin).with_name("version.py")))
+    return not any(built.get(kind, True) for kind in ("cuda", "hip", "xpu"))
+
+
+def _become_the_rank(arguments: Sequence[str], environment: dict[str, str], port: int | None) -> NoReturn:
+    if port is not None:
+        environment = environment | {"MASTER_PORT": str(port)}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, "-m", MODULE, *arguments], environment)
+
+
+# ---- many -----------------------------------------------------------------------------------------------------------
+
+
+def _pass_on(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run `command`, which starts ranks, and pass signals on to those of this machine; returns its status."""
+    import psutil
+
+    asked: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if process is None:
+            return
+        with contextlib.suppress(psutil.Error, ProcessLookupError):  # it has just ended
+            started = _ranks(process.pid)
+            for rank in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.send_signal(number)
+            if not started:  # not yet, or on other machines: DeepSpeed ends them
+                os.killpg(process.pid, signal.SIGTERM)
+
+    # Under nohup SIGHUP stays ignored.
+    heard = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT]
+    before = {number: signal.signal(number, pass_on) for number in heard}
+    try:
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        if asked:
+            pass_on(asked[0], None)
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    # DeepSpeed's launcher ends with the negative number of the signal that ended a rank.
+    killed = -status if status < 0 else 256 - status
+    if killed not in signal.valid_signals():
+        return status
+    if asked and killed in (*asked, signal.SIGTERM):  # before there was anything to save
+        return INTERRUPTED
+    who = "DeepSpeed's launcher" if status < 0 else "a rank"
+    print(f"note: {who} was killed by {signal.Signals(killed).name}.", file=sys.stderr)
+    return 128 + killed if status < 0 else status
+
+
+def _ranks(runner: int) -> list[Any]:
+    """The processes of this machine's ranks: the children of the launcher that the process `runner` has started."""
+    import psutil
+
+    found = []
+    for child in psutil.Process(runner).children():
+        with contextlib.suppress(psutil.Error):
+            if any("deepspeed.launcher.launch" in word for word in child.cmdline()):
+                found += child.children()
+    return found
+
+
+def _run_launcher(arguments: Sequence[str]) -> None:
+    """DeepSpeed's runner, with what it refuses as one sentence, and on CPUs with as many ranks as are asked for."""
+    ranks.settle_accelerator()
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher would take it for the numbers of CPU ranks
+    from deepspeed.launcher import runner
+
+    try:
+        # The status of a rank is told by this package, and whole command lines are of no use to anybody.
+        runner.main(["--log_level=critical", *arguments])
+    except (ValueError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
+        print(f"error: DeepSpeed's launcher: {one_line(error).rstrip('.')}.", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    hear_of_the_end_of(int(sys.argv[1]))
+    _run_launcher(sys.argv[2:])
