@@ -14,7 +14,9 @@ from toolkit.commands import checkpoint as checkpoints
 from toolkit.commands.compare import compare
 from toolkit.commands.doctor import doctor
 from toolkit.commands.estimate import estimate, plan
+from toolkit.commands.evaluate import evaluate
 from toolkit.commands.fits import fits
+from toolkit.commands.sample import sample
 from toolkit.commands.train import train
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
@@ -26,6 +28,8 @@ from toolkit.usage import USAGE_ERROR, check_given, sentence
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.command(cls=RunCommand)(train)
+app.command()(sample)
+app.command("eval")(evaluate)
 app.add_typer(checkpoints.app, name="checkpoint", help="Inspect, verify and convert checkpoints.")
 app.command()(checkpoints.export)
 app.add_typer(benchmarks.app, name="bench")

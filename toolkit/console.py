@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from toolkit.printable import printable
+
+PATIENCE_SECONDS = 2.0
+"""What takes no longer shows no progress."""
 
 
 class PlainConsole(Console):
@@ -23,3 +30,26 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Every string on its way to the screen passes here, those in tables too."""
         return super().render_str(printable(text, lines=True), **options)
+
+
+@contextlib.contextmanager
+def progress(words: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's stderr, once it takes more than `PATIENCE_SECONDS`; gives what is called with what is done.
+
+    `total`: None where it is not known.
+    """
+    began = time.monotonic()
+    console = PlainConsole(stderr=True)
+    columns = (TextColumn(words, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("", total=total)
+
+    def advance(done: int) -> None:
+        if time.monotonic() > began + PATIENCE_SECONDS:
+            bar.start()
+        bar.advance(task, done)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

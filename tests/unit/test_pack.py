@@ -347,3 +347,25 @@ def test_every_document_is_seen_once_through_stops_and_other_numbers_of_ranks(wo
             batches.close()
     assert np.array_equal(np.stack(rows), np.stack(whole))
     assert len(epochs) > 1
+
+
+@given(corpora, lengths)
+def test_one_pass_gives_every_token_and_the_bytes_that_they_stand_for(corpus: list[str], seq_len: int) -> None:
+    blocks = [block.tolist() for block in packed(corpus, seq_len, shuffle_window=1).once()]
+    stream = [token for text in corpus for token in tokens_of(text)]
+    assert all(len(block) == seq_len + 1 for block in blocks[:-1]) and 1 < len(blocks[-1]) <= seq_len + 1
+    assert joined(blocks) == stream
+    for predicted in range(1, len(stream)):
+        bytes_of = sum(token != END for token in stream[1 : predicted + 1])
+        assert packed(corpus, seq_len, shuffle_window=1).text_bytes(predicted) == bytes_of
+
+
+def test_bytes_are_those_of_the_text_whatever_its_characters() -> None:
+    corpus = ["naïve Größe", "数学 \N{SNOWMAN}"]
+    whole = sum(len(text.encode()) for text in corpus)
+    tokenizer = load_tokenizer("mistral-32k")
+    tokens = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in corpus]
+    found = PackedTokens(corpus, tokenizer, 8, seed=0, shuffle_window=1)
+    first = len(tokenizer.decode(tokenizer(corpus[0], add_special_tokens=False)["input_ids"][:1]).encode())
+    assert found.text_bytes(sum(tokens) - 1) == whole - first
+    assert found.text_bytes(tokens[0] - 1) == len(corpus[0].encode()) - first

@@ -22,7 +22,7 @@ from toolkit.errors import UserError
 from toolkit.state.layout import dtype_name
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = (
     dict.fromkeys(("bf16", "bfloat16"), torch.bfloat16)
@@ -54,9 +54,7 @@ def export(source: Source, folder: Path, *, dtype: str | None = None, shard_byte
             model already; `dtype` cannot hold a weight.
     """
     _check_free(folder)
-    damage = manifests.damage(source.folder, source.manifest)
-    if damage is not None:
-        raise UserError(f"{source.folder} cannot be exported: {damage}")
+    _check_whole(source)
     config, files = _description(source)
     tensors = _Tensors(source, None if dtype is None else DTYPES[dtype])
     tensors.check(config)
@@ -81,6 +79,27 @@ def export(source: Source, folder: Path, *, dtype: str | None = None, shard_byte
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     return [folder / name for name in weights]
+
+
+def load_model(source: Source) -> PreTrainedModel:
+    """The trained model, on the CPU; parameters as the model computed with them, the only copy of them in memory.
+
+    Raises:
+        UserError: as `export`, of the checkpoint.
+    """
+    _check_whole(source)
+    config, _ = _description(source)
+    tensors = _Tensors(source, None)
+    model = tensors.check(config)
+    model.load_state_dict(tensors.read(list(tensors.shapes)), strict=False, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+def _check_whole(source: Source) -> None:
+    damage = manifests.damage(source.folder, source.manifest)
+    if damage is not None:
+        raise UserError(f"{source.folder} is damaged: {damage}")
 
 
 def _check_free(folder: Path) -> None:
@@ -112,7 +131,7 @@ def _by_name(source: Source) -> tuple[PretrainedConfig, dict[str, bytes]]:
 
     identity = source.manifest.facts.get("identity")
     if identity is None:
-        raise UserError(f"{source.folder} does not say which model it is of, and cannot be exported")
+        raise UserError(f"{source.folder} does not say which model it is of")
     model, tokenizer = identity["model"], identity["tokenizer"]
     config, _ = models.load_config(model["name"])
     loaded = data.load_tokenizer(tokenizer["name"])
@@ -149,8 +168,8 @@ class _Tensors:
         self.usual = sizes.most_common(1)[0][0]
         self.architecture = ""
 
-    def check(self, config: PretrainedConfig) -> None:
-        """Raise UserError unless these are all tensors of the model of `config`, and no others."""
+    def check(self, config: PretrainedConfig) -> PreTrainedModel:
+        """The model of `config`, without weights. Raises UserError unless these are all its tensors, and no others."""
         from toolkit.models.build import skeleton
 
         model = skeleton(config, self.usual)
@@ -167,6 +186,7 @@ class _Tensors:
             found = here[name.removeprefix(PREFIX)].shape
             if tensor.shape != found:
                 raise UserError(f"{where}: {name!r} is {list(tensor.shape)}, not {list(found)}")
+        return model
 
     def write(self, folder: Path, shard_bytes: int) -> list[str]:
         """Write all into `folder`; returns the names of the files."""
@@ -175,7 +195,7 @@ class _Tensors:
         files = self._plan(shard_bytes)
         total, places = 0, {}
         for file, names in files.items():
-            tensors = {name.removeprefix(PREFIX): value for name, value in self._read(names)}
+            tensors = self.read(names)
             save_file(tensors, folder / file, metadata={"format": "pt"})
             new_file_mode(folder / file)  # safetensors lets nobody else read its files
             places.update(dict.fromkeys(tensors, file))
@@ -199,6 +219,10 @@ class _Tensors:
         if len(shards) == 1:
             return {"model.safetensors": shards[0]}
         return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """Tensors by the names that transformers' model has for them."""
+        return {name.removeprefix(PREFIX): value for name, value in self._read(names)}
 
     def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:

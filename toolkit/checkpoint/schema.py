@@ -128,6 +128,13 @@ class _Identity(_Facts):
     data: _Data
 
 
+class _Validation(_Part):
+    part: Literal["all", "validation"]
+    subset: str | None
+    text_column: str
+    sequences: Annotated[int, Field(ge=1)]
+
+
 class ManifestFile(_Facts):
     """manifest.json, without its hash."""
 
@@ -138,6 +145,7 @@ class ManifestFile(_Facts):
     files: dict[FileName, _File]
     position: _Position | None = None
     identity: _Identity | None = None
+    validation: _Validation | None = None
     global_batch: Count | None = None
     saved: str | None = None
     versions: dict[str, str] = {}

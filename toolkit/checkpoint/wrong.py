@@ -1,4 +1,4 @@
-"""What a folder is that was given as a run or checkpoint, and is none."""
+"""What a folder is that was given as a run or checkpoint."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def is_checkpoint(folder: Path) -> bool:
         or any(folder.glob("*_optim_states.pt"))
         or any(folder.glob("*model_states.pt"))
     )
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether `folder` holds a model in Hugging Face's layout, and is no checkpoint, which has a config.json too."""
+    return (folder / "config.json").is_file() and not is_checkpoint(folder)
 
 
 def not_a_checkpoint(path: Path) -> str:

@@ -31,14 +31,22 @@ _LISTED = 20
 """Files of a folder that are shown one by one, at most. (DeepSpeed's universal layout has some for each parameter.)"""
 
 
-def find(path: Path) -> Path:
-    """The folder of the checkpoint that `path` means: itself, or the newest one of a run. Raises UserError."""
+def find(path: Path, step: int | None = None) -> Path:
+    """The folder of the checkpoint that `path` means: itself, or of a run that of `step`, the newest for None.
+
+    Raises:
+        UserError: there is none.
+    """
     from toolkit.checkpoint.store import LATEST, Store, pointed
 
     for folder in (path / "checkpoints", path):
         steps = Store(folder).steps()
+        if steps and step is not None and step not in steps:
+            raise UserError(f"{path} has no checkpoint of step {step}, but of {', '.join(map(str, sorted(steps)))}.")
         if steps:
-            return Store(folder).path(steps[0])
+            return Store(folder).path(steps[0] if step is None else step)
+        if step is not None:
+            continue
         named = pointed(folder)
         if named is not None:
             if not is_checkpoint(named):
@@ -46,6 +54,8 @@ def find(path: Path) -> Path:
             return named
     if not path.is_dir() or not is_checkpoint(path):
         raise UserError(not_a_checkpoint(path))
+    if step is not None:
+        raise UserError(f"{path} is one checkpoint: --checkpoint is for a run, which has several.")
     return path
 
 

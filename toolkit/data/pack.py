@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -168,6 +168,43 @@ class PackedTokens:
             if len(found) == most or following.epoch > 0:
                 break
         return found
+
+    def once(self) -> Iterator[np.ndarray]:
+        """The sequences of one pass over the documents, in their order; the last ends with them, and may be shorter.
+
+        `position` then tells how many documents have been skipped.
+        """
+        left = np.empty(0, np.int64)
+        for place, document, tokens in self._tokenized(Position()):
+            if place.epoch > 0:
+                break
+            if document.problem or document.replaced:
+                self.position = self.position.after(document)
+            left = np.concatenate([left, tokens])
+            while len(left) > self.seq_len:
+                yield left[: self.seq_len + 1]
+                left = left[self.seq_len :]
+        if len(left) > 1:
+            yield left
+
+    def text_bytes(self, tokens: int) -> int:
+        """Bytes in UTF-8 of the text that `tokens` tokens stand for, from the second one on; ends of text are none.
+
+        Tokenizes again. A character that is cut at the end does not count.
+        """
+        covered, left = 0, tokens + 1
+        for _, document, ids in self._tokenized(Position()):
+            if left == tokens + 1 and len(ids):
+                covered -= self._bytes(ids[:1])
+            covered += len(document.text.encode()) if len(ids) <= left + 1 else self._bytes(ids[:left])
+            left -= len(ids)
+            if left <= 0:
+                break
+        return covered
+
+    def _bytes(self, ids: np.ndarray) -> int:
+        text: Any = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(str(text).rstrip("\N{REPLACEMENT CHARACTER}").encode())
 
     def _in_order(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
         """The sequences before they are mixed, each with where the one after it starts."""

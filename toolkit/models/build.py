@@ -87,7 +87,7 @@ def build_model(
         config.vocab_size = vocab_size or config.vocab_size
         hf = skeleton(config, dtype)
         _initialise(hf, seed, zero3_config)
-    return _complete(hf, preset, activation_checkpointing, loss)
+    return complete(hf, preset, activation_checkpointing, loss)
 
 
 def blueprint(
@@ -117,13 +117,13 @@ def blueprint(
     with torch.device("meta"), no_init_weights():
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     hf.tie_weights()
-    return _complete(hf, preset, activation_checkpointing, loss)
+    return complete(hf, preset, activation_checkpointing, loss)
 
 
-def _complete(
+def complete(
     hf: PreTrainedModel, preset: Preset | None, activation_checkpointing: bool | None, loss: str | None
 ) -> CausalLM:
-    """Give `hf` its loss and its checkpointing; None is the preset's choice."""
+    """The model around `hf`, with a loss and with or without checkpointing; None is the preset's choice."""
     if (loss or (preset.loss if preset else "chunked")) == "chunked":
         _use_chunked_loss(hf)
     if activation_checkpointing is None:

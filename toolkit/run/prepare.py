@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from toolkit.checkpoint.model_files import model_files
 from toolkit.config.batch import Batch
@@ -18,6 +18,7 @@ from toolkit.run.resolve import ResolvedSettings, resolve
 from toolkit.run.settings import RunSettings
 from toolkit.run.start import NONE, newest_saved, run_of
 from toolkit.run.terms import Saved
+from toolkit.run.texts import digest, open_text, texts
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,8 @@ class PreparedRun:
     remarks: list[str]
     data: PackedTokens
     validation: list[torch.Tensor]
+    validation_text: dict[str, Any] | None
+    """What checkpoints note of the text that these are from; None where the run does not validate."""
     parameters: int
     flops_per_token: int
     identity: dict[str, dict[str, Any]]
@@ -119,28 +122,23 @@ def prepare(settings: RunSettings) -> PreparedRun:
         )
     models.check_length(model_config, settings.model, settings.seq_len)
 
-    def packed(source: str, part: Literal["all", "train", "validation"]) -> PackedTokens:
-        subset = settings.data_subset if source == settings.data else None
-        documents = data.open_documents(
-            source, subset=subset, text_column=settings.text_column, bad=settings.bad_documents
-        )
-        return data.PackedTokens(documents, tokenizer, settings.seq_len, seed=settings.seed, part=part)
-
-    held_out = settings.eval_every > 0 and settings.val_data is None
-    training = packed(settings.data, "train" if held_out else "all")
+    text, held_out = texts(settings)
+    training = open_text(text, tokenizer, settings.seq_len, settings.seed, bad=settings.bad_documents)
     training.require(batch.total)
-    validation: list[torch.Tensor] = []
-    if settings.eval_every > 0:
-        source = packed(settings.val_data or settings.data, "validation" if held_out else "all")
+    sequences: list[Any] = []
+    if held_out is not None:
+        source = open_text(held_out, tokenizer, settings.seq_len, settings.seed, bad=settings.bad_documents)
         source.require(1)
-        validation = [torch.as_tensor(sequence) for sequence in source.first_pass(settings.eval_sequences)]
+        sequences = source.first_pass(held_out["sequences"])
+        held_out["sha256"] = digest(sequences)
         remarks += [f"skipped in the validation text: {problem}" for problem in source.position.named]
     return PreparedRun(
         resolved=resolved,
         folder=folder,
         remarks=remarks,
         data=training,
-        validation=validation,
+        validation=[torch.as_tensor(sequence) for sequence in sequences],
+        validation_text=held_out,
         parameters=models.count_parameters(model_config),
         flops_per_token=models.flops_per_token(model_config, settings.seq_len),
         identity=identity(settings, model_config, name, training),

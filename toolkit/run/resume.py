@@ -64,6 +64,7 @@ def checkpoint_facts(prepared: PreparedRun, position: Position) -> dict[str, Any
     return {
         "position": asdict(position),
         "identity": prepared.identity,
+        "validation": prepared.validation_text,
         "global_batch": prepared.batch.total,
         "run": saved_facts(prepared.settings, prepared.config, prepared.batch),
     }

@@ -1,0 +1,1 @@
+"""A trained model in use: opened from a run, a checkpoint or an export, sampled and evaluated."""
