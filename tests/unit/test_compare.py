@@ -301,3 +301,8 @@ def test_a_comparison_that_is_there_is_not_changed_by_an_option_alone(
     for option in (["--seeds", "5"], ["--steps", "7"]):
         status, error = cli(monkeypatch, capsys, "--out", str(tmp_path), *option)
         assert status == 2 and f"to change it by {option[0]}, give --methods too" in error
+
+
+def test_the_methods_of_the_benchmarks_are_read() -> None:
+    found = read_methods([str(Path(__file__).parents[2] / "docs" / "benchmarks" / "more-methods.json")], [], 2, [])
+    assert len(found) == 33 and all(method.sweeps for method in found)
