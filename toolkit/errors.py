@@ -26,6 +26,11 @@ def nearest(word: str, options: Iterable[str]) -> str:
     return f" Did you mean {by_lower[matches[0]]!r}?" if matches else ""
 
 
+def stopped(sentence: str) -> str:
+    """`sentence` with its full stop, unless it ends with a hint's question mark."""
+    return sentence if sentence.endswith("?") else f"{sentence}."
+
+
 def some(names: Sequence[str], most: int) -> str:
     """The first `most` of `names`, with commas, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -99,7 +99,7 @@ def configuration(name: str, stage: int, offload: bool = False) -> dict[str, Any
 
 def launch(config: dict[str, Any], world_size: int, **settings: Any) -> list[dict[str, Any]]:
     """What each rank of a real run held, in bytes; `settings` as of memory_worker.py, which see."""
-    defaults = {"optimizer": None, "steps": 4, "micro_batch": 1, "checkpointing": False, "loss": "plain"}
+    defaults = {"optimizer": None, "steps": 4, "micro_batch": 1, "activations": "full", "loss": "plain"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "settings.json"
         path.write_text(json.dumps(defaults | settings | {"config": config, "out": folder}))
@@ -116,9 +116,10 @@ def launch(config: dict[str, Any], world_size: int, **settings: Any) -> list[dic
 def predict(config: dict[str, Any], world_size: int, model: str) -> int:
     """The peak that `toolkit estimate` would give."""
     from toolkit.estimate.predict import Case, Estimator
+    from toolkit.records.activations import Activations
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    case = Case(model, config, world_size, 1, TOKENS, device=device, activation_checkpointing=False, loss="plain")
+    case = Case(model, config, world_size, 1, TOKENS, device=device, activations=Activations(), loss="plain")
     return Estimator().peak(case)
 
 

@@ -1,7 +1,7 @@
 """One rank of `memory.py` and `prediction.py`: a few training steps, the last of them traced whole.
 
 Its argument is the path of a JSON: `config` (a DeepSpeed JSON), `optimizer` (a class of bitsandbytes, or null for the
-JSON's), `model` (a preset), `steps`, `micro_batch`, `seq_len`, `checkpointing`, `loss`, `out`. Writes rank<n>.json
+JSON's), `model` (a preset), `steps`, `micro_batch`, `seq_len`, `activations`, `loss`, `out`. Writes rank<n>.json
 there: bytes at the peak, by phase and between steps, and by category at the peak.
 """
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from toolkit.memory.trace import StepTrace, count_from_here
 from toolkit.records import categories as c
+from toolkit.records.activations import Activations
 
 
 def build(settings: dict[str, Any]) -> Any:
@@ -31,7 +32,7 @@ def build(settings: dict[str, Any]) -> Any:
         seed=0,
         zero3_config=config if config["zero_optimization"]["stage"] == 3 else None,
         loss=settings["loss"],
-        activation_checkpointing=settings["checkpointing"],
+        activations=Activations.read(settings["activations"]),
     )
     if settings["optimizer"] is None:
         return toolkit.initialize(model=model, config=config, total_steps=1000)[0]

@@ -18,15 +18,16 @@ from memory import configuration, launch
 from toolkit import config as configs
 from toolkit.estimate.predict import Case, Estimator
 from toolkit.records import categories as c
+from toolkit.records.activations import Activations
 
 MODEL = "qwen3-134m"
 BATCH = 128
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 MICRO_BATCHES = (128, 32, 8, 2, 1)
-PASSES = (("plain", False), ("plain", True), ("chunked", False), ("chunked", True))
-"""Loss, and whether activations are checkpointed."""
-MEASURED = ((1, 8, 1, "plain", False), *((4, 256, 2, loss, checkpointing) for loss, checkpointing in PASSES))
-"""Micro-batch, sequence length, accumulation, loss, checkpointing."""
+PASSES = (("plain", "full"), ("plain", "checkpoint"), ("chunked", "full"), ("chunked", "checkpoint"))
+"""Loss, and what is kept of activations."""
+MEASURED = ((1, 8, 1, "plain", "full"), *((4, 256, 2, loss, activations) for loss, activations in PASSES))
+"""Micro-batch, sequence length, accumulation, loss, activations."""
 PAPERS = {"Muon": 28.7, "AdamW": 31.5, "SOAM": 39.5, "AMCS": 41.8}
 """GB."""
 GROUPS = ("weights", "gradients", "state", "activations", "logits", "transients")
@@ -63,11 +64,19 @@ def case(
     seq_len: int,
     accumulation: int,
     loss: str,
-    checkpointing: bool,
+    activations: str,
     device: str,
 ) -> Case:
     return Case(
-        MODEL, config, 1, micro_batch, seq_len, accumulation, device, activation_checkpointing=checkpointing, loss=loss
+        MODEL,
+        config,
+        1,
+        micro_batch,
+        seq_len,
+        accumulation,
+        device,
+        activations=Activations.read(activations),
+        loss=loss,
     )
 
 
@@ -78,19 +87,19 @@ def cells(values: Mapping[str, float]) -> str:
 def predictions() -> None:
     estimator = Estimator()
     print(f"one pass over the whole batch of {BATCH}, GB of an AdamW step at its peak\n")
-    print(f"| loss | checkpointing | tokens | peak | {' | '.join(GROUPS)} | AMCS | SOAM |")
-    for loss, checkpointing in PASSES:
+    print(f"| loss | activations | tokens | peak | {' | '.join(GROUPS)} | AMCS | SOAM |")
+    for loss, activations in PASSES:
         peaks = {}
         for seq_len in LENGTHS:
             row = {
-                name: estimator.predict(case(config, BATCH, seq_len, 1, loss, checkpointing, "cuda"))
+                name: estimator.predict(case(config, BATCH, seq_len, 1, loss, activations, "cuda"))
                 for name, config in optimizers(BATCH, 1).items()
             }
             peaks[seq_len] = row[ADAMW].peak
             sizes = cells(grouped(row[ADAMW].at_peak()))
             others = " | ".join(f"{row[name].peak / 1e9:.2f}" for name in ("AMCS", "SOAM"))
             print(
-                f"| {loss} | {checkpointing} | {seq_len} | {row[ADAMW].peak / 1e9:.2f} | {sizes} | {others} |",
+                f"| {loss} | {activations} | {seq_len} | {row[ADAMW].peak / 1e9:.2f} | {sizes} | {others} |",
                 flush=True,
             )
         per_token = (peaks[2048] - peaks[1024]) / (BATCH * 1024)
@@ -100,31 +109,31 @@ def predictions() -> None:
     print(
         f"\na batch of {BATCH} in micro-batches: GB of AdamW, AMCS, SOAM, and the share of AMCS and SOAM in AdamW's\n"
     )
-    for loss, checkpointing in PASSES:
+    for loss, activations in PASSES:
         for seq_len in LENGTHS[2:]:
             for micro_batch in MICRO_BATCHES:
                 accumulation = BATCH // micro_batch
                 found = [
-                    estimator.peak(case(config, micro_batch, seq_len, accumulation, loss, checkpointing, "cuda")) / 1e9
+                    estimator.peak(case(config, micro_batch, seq_len, accumulation, loss, activations, "cuda")) / 1e9
                     for config in optimizers(micro_batch, accumulation).values()
                 ]
                 shares = " | ".join(f"{one / found[0]:.2f}" for one in found[1:])
                 sizes = " | ".join(f"{one:.2f}" for one in found)
-                print(f"| {loss} | {checkpointing} | {seq_len} | {micro_batch} | {sizes} | {shares} |", flush=True)
+                print(f"| {loss} | {activations} | {seq_len} | {micro_batch} | {sizes} | {shares} |", flush=True)
 
 
 def measurements() -> None:
     estimator = Estimator()
-    print(f"| | loss | checkpointing | tokens | measured | predicted | share of AdamW's | {' | '.join(GROUPS)} |")
-    for micro_batch, seq_len, accumulation, loss, checkpointing in MEASURED:
+    print(f"| | loss | activations | tokens | measured | predicted | share of AdamW's | {' | '.join(GROUPS)} |")
+    for micro_batch, seq_len, accumulation, loss, activations in MEASURED:
         first = None
         for name, config in optimizers(micro_batch, accumulation).items():
-            settings = {"micro_batch": micro_batch, "seq_len": seq_len, "loss": loss, "checkpointing": checkpointing}
+            settings = {"micro_batch": micro_batch, "seq_len": seq_len, "loss": loss, "activations": activations}
             [found] = launch(config, 1, model=MODEL, steps=3, **settings)
-            predicted = estimator.peak(case(config, micro_batch, seq_len, accumulation, loss, checkpointing, "cpu"))
+            predicted = estimator.peak(case(config, micro_batch, seq_len, accumulation, loss, activations, "cpu"))
             first = first or found["peak"]
             print(
-                f"| {name} | {loss} | {checkpointing} | {accumulation} x {micro_batch} x {seq_len} | "
+                f"| {name} | {loss} | {activations} | {accumulation} x {micro_batch} x {seq_len} | "
                 f"{found['peak'] / 1e9:.2f} | {predicted / 1e9:.2f} | {found['peak'] / first:.2f} | "
                 f"{cells(grouped(found['held']))} |",
                 flush=True,

@@ -1,4 +1,4 @@
-"""Predicted against measured peaks: optimizers, ZeRO stages, ranks, state formats, models, lengths, checkpointing.
+"""Predicted against measured peaks: optimizers, ZeRO stages, ranks, state formats, models, lengths, activations.
 
     python tests/benchmarks/prediction.py                   # the table of docs/benchmarks, about 25 minutes
     python tests/benchmarks/prediction.py --only qwen3-tiny --keep measured.json    # measured once, predicted each time
@@ -20,6 +20,7 @@ import torch
 from memory import configuration, launch
 
 from toolkit.estimate.predict import Case, Estimator
+from toolkit.records.activations import Activations
 from toolkit.records.categories import is_model_state
 
 LIMIT, STATE_LIMIT = 0.05, 0.02
@@ -35,7 +36,7 @@ class Run:
     ranks: int
     micro_batch: int
     seq_len: int
-    checkpointing: bool
+    activations: str
     loss: str = "plain"
     accumulation: int = 1
 
@@ -45,29 +46,41 @@ def cases() -> list[Run]:
     found = []
     for optimizer, stage, ranks in itertools.product(("AMCS 8bit", "SOAM 8bit", "AdamW"), (0, 1, 2, 3), (1, 2)):
         suffix = {"AdamW": ""}.get(optimizer, ", fp32 weights" if stage == 0 else ", bf16+8")
-        found.append(Run("qwen3-tiny", optimizer + suffix, stage, ranks, 2, 256, False))
-    for stage, ranks, seq_len, checkpointing in (
-        *((2, 1, 64, False), (2, 1, 256, True), (3, 2, 64, True), (2, 2, 256, True), (1, 2, 64, False)),
+        found.append(Run("qwen3-tiny", optimizer + suffix, stage, ranks, 2, 256, "full"))
+    for stage, ranks, seq_len, activations in (
+        (2, 1, 64, "full"),
+        (2, 1, 256, "checkpoint"),
+        (3, 2, 64, "checkpoint"),
+        (2, 2, 256, "checkpoint"),
+        (1, 2, 64, "full"),
     ):
         for optimizer in ("AMCS compact, bf16+4", "SOAM compact, bf16+4", "AMCS minimal, bf16+4"):
-            found.append(Run("qwen3-tiny", optimizer, stage, ranks, 2, seq_len, checkpointing))
-    for optimizer, stage, ranks in (("AMCS 8bit, bf16+8", 2, 2), ("AMCS 8bit, bf16+8", 1, 2), ("AdamW", 2, 2)):
-        found.append(Run("qwen3-tiny", optimizer, stage, ranks, 2, 64, False, accumulation=2))
-    for optimizer, stage, ranks, seq_len, checkpointing, loss in (
-        ("AMCS 8bit, bf16+8", 2, 1, 256, False, "plain"),
-        ("AMCS 8bit, bf16+8", 2, 1, 64, True, "plain"),
-        ("AMCS 8bit, bf16+8", 2, 2, 256, False, "plain"),
-        ("AMCS 8bit, bf16+8", 3, 2, 256, True, "plain"),
-        ("AMCS 8bit, bf16+8", 2, 1, 256, True, "chunked"),
-        ("AMCS compact, bf16+4, released", 2, 1, 64, True, "plain"),
-        ("SOAM 8bit, bf16+8", 1, 2, 256, True, "plain"),
-        ("SOAM compact, bf16+4", 3, 2, 64, False, "plain"),
-        ("AdamW", 2, 1, 256, False, "plain"),
-        ("AdamW", 2, 2, 256, True, "plain"),
-        ("AdamW", 3, 2, 256, False, "plain"),
-        ("AdamW", 0, 1, 64, True, "plain"),
+            found.append(Run("qwen3-tiny", optimizer, stage, ranks, 2, seq_len, activations))
+    for stage, ranks, seq_len, activations in (
+        (2, 1, 256, "checkpoint:2"),
+        (2, 1, 3072, "checkpoint,tiled"),
+        (3, 2, 3072, "checkpoint,tiled"),
+        (2, 2, 3072, "tiled"),
+        (2, 1, 64, "checkpoint:3,tiled"),
     ):
-        found.append(Run("qwen3-134m", optimizer, stage, ranks, 2, seq_len, checkpointing, loss))
+        found.append(Run("qwen3-tiny", "AMCS 8bit, bf16+8", stage, ranks, 2, seq_len, activations))
+    for optimizer, stage, ranks in (("AMCS 8bit, bf16+8", 2, 2), ("AMCS 8bit, bf16+8", 1, 2), ("AdamW", 2, 2)):
+        found.append(Run("qwen3-tiny", optimizer, stage, ranks, 2, 64, "full", accumulation=2))
+    for optimizer, stage, ranks, seq_len, activations, loss in (
+        ("AMCS 8bit, bf16+8", 2, 1, 256, "full", "plain"),
+        ("AMCS 8bit, bf16+8", 2, 1, 64, "checkpoint", "plain"),
+        ("AMCS 8bit, bf16+8", 2, 2, 256, "full", "plain"),
+        ("AMCS 8bit, bf16+8", 3, 2, 256, "checkpoint", "plain"),
+        ("AMCS 8bit, bf16+8", 2, 1, 256, "checkpoint", "chunked"),
+        ("AMCS compact, bf16+4, released", 2, 1, 64, "checkpoint", "plain"),
+        ("SOAM 8bit, bf16+8", 1, 2, 256, "checkpoint", "plain"),
+        ("SOAM compact, bf16+4", 3, 2, 64, "full", "plain"),
+        ("AdamW", 2, 1, 256, "full", "plain"),
+        ("AdamW", 2, 2, 256, "checkpoint", "plain"),
+        ("AdamW", 3, 2, 256, "full", "plain"),
+        ("AdamW", 0, 1, 64, "checkpoint", "plain"),
+    ):
+        found.append(Run("qwen3-134m", optimizer, stage, ranks, 2, seq_len, activations, loss))
     return found
 
 
@@ -79,7 +92,18 @@ def main() -> None:
     kept = json.loads(options.keep.read_text()) if options.keep and options.keep.exists() else {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     estimator = Estimator()
-    header = ("model", "optimizer", "stage", "ranks", "tokens", "ckpt", "loss", "measured MB", "predicted MB", "error")
+    header = (
+        "model",
+        "optimizer",
+        "stage",
+        "ranks",
+        "tokens",
+        "activations",
+        "loss",
+        "measured MB",
+        "predicted MB",
+        "error",
+    )
     print("| " + " | ".join((*header, "model state", "peak in")) + " |")
     print("|" + "---|" * (len(header) + 2), flush=True)
     errors = []
@@ -92,7 +116,7 @@ def main() -> None:
         shape = {"micro_batch": run.micro_batch, "seq_len": run.seq_len}
         key = str(run)
         if key not in kept:
-            settings = {"checkpointing": run.checkpointing, "loss": run.loss} | shape
+            settings = {"activations": run.activations, "loss": run.loss} | shape
             kept[key] = launch(config, run.ranks, model=run.model, steps=3, **settings)
             if options.keep:
                 options.keep.write_text(json.dumps(kept, indent=1))
@@ -105,7 +129,7 @@ def main() -> None:
                 run.ranks,
                 **shape,
                 device=device,
-                activation_checkpointing=run.checkpointing,
+                activations=Activations.read(run.activations),
                 loss=run.loss,
                 accumulation=run.accumulation,
             )
@@ -123,7 +147,7 @@ def main() -> None:
                 run.ranks,
                 f"{run.accumulation} x {run.micro_batch} x {run.seq_len}",
             ),
-            *("yes" if run.checkpointing else "no", run.loss),
+            *(run.activations, run.loss),
             *(f"{largest['peak'] / 1e6:.1f}", f"{predicted.peak / 1e6:.1f}", f"{100 * error:+.1f} %"),
             *(f"{100 * state_error:+.1f} %", largest["phase"]),
         )

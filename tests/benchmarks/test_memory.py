@@ -13,29 +13,30 @@ from memory import base, configuration, launch, ours
 
 from toolkit.estimate.predict import Case, Estimator
 from toolkit.models import cpu_matmul
+from toolkit.records.activations import Activations
 from toolkit.records.categories import STEP, is_model_state
 
 MODEL = "qwen3-tiny"
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "ranks", "seq_len", "checkpointing"),
+    ("name", "stage", "ranks", "seq_len", "activations"),
     [
-        ("AMCS compact, bf16+4, released", 2, 1, 8, False),
-        ("AMCS 8bit, bf16+8", 3, 2, 96, True),
-        ("AMCS lean, bf16, released", 2, 1, 8, False),
-        ("AdamW", 2, 1, 64, True),
+        ("AMCS compact, bf16+4, released", 2, 1, 8, "full"),
+        ("AMCS 8bit, bf16+8", 3, 2, 96, "checkpoint"),
+        ("AMCS lean, bf16, released", 2, 1, 8, "full"),
+        ("AdamW", 2, 1, 64, "checkpoint"),
     ],
 )
 def test_the_measured_peak_is_the_predicted_one(
-    name: str, stage: int, ranks: int, seq_len: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, stage: int, ranks: int, seq_len: int, activations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What bf16 products take within themselves depends on the processor: with AMX, a copy of an operand.
     monkeypatch.setenv(cpu_matmul.VARIABLE, "fp32")
     config = configuration(name, stage)
-    found = launch(config, ranks, model=MODEL, seq_len=seq_len, checkpointing=checkpointing)
+    found = launch(config, ranks, model=MODEL, seq_len=seq_len, activations=activations)
     largest = max(found, key=lambda one: one["peak"])
-    case = Case(MODEL, config, ranks, 1, seq_len, device="cpu", activation_checkpointing=checkpointing, loss="plain")
+    case = Case(MODEL, config, ranks, 1, seq_len, device="cpu", activations=Activations.read(activations), loss="plain")
     predicted = Estimator().predict(case)
     # With several ranks gloo frees what it has sent on a thread of its own, on a busy machine a little later.
     assert predicted.peak == pytest.approx(largest["peak"], rel=0.01 if ranks == 1 else 0.05)
@@ -59,6 +60,6 @@ def test_the_measured_step_of_a_rule_that_looks_at_whole_parameters_is_the_predi
     transformers.Qwen3Config(vocab_size=96, num_hidden_layers=2, head_dim=128, **shape).save_pretrained(tmp_path)
     config = base(stage) | ours(rule, "8bit", "bf16+8")
     found = launch(config, 2, model=str(tmp_path), seq_len=8, steps=2)
-    case = Case(str(tmp_path), config, 2, 1, 8, device="cpu", activation_checkpointing=False, loss="plain")
+    case = Case(str(tmp_path), config, 2, 1, 8, device="cpu", activations=Activations(), loss="plain")
     [step] = [phase for phase in Estimator().predict(case).phases if phase.name == STEP]
     assert step.peak == pytest.approx(max(one["step"] for one in found), rel=0.01)

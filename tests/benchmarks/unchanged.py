@@ -79,7 +79,7 @@ def predictions(folder: Path) -> dict[str, Any]:
         arguments = ["estimate", "--model", run.model, "--config", str(path), "--gpus", str(run.ranks), "--json"]
         arguments += ["--micro-batch", str(run.micro_batch), "--grad-accum", str(run.accumulation)]
         arguments += ["--seq-len", str(run.seq_len), "--loss", run.loss, "--device", "cpu"]
-        arguments += ["--activation-checkpointing" if run.checkpointing else "--no-activation-checkpointing"]
+        arguments += ["--activations", run.activations]
         result = CliRunner().invoke(app, arguments)
         if result.exit_code:
             raise SystemExit(f"{run}: {result.output}{result.exception!r}")

@@ -103,11 +103,11 @@ def test_a_plan_writes_a_config_that_fits(
     written = load_config(path)
     validate(written, origin="plan")
     micro_batch = written["train_micro_batch_size_per_gpu"]
-    checkpointing = "--no-activation-checkpointing" if "--no-act" in printed else "--activation-checkpointing"
+    kept = printed.split("--activations ")[-1].split()[0]
     again = ["estimate", "--model", "qwen3-tiny", "--config", str(path), "--gpus", "2", "--seq-len", "128"]
-    assert run(monkeypatch, *again, checkpointing, "--gpu-memory", "1.6GB") == 0
+    assert run(monkeypatch, *again, "--activations", kept, "--gpu-memory", "1.6GB") == 0
     doubled = ["--micro-batch", str(2 * micro_batch), "--gpu-memory", "1.6GB"]
-    assert run(monkeypatch, *again, checkpointing, *doubled) == (0 if micro_batch == 64 else 1)
+    assert run(monkeypatch, *again, "--activations", kept, *doubled) == (0 if micro_batch == 64 else 1)
 
 
 def test_a_plan_that_cannot_be_says_why(
@@ -179,7 +179,7 @@ def test_a_plan_counts_the_hosts_memory(
     def found(host: int, ranks: int) -> dict[tuple[str, str], Candidate]:
         about: dict[str, Any] = {"gpu_memory": 2 * 10**9, "world_size": 2, "seq_len": 64, "optimizer": "AMCS"}
         every = recommend("qwen3-tiny", **about, host_memory=host, ranks_per_machine=ranks)
-        return {(one.config, one.state): one for one in every if not one.checkpointing}
+        return {(one.config, one.state): one for one in every if not one.activations.checkpoint}
 
     offloaded, plain = ("amcs_zero2_offload", "8bit, bf16+8"), ("amcs_zero2", "8bit, bf16+8")
     roomy, tight, apart = found(10**12, 2), found(10**6, 2), found(10**12, 1)

@@ -23,6 +23,7 @@ from toolkit.optim.rules.muon8 import Muon8Rule
 from toolkit.optim.rules.normuon import NorMuonRule
 from toolkit.optim.statistics import CHUNK
 from toolkit.records import categories as c
+from toolkit.records.activations import Activations
 from toolkit.state.sharding import held
 
 TINY, MIDDLE = "qwen3-tiny", "qwen3-134m"
@@ -47,7 +48,7 @@ def config(optimizer: str, stage: int, offload: dict[str, Any] | None = None, **
 
 
 def case(settings: dict[str, Any], world_size: int = 1, *, model: str = TINY, tokens: int = 8, **more: Any) -> Case:
-    defaults = {"device": "cpu", "activation_checkpointing": False, "loss": "plain"}
+    defaults = {"device": "cpu", "activations": Activations(), "loss": "plain"}
     return Case(model, settings, world_size, 1, tokens, **(defaults | more))
 
 
@@ -125,7 +126,7 @@ def test_a_pass_holds_what_the_allocator_counts() -> None:
     """The dry run of a pass against the pass itself, byte by byte, with and without checkpointing."""
     models.cpu_matmul.install()  # as `toolkit.register` does it: the dry run counts on it
     for checkpointing, loss_name in ((False, "plain"), (True, "plain"), (True, "chunked")):
-        settings: dict[str, Any] = {"activation_checkpointing": checkpointing, "loss": loss_name}
+        settings: dict[str, Any] = {"activations": Activations(checkpoint=checkpointing), "loss": loss_name}
         run = dry_run(TINY, dtype=torch.bfloat16, micro_batch=2, seq_len=48, device="cpu", **settings)
         model = models.build_model(TINY, dtype=torch.bfloat16, seed=0, **settings).train()
         for parameter in model.parameters():
@@ -151,7 +152,7 @@ def test_a_pass_holds_what_the_allocator_counts() -> None:
 
 def test_checkpointing_keeps_the_input_of_a_block_only(estimator: Estimator) -> None:
     plain = estimator.predict(case(config("AMCS", 2), tokens=128))
-    small = estimator.predict(case(config("AMCS", 2), tokens=128, activation_checkpointing=True))
+    small = estimator.predict(case(config("AMCS", 2), tokens=128, activations=Activations(checkpoint=True)))
     assert small.per_block["kept"] == 128 * 256 * 2  # tokens x hidden size x bf16
     assert plain.per_block["kept"] > 10 * small.per_block["kept"]
     assert small.peak < plain.peak
@@ -369,7 +370,7 @@ def test_what_would_change_is_what_those_settings_hold(estimator: Estimator) -> 
     assert found.changes == []
     found.changes = estimator.changes(start, found.peak)
     assert found.changes == sorted(found.changes, key=lambda change: -change.saves)
-    assert {"zero_optimization.stage 3", "optimizer.type AMCS (8bit)", "--activation-checkpointing"} <= {
+    assert {"zero_optimization.stage 3", "optimizer.type AMCS (8bit)", "--activations checkpoint"} <= {
         change.change for change in found.changes
     }
     offers = dict(alternatives(start))
@@ -389,7 +390,7 @@ def test_a_70b_model_is_estimated_on_the_meta_device(tmp_path: Any) -> None:
     shape = {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "vocab_size": 128_256}
     LlamaConfig(**shape, num_attention_heads=64, num_key_value_heads=8).save_pretrained(tmp_path)
     found = Estimator().predict(
-        Case(str(tmp_path / "config.json"), config("AMCS", 3), 64, 1, 2048, activation_checkpointing=True)
+        Case(str(tmp_path / "config.json"), config("AMCS", 3), 64, 1, 2048, activations=Activations(checkpoint=True))
     )
     assert found.setup.parameters == 70_553_706_496
     assert found.resident[c.WEIGHTS] == pytest.approx(2 * 70.55e9 / 64, rel=0.001)

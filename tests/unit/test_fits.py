@@ -12,6 +12,7 @@ from toolkit import cli
 from toolkit.errors import UserError
 from toolkit.estimate.fits import SHORTEST, fits, lengths, ways
 from toolkit.estimate.predict import Case, Estimator, assumed_context
+from toolkit.records.activations import Activations
 
 MODEL = "qwen3-tiny"
 CONTEXT = assumed_context(1)
@@ -35,7 +36,7 @@ def test_the_longest_that_fits_is_found_and_no_longer_one() -> None:
     peaks = {
         (way.optimizer, way.state): [
             estimator.predict(
-                Case(MODEL, way.config, 1, 1, seq_len, activation_checkpointing=True, loss="chunked")
+                Case(MODEL, way.config, 1, 1, seq_len, activations=Activations(checkpoint=True), loss="chunked")
             ).needed
             for seq_len in candidates
         ]

@@ -17,12 +17,12 @@ from toolkit.run.settings import line_of, parse
 LINE = (
     "--model m --tokenizer t --data d --data-subset s --text-column body --bad-documents stop --val-data v "
     "--config soam_zero3 --set a=1 --set b={} --plugin p.py --steps 7 --seq-len 33 --micro-batch 2 --lr 1e-3 "
-    "--warmup 0.2 --seed 0 --eval-every 100 --run-dir r --no-activation-checkpointing --loss plain --from-checkpoint "
+    "--warmup 0.2 --seed 0 --eval-every 100 --run-dir r --activations full --loss plain --from-checkpoint "
     "--resume --convert-state --deterministic"
 )
 
 
-@pytest.mark.parametrize("line", ["", LINE, "--activation-checkpointing --resume none", "--data=-x --set c=-1"])
+@pytest.mark.parametrize("line", ["", LINE, "--activations checkpoint:2,tiled --resume none", "--data=-x --set c=-1"])
 def test_ranks_get_the_settings_as_they_were_typed(line: str) -> None:
     settings = parse(line.split())
     assert settings is not None

@@ -20,6 +20,7 @@ from toolkit.memory.out_of_memory import CHANGES, Explainer, asked_bytes, failed
 from toolkit.memory.trace import StepTrace
 from toolkit.memory.watermarks import RESERVED_SPACE, ResidentSet, limits
 from toolkit.records import categories as c
+from toolkit.records.activations import Activations
 from toolkit.records.by_category import by_category
 from toolkit.records.memory import FOLDER, Change, LargeTensor, OutOfMemoryRecord
 from toolkit.records.run import RUN
@@ -233,7 +234,7 @@ def _setup(checkpointing: bool) -> Any:
         micro_batch=1,
         gradient_accumulation=1,
         seq_len=1,
-        activation_checkpointing=checkpointing,
+        activations=Activations(checkpoint=checkpointing),
         attention="sdpa",
         loss="plain",
         device="cpu",

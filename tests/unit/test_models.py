@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toolkit.errors import UserError
 from toolkit.models import PRESETS, build_model, count_parameters, flops_per_token, load_config, peak_flops
 from toolkit.models.build import skeleton
+from toolkit.records.activations import Activations
 
 TOTALS = {
     "qwen3-3m": 3_344_576,
@@ -66,7 +67,7 @@ def test_published_presets_share_qwens_constants() -> None:
         assert preset is not None
         assert config.rope_parameters["rope_theta"] == 1e6 and config.rms_norm_eps == 1e-6
         assert config.vocab_size == 151_936 and config.head_dim == 128
-        assert preset.activation_checkpointing == (name != "qwen3-0.6b") and preset.loss == "chunked"
+        assert preset.activations.checkpoint == (name != "qwen3-0.6b") and preset.loss == "chunked"
 
 
 def test_presets_cannot_be_changed_through_a_config() -> None:
@@ -295,7 +296,9 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(tmp_path: Path
     folder = qwen3(tmp_path, tie_word_embeddings=True)
     results = []
     for on in (True, False):
-        model = build_model(folder, dtype=torch.float32, seed=0, activation_checkpointing=on, loss=loss).train()
+        model = build_model(
+            folder, dtype=torch.float32, seed=0, activations=Activations(checkpoint=on), loss=loss
+        ).train()
         assert model.hf.is_activation_checkpointing is on
         calls: list[int] = []
         model.hf.model.layers[0].input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -316,7 +319,7 @@ def test_checkpointing_follows_the_preset(monkeypatch: pytest.MonkeyPatch) -> No
     large = PRESETS["qwen3-8b"]
     monkeypatch.setitem(PRESETS, "qwen3-8b", type(large)(**{**vars(large), "config": tiny}))
     assert build_model("qwen3-8b", dtype=torch.bfloat16, seed=0).hf.is_activation_checkpointing
-    quiet = build_model("qwen3-8b", dtype=torch.bfloat16, seed=0, activation_checkpointing=False)
+    quiet = build_model("qwen3-8b", dtype=torch.bfloat16, seed=0, activations=Activations())
     assert not quiet.hf.is_activation_checkpointing
     assert not build_model("qwen3-tiny", dtype=torch.bfloat16, seed=0).hf.is_activation_checkpointing
 

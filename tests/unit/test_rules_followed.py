@@ -27,6 +27,7 @@ from toolkit.optim import (
     newton_schulz,
     param_groups,
 )
+from toolkit.records.activations import Activations
 from toolkit.records.categories import category_of_state
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
@@ -305,5 +306,5 @@ def test_a_prediction_says_what_goes_over_the_wire_for_whole_matrices() -> None:
     for name, sends in (("AdEMAMix", False), ("Adafactor8", False), ("Muon8", True), ("NorMuon", True)):
         config = {"optimizer": {"type": name, "params": {"lr": 1e-3}}, "zero_optimization": {"stage": 2}}
         settings = config | {"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}
-        case = Case("qwen3-tiny", settings, 2, 1, 8, device="cpu", activation_checkpointing=False, loss="plain")
+        case = Case("qwen3-tiny", settings, 2, 1, 8, device="cpu", activations=Activations(), loss="plain")
         assert (Estimator().predict(case).sent > 0) == sends, name

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.errors import UserError
+from toolkit.records.activations import Activations
 from toolkit.run.settings import RunSettings, parse
 
 
@@ -17,7 +18,8 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         f"--set a.b=1 --set c=x "
         f"--plugin {tmp_path}/p.py --steps 7 --seq-len 33 --micro-batch 2 --grad-accum 3 --global-batch 12 "
         f"--lr 1e-3 --warmup 0.2 --seed 5 --eval-every 0 --eval-sequences 9 --run-dir {tmp_path}/run "
-        "--no-activation-checkpointing --loss plain --from-checkpoint --save-every 6 --keep-last 4 --keep-every 12 "
+        "--activations checkpoint:2,offload --loss plain "
+        "--from-checkpoint --save-every 6 --keep-last 4 --keep-every 12 "
         "--resume none --convert-state --max-skipped 3 --memory-profile full --deterministic "
         "--trust-pickle"
     )
@@ -51,7 +53,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         resume="none",
         convert_state=True,
         max_skipped=3,
-        activation_checkpointing=False,
+        activations=Activations(checkpoint=True, blocks=2, offload=True),
         loss="plain",
         memory_profile="full",
         deterministic=True,

@@ -142,7 +142,7 @@ OTHER = {
     "keep_last": "--keep-last 8",
     "keep_every": "--keep-every 4",
     "max_skipped": "--max-skipped 6",
-    "activation_checkpointing": "--activation-checkpointing",
+    "activations": "--activations checkpoint:2",
     "loss": "--loss chunked",
 }
 
@@ -155,12 +155,13 @@ def test_what_is_not_typed_stays_and_what_is_typed_is_said(name: str, monkeypatc
     assert (again.config, again.changed) == (first.config, [])
     assert getattr(again.settings, name) == getattr(first.settings, name) != getattr(RunSettings(), name)
     assert OTHER[name].split()[0] in again.remarks[0] and "taken from the checkpoint" in again.remarks[0]
-    back = {"lr": "--lr 6e-4", "warmup": "--warmup 0.1", "loss": "--loss plain"}
-    line = back.get(name) or (
-        "--no-activation-checkpointing"
-        if name == "activation_checkpointing"
-        else f"{OTHER[name].split()[0]} {getattr(RunSettings(), name)}"
-    )
+    back = {
+        "lr": "--lr 6e-4",
+        "warmup": "--warmup 0.1",
+        "loss": "--loss plain",
+        "activations": "--activations full",
+    }
+    line = back.get(name) or f"{OTHER[name].split()[0]} {getattr(RunSettings(), name)}"
     changed = settled(line, saved)
     assert getattr(changed.settings, name) != getattr(first.settings, name)
     assert changed.changed and "changed since the run that saved the checkpoint" in changed.remarks[-1]

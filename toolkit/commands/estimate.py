@@ -11,6 +11,7 @@ import typer
 
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
+from toolkit.records.activations import FLAG, HELP, parse_activations
 from toolkit.run.ranks import settle_accelerator
 from toolkit.run.settings import RunSettings
 
@@ -52,13 +53,7 @@ def estimate(
         int | None, typer.Option(min=1, help="Sequences per optimizer step, all ranks. (default: the JSON's)")
     ] = None,
     seq_len: SeqLen = _SEQ_LEN,
-    activation_checkpointing: Annotated[
-        bool | None,
-        typer.Option(
-            "--activation-checkpointing/--no-activation-checkpointing",
-            help="Recompute activations in the backward pass. (default: the preset's)",
-        ),
-    ] = None,
+    activations: Annotated[str | None, typer.Option(metavar="WORDS", help=f"{HELP} (default: the preset's)")] = None,
     loss: Loss = None,
     attention: Annotated[
         Literal["flash", "eager"] | None, typer.Option(help="The attention kernel. (default: the model's own choice)")
@@ -95,7 +90,7 @@ def estimate(
         seq_len,
         accumulation=batch.accumulation,
         device=device,
-        activation_checkpointing=activation_checkpointing,
+        activations=parse_activations(activations),
         loss=loss,
         attention={"flash": "sdpa", "eager": "eager", None: None}[attention],
     )
@@ -191,11 +186,10 @@ def plan(
             file.write(json.dumps(best.json, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-    checkpointing = "--activation-checkpointing" if best.checkpointing else "--no-activation-checkpointing"
-    checkpointing += f" --loss {loss}" if loss else ""
+    kept = f"{FLAG} {best.activations}" + (f" --loss {loss}" if loss else "")
     console.print_line(
         f"{path} written; train with: deepspeed --num_gpus {gpus} launch/train.py --model {model} --config {path} "
-        f"--seq-len {seq_len} {checkpointing}"
+        f"--seq-len {seq_len} {kept}"
     )
 
 

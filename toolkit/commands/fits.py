@@ -10,6 +10,7 @@ import typer
 
 from toolkit.commands.estimate import Gpus
 from toolkit.plugins import Plugins, import_plugins
+from toolkit.records.activations import CHECKPOINT, HELP, parse_activations
 from toolkit.run.ranks import settle_accelerator
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def fits(
         Literal["8bit", "compact", "minimal", "lean"], typer.Option(help="Of optimizers that have formats.")
     ] = "8bit",
     offload: Annotated[bool, typer.Option("--offload", help="Keep the optimizer's state on the host.")] = False,
+    activations: Annotated[str, typer.Option(metavar="WORDS", help=HELP)] = CHECKPOINT,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
 ) -> None:
     """Show the longest sequence that each model can be trained with, by GPU and optimizer (predicted)."""
@@ -50,15 +52,16 @@ def fits(
     from toolkit.records.sizes import parse_size
 
     import_plugins(plugins)
+    kept = parse_activations(activations)
     memories = [parse_size(text, where="--gpu-memory") for text in gpu_memory or MEMORIES]
     tried = ways(
         optimizer or [one for one in COMPARED if offered(one, state_format)], gpus, state_format, offload=offload
     )
-    models = model or [name for name, preset in PRESETS.items() if preset.activation_checkpointing or "0.6b" in name]
+    models = model or [name for name, preset in PRESETS.items() if preset.activations.checkpoint or "0.6b" in name]
     for name in models:
         lengths(name)  # what is no model ends the command before anything is computed
     watched = track(models, "predicting", console=Console(stderr=True), transient=True)
-    found = [fit for name in watched for fit in find(name, tried, memories, gpus)]
+    found = [fit for name in watched for fit in find(name, tried, memories, gpus, kept)]
     if as_json:
         typer.echo(json.dumps([fit.model_dump() for fit in found], indent=1))
         return
@@ -66,7 +69,7 @@ def fits(
     where = "one GPU, ZeRO 2" if gpus == 1 else f"{gpus} GPUs, ZeRO 3"
     console.print_line(
         f"longest sequence, in tokens, predicted: {where}{', state on the host' if offload else ''}, one sequence a "
-        "pass, activation checkpointing, chunked loss"
+        f"pass, activations {kept}, chunked loss"
     )
     for memory, some in groupby(sorted(found, key=lambda fit: memories.index(fit.gpu_memory)), lambda f: f.gpu_memory):
         _show(console, memory, list(some))

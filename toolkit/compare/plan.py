@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from toolkit.errors import UserError
 from toolkit.masking import masked
 from toolkit.paths import read_text, replace_text
+from toolkit.records.activations import renamed
 from toolkit.sentences import explain, shown
 
 PLAN, CONFIGS, RUNS = "plan.json", "configs", "runs"
@@ -58,7 +59,7 @@ class Plan(PlanPart):
         baseline: the method that all others are compared with.
     """
 
-    settings: dict[str, Any]
+    settings: Annotated[dict[str, Any], BeforeValidator(renamed)]
     ranks: Annotated[int, Field(gt=0)] = 1
     seeds: Annotated[int, Field(gt=0)] = 3
     extend: Annotated[int, Field(ge=0)] = 4

@@ -19,9 +19,12 @@ from toolkit.estimate.meta_kernels import attention_of
 from toolkit.memory.storages import StorageTrace
 from toolkit.memory.tracker import Tracker
 from toolkit.models import cpu_matmul
+from toolkit.models.activations import host_activations, kept_activations
 from toolkit.models.build import CausalLM, blueprint
 from toolkit.models.loss import LossHead
+from toolkit.models.tiled import TiledMLP
 from toolkit.records import categories as c
+from toolkit.records.activations import Activations
 
 MOMENTS = 4
 """From one allocation or release to the next: between them is room for what ZeRO does at that point."""
@@ -63,7 +66,9 @@ class DryRun:
     calls: list[Call]
     per_block: dict[str, int]
     loss: str
-    checkpointing: bool
+    activations: Activations
+    offloaded: int
+    """Bytes of activations on the host, at most."""
     attention: str
     widens: bool
     """Matrix products are computed in fp32, from tiles of bf16 operands (`toolkit.models.cpu_matmul`)."""
@@ -76,7 +81,7 @@ def dry_run(
     micro_batch: int,
     seq_len: int,
     device: str,
-    activation_checkpointing: bool | None = None,
+    activations: Activations | None = None,
     loss: str | None = None,
     attention: str | None = None,
     layers: int | None = None,
@@ -88,22 +93,24 @@ def dry_run(
         dtype: that the model computes in.
         micro_batch, seq_len: sequences of a forward pass, and predictions per sequence.
         device: "cuda" or "cpu", whose kernels are assumed.
-        activation_checkpointing, loss: None is the model's default.
+        activations, loss: None is the model's default.
         attention: "sdpa", "eager" or another of transformers' names; None is the model's default.
         layers: only so many of the model's.
 
     Raises:
-        UserError: as `build_model`.
+        UserError: as `build_model`, and for activations that the device cannot keep so.
     """
     built = blueprint(
         model,
         dtype=dtype,
-        activation_checkpointing=activation_checkpointing,
+        activations=activations,
         loss=loss,
         attention=attention,
         layers=layers,
     )
     built.train()
+    kept = kept_activations(built)
+    kept.check_device(device)
     storages = StorageTrace()
     tracker = _MetaTracker(storages, device)
     for tensor in [*built.parameters(), *built.buffers()]:
@@ -115,8 +122,9 @@ def dry_run(
         parameter.grad = None
 
     head = built.hf.get_output_embeddings()
-    if isinstance(head, LossHead):
-        head.stands_for = device
+    for module in built.modules():
+        if isinstance(module, LossHead | TiledMLP):
+            module.stands_for = device
     calls: list[Call] = []
     numbers = {id(p): number for number, p in enumerate(built.parameters())}
     hooks = _watch_calls(built, storages, numbers, calls)
@@ -141,7 +149,8 @@ def dry_run(
         calls=calls,
         per_block=_per_block(built, storages),
         loss="chunked" if isinstance(head, LossHead) else "plain",
-        checkpointing=any(getattr(module, "gradient_checkpointing", False) for module in built.modules()),
+        activations=kept,
+        offloaded=host.most if (host := host_activations(built)) is not None else 0,
         attention=str(built.hf.config._attn_implementation),
         widens=tracker.widens,
     )
@@ -185,7 +194,8 @@ def scaled(two: DryRun, three: DryRun, micro_batch: int) -> DryRun | None:
 def _watch_calls(model: nn.Module, storages: StorageTrace, numbers: dict[int, int], calls: list[Call]) -> list[Any]:
     hooks = []
     for module in model.modules():
-        own = tuple(numbers[id(p)] for p in module.parameters(recurse=False))
+        # A tiled MLP's submodules are never called: it uses their weights.
+        own = tuple(numbers[id(p)] for p in module.parameters(recurse=isinstance(module, TiledMLP)))
         running: list[Call] = []
 
         def opens(*_: Any, own: tuple[int, ...] = own, running: list[Call] = running) -> None:

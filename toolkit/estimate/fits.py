@@ -15,6 +15,7 @@ from toolkit.estimate.predict import Case, Estimator, assumed_context, with_sect
 from toolkit.estimate.recommend import formats_of
 from toolkit.models import load_config as load_model_config
 from toolkit.optim import find_rule
+from toolkit.records.activations import Activations
 
 SHORTEST = 512
 """Tokens; below, activations matter so little that a plan should be asked."""
@@ -92,10 +93,16 @@ def lengths(model: str) -> list[int]:
     return found if found[-1] >= most else [*found, most]
 
 
-def fits(model: str, tried: Sequence[Way], memories: Sequence[int], gpus: int) -> list[Fit]:
+def fits(
+    model: str,
+    tried: Sequence[Way],
+    memories: Sequence[int],
+    gpus: int,
+    activations: Activations | None = Activations(checkpoint=True),
+) -> list[Fit]:
     """What fits of `model` in each way and in each of `memories`, bytes of one GPU.
 
-    One sequence a pass, activations checkpointed. Raises UserError as `Estimator.predict`.
+    One sequence a pass. `activations`: None is the model's default. Raises UserError as `Estimator.predict`.
     """
     estimator, candidates = Estimator(), lengths(model)
     context, found = assumed_context(gpus), []
@@ -104,7 +111,7 @@ def fits(model: str, tried: Sequence[Way], memories: Sequence[int], gpus: int) -
 
         def needed(seq_len: int, way: Way = way, needs: dict[int, int] = needs) -> int:
             if seq_len not in needs:
-                case = Case(model, way.config, gpus, 1, seq_len, activation_checkpointing=True, loss="chunked")
+                case = Case(model, way.config, gpus, 1, seq_len, activations=activations, loss="chunked")
                 needs[seq_len] = estimator.peak(case) + context
             return needs[seq_len]
 

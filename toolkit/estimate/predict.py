@@ -16,7 +16,12 @@ from toolkit.errors import UserError
 from toolkit.estimate.dry_run import DryRun, dry_run, scaled
 from toolkit.estimate.optimizer_memory import OptimizerMemory, optimizer_memory
 from toolkit.estimate.zero_step import Step, simulate
+from toolkit.models import load_config
+from toolkit.models.activations import TILEABLE
+from toolkit.models.loss import MANY
+from toolkit.models.tiled import TILE
 from toolkit.optim import RECOMMENDED, find_rule
+from toolkit.records.activations import FLAG, Activations
 from toolkit.records.categories import LOGITS
 from toolkit.records.memory import Change, Prediction, Setup
 from toolkit.records.sizes import size_text
@@ -57,7 +62,7 @@ class Case:
         micro_batch, accumulation: sequences of a forward pass; micro-batches of a step.
         seq_len: predictions per sequence.
         device: "cuda" or "cpu".
-        activation_checkpointing, loss, attention: None is the model's default.
+        activations, loss, attention: None is the model's default.
     """
 
     model: str
@@ -67,7 +72,7 @@ class Case:
     seq_len: int
     accumulation: int = 1
     device: str = "cuda"
-    activation_checkpointing: bool | None = None
+    activations: Activations | None = None
     loss: str | None = None
     attention: str | None = None
     ds: DeepSpeedSettings = field(default=DeepSpeedSettings(), init=False)
@@ -134,11 +139,11 @@ class Estimator:
     def _dry_run(self, case: Case) -> DryRun:
         key = (
             *(case.model, case.ds.computed, case.micro_batch, case.seq_len, case.device),
-            *(case.activation_checkpointing, case.loss, case.attention),
+            *(case.activations, case.loss, case.attention),
         )
         if key not in self._passes:
             found = None
-            if self.several and case.micro_batch > 3:
+            if self.several and case.micro_batch > 3 and case.micro_batch * case.seq_len <= _linear_up_to(case):
                 two, three = (self._dry_run(replace(case, micro_batch=size)) for size in (2, 3))
                 found = scaled(two, three, case.micro_batch)
             self._passes[key] = found or dry_run(
@@ -147,7 +152,7 @@ class Estimator:
                 micro_batch=case.micro_batch,
                 seq_len=case.seq_len,
                 device=case.device,
-                activation_checkpointing=case.activation_checkpointing,
+                activations=case.activations,
                 loss=case.loss,
                 attention=case.attention,
             )
@@ -186,6 +191,11 @@ class Estimator:
             found.append(Change(change=words, peak=other, saves=peak - other))
         found = [change for change in found if abs(change.saves) >= _MATTERS * peak]
         return sorted(found, key=lambda change: -change.saves)
+
+
+def _linear_up_to(case: Case) -> int:
+    """Tokens of a pass up to which its tensors grow with them, and no others are made."""
+    return TILE if case.activations is not None and case.activations.tiled else MANY
 
 
 # What changes memory in ways that are not modelled.
@@ -236,7 +246,7 @@ def setup_of(case: Case, run: DryRun) -> Setup:
         micro_batch=case.micro_batch,
         gradient_accumulation=case.accumulation,
         seq_len=case.seq_len,
-        activation_checkpointing=run.checkpointing,
+        activations=run.activations,
         attention=run.attention,
         loss=run.loss,
         device="cuda" if case.device == "cuda" else "cpu",
@@ -247,6 +257,16 @@ def offered(optimizer: str, state_format: str) -> bool:
     """Whether a format is offered for an optimizer, where that has formats: the leanest where its price is measured."""
     made = find_rule(optimizer)
     return made is None or state_format != LEAN or LEAN in made.rule.loss_price
+
+
+def offered_activations(model: str, device: str) -> list[Activations]:
+    """What a run of `model` can be told to keep of its activations, the fastest first."""
+    found = [Activations(), Activations(checkpoint=True)]
+    if load_config(model)[0].model_type in TILEABLE:
+        found += [replace(one, tiled=True) for one in found[1:]]
+    if device != "cpu":
+        found += [replace(one, offload=True) for one in found[1:]]
+    return found
 
 
 def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
@@ -282,8 +302,9 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
         yield f"optimizer.type {RECOMMENDED} (8bit)", replace(case, config={**config, "optimizer": optimizer})
     if not offloaded and stage > 0 and not released and case.device == "cuda":
         yield "zero_optimization.offload_optimizer", zero_with(offload_optimizer={"device": "cpu"})
-    if case.activation_checkpointing is not True:
-        yield "--activation-checkpointing", replace(case, activation_checkpointing=True)
+    for kept in offered_activations(case.model, case.device):
+        if kept != Activations() and kept != case.activations:
+            yield f"{FLAG} {kept}", replace(case, activations=kept)
     if case.loss == "plain":
         yield "--loss chunked", replace(case, loss="chunked")
     if case.micro_batch > 1:
@@ -312,19 +333,19 @@ def variants(case: Case) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for attention, words in (("sdpa", "flash attention"), ("eager", "eager attention")):
-        for checkpointing in (False, True):
+        for kept in (Activations(), Activations(checkpoint=True)):
             small = dry_run(
                 case.model,
                 dtype=case.ds.dtype,
                 micro_batch=case.micro_batch,
                 seq_len=case.seq_len,
                 device=case.device,
-                activation_checkpointing=checkpointing,
-                loss="plain" if checkpointing else "chunked",
+                activations=kept,
+                loss="plain" if kept.checkpoint else "chunked",
                 attention=attention,
                 layers=1,
             )
-            if checkpointing:
+            if kept.checkpoint:
                 found["kept, with checkpointing"] = small.per_block.get("kept", 0)
             else:
                 found[f"kept, {words}"] = small.per_block.get("kept", 0)

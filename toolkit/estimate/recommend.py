@@ -8,8 +8,9 @@ from typing import Any
 
 from toolkit.config import DeepSpeedSettings, load_config, shipped_configs
 from toolkit.errors import UserError
-from toolkit.estimate.predict import Case, Estimator, assumed_context, offered, with_section
+from toolkit.estimate.predict import Case, Estimator, assumed_context, offered, offered_activations, with_section
 from toolkit.optim import RECOMMENDED, RULES, find_rule
+from toolkit.records.activations import Activations
 from toolkit.state.layout import LEAN
 
 LARGEST_MICRO_BATCH = 64
@@ -45,7 +46,9 @@ def formats_of(optimizer: str, wanted: str = ANY) -> dict[str, dict[str, Any]]:
 
 
 # How much longer a token takes than without, for ranking only: assumed, not measured.
-_CHECKPOINTING = 4 / 3  # one more forward pass
+_CHECKPOINT = 4 / 3  # one more forward pass
+_TILED = 1.05  # sums of weight gradients that go to memory and back
+_OFFLOADED_ACTIVATIONS = 1.1  # copies beside the computation, which share its memory's bandwidth
 _STAGE = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.15}
 _OFFLOAD = {(): 1.0, ("optimizer",): 1.6, ("optimizer", "param"): 3.0}
 _FORMAT = 0.01  # for each further one of FORMATS
@@ -58,7 +61,7 @@ class Candidate:
 
     config: str
     state: str
-    checkpointing: bool
+    activations: Activations
     micro_batch: int
     needs: int
     """Bytes of the device at the peak, the context included."""
@@ -104,10 +107,21 @@ def recommend(
         UserError: as `Estimator.predict`.
     """
     estimator = Estimator(several=True)
-    found = [
-        _fit(estimator, case, gpu_memory, name, state, state_format, host_memory, ranks_per_machine)
-        for name, state, case in _cases(model, world_size, seq_len, optimizer, device, loss, state_format)
-    ]
+    found: list[Candidate] = []
+    choices = offered_activations(model, device)
+    plain = [one for one in choices if not (one.tiled or one.offload)]
+    for name, state, case in _cases(model, world_size, seq_len, optimizer, device, loss, state_format):
+
+        def fit(kept: Activations, name: str = name, state: str = state, case: Case = case) -> Candidate:
+            changed = replace(case, activations=kept)
+            return _fit(estimator, changed, gpu_memory, name, state, state_format, host_memory, ranks_per_machine)
+
+        tried = [fit(kept) for kept in plain]
+        for kept in (one for one in choices if one.tiled):  # of what is slower, what fits where nothing else does
+            if any(one.fits for one in tried):
+                break
+            tried.append(fit(kept))
+        found += tried
 
     def order(one: Candidate) -> tuple[Any, ...]:
         # Where ranks do not matter stages 1 and 2 are the same: the usual choice comes first.
@@ -126,21 +140,7 @@ def _cases(
             if params.get("release_gradients") and (ds.stage == 3 or ds.offload_optimizer != "none" or ds.looks_at):
                 continue
             config = with_section(base, ["optimizer", "params"], params)
-            for checkpointing in (False, True):
-                yield (
-                    name,
-                    state,
-                    Case(
-                        model,
-                        config,
-                        world_size,
-                        1,
-                        seq_len,
-                        device=device,
-                        activation_checkpointing=checkpointing,
-                        loss=loss,
-                    ),
-                )
+            yield name, state, Case(model, config, world_size, 1, seq_len, device=device, loss=loss)
 
 
 def _bases(optimizer: str) -> dict[str, dict[str, Any]]:
@@ -187,14 +187,16 @@ def _fit(
     setup = prediction.setup
     tokens = best.micro_batch * best.seq_len
     cost = _STAGE[setup.stage] * _OFFLOAD[tuple(setup.offload)] * (1 + _OVERHEAD_TOKENS / tokens)
-    cost *= _CHECKPOINTING if setup.activation_checkpointing else 1.0
+    kept = setup.activations
+    cost *= (_CHECKPOINT if kept.checkpoint else 1.0) * (_TILED if kept.tiled else 1.0)
+    cost *= _OFFLOADED_ACTIVATIONS if kept.offload else 1.0
     cost *= 1 + _FORMAT * (list(FORMATS).index(state) if state in FORMATS else 0)
     state_format = FORMATS[state]["state_format"] if state in FORMATS else state
     host = sum(prediction.host.values()) * ranks_per_machine
     return Candidate(
         config=name,
         state=state,
-        checkpointing=setup.activation_checkpointing,
+        activations=setup.activations,
         micro_batch=best.micro_batch,
         needs=needs,
         fits=needs <= memory and host <= host_memory,

@@ -10,6 +10,7 @@ from toolkit.console import PlainConsole
 from toolkit.estimate.recommend import Candidate
 from toolkit.optim import find_rule
 from toolkit.records import categories as c
+from toolkit.records.activations import FLAG
 from toolkit.records.memory import Prediction
 from toolkit.records.sizes import size_text
 
@@ -31,8 +32,8 @@ def show_prediction(
         f"{s.stage}{' + offload of ' + ' and '.join(s.offload) if s.offload else ''}; {total_ranks}",
     )
     console.print_line(
-        f"micro-batch {s.micro_batch} x {s.seq_len} tokens, accumulation {s.gradient_accumulation}, activation "
-        f"checkpointing {'on' if s.activation_checkpointing else 'off'}, {attention} attention, {s.loss} loss",
+        f"micro-batch {s.micro_batch} x {s.seq_len} tokens, accumulation {s.gradient_accumulation}, activations "
+        f"{s.activations}, {attention} attention, {s.loss} loss",
     )
     at_peak = found.at_peak()
     table = Table("per rank", box=None, title_justify="left")
@@ -103,7 +104,7 @@ def show_candidates(
         _rows(console, title, smaller, found[0].cost, optimizer)
     if fitting:
         notes = (
-            "released: release_gradients; ckpt: activation checkpointing; batch: sequences of a pass; "
+            f"released: release_gradients; keeps: {FLAG}; batch: sequences of a pass; "
             "device: peak of a GPU; host: memory of one machine; time: assumed, relative"
         )
         if rule := find_rule(optimizer):
@@ -118,7 +119,7 @@ def show_candidates(
     if failed:
         console.print_line(f"does not fit {where}, with one sequence:")
         for one in failed[:_SHOWN]:
-            state = f"{one.state}, checkpointing {'on' if one.checkpointing else 'off'}"
+            state = f"{one.state}, {one.activations}"
             lacks = f"{size_text(one.needs)}, {size_text(one.needs - memory)} too much; {one.holds_most} hold most"
             if one.needs <= memory:
                 lacks = f"{size_text(one.host)} of host memory"
@@ -131,7 +132,7 @@ def show_candidates(
 
 def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest: float, optimizer: str) -> None:
     rule = find_rule(optimizer)
-    table = Table("config", "state, weights", "ckpt", box=None, pad_edge=False)
+    table = Table("config", "state, weights", "keeps", box=None, pad_edge=False)
     for heading in ("batch", "device", "host", "time", *(["error"] if rule else [])):
         table.add_column(heading, justify="right")
     for column in table.columns:
@@ -139,7 +140,7 @@ def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest
     for one in shown[:_SHOWN]:
         error = rule.rule.update_error.get(one.state_format) if rule else None
         table.add_row(
-            *(one.config, one.state, "on" if one.checkpointing else "off", str(one.micro_batch)),
+            *(one.config, one.state, str(one.activations), str(one.micro_batch)),
             *(size_text(one.needs), size_text(one.host) if one.host else "-", f"{one.cost / fastest:.2f}"),
             *(["?" if error is None else f"{error} %"] if rule else []),
         )

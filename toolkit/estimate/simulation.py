@@ -28,7 +28,7 @@ class Simulation:
         self.buckets, self.width, self.rank, self.on_gpu = ds.buckets, ds.dtype.itemsize, rank, on_gpu
         # Only gradients live on differently under ZeRO; everything else is the dry run's own.
         self.lifetimes = [x if x.parameter is None else replace(x) for x in dry_run.storages.lifetimes]
-        self.host: dict[str, int] = {}
+        self.host: dict[str, int] = {c.ACTIVATIONS: dry_run.offloaded} if dry_run.offloaded else {}
         self.nvme: dict[str, int] = {}
         self.unapplied: list[tuple[list[Lifetime], int]] = []
         self.busy: list[Lifetime] = []

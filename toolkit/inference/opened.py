@@ -14,6 +14,7 @@ from toolkit.checkpoint.export import load_model
 from toolkit.checkpoint.universal import open_checkpoint
 from toolkit.checkpoint.wrong import is_exported
 from toolkit.models.build import complete
+from toolkit.records.activations import Activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,5 +85,5 @@ def _of_a_checkpoint(folder: Path) -> Opened:
     kept = any("tokenizer" in name for name in source.model_files())
     opened.tokenizer = data.load_tokenizer(str(folder) if kept else opened.note("identity", "tokenizer", "name"))
     preset = models.PRESETS.get(opened.note("identity", "model", "name") or "")
-    opened.model = complete(hf, preset, False, opened.note("run", "settings", "loss"))
+    opened.model = complete(hf, preset, Activations(), opened.note("run", "settings", "loss"))
     return opened

@@ -214,7 +214,7 @@ class Explainer:
             print(f"error: rank {self.rank} ran out of memory, and of memory to say why: {problem!r}", file=sys.stderr)
             return None
         with contextlib.suppress(Exception):
-            saved = record.setup is not None and not record.setup.activation_checkpointing
+            saved = record.setup is not None and not record.setup.activations.checkpoint
             more = reachable_tensors(error, self.phase, saved=saved, vocabulary=self.vocabulary)
             tensors = self._fill(record, itertools.chain(self.inventory(), more))
             self._write(record)

@@ -14,9 +14,11 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from toolkit.errors import UserError, nearest
+from toolkit.models.activations import keep_activations
 from toolkit.models.loss import CHUNKABLE, LOSSES, LossHead, plain_loss
 from toolkit.models.presets import Preset, first_line, load_config
 from toolkit.printable import warn_once
+from toolkit.records.activations import Activations
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -52,7 +54,7 @@ def build_model(
     zero3_config: dict[str, Any] | None = None,
     from_checkpoint: bool = False,
     vocab_size: int | None = None,
-    activation_checkpointing: bool | None = None,
+    activations: Activations | None = None,
     loss: str | None = None,
 ) -> CausalLM:
     """Build the model of a preset or of a folder with a ``config.json``, on the CPU, in `dtype`.
@@ -62,12 +64,12 @@ def build_model(
     `zero3_config`, the DeepSpeed configuration, each parameter is partitioned over the ranks as soon as it is
     made: all ranks must call this together, and each keeps its own part only.
 
-    `vocab_size` replaces the configuration's (random weights only). `activation_checkpointing` and `loss`
-    ("chunked": full logits are never built; "plain") default to the preset's choice, and for a folder to False
+    `vocab_size` replaces the configuration's (random weights only). `activations` and `loss`
+    ("chunked": full logits are never built; "plain") default to the preset's choice, and for a folder to all
     and "chunked". An architecture that "chunked" is not known to be right for gets a warning and "plain".
 
     Raises UserError for what `load_config` rejects, an unknown loss, weights that are missing or do not fit, and
-    activation checkpointing of an architecture that has none.
+    activations that the architecture cannot do without.
     """
     config, preset = load_config(name_or_folder)
     if loss is not None and loss not in LOSSES:
@@ -87,14 +89,14 @@ def build_model(
         config.vocab_size = vocab_size or config.vocab_size
         hf = skeleton(config, dtype)
         _initialise(hf, seed, zero3_config)
-    return complete(hf, preset, activation_checkpointing, loss)
+    return complete(hf, preset, activations, loss)
 
 
 def blueprint(
     name_or_folder: str,
     *,
     dtype: torch.dtype,
-    activation_checkpointing: bool | None = None,
+    activations: Activations | None = None,
     loss: str | None = None,
     attention: str | None = None,
     layers: int | None = None,
@@ -117,24 +119,14 @@ def blueprint(
     with torch.device("meta"), no_init_weights():
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     hf.tie_weights()
-    return complete(hf, preset, activation_checkpointing, loss)
+    return complete(hf, preset, activations, loss)
 
 
-def complete(
-    hf: PreTrainedModel, preset: Preset | None, activation_checkpointing: bool | None, loss: str | None
-) -> CausalLM:
-    """The model around `hf`, with a loss and with or without checkpointing; None is the preset's choice."""
+def complete(hf: PreTrainedModel, preset: Preset | None, activations: Activations | None, loss: str | None) -> CausalLM:
+    """The model around `hf`, with a loss and what it keeps of its activations; None is the preset's choice."""
     if (loss or (preset.loss if preset else "chunked")) == "chunked":
         _use_chunked_loss(hf)
-    if activation_checkpointing is None:
-        activation_checkpointing = preset is not None and preset.activation_checkpointing
-    if activation_checkpointing:
-        if not hf.supports_gradient_checkpointing:
-            kind = hf.config.model_type
-            raise UserError(f"{kind!r} models do not support activation checkpointing: switch it off.")
-        # The first name is that of transformers 5.23 and later, where the second warns.
-        enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    keep_activations(hf, activations or (preset.activations if preset is not None else Activations()))
     return CausalLM(hf)
 
 

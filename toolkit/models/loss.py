@@ -7,7 +7,7 @@ when that module's forward and backward run, so nothing outside it may touch ``h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from toolkit.models.cpu_matmul import computes_in_fp32
+from toolkit.models.products import products
 
 LOSSES = ("chunked", "plain")
 
@@ -27,44 +27,19 @@ CHUNKABLE = frozenset(
 CHUNK = {"cuda": 4096, "cpu": 1024}
 """Entries of the vocabulary whose logits exist at a time: enough to keep a GPU busy, few enough for a CPU's caches."""
 
+MANY = 2**15
+"""Tokens from which on fewer entries do, so that there are never more than MANY times CHUNK logits."""
 
-# ---- products in fp32 --------------------------------------------------------------------------------------------
-
-# a [m, k] and b [k, n] of one dtype, out fp32 [m, n] <- a @ b
-Product = Callable[[Tensor, Tensor, Tensor], None]
-
-
-def products(device: str, dtype: torch.dtype) -> tuple[torch.dtype, Product]:
-    """How matrices of `dtype` are multiplied on `device` without rounding the result to less than fp32.
-
-    The first is the dtype that operands are to be given in.
-    """
-    if device == "cpu" and (dtype != torch.bfloat16 or computes_in_fp32()):
-        return torch.float32, _same
-    if device == "cpu":
-        return dtype, _in_two
-    return dtype, _same if dtype == torch.float32 else _wide
+_NARROWEST = 128
+"""Entries at least, and of which a chunk is a multiple where it is narrowed: what products on a GPU are cut into."""
 
 
-def _same(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.mm(a, b, out=out)
-
-
-def _wide(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _in_two(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """For CPUs, whose bf16 products are summed in fp32 but returned in bf16: the product, and what rounding it lost.
-
-    Within 3e-6 of the fp32 product; on AVX-512 with AMX three to four times faster than that.
-    """
-    part = torch.mm(a, b)
-    out.copy_(part)
-    out.add_(part.addmm_(a, b, beta=-1))
-
-
-# ---- the loss ----------------------------------------------------------------------------------------------------
+def chunk_of(device: str, tokens: int, vocabulary: int) -> int:
+    """Entries of the vocabulary whose logits exist at a time for so many tokens."""
+    chunk = CHUNK[device]
+    if tokens > MANY:
+        chunk = max(_NARROWEST, chunk * MANY // tokens // _NARROWEST * _NARROWEST)
+    return min(chunk, vocabulary)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -84,7 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, device: str) -> Tensor:
         operand, multiply = products(device, hidden.dtype)
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
-        chunk = min(CHUNK[device], vocabulary)
+        chunk = chunk_of(device, tokens, vocabulary)
         x = hidden.to(operand)
         buffers = [hidden.new_empty(tokens * chunk, dtype=torch.float32) for _ in range(2)]
         normaliser = hidden.new_full((tokens,), -math.inf, dtype=torch.float32)
@@ -117,9 +92,9 @@ class _CrossEntropy(torch.autograd.Function):
         one = 2.0**15 if operand == torch.float16 else 1.0
         factor = gradient.float() / (tokens * one)
         shift = (normaliser - math.log(one))[:, None]
-        chunk = min(CHUNK[ctx.device], vocabulary)
+        chunk = chunk_of(ctx.device, tokens, vocabulary)
         x = hidden.to(operand)
-        wide = hidden.new_empty(tokens * max(chunk, features), dtype=torch.float32)
+        wide = hidden.new_empty(max(tokens * chunk, min(tokens, MANY) * features), dtype=torch.float32)
         narrow = None if operand == torch.float32 else hidden.new_empty(tokens * chunk)
         of_hidden = hidden.new_zeros(tokens, features, dtype=torch.float32) if for_hidden else None
         of_weight = torch.empty_like(weight) if for_weight else None
@@ -146,9 +121,10 @@ class _CrossEntropy(torch.autograd.Function):
             if of_hidden is not None and narrow is None:
                 of_hidden.addmm_(p, w)
             elif of_hidden is not None:
-                part = _shaped(wide, tokens, features)
-                multiply(p, w, part)
-                of_hidden += part
+                for some in _chunks(tokens, max(1, wide.numel() // features)):
+                    part = _shaped(wide, some.stop - some.start, features)
+                    multiply(p[some], w, part)
+                    of_hidden[some] += part
         if of_hidden is not None:
             of_hidden = of_hidden.mul_(factor).to(hidden.dtype)
         return of_hidden, of_weight, None, of_bias, None
@@ -186,10 +162,11 @@ def linear_cross_entropy(
         bias: [vocab] or None.
         device: "cpu" or "cuda", whose products are to be used; default: that which `hidden` is on.
 
-    Beside its inputs and the gradients it holds at most, in bytes, with c = CHUNK of the device:
+    Beside its inputs and the gradients it holds at most, in bytes, with c = CHUNK of the device, and less from MANY
+    tokens on (`chunk_of`), where tokens c stays MANY CHUNK:
 
         forward    8 tokens c
-        backward   6 tokens max(c, hidden_size) + 4 tokens hidden_size + 4 c hidden_size
+        backward   2 tokens c + 4 max(tokens c, min(tokens, MANY) hidden_size) + 4 tokens hidden_size + 4 c hidden_size
 
     and on a CPU, for 16-bit operands, what a product needs: 6 bytes for each element of its result where the CPU has
     fast bf16 products, else fp32 copies of `hidden` and of a chunk of `weight`.

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError, nearest
+from toolkit.records.activations import Activations
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+_ALL, _CHECKPOINTED = Activations(), Activations(checkpoint=True)
 
 
 @dataclass(frozen=True)
@@ -18,15 +21,15 @@ class Preset:
     """A Qwen3 model known by name.
 
     `config` holds the keyword arguments of ``transformers.Qwen3Config``; `tokenizer` is the default for
-    ``toolkit.data.load_tokenizer``; `activation_checkpointing` and `loss` ("chunked" or "plain") are the
-    defaults of ``build_model``.
+    ``toolkit.data.load_tokenizer``; `activations` and `loss` ("chunked" or "plain") are the defaults of
+    ``build_model``.
     """
 
     name: str
     purpose: str
     tokenizer: str
     config: Mapping[str, Any]
-    activation_checkpointing: bool
+    activations: Activations
     loss: str
 
 
@@ -57,14 +60,14 @@ def _shape(
     }
 
 
-def _published(size: str, config: dict[str, Any], *, activation_checkpointing: bool = True) -> Preset:
+def _published(size: str, config: dict[str, Any], *, activations: Activations = _CHECKPOINTED) -> Preset:
     return Preset(
         f"qwen3-{size}",
         f"Qwen3-{size.upper()} with the published shape",
         # One vocabulary serves the whole family.
         "Qwen/Qwen3-0.6B",
         config,
-        activation_checkpointing,
+        activations,
         "chunked",
     )
 
@@ -77,7 +80,7 @@ PRESETS: dict[str, Preset] = {
             "3M parameters: small enough to compare many optimizers on two CPU cores",
             "python-4k",
             _shape(192, 512, 4, 3, 3, vocab=4096, head_dim=64, tied=False, context=4096),
-            False,
+            _ALL,
             "plain",
         ),
         Preset(
@@ -85,7 +88,7 @@ PRESETS: dict[str, Preset] = {
             "5M parameters: learns visibly within minutes on two CPU cores",
             "python-4k",
             _shape(256, 704, 4, 4, 2, vocab=4096, head_dim=64, tied=False, context=4096),
-            False,
+            _ALL,
             "plain",
         ),
         Preset(
@@ -93,10 +96,10 @@ PRESETS: dict[str, Preset] = {
             "the 134M model that the AMCS and SOAM papers train",
             "mistral-32k",
             _shape(768, 2048, 12, 12, 12, vocab=32_000, head_dim=64, tied=False, context=4096),
-            False,
+            _ALL,
             "chunked",
         ),
-        _published("0.6b", _shape(1024, 3072, 28, 16, 8, tied=True), activation_checkpointing=False),
+        _published("0.6b", _shape(1024, 3072, 28, 16, 8, tied=True), activations=_ALL),
         _published("1.7b", _shape(2048, 6144, 28, 16, 8, tied=True)),
         _published("4b", _shape(2560, 9728, 36, 32, 8, tied=True)),
         _published("8b", _shape(4096, 12_288, 36, 32, 8, tied=False)),

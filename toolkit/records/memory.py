@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from toolkit.paths import replace_text
+from toolkit.records.activations import Written, renamed
 from toolkit.records.categories import in_order
 
 FOLDER = "memory"
@@ -107,10 +108,12 @@ class Setup(Record):
     micro_batch: int
     gradient_accumulation: int
     seq_len: int
-    activation_checkpointing: bool
+    activations: Written
     attention: str
     loss: str
     device: Literal["cpu", "cuda"]
+
+    _of_older_versions = model_validator(mode="before")(renamed)
 
 
 class Prediction(Record):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from toolkit.records.activations import Written
 from toolkit.records.memory import Change, LargeTensor, OutOfMemoryRecord, Record, Timeline
 
 Topic = Literal["run", "training", "prediction", "measurement", "out of memory"]
@@ -46,7 +47,7 @@ class RunFacts(Record):
     """Steps."""
     steps: int | None = None
     """As asked for; `Training.steps` says how many were made."""
-    activation_checkpointing: bool | None = None
+    activations: Written | None = None
     loss: str | None = None
     data: str | None = None
     tokenizer: str | None = None

@@ -34,7 +34,7 @@ def facts_of(folder: Folder) -> RunFacts:
         seq_len=settings.seq_len,
         **_schedule(config),
         steps=_asked(folder, settings.steps),
-        activation_checkpointing=settings.activation_checkpointing,
+        activations=settings.activations,
         loss=settings.loss,
         data=data,
         tokenizer=settings.tokenizer,

@@ -11,12 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toolkit.errors import UserError, nearest
 from toolkit.masking import masked
 from toolkit.paths import read_text
 from toolkit.printable import printable, printable_tree
+from toolkit.records.activations import Written, renamed
 from toolkit.records.memory import FOLDER, PREDICTED, Measurement, OutOfMemoryRecord, Prediction, Timeline
 from toolkit.records.run import CONFIG, METRICS, METRICS_LIMIT, RUN, SUMMARY, read_metrics
 from toolkit.report.data import Explanation, Problem, Topic
@@ -43,8 +44,10 @@ class Settings(_Written):
     steps: int | None = None
     seq_len: int | None = None
     seed: int | None = None
-    activation_checkpointing: bool | None = None
+    activations: Written | None = None
     loss: str | None = None
+
+    _of_older_versions = model_validator(mode="before")(renamed)
 
 
 class RunFile(_Written):

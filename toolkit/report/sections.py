@@ -306,7 +306,7 @@ def _facts(run: RunReport) -> list[Item]:
         "gradient clipping": facts.clipping,
         "scheduler": facts.scheduler,
         "warm-up": facts.warmup and f"{facts.warmup:,} steps",
-        "activation checkpointing": {True: "on", False: "off", None: None}[facts.activation_checkpointing],
+        "activations": facts.activations,
         "loss": facts.loss,
         "data": facts.data,
         "seed": facts.seed,

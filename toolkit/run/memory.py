@@ -47,7 +47,7 @@ class Forecast:
                 accumulation=batch.accumulation,
                 seq_len=settings.seq_len,
                 device=device.type,
-                activation_checkpointing=settings.activation_checkpointing,
+                activations=settings.activations,
                 loss=settings.loss,
             )
             self.prediction = self._estimator.predict(self._case)

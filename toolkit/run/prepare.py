@@ -110,6 +110,8 @@ def prepare(settings: RunSettings) -> PreparedRun:
     run_folder.check_free(folder, resuming=settings.resume != NONE)
     resolved = resolve(settings, config, newest_saved(settings, folder))
     settings, batch, remarks = resolved.settings, resolved.batch, list(resolved.remarks)
+    if settings.activations is not None:
+        settings.activations.check_device(get_accelerator().device_name())
     if resolved.ds.computed == "bf16" and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():
         remarks.append("matrix products are computed in fp32 from bf16 operands, since this CPU is slow at bf16 ones.")
 

@@ -12,8 +12,9 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from typer.core import TyperCommand
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, stopped
 from toolkit.plugins import PLUGIN
+from toolkit.records.activations import HELP, Written
 from toolkit.usage import USAGE_ERROR, check_given, sentence
 
 T = TypeVar("T")
@@ -120,12 +121,8 @@ class RunSettings(BaseModel):
     max_skipped: Annotated[
         int, Field(gt=0), typer.Option(help="Steps skipped in a row (gradients not finite) that stop the run.")
     ] = 20
-    activation_checkpointing: Annotated[
-        bool | None,
-        typer.Option(
-            "--activation-checkpointing/--no-activation-checkpointing",
-            help="Recompute activations in the backward pass. (default: the preset's)",
-        ),
+    activations: Annotated[
+        Written | None, typer.Option(metavar="WORDS", parser=str, help=f"{HELP} (default: the preset's)")
     ] = None
     loss: Annotated[
         Literal["chunked", "plain"] | None,
@@ -163,7 +160,7 @@ def check_settings(**values: Any) -> RunSettings:
         first = error.errors()[0]
         flag = flag_of(str(first["loc"][0]))
         problem = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        raise UserError(f"{flag} is {first['input']!r}, but it {problem}.") from None
+        raise UserError(f"{flag} is {first['input']!r}, but it {stopped(problem)}") from None
 
 
 def flag_of(name: str) -> str:
@@ -265,8 +262,7 @@ def line_of(settings: Mapping[str, Any]) -> list[str]:
     for name, value in settings.items():
         flag = flag_of(name)
         if isinstance(value, bool):
-            negative = f"--no-{flag[2:]}"
-            line += [flag] if value else [negative] if negative in _option(name).default else []
+            line += [flag] if value else []
         elif value is not None:
             line += [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
     return line

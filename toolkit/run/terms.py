@@ -9,6 +9,7 @@ from typing import Any
 
 from toolkit.config import DeepSpeedSettings
 from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, Kept
+from toolkit.records.activations import renamed
 from toolkit.run.merge import WITH_WARMUP
 from toolkit.run.settings import RunSettings, check_settings, flag_of
 from toolkit.sentences import value_at
@@ -24,7 +25,7 @@ KEPT: dict[str, tuple[str, ...]] = {
     "keep_last": (),
     "keep_every": (),
     "max_skipped": (),
-    "activation_checkpointing": (),
+    "activations": (),
     "loss": (),
 }
 
@@ -65,7 +66,7 @@ class Saved:
         """From a manifest's facts, of which older versions wrote less."""
         run = facts.get("run")
         run = run if isinstance(run, Mapping) else {}
-        settings, told = run.get("settings"), run.get("terms")
+        settings, told = renamed(run.get("settings")), renamed(run.get("terms"))
         return cls(
             _whole(facts.get("global_batch")),
             settings if isinstance(settings, Mapping) else {},
@@ -85,7 +86,7 @@ def _whole(value: Any) -> int | None:
 
 def saved_facts(settings: RunSettings, config: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
     """What a checkpoint notes, for `Saved.of`."""
-    chosen = {name: getattr(settings, name) for name in KEPT}
+    chosen = settings.model_dump(mode="json", include=set(KEPT))
     return {"settings": chosen, "terms": terms(settings, config, batch)}
 
 
@@ -94,7 +95,8 @@ def terms(settings: RunSettings, config: Mapping[str, Any], batch: Batch) -> dic
     found: dict[str, Any] = {_RANKS: batch.world_size, MICRO: batch.micro, ACCUMULATION: batch.accumulation}
     found[GLOBAL] = batch.total
     # The rate and the warm-up are those of the JSON, into which the flags have been written.
-    found |= {flag_of(name): getattr(settings, name) for name in KEPT if name not in ("lr", "warmup")}
+    kept = settings.model_dump(mode="json", include=set(KEPT))
+    found |= {flag_of(name): kept[name] for name in KEPT if name not in ("lr", "warmup")}
     found["--deterministic"] = settings.deterministic
     for path in _TOLD:
         found.update(_flat(path, value_at(config, path)))

@@ -362,7 +362,7 @@ def build_engine(prepared: PreparedRun) -> Any:
         seed=settings.seed,
         zero3_config=config if prepared.ds.stage == 3 else None,
         from_checkpoint=settings.from_checkpoint,
-        activation_checkpointing=settings.activation_checkpointing,
+        activations=settings.activations,
         loss=settings.loss,
     )
     engine, *_ = toolkit.initialize(model=model, config=config, total_steps=settings.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from toolkit.models.activations import kept_activations
 from toolkit.models.loss import LossHead
 from toolkit.optim import RuleOptimizer
 from toolkit.records.memory import Setup
@@ -42,7 +43,7 @@ def describe(engine: Any, *, model: str = "", seq_len: int = 0) -> Setup:
         micro_batch=int(engine.train_micro_batch_size_per_gpu()),
         gradient_accumulation=int(engine.gradient_accumulation_steps()),
         seq_len=seq_len,
-        activation_checkpointing=any(getattr(part, "gradient_checkpointing", False) for part in module.modules()),
+        activations=kept_activations(module),
         attention=str(getattr(config, "_attn_implementation", None) or "unknown"),
         loss="chunked" if any(isinstance(part, LossHead) for part in module.modules()) else "plain",
         device="cuda" if engine.device.type == "cuda" else "cpu",

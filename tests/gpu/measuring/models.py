@@ -10,7 +10,7 @@ from torch import nn
 from measuring.record import Recorder
 
 
-def filled(name: str, device: str, *, activation_checkpointing: bool | None = None) -> Any:
+def filled(name: str, device: str, *, activations: Any = None) -> Any:
     """The model that `toolkit.models.build_model` builds in bf16, with other random weights, on `device`."""
     from toolkit.models import load_config
     from toolkit.models.build import _complete, skeleton
@@ -28,7 +28,7 @@ def filled(name: str, device: str, *, activation_checkpointing: bool | None = No
                 made[placeholder] = nn.Parameter(value)
             module.register_parameter(key, made[placeholder])
     hf.to(device)  # the buffers
-    return _complete(hf, preset, activation_checkpointing, None)
+    return _complete(hf, preset, activations, None)
 
 
 def engine_of(model: Any, recorder: Recorder, **changed: Any) -> tuple[Any, dict[str, Any]]:

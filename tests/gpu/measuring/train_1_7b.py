@@ -11,7 +11,7 @@ def measure(recorder: Recorder) -> None:
     tokenizer = "python-4k" if recorder.rehearse else "mistral-32k"  # the model's own would be fetched
     run = recorder.folder / "run"
     arguments = ["--model", model, "--tokenizer", tokenizer, "--steps", "6", "--micro-batch", str(rows)]
-    arguments += ["--seq-len", str(length), "--activation-checkpointing", "--save-every", "0"]
+    arguments += ["--seq-len", str(length), "--activations", "checkpoint", "--save-every", "0"]
     # A CPU knows its peak from a trace only.
     arguments += ["--memory-profile", "full" if recorder.rehearse else "summary"]
     finished(start(run, *arguments))

@@ -16,15 +16,16 @@ TOY = {"model": "qwen3-tiny", "seq_len": 64, "steps": 3}  # a trace, which a CPU
 def measure(recorder: Recorder) -> None:
     from toolkit import memory
     from toolkit.estimate.predict import Case, Estimator
+    from toolkit.records.activations import Activations
 
     name, length, steps = (TOY if recorder.rehearse else SETTINGS).values()
     assert isinstance(name, str) and isinstance(length, int) and isinstance(steps, int)
     if recorder.rehearse:
         memory.count_from_here()
-    model = filled(name, recorder.device, activation_checkpointing=True)
+    model = filled(name, recorder.device, activations=Activations(checkpoint=True))
     recorder.note(f"{sum(p.numel() for p in model.parameters()):,} parameters.")
     engine, config = engine_of(model, recorder)
-    case = Case(name, config, 1, 1, length, device=recorder.device, activation_checkpointing=True)
+    case = Case(name, config, 1, 1, length, device=recorder.device, activations=Activations(checkpoint=True))
     predicted = Estimator().predict(case).peak
     recorder.set(predicted_gb=predicted / 1e9)
     ledger = memory.watch(
