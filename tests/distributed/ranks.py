@@ -46,7 +46,7 @@ def case(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
     `same_data`: every rank sees the whole global batch. `save_at`: after so many steps DeepSpeed saves a
     checkpoint, and a fresh model with other weights resumes from it. `poison_at`: gradients of that step are NaN.
     `unused`: the model gets a parameter that no loss depends on. `full`: the fp32 weights come back, too. `loss`:
-    "chunked" or "plain" of a model with tied embeddings and activation checkpointing, instead of transformers' own.
+    "chunked" or "plain" of a model with tied embeddings that keeps `activations`, instead of transformers' own.
     `products`: how bf16 matrices are multiplied (`toolkit.models.cpu_matmul`). `recompute`: activation checkpointing.
     """
     return {
@@ -61,6 +61,7 @@ def case(config: dict[str, Any], **settings: Any) -> dict[str, Any]:
         "products": "auto",
         "recompute": False,
         "loss": None,
+        "activations": "checkpoint",
         "config": config,
     } | settings
 

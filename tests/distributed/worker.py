@@ -22,8 +22,10 @@ from torch._dynamo.utils import counters
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import toolkit
-from toolkit.models import CausalLM, cpu_matmul
+from toolkit.models import CausalLM, cpu_matmul, tiled
+from toolkit.models.activations import keep_activations
 from toolkit.models.loss import LossHead
+from toolkit.records.activations import Activations
 from toolkit.state.codecs import BLOCK
 from toolkit.zero import compile_step, full_precision_state_dict, optimizer_state_bytes, rule_optimizer
 
@@ -45,12 +47,13 @@ def small_model(seed: int = 0) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def loss_model(loss: str) -> CausalLM:
-    """The model that computes its own loss, with tied embeddings and activation checkpointing."""
+def loss_model(loss: str, activations: str) -> CausalLM:
+    """The model that computes its own loss, with tied embeddings; its MLPs run in several tiles, where they do."""
+    tiled.TILE, tiled._ROWS = 16, 8
     model = small_model()
     model.config.tie_word_embeddings = True
     model.tie_weights()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    keep_activations(model, Activations.read(activations))
     if loss == "chunked":
         LossHead.adopt(model.lm_head)
     return CausalLM(model)
@@ -92,7 +95,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     cpu_matmul.uninstall()
     os.environ[cpu_matmul.VARIABLE] = case["products"]
     cpu_matmul.install()
-    model: Any = loss_model(case["loss"]) if case["loss"] else small_model()
+    model: Any = loss_model(case["loss"], case["activations"]) if case["loss"] else small_model()
     if case["recompute"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from toolkit.checkpoint.files import Staging
 from toolkit.models.loss import linear_cross_entropy
+from toolkit.models.offload import HostActivations
 from toolkit.optim import AMCS, SOAM
 from toolkit.state.codecs import unpack
 from toolkit.zero.gradients import HostCopy, squared_norm
@@ -149,3 +151,31 @@ def test_the_norm_of_many_pieces_is_that_of_float64_and_arrives_on_the_host(dtyp
     assert float(on_both) == pytest.approx(exact, rel=1e-5)
     pieces[2][7] = float("inf")
     assert not torch.isfinite(HostCopy(squared_norm([piece.cuda() for piece in pieces], "cuda")).wait())
+
+
+def test_activations_on_the_host_change_no_bit_and_leave_two_on_the_device() -> None:
+    """The host runs ahead of the device, and memory that is let go is used again at once."""
+    blocks, tokens, width = 12, 8192, 1024
+    size = tokens * width * 2
+    weights = [torch.randn(width, width, device="cuda", dtype=torch.bfloat16) / width**0.5 for _ in range(blocks)]
+    given = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+
+    def run(checkpoint: Any) -> tuple[Tensor, list[Tensor], int]:
+        leaves = [weight.clone().requires_grad_() for weight in weights]
+        start = torch.cuda.memory_allocated()
+        x = given.clone().requires_grad_()
+        for leaf in leaves:
+            x = checkpoint(lambda y, leaf=leaf: torch.tanh(y @ leaf) + y, x)
+        between = torch.cuda.memory_allocated() - start
+        x.float().square().mean().backward()
+        return x.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None], between
+
+    checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    expected, gradients, all_there = run(checkpoint)
+    host = HostActivations()
+    for _ in range(3):
+        found, others, left = run(host.wrap(checkpoint))
+        assert torch.equal(found, expected)
+        assert len(others) == blocks and all(map(torch.equal, others, gradients))
+        assert left <= all_there - (blocks - 2) * size
+    assert host.most == blocks * size and host.held == 0

@@ -80,6 +80,9 @@ def test_what_if_lists_variants_and_changes(
         (["--plugin", "missing.py"], "there is no such file"),
         (["--attention", "flsh"], "flsh"),
         (["--seq-len", "5000"], "has 4096 positions"),
+        (["--activations", "tile"], "Did you mean 'tiled'?"),
+        (["--activations", "offload", "--device", "cpu"], "on a CPU the host is the device"),
+        (["--activation-checkpointing"], "that is --activations checkpoint, and without it --activations full"),
         (["--gpus", "0"], "greater than or equal to 1"),
         (["--gpus", "99999999999"], "less than or equal to 1024"),
     ],
@@ -108,6 +111,24 @@ def test_a_plan_writes_a_config_that_fits(
     assert run(monkeypatch, *again, "--activations", kept, "--gpu-memory", "1.6GB") == 0
     doubled = ["--micro-batch", str(2 * micro_batch), "--gpu-memory", "1.6GB"]
     assert run(monkeypatch, *again, "--activations", kept, *doubled) == (0 if micro_batch == 64 else 1)
+
+
+def test_a_plan_tries_slower_activations_where_faster_ones_do_not_fit() -> None:
+    about: dict[str, Any] = {"world_size": 1, "seq_len": 4096, "optimizer": "AMCS", "loss": "chunked"}
+    about |= {"host_memory": 10**12, "ranks_per_machine": 1}
+
+    def found(memory: int) -> list[Candidate]:
+        every = recommend("qwen3-tiny", gpu_memory=memory, **about)
+        return [one for one in every if (one.config, one.state) == ("amcs_zero2", "8bit, bf16+8")]
+
+    needs = {str(one.activations): one.needs for one in found(10**9)}  # less than the context alone
+    assert list(needs) == sorted(needs, key=lambda kept: needs[kept])
+    assert needs.keys() == {"full", "checkpoint", "checkpoint,tiled", "offload,tiled"}
+    between = (needs["checkpoint"] + needs["checkpoint,tiled"]) // 2
+    tried = {str(one.activations): one for one in found(between)}
+    assert tried.keys() == {"full", "checkpoint", "checkpoint,tiled"} and tried["checkpoint,tiled"].fits
+    assert tried["checkpoint,tiled"].cost > tried["checkpoint"].cost
+    assert {str(one.activations) for one in found(10 * 10**9)} == {"full", "checkpoint"}
 
 
 def test_a_plan_that_cannot_be_says_why(

@@ -82,6 +82,19 @@ def test_the_command_prints_a_table_for_each_memory(
     assert [one["seq_len"] for one in found] == [None, 4096, None, 4096]
 
 
+def test_what_is_kept_of_activations_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [way, *_] = ways(["AMCS"], 1, "8bit", offload=False)
+    full, kept = (fits(MODEL, [way], [10**9], 1, Activations.read(words))[0].needs for words in ("full", "checkpoint"))
+    assert kept < full
+    given = ["fits", "--model", MODEL, "--gpu-memory", "24GB", "--optimizer", "amcs"]
+    assert run(monkeypatch, *given, "--activations", "offload,tiled") == 0
+    assert "activations offload,tiled" in " ".join(capsys.readouterr().out.split())
+    assert run(monkeypatch, *given, "--activations", "tile") == 2
+    assert "Did you mean 'tiled'?" in capsys.readouterr().err
+
+
 def test_wrong_values_end_with_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

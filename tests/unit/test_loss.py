@@ -222,6 +222,29 @@ def test_the_loss_holds_no_more_than_it_says(tokens: int) -> None:
     assert peak < 4 * tokens * vocab / 2 + gradients
 
 
+def test_many_tokens_have_fewer_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, chunk in module.CHUNK.items():
+        for tokens in (1, 4096, module.MANY):
+            assert module.chunk_of(device, tokens, 10**6) == chunk
+        for tokens in (module.MANY + 1, 100_000, 400_000):
+            fewer = module.chunk_of(device, tokens, 10**6)
+            assert fewer % 128 == 0 and 128 <= fewer < chunk
+            assert fewer == 128 or chunk * module.MANY - 128 * tokens < tokens * fewer <= chunk * module.MANY
+        assert module.chunk_of(device, 10**7, 100) == 100
+    given = problem(300, 64, 1000, torch.bfloat16)
+    results = []
+    for many in (module.MANY, 40):
+        monkeypatch.setattr(module, "MANY", many)
+        leaves = {name: value.clone().requires_grad_(name != "targets") for name, value in given.items()}
+        value = linear_cross_entropy(**leaves)
+        value.backward()
+        results.append((value.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}))
+    (loss, expected), (found, gradients) = results
+    torch.testing.assert_close(found, loss, rtol=1e-6, atol=0)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-2, atol=1e-3 * float(gradient.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("model_type", "overrides"),
     [("gemma2", {"final_logit_softcapping": 30.0}), ("cohere", {"logit_scale": 0.0625})],

@@ -147,6 +147,22 @@ OTHER = {
 }
 
 
+def test_a_checkpoint_of_before_the_setting_had_words_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = saved_by("--activations checkpoint", 1, monkeypatch)
+    for flag, words in ((True, "checkpoint"), (False, "full"), (None, None)):
+        settings = {name: value for name, value in new.settings.items() if name != "activations"}
+        told = {name: value for name, value in new.terms.items() if name != "--activations"}
+        facts = {
+            "settings": settings | {"activation_checkpointing": flag},
+            "terms": told | {"--activation-checkpointing": flag},
+        }
+        again = settled("", Saved.of({"global_batch": new.global_batch, "run": facts}))
+        kept = again.settings.activations
+        assert again.changed == [] and (None if kept is None else str(kept)) == words
+    changed = settled("--activations checkpoint,tiled", Saved.of({"global_batch": new.global_batch, "run": facts}))
+    assert "--activations not given, now checkpoint,tiled" in changed.changed
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_what_is_not_typed_stays_and_what_is_typed_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = saved_by(OTHER[name], 1, monkeypatch)

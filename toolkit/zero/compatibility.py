@@ -12,6 +12,7 @@ import deepspeed.runtime.engine as ds_engine
 import deepspeed.runtime.zero.parameter_offload as ds_offload
 import deepspeed.runtime.zero.partition_parameters as ds_parameters
 import deepspeed.runtime.zero.stage3 as ds_stage3
+import deepspeed.utils as ds_utils
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -95,6 +96,10 @@ def incompatibilities() -> list[str]:
                 "fetch_sub_module(self, current_submodule: Module, forward: bool)",
                 "is_complete_trace(self)",
             )
+        ),
+        "utils.set_z3_leaf_module(model, flag), and leaf modules that are gathered whole": (
+            list(inspect.signature(ds_utils.set_z3_leaf_module).parameters) == ["model", "flag"]
+            and "iter_params(current_submodule, recurse=is_leaf)" in inspect.getsource(PartitionedParameterCoordinator)
         ),
         "stage3.reduce_scatter_coalesced(tensors, group)": (
             "reduce_scatter_coalesced(full_grads_for_rank, process_group)" in inspect.getsource(ds_stage3)
