@@ -56,14 +56,14 @@ def cases() -> list[Run]:
     ):
         for optimizer in ("AMCS compact, bf16+4", "SOAM compact, bf16+4", "AMCS minimal, bf16+4"):
             found.append(Run("qwen3-tiny", optimizer, stage, ranks, 2, seq_len, activations))
-    for stage, ranks, seq_len, activations in (
-        (2, 1, 256, "checkpoint:2"),
-        (2, 1, 3072, "checkpoint,tiled"),
-        (3, 2, 3072, "checkpoint,tiled"),
-        (2, 2, 3072, "tiled"),
-        (2, 1, 64, "checkpoint:3,tiled"),
+    for optimizer, stage, ranks, micro_batch, seq_len, activations, loss in (
+        ("AMCS 8bit, bf16+8", 2, 1, 2, 256, "checkpoint:2", "plain"),
+        ("AMCS 8bit, bf16+8", 2, 1, 2, 64, "checkpoint:3,tiled", "plain"),
+        ("AMCS 8bit, bf16+8", 3, 2, 2, 64, "checkpoint,tiled", "chunked"),
+        ("AMCS 8bit, bf16+8", 2, 2, 2, 64, "tiled", "chunked"),
+        ("AMCS lean, bf16, released", 2, 1, 9, 512, "checkpoint,tiled", "chunked"),  # two tiles
     ):
-        found.append(Run("qwen3-tiny", "AMCS 8bit, bf16+8", stage, ranks, 2, seq_len, activations))
+        found.append(Run("qwen3-tiny", optimizer, stage, ranks, micro_batch, seq_len, activations, loss))
     for optimizer, stage, ranks in (("AMCS 8bit, bf16+8", 2, 2), ("AMCS 8bit, bf16+8", 1, 2), ("AdamW", 2, 2)):
         found.append(Run("qwen3-tiny", optimizer, stage, ranks, 2, 64, "full", accumulation=2))
     for optimizer, stage, ranks, seq_len, activations, loss in (

@@ -18,7 +18,8 @@ from toolkit.models.activations import host_activations, kept_activations
 from toolkit.models.offload import SMALLEST, HostActivations, _pieces
 from toolkit.records.activations import Activations, parse_activations, renamed
 from toolkit.records.memory import Setup
-from toolkit.run.settings import parse
+from toolkit.run.prepare import prepare
+from toolkit.run.settings import check_settings, parse
 
 WORDS = ["full", "checkpoint", "checkpoint:1", "offload", "checkpoint:1,offload", "tiled", "checkpoint,tiled"]
 WORDS += ["checkpoint:2,offload,tiled"]
@@ -94,6 +95,14 @@ def test_a_cpu_has_no_host_to_offload_to() -> None:
         Activations.read("offload,tiled").check_device("cpu")
     Activations.read("offload").check_device("cuda")
     Activations.read("checkpoint,tiled").check_device("cpu")
+
+
+def test_a_run_on_a_cpu_ends_with_that_sentence_before_anything_is_loaded(tmp_path: Path) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("has an accelerator")
+    with pytest.raises(UserError, match="--activations is 'offload', but on a CPU the host is the device"):
+        prepare(check_settings(activations="offload", run_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 # --- models

@@ -113,24 +113,6 @@ def test_a_plan_writes_a_config_that_fits(
     assert run(monkeypatch, *again, "--activations", kept, *doubled) == (0 if micro_batch == 64 else 1)
 
 
-def test_a_plan_tries_slower_activations_where_faster_ones_do_not_fit() -> None:
-    about: dict[str, Any] = {"world_size": 1, "seq_len": 4096, "optimizer": "AMCS", "loss": "chunked"}
-    about |= {"host_memory": 10**12, "ranks_per_machine": 1}
-
-    def found(memory: int) -> list[Candidate]:
-        every = recommend("qwen3-tiny", gpu_memory=memory, **about)
-        return [one for one in every if (one.config, one.state) == ("amcs_zero2", "8bit, bf16+8")]
-
-    needs = {str(one.activations): one.needs for one in found(10**9)}  # less than the context alone
-    assert list(needs) == sorted(needs, key=lambda kept: needs[kept])
-    assert needs.keys() == {"full", "checkpoint", "checkpoint,tiled", "offload,tiled"}
-    between = (needs["checkpoint"] + needs["checkpoint,tiled"]) // 2
-    tried = {str(one.activations): one for one in found(between)}
-    assert tried.keys() == {"full", "checkpoint", "checkpoint,tiled"} and tried["checkpoint,tiled"].fits
-    assert tried["checkpoint,tiled"].cost > tried["checkpoint"].cost
-    assert {str(one.activations) for one in found(10 * 10**9)} == {"full", "checkpoint"}
-
-
 def test_a_plan_that_cannot_be_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -55,20 +55,6 @@ def test_the_peak_is_the_largest_ranks_and_every_byte_of_it_has_a_category(tmp_p
     assert "largest part is activations: 566.23 MB, 41 %" in run.headline
 
 
-def test_a_run_of_before_the_setting_had_words_is_reported_as_one_of_today(tmp_path: Path) -> None:
-    now, before = write_run(tmp_path / "now"), write_run(tmp_path / "before")
-    changed = 0
-    for path in before.rglob("*.json"):
-        text = path.read_text()
-        old = text.replace('"activations": "full"', '"activation_checkpointing": false')
-        changed += old != text
-        path.write_text(old)
-    assert changed >= 3  # the prediction and a measurement of each rank
-    first, second = report_of(now), report_of(before)
-    assert second.facts == first.facts and str(second.facts.activations) == "full"
-    assert second.problems == []
-
-
 def test_errors_are_of_the_measurement_in_percent(tmp_path: Path) -> None:
     run = report_of(write_run(tmp_path / "run"))
     at_peak, between = run.comparisons

@@ -1,0 +1,99 @@
+"""What is kept of activations: priced, offered, and read from runs of before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from report_runs import write_run
+from small_models import qwen3
+
+from toolkit.config import load_config
+from toolkit.errors import UserError
+from toolkit.estimate import predict
+from toolkit.estimate.predict import Case, Estimator, alternatives, offered_activations
+from toolkit.estimate.recommend import Candidate, recommend
+from toolkit.models import tiled
+from toolkit.records import categories as c
+from toolkit.records.activations import Activations
+from toolkit.report import build_report
+
+TINY = "qwen3-tiny"
+
+
+def case(*, tokens: int = 8, **more: Any) -> Case:
+    return Case(TINY, load_config("amcs_zero2"), 1, 1, tokens, **({"device": "cpu", "loss": "plain"} | more))
+
+
+def test_inputs_of_blocks_lie_on_the_host_of_a_gpu_and_two_of_them_on_it() -> None:
+    one = 2048 * 256 * 2  # tokens x hidden size x bf16, a power of two
+    at = {
+        words: Estimator().predict(case(tokens=2048, device="cuda", activations=Activations.read(words)))
+        for words in ("checkpoint", "offload", "checkpoint:3,offload")
+    }
+    assert {words: found.host for words, found in at.items()} == {
+        "checkpoint": {},
+        "offload": {c.ACTIVATIONS: 4 * one},
+        "checkpoint:3,offload": {c.ACTIVATIONS: 3 * one},
+    }
+    # At the loss the last input alone has not been let go.
+    assert at["checkpoint"].peak - at["offload"].peak == 3 * one
+    with pytest.raises(UserError, match="on a CPU the host is the device"):
+        Estimator().predict(case(activations=Activations.read("offload")))
+
+
+def test_what_is_offered_of_activations_fits_model_and_device(tmp_path: Path) -> None:
+    assert [str(one) for one in offered_activations(TINY, "cuda")] == [
+        *("full", "checkpoint", "checkpoint,tiled", "offload", "offload,tiled")
+    ]
+    assert [str(one) for one in offered_activations(TINY, "cpu")] == ["full", "checkpoint", "checkpoint,tiled"]
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    assert [str(one) for one in offered_activations(str(tmp_path), "cuda")] == ["full", "checkpoint", "offload"]
+    start = case(tokens=1024, device="cuda", activations=Activations(checkpoint=True))
+    words = [words for words, _ in alternatives(start)]
+    assert {"--activations checkpoint,tiled", "--activations offload", "--activations offload,tiled"} <= set(words)
+    assert "--activations checkpoint" not in words and "--activations full" not in words
+
+
+def test_tiles_are_not_scaled_with_the_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More sequences make more tiles, not larger ones."""
+    monkeypatch.setattr(tiled, "TILE", 256)
+    monkeypatch.setattr(predict, "TILE", 256)
+    many = replace(case(tokens=64, activations=Activations(tiled=True)), micro_batch=8)
+    assert Estimator(several=True).peak(many) == Estimator().peak(many)
+
+
+def test_a_plan_tries_slower_activations_where_faster_ones_do_not_fit(tmp_path: Path) -> None:
+    # The MLP is what holds most.
+    model = qwen3(tmp_path, hidden_size=128, intermediate_size=4096, num_hidden_layers=6)
+    about: dict[str, Any] = {"world_size": 1, "seq_len": 4 * tiled.TILE, "optimizer": "AMCS", "loss": "chunked"}
+    about |= {"host_memory": 10**12, "ranks_per_machine": 1}
+
+    def found(memory: int) -> dict[str, Candidate]:
+        every = recommend(model, gpu_memory=memory, **about)
+        at = [one for one in every if (one.config, one.state) == ("amcs_zero2", "8bit, bf16+8")]
+        return {str(one.activations): one for one in at}
+
+    needs = {kept: one.needs for kept, one in found(10**9).items()}  # less than the context alone
+    assert needs["full"] > needs["checkpoint"] > needs["checkpoint,tiled"] > needs["offload,tiled"] and len(needs) == 4
+    tried = found((needs["checkpoint"] + needs["checkpoint,tiled"]) // 2)
+    assert tried.keys() == {"full", "checkpoint", "checkpoint,tiled"} and tried["checkpoint,tiled"].fits
+    assert tried["checkpoint,tiled"].cost > tried["checkpoint"].cost
+    assert found(needs["checkpoint"]).keys() == {"full", "checkpoint"}
+
+
+def test_a_run_of_before_the_setting_had_words_is_reported_as_one_of_today(tmp_path: Path) -> None:
+    now, before = write_run(tmp_path / "now"), write_run(tmp_path / "before")
+    changed = 0
+    for path in before.rglob("*.json"):
+        text = path.read_text()
+        old = text.replace('"activations": "full"', '"activation_checkpointing": false')
+        changed += old != text
+        path.write_text(old)
+    assert changed >= 3  # the prediction and a measurement of each rank
+    first, second = (build_report([folder]).runs[0] for folder in (now, before))
+    assert second.facts == first.facts and str(second.facts.activations) == "full"
+    assert second.problems == []
