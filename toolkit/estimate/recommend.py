@@ -117,7 +117,7 @@ def recommend(
             return _fit(estimator, changed, gpu_memory, name, state, state_format, host_memory, ranks_per_machine)
 
         tried = [fit(kept) for kept in plain]
-        for kept in (one for one in choices if one.tiled):  # of what is slower, what fits where nothing else does
+        for kept in (one for one in choices if one not in plain):  # slower: for what does not fit otherwise
             if any(one.fits for one in tried):
                 break
             tried.append(fit(kept))

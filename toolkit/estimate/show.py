@@ -17,6 +17,9 @@ from toolkit.records.sizes import size_text
 _ATTENTION = {"sdpa": "flash"}
 """transformers' names in the words of `--attention`."""
 
+_WIDE = 120
+"""Columns that a table of candidates may take on any terminal: lines are continued below, figures are not cut."""
+
 _SHOWN = 12
 """Candidates of a plan that fit, and that do not, at most."""
 
@@ -145,7 +148,10 @@ def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest
             *(["?" if error is None else f"{error} %"] if rule else []),
         )
     console.print_line(title)
+    width = console.width
+    console.width = max(width, _WIDE)
     console.print(table)
+    console.width = width
     if len(shown) > _SHOWN:
         console.print_line(f"and {len(shown) - _SHOWN} more.")
 
