@@ -64,7 +64,7 @@ class RunSettings(BaseModel):
         typer.Option("--set", metavar="KEY=VALUE", help="Overwrite one key of the JSON; repeatable."),
     ] = []
     plugins: Annotated[list[Path], PLUGIN] = []
-    steps: Annotated[int, Field(gt=0), typer.Option(help="Optimizer steps.")] = 300
+    steps: Annotated[int, Field(gt=0), typer.Option(help="Optimizer steps.")] = 200
     seq_len: Annotated[int, Field(gt=0), typer.Option(help="Predictions per sequence.")] = 256
     micro_batch: Annotated[
         int | None,
