@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import pickle
 import subprocess
 from pathlib import Path
@@ -111,7 +112,9 @@ def test_snapshots_prediction_and_summary_are_there(full: Path) -> None:
 def test_three_lines_in_a_plain_loop(tmp_path: Path, level: str) -> None:
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"out": str(tmp_path / "run"), "steps": 3, "level": level}))
+    began = time.monotonic()
     run = start(WORKER, "plain", str(settings))
+    seconds = time.monotonic() - began
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     if level == "off":
         assert not (tmp_path / "run" / FOLDER).exists()
@@ -125,7 +128,7 @@ def test_three_lines_in_a_plain_loop(tmp_path: Path, level: str) -> None:
         assert record.resident[c.WEIGHTS] == pytest.approx(2 * parameters, rel=0.01)
         for name in (c.MASTER, "exp_avg", "exp_avg_sq"):  # fp32, over two ranks
             assert record.resident[name] == pytest.approx(4 * parameters / 2, rel=0.01), name
-        assert 0 < record.overhead_seconds < 5
+        assert 0 < record.overhead_seconds < seconds
 
 
 def test_a_rank_that_runs_out_of_memory_says_why(tmp_path: Path) -> None:

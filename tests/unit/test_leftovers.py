@@ -124,7 +124,7 @@ from deepspeed import comm
 x = torch.full((1000,), 3.0)
 comm.inference_all_reduce(x)
 assert (x == 3.0).all()
-print(os.environ["MASTER_PORT"])
+print(os.environ["MASTER_PORT"], flush=True)
 os.kill(os.getpid(), 9)
 """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

@@ -13,7 +13,7 @@ from measuring.record import Recorder
 def filled(name: str, device: str, *, activations: Any = None) -> Any:
     """The model that `toolkit.models.build_model` builds in bf16, with other random weights, on `device`."""
     from toolkit.models import load_config
-    from toolkit.models.build import _complete, skeleton
+    from toolkit.models.build import complete, skeleton
 
     config, preset = load_config(name)
     hf: Any = skeleton(config, torch.bfloat16)
@@ -28,7 +28,7 @@ def filled(name: str, device: str, *, activations: Any = None) -> Any:
                 made[placeholder] = nn.Parameter(value)
             module.register_parameter(key, made[placeholder])
     hf.to(device)  # the buffers
-    return _complete(hf, preset, activations, None)
+    return complete(hf, preset, activations, None)
 
 
 def engine_of(model: Any, recorder: Recorder, **changed: Any) -> tuple[Any, dict[str, Any]]:
