@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 DOCS = Path(__file__).parents[2] / "docs"
 PICTURE = DOCS / "images" / "bytes.svg"
@@ -59,7 +59,7 @@ def draw(found: dict[str, tuple[float, float]]) -> str:
         y = TOP + HEIGHT * place
         middle, end = round(LEFT + SCALE * held, 1), round(LEFT + SCALE * peak, 1)
         parts += [
-            Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 8, y + 14, escape(ROWS[name])),
+            Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 8, y + 14, ROWS[name]),
             Markup('<rect class="held" x="{}" y="{}" width="{:.1f}" height="18"/>').format(LEFT, y, middle - LEFT),
             Markup('<rect class="peak" x="{}" y="{}" width="{:.1f}" height="18"/>').format(middle, y, end - middle),
             Markup('<text x="{}" y="{}">{:.1f}</text>').format(end + 6, y + 14, peak),

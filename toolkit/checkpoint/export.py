@@ -82,7 +82,7 @@ def export(source: Source, folder: Path, *, dtype: str | None = None, shard_byte
 
 
 def load_model(source: Source) -> PreTrainedModel:
-    """The trained model, on the CPU; parameters as the model computed with them, the only copy of them in memory.
+    """The trained model, on the CPU; parameters as it computed with them, the only copy of them in memory.
 
     Raises:
         UserError: as `export`, of the checkpoint.
@@ -93,7 +93,7 @@ def load_model(source: Source) -> PreTrainedModel:
     model = tensors.check(config)
     model.load_state_dict(tensors.read(list(tensors.shapes)), strict=False, assign=True)
     model.tie_weights()
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def _check_whole(source: Source) -> None:

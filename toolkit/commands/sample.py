@@ -46,7 +46,7 @@ def opened_run(run: Path, step: int | None, plugins: list[Path] | None) -> Opene
 def sample(
     run: Run,
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT...]", help="What to go on with. (default: read from stdin)")
+        list[str] | None, typer.Argument(metavar="[TEXT...]", help="Beginnings of texts. (default: read from stdin)")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text, at most.")] = 100,
     temperature: Annotated[

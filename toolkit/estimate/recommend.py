@@ -109,18 +109,16 @@ def recommend(
     estimator = Estimator(several=True)
     found: list[Candidate] = []
     choices = offered_activations(model, device)
-    plain = [one for one in choices if not (one.tiled or one.offload)]
     for name, state, case in _cases(model, world_size, seq_len, optimizer, device, loss, state_format):
-
-        def fit(kept: Activations, name: str = name, state: str = state, case: Case = case) -> Candidate:
-            changed = replace(case, activations=kept)
-            return _fit(estimator, changed, gpu_memory, name, state, state_format, host_memory, ranks_per_machine)
-
-        tried = [fit(kept) for kept in plain]
-        for kept in (one for one in choices if one not in plain):  # slower: for what does not fit otherwise
-            if any(one.fits for one in tried):
+        tried: list[Candidate] = []
+        for kept in choices:
+            slower = kept.tiled or kept.offload  # for what does not fit otherwise
+            if slower and any(one.fits for one in tried):
                 break
-            tried.append(fit(kept))
+            changed = replace(case, activations=kept)
+            tried.append(
+                _fit(estimator, changed, gpu_memory, name, state, state_format, host_memory, ranks_per_machine)
+            )
         found += tried
 
     def order(one: Candidate) -> tuple[Any, ...]:

@@ -60,7 +60,7 @@ def own_text(opened: Opened, sequences: int | None, seq_len: int | None) -> Sequ
     Raises:
         UserError: the checkpoint does not say what that is, or it cannot be read.
     """
-    text, trained = opened.note("validation"), opened.note("identity", "data")
+    text, trained = opened.note("validation"), opened.note("identity.data")
     if text is None or trained is None:
         raise UserError(f"{opened.folder} notes no text that its run validates on; give one with --data.")
     length = _length(opened, seq_len)
@@ -106,7 +106,7 @@ def _passes(sequences: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndar
 
 
 def _length(opened: Opened, seq_len: int | None) -> int:
-    length = seq_len or opened.note("identity", "data", "seq_len") or RunSettings().seq_len
+    length = seq_len or opened.note("identity.data.seq_len") or RunSettings().seq_len
     if opened.positions is not None and length > opened.positions:
         raise UserError(f"--seq-len is {length}, but the model has {opened.positions} positions.")
     return int(length)
@@ -114,7 +114,7 @@ def _length(opened: Opened, seq_len: int | None) -> int:
 
 def _micro_batch(opened: Opened, seq_len: int) -> int:
     """Sequences of a pass: the run's, and of longer ones no more tokens."""
-    micro, trained = opened.note("run", "terms", MICRO), opened.note("identity", "data", "seq_len") or seq_len
+    micro, trained = opened.note(f"run.terms.{MICRO}"), opened.note("identity.data.seq_len") or seq_len
     return max(1, micro * trained // max(trained, seq_len)) if isinstance(micro, int) else 1
 
 

@@ -1,4 +1,4 @@
-"""Text that a trained model goes on with."""
+"""Text that a trained model generates."""
 
 from __future__ import annotations
 

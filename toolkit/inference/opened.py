@@ -15,6 +15,7 @@ from toolkit.checkpoint.universal import open_checkpoint
 from toolkit.checkpoint.wrong import is_exported
 from toolkit.models.build import complete
 from toolkit.records.activations import Activations
+from toolkit.sentences import value_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,12 +45,9 @@ class Opened:
         found: int | None = getattr(self.model.hf.config, "max_position_embeddings", None)
         return found
 
-    def note(self, *keys: str) -> Any:
-        """What the checkpoint notes under these keys, one within the other; None where it notes nothing."""
-        found: Any = self.facts
-        for key in keys:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found
+    def note(self, path: str) -> Any:
+        """What the checkpoint notes at a dotted path; None where it notes nothing."""
+        return value_at(self.facts, path)
 
 
 def open_model(folder: Path) -> Opened:
@@ -79,11 +77,9 @@ def _of_a_folder(folder: Path) -> Opened:
 
 def _of_a_checkpoint(folder: Path) -> Opened:
     source = open_checkpoint(folder)
-    hf = load_model(source)
-    opened = Opened(folder, models.CausalLM(hf), None, source.manifest.step)  # type: ignore[arg-type]
-    opened.facts, opened.ranks = source.manifest.facts, source.origin.world_size
+    hf, facts = load_model(source), source.manifest.facts
     kept = any("tokenizer" in name for name in source.model_files())
-    opened.tokenizer = data.load_tokenizer(str(folder) if kept else opened.note("identity", "tokenizer", "name"))
-    preset = models.PRESETS.get(opened.note("identity", "model", "name") or "")
-    opened.model = complete(hf, preset, Activations(), opened.note("run", "settings", "loss"))
-    return opened
+    tokenizer = data.load_tokenizer(str(folder) if kept else value_at(facts, "identity.tokenizer.name"))
+    preset = models.PRESETS.get(value_at(facts, "identity.model.name") or "")
+    model = complete(hf, preset, Activations(), value_at(facts, "run.settings.loss"))
+    return Opened(folder, model, tokenizer, source.manifest.step, source.origin.world_size, facts)

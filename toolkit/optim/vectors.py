@@ -16,7 +16,7 @@ the fastest."""
 
 _INT8, _UINT8, _BF16, _FP16 = torch.int8, torch.uint8, torch.bfloat16, torch.float16
 _INT32, _FP32 = torch.int32, torch.float32
-_BYTES, _HALVES = (_INT8, _UINT8), (_BF16, _FP16)
+_BYTES = (_INT8, _UINT8)
 
 _PART = "_mm256_castsi256_si128({x})"
 _WIDER = {_INT8: f"_mm256_cvtepi8_epi32({_PART})", _UINT8: f"_mm256_cvtepu8_epi32({_PART})"}
@@ -69,8 +69,8 @@ def vector_code(*, avx2: bool) -> Iterator[None]:
         factors, indices, *rest = select(self, functions, sizes)
         if all(len(size) == 1 and size[0].is_symbol and not reduced for size, reduced in sizes):  # one for each block
             factors, indices = [], []
-        elif len(factors) == 1 and indices == [1]:  # along a block
-            factors = [_AVX2_LANES] if avx2 else factors
+        elif avx2 and len(factors) == 1 and indices == [1]:  # along a block
+            factors = [_AVX2_LANES]
         return factors, indices, *rest
 
     def to_dtype_bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
