@@ -81,10 +81,40 @@ def test_a_hostfile_of_several_machines_is_taken(tmp_path: Path, monkeypatch: py
     line = f"--hostfile {hosts} --no_ssh --node_rank 0 --steps 3 --master_addr a"
     assert run(monkeypatch, "train", *line.split()) == 7
     launcher = {"--hostfile=" + str(hosts), "--no_ssh", "--node_rank=0", "--master_addr=a"}
-    assert set(started[0][4:-3]) == launcher and started[0][-3:] == ["--module", "toolkit.train", "--steps=3"]
+    assert (
+        started[0][4] == "runner"
+        and set(started[0][5:-3]) == launcher
+        and started[0][-3:] == ["--module", "toolkit.train", "--steps=3"]
+    )
     launching.check({"hostfile": hosts, "no_ssh": True, "node_rank": 0, "master_addr": "a", "num_nodes": 2})
     with pytest.raises(UserError, match="go together"):
         launching.check({"hostfile": hosts, "no_ssh": True})
+
+
+def test_ranks_of_this_machine_need_no_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(launching, "HOSTFILE", tmp_path / "none")
+    monkeypatch.setattr(launching, "_pass_on", lambda command, environment: started.append(list(command)) or 0)
+    monkeypatch.setattr(launching, "_devices", lambda: 4)
+    for line in ("--ranks 2 --master_port 1234 --steps 3", "--steps 3", "--include localhost:1,2 --steps 3"):
+        assert run(monkeypatch, "train", *line.split()) == 0
+    assert started[0][4:] == ["2", "--master_port=1234", "--module", "toolkit.train", "--steps=3"]
+    assert started[1][4] == "4" and started[1][5].startswith("--master_port=")
+    assert started[2][4] == "runner" and "--include=localhost:1,2" in started[2]
+
+
+def test_ranks_take_the_devices_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import real_accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", CUDA_Accelerator())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launching._numbers(2) == [0, 1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7a,2")
+    assert launching._numbers(2) == ["5", "GPU-7a"]
+    with pytest.raises(ValueError, match="4 ranks were asked for, but this machine shows 3 GPUs"):
+        launching._numbers(4)
 
 
 def test_a_torch_for_cpus_is_told_without_its_import() -> None:

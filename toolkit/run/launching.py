@@ -1,18 +1,21 @@
 """`toolkit train`: DeepSpeed's launcher starts the ranks of a run, under a process that passes signals on to them.
 
     toolkit train              hears the signals, and ends with the run's status; it loads no torch
-      this file                DeepSpeed's runner, in a session of its own
-        deepspeed.launcher     one on each machine
+      this file                in a session of its own: DeepSpeed's launcher of this machine, or its runner
+        deepspeed.launcher     where it is the runner: one on each machine
           toolkit.train        a rank
 
 Of a terminal's Ctrl-C the launcher would end with a status of its own, in place of the ranks', and the runner with a
-traceback before the ranks have saved. A single rank needs none of them.
+traceback before the ranks have saved. For ranks of this machine only, the runner would find out how many there are and
+start the launcher, which imports torch and DeepSpeed again: seconds. A single rank needs none of them.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib.util
+import json
 import os
 import runpy
 import signal
@@ -58,12 +61,16 @@ def train(options: Mapping[str, Any], arguments: Sequence[str]) -> int:
     environment = os.environ | {"PYTHONSAFEPATH": "1"}  # nothing is imported that happens to lie in the working folder
     local = "hostfile" not in options and not HOSTFILE.is_file()
     simple = local and not options.keys() - {"num_gpus", "master_port"}
-    if simple and (options["num_gpus"] if "num_gpus" in options else _devices()) <= 1:
-        _become_the_rank(arguments, environment, options.get("master_port"))
-    options = ({"master_port": ranks.free_port()} if local else {}) | dict(options)
+    if simple:
+        count = options["num_gpus"] if "num_gpus" in options else _devices()
+        if count <= 1:
+            _become_the_rank(arguments, environment, options.get("master_port"))
+        options = {"master_port": options.get("master_port", ranks.free_port())}
+    elif local:
+        options = {"master_port": ranks.free_port()} | dict(options)
     line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
-    command = [sys.executable, "-m", "toolkit.run.launching", str(os.getpid()), *line, "--module", MODULE, *arguments]
-    return _pass_on(command, environment)
+    start = [sys.executable, "-m", "toolkit.run.launching", str(os.getpid()), str(count) if simple else "runner"]
+    return _pass_on([*start, *line, "--module", MODULE, *arguments], environment)
 
 
 def check(options: Mapping[str, Any]) -> None:
@@ -164,33 +171,57 @@ def _pass_on(command: Sequence[str], environment: Mapping[str, str]) -> int:
     return 128 + killed if status < 0 else status
 
 
-def _ranks(runner: int) -> list[Any]:
-    """The processes of this machine's ranks: the children of the launcher that the process `runner` has started."""
+def _ranks(started: int) -> list[Any]:
+    """The processes of this machine's ranks. The launcher that started them is the process `started` or its child."""
     import psutil
 
     found = []
-    for child in psutil.Process(runner).children():
+    for child in psutil.Process(started).children():
         with contextlib.suppress(psutil.Error):
-            if any("deepspeed.launcher.launch" in word for word in child.cmdline()):
+            words = child.cmdline()
+            if any("deepspeed.launcher.launch" in word for word in words):
                 found += child.children()
+            elif MODULE in words:
+                found.append(child)
     return found
 
 
-def _run_launcher(arguments: Sequence[str]) -> None:
-    """DeepSpeed's runner, with what it refuses as one sentence, and on CPUs with as many ranks as are asked for."""
+def _run_launcher(count: int | None, arguments: Sequence[str]) -> None:
+    """DeepSpeed's launcher of `count` ranks, or its runner, with what it refuses as one sentence."""
     ranks.settle_accelerator()
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher would take it for the numbers of CPU ranks
-    from deepspeed.launcher import runner
-
+    quiet = "--log_level=critical"  # a rank's status is told by this package, and whole command lines help nobody
     try:
-        # The status of a rank is told by this package, and whole command lines are of no use to anybody.
-        runner.main(["--log_level=critical", *arguments])
+        if count is None:
+            from deepspeed.launcher import runner
+
+            runner.main([quiet, *arguments])
+        else:
+            from deepspeed.launcher import launch
+
+            machines = json.dumps({"localhost": _numbers(count)})
+            world = base64.urlsafe_b64encode(machines.encode()).decode()
+            sys.argv = [launch.__file__, f"--world_info={world}", quiet, *arguments]
+            launch.main()
     except (ValueError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
         print(f"error: DeepSpeed's launcher: {one_line(error).rstrip('.')}.", file=sys.stderr)
         sys.exit(2)
 
 
+def _numbers(count: int) -> list[int | str]:
+    """Which of this machine's devices the ranks take, as CUDA_VISIBLE_DEVICES names them."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return list(range(count))
+    if count > accelerator.device_count():
+        raise ValueError(f"{count} ranks were asked for, but this machine shows {accelerator.device_count()} GPUs")
+    visible = [os.environ[name] for name in accelerator.visible_devices_envs() if os.environ.get(name)]
+    return list(visible[0].split(",")[:count]) if visible else list(range(count))
+
+
 if __name__ == "__main__":
     hear_of_the_end_of(int(sys.argv[1]))
-    _run_launcher(sys.argv[2:])
+    _run_launcher(None if sys.argv[2] == "runner" else int(sys.argv[2]), sys.argv[3:])
