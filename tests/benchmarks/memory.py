@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +98,30 @@ def configuration(name: str, stage: int, offload: bool = False) -> dict[str, Any
     return config
 
 
-def launch(config: dict[str, Any], world_size: int, **settings: Any) -> list[dict[str, Any]]:
+Launcher = Callable[[Path, int, Path, str], tuple[int, str]]
+"""Runs a script with one argument on so many ranks: a folder for itself, ranks, script, argument -> status, output."""
+
+
+def by_deepspeed(folder: Path, world_size: int, script: Path, argument: str) -> tuple[int, str]:
+    scripts = Path(sys.executable).parent
+    ranks = ["--num_gpus", str(world_size), "--master_port", str(20_000 + os.getpid() % 20_000)]
+    command = [sys.executable, str(scripts / "deepspeed"), *ranks, str(script), argument]
+    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout[-3000:] + done.stderr[-5000:]
+
+
+def launch(
+    config: dict[str, Any], world_size: int, launcher: Launcher = by_deepspeed, **settings: Any
+) -> list[dict[str, Any]]:
     """What each rank of a real run held, in bytes; `settings` as of memory_worker.py, which see."""
     defaults = {"optimizer": None, "steps": 4, "micro_batch": 1, "activations": "full", "loss": "plain"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "settings.json"
         path.write_text(json.dumps(defaults | settings | {"config": config, "out": folder}))
-        scripts = Path(sys.executable).parent
-        ranks = ["--num_gpus", str(world_size), "--master_port", str(20_000 + os.getpid() % 20_000)]
-        command = [sys.executable, str(scripts / "deepspeed"), *ranks, str(WORKER), str(path)]
-        environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise SystemExit(f"{config}, {world_size} rank(s):\n{done.stdout[-3000:]}{done.stderr[-5000:]}")
+        status, printed = launcher(Path(folder), world_size, WORKER, str(path))
+        if status:
+            raise SystemExit(f"{config}, {world_size} rank(s):\n{printed}")
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(world_size)]
 
 

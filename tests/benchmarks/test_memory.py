@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import transformers
 from memory import base, configuration, launch, ours
+from ranks import launched
 
 from toolkit.estimate.predict import Case, Estimator
 from toolkit.models import cpu_matmul
@@ -34,7 +35,7 @@ def test_the_measured_peak_is_the_predicted_one(
     # What bf16 products take within themselves depends on the processor: with AMX, a copy of an operand.
     monkeypatch.setenv(cpu_matmul.VARIABLE, "fp32")
     config = configuration(name, stage)
-    found = launch(config, ranks, model=MODEL, seq_len=seq_len, activations=activations)
+    found = launch(config, ranks, launched, model=MODEL, seq_len=seq_len, activations=activations)
     largest = max(found, key=lambda one: one["peak"])
     case = Case(MODEL, config, ranks, 1, seq_len, device="cpu", activations=Activations.read(activations), loss="plain")
     predicted = Estimator().predict(case)
@@ -59,7 +60,7 @@ def test_the_measured_step_of_a_rule_that_looks_at_whole_parameters_is_the_predi
     shape = {"hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 4, "num_key_value_heads": 2}
     transformers.Qwen3Config(vocab_size=96, num_hidden_layers=2, head_dim=128, **shape).save_pretrained(tmp_path)
     config = base(stage) | ours(rule, "8bit", "bf16+8")
-    found = launch(config, 2, model=str(tmp_path), seq_len=8, steps=2)
+    found = launch(config, 2, launched, model=str(tmp_path), seq_len=8, steps=2)
     case = Case(str(tmp_path), config, 2, 1, 8, device="cpu", activations=Activations(), loss="plain")
     [step] = [phase for phase in Estimator().predict(case).phases if phase.name == STEP]
     assert step.peak == pytest.approx(max(one["step"] for one in found), rel=0.01)

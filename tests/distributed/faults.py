@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from ranks import deepspeed_command, environment
+from fork_server import Forked
+from ranks import SERVER, deepspeed_command, environment
 
 from toolkit.checkpoint import manifest as manifests
 from toolkit.checkpoint.store import LATEST, Store
@@ -24,12 +24,6 @@ from toolkit.records.run import read_metrics
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 TARGETS = ("one rank", "all ranks", "the ranks' launcher", "deepspeed")
-
-
-def _signals() -> None:
-    # As launch/slurm.sh: DeepSpeed's launchers would die of it.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 
 
 @dataclass
@@ -61,18 +55,12 @@ class Victim:
         self.log = self.folder.with_suffix(".log")
         self.before = 0  # size of the log when the present start began
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> Forked:
         self.before = self.log.stat().st_size if self.log.exists() else 0
-        with open(self.log, "ab") as log:
-            command = deepspeed_command(2, TRAIN, *self.arguments, "--run-dir", str(self.folder))
-            return subprocess.Popen(
-                command,
-                env=environment(),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=_signals,
-            )
+        command = deepspeed_command(2, TRAIN, *self.arguments, "--run-dir", str(self.folder))
+        # As launch/slurm.sh: DeepSpeed's launchers would die of it.
+        ignored = [signal.SIGUSR1]
+        return SERVER.start(command, environment(), self.log, launches=True, session=True, ignored=ignored)
 
     def steps(self) -> int:
         metrics = self.folder / "metrics.jsonl"
@@ -86,7 +74,7 @@ class Victim:
     def newest(self) -> int:
         return max(Store(self.folder / "checkpoints").steps(), default=0)
 
-    def ask_to_stop(self, send: Callable[[subprocess.Popen[bytes]], None]) -> int:
+    def ask_to_stop(self, send: Callable[[Forked], None]) -> int:
         """Start, send a signal after a few steps, and wait for the end of all; returns the exit status."""
         resumed = self.newest()
         process = self.start()
@@ -134,10 +122,10 @@ class Victim:
         said = self.log.read_bytes()[self.before :]
         return (b"resumed from" if resumed else b"files in") in said
 
-    def _victims(self, process: subprocess.Popen[bytes], target: str) -> list[psutil.Process]:
+    def _victims(self, process: Forked, target: str) -> list[psutil.Process]:
         runner = psutil.Process(process.pid)
-        launcher = next(p for p in runner.children() if any("launch" in word for word in p.cmdline()))
-        ranks = [p for p in launcher.children() if any(word.endswith("train.py") for word in p.cmdline())]
+        [launcher] = runner.children()
+        ranks = launcher.children()
         assert len(ranks) == 2, ranks
         return {
             "one rank": [self.random.choice(ranks)],
@@ -148,7 +136,7 @@ class Victim:
 
     def _wait(
         self,
-        process: subprocess.Popen[bytes],
+        process: Forked,
         ready: Callable[[], bool],
         patience: float = 180.0,
         pause: float = 0.01,

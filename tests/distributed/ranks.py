@@ -23,6 +23,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def launched(
+    folder: Path, world_size: int, script: Path | str, *arguments: str, more: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """`deepspeed --num_gpus <world_size> script arguments`: its exit status and all that it and its ranks printed."""
+    command = deepspeed_command(world_size, script, *arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = SERVER.call(command, environment() | dict(more or {}), folder / "launched.log", launches=True)
+    remove_buffers(command[command.index("--master_port") + 1])
+    return found
+
+
 def deepspeed_command(world_size: int, script: Path | str, *arguments: str) -> list[str]:
     launcher = Path(sys.executable).with_name("deepspeed")
     master = ["--num_gpus", str(world_size), "--master_port", str(free_port())]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from ranks import case, deepspeed_command, environment, run_ranks
+from ranks import SERVER, case, environment, launched, run_ranks
 
 from toolkit.records.run import read_metrics
 
@@ -83,7 +82,7 @@ def settings(tmp_path: Path) -> list[str]:
 
 
 def cached_in(folder: Path) -> dict[str, str]:
-    return environment() | {
+    return {
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
         "TORCH_EXTENSIONS_DIR": str(folder / "built"),
     }
@@ -92,9 +91,9 @@ def cached_in(folder: Path) -> dict[str, str]:
 def test_ranks_load_what_one_process_compiled(settings: list[str], tmp_path: Path) -> None:
     (tmp_path / "plugin.py").write_text(COUNTING)
     # With the flag, which is part of what the compiler's cache goes by.
-    command = deepspeed_command(2, REPOSITORY / "launch" / "train.py", *settings, "--deterministic")
-    run = subprocess.run(command, env=cached_in(tmp_path), capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stdout + run.stderr
+    train = REPOSITORY / "launch" / "train.py"
+    status, said = launched(tmp_path, 2, train, *settings, "--deterministic", more=cached_in(tmp_path))
+    assert status == 0, said
     found = [json.loads(path.read_text()) for path in tmp_path.glob("plugin.py.*")]
     ranks = [one for one in found if one]
     assert len(ranks) == 2 and all(one.get("fxgraph_cache_hit") == 1 for one in ranks), found
@@ -102,7 +101,7 @@ def test_ranks_load_what_one_process_compiled(settings: list[str], tmp_path: Pat
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record.get("compile_s", 0.0) > 0.0 for record in records] == [True, False, False]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["compile_s"] == records[0]["compile_s"] and "of compiling" in run.stdout
+    assert summary["compile_s"] == records[0]["compile_s"] and "of compiling" in said
     assert list((tmp_path / "cache").glob("leanstate-*")), "a later run starts no process"
     assert not (tmp_path / "built").exists(), "DeepSpeed has built no extension"
 
@@ -118,17 +117,8 @@ def test_nothing_compiles_on_when_the_run_has_ended(settings: list[str], tmp_pat
     plugin = tmp_path / "plugin.py"
     plugin.write_text(f"import runpy\nrunpy.run_path({str(LION)!r})\n{SLEEPING}")
     more = ["--seq-len", "1000000"] if end == "error" else []
-    command = [sys.executable, "-m", "toolkit.train", *settings, *more]
-    run = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=cached_in(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # What a shell starts in the background ignores it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    log, command = tmp_path / "log", [sys.executable, "-m", "toolkit.train", *settings, *more]
+    run = SERVER.start(command, environment() | cached_in(tmp_path), log)
     deadline = time.monotonic() + 120
     while not processes(plugin, "time.sleep"):
         if end == "error" and run.poll() is not None:  # the error may be found before the compiler starts
@@ -136,14 +126,13 @@ def test_nothing_compiles_on_when_the_run_has_ended(settings: list[str], tmp_pat
         assert time.monotonic() < deadline and run.poll() is None
         time.sleep(0.05)
     if end == "error":
-        _, err = run.communicate(timeout=120)
-        assert run.returncode == 2 and err.startswith("error: ")
+        assert run.wait(timeout=120) == 2 and "\nerror: " in f"\n{log.read_text()}"
     else:
-        while "compiling" not in (line := run.stdout.readline()):  # type: ignore[union-attr]
-            assert line
+        while "compiling" not in log.read_text():
+            assert time.monotonic() < deadline and run.poll() is None
+            time.sleep(0.05)
         run.send_signal(end)
-        run.communicate(timeout=60)
-        assert run.returncode == (130 if end == signal.SIGINT else -end)
+        assert run.wait(timeout=60) == (130 if end == signal.SIGINT else -end)
     deadline = time.monotonic() + 20
     while (left := processes(plugin)) and time.monotonic() < deadline:
         time.sleep(0.1)

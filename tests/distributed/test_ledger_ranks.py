@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import deepspeed_command, environment, remove_buffers
+from ranks import launched
 
 from toolkit.records import categories as c
 from toolkit.records.memory import FOLDER, PREDICTED, Measurement, OutOfMemoryRecord, Prediction, measured_name
 from toolkit.records.run import METRICS, SUMMARY, read_metrics
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 WORKER = Path(__file__).with_name("ledger_worker.py")
 PARAMETERS = 5_049_088
 ACCUMULATION = 2
-
-
-def start(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = deepspeed_command(2, script, *arguments)
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, cwd=REPOSITORY)
-    remove_buffers(command[command.index("--master_port") + 1])
-    return run
 
 
 def options(folder: Path, **more: Any) -> list[str]:
@@ -45,9 +37,9 @@ def measured(folder: Path) -> list[Measurement]:
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "full"
     more = {"steps": 4, "seq_len": 64, "micro_batch": 2, "grad_accum": ACCUMULATION, "eval_every": 2}
-    run = start(REPOSITORY / "launch" / "train.py", *options(folder, memory_profile="full", **more))
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert "USDT" not in run.stderr and "memory: at most" in run.stdout
+    status, said = launched(folder.parent, 2, TRAIN, *options(folder, memory_profile="full", **more))
+    assert status == 0, said[-6000:]
+    assert "USDT" not in said and "memory: at most" in said
     return folder
 
 
@@ -113,9 +105,9 @@ def test_three_lines_in_a_plain_loop(tmp_path: Path, level: str) -> None:
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"out": str(tmp_path / "run"), "steps": 3, "level": level}))
     began = time.monotonic()
-    run = start(WORKER, "plain", str(settings))
+    status, said = launched(tmp_path, 2, WORKER, "plain", str(settings))
     seconds = time.monotonic() - began
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert status == 0, said[-6000:]
     if level == "off":
         assert not (tmp_path / "run" / FOLDER).exists()
         return
@@ -136,12 +128,12 @@ def test_a_rank_that_runs_out_of_memory_says_why(tmp_path: Path) -> None:
     arguments = options(folder, steps=3, seq_len=1024, micro_batch=8, eval_every=0)
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"arguments": arguments, "rank": 1, "room": 1_600_000_000}))
-    run = start(WORKER, "train", str(settings))
-    assert run.returncode == 12, run.stdout[-3000:] + run.stderr[-3000:]
+    status, said = launched(tmp_path, 2, WORKER, "train", str(settings))
+    assert status == 12, said[-6000:]
     page = folder / FOLDER / "rank1-out-of-memory.md"
-    lines = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    lines = [line for line in said.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and lines[0].startswith("error: rank 1 ran out of memory") and str(page) in lines[0]
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in said
     record = OutOfMemoryRecord.model_validate_json((folder / FOLDER / "rank1-out-of-memory.json").read_text())
     assert record.rank == 1 and record.setup is not None and record.setup.world_size == 2
     assert record.phase in (c.FORWARD, c.BACKWARD) and record.step == 1

@@ -14,7 +14,6 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
 
 from absent_gpu import Source, machine_code, write  # noqa: E402
 from gpu_static import Case, shipped  # noqa: E402
