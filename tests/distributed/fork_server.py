@@ -212,7 +212,7 @@ class _Become(BaseException):
 
 
 class _Child:
-    """What `subprocess.Popen` returns, as far as DeepSpeed's launchers use it."""
+    """What `subprocess.Popen` returns, as far as launchers use it."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -225,8 +225,11 @@ class _Child:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
-    def wait(self) -> int:
+    def wait(self, timeout: float = float("inf")) -> int:
+        deadline = time.monotonic() + timeout
         while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
             time.sleep(0.02)
         return status
 
@@ -234,22 +237,39 @@ class _Child:
 _popen = subprocess.Popen
 
 
-def _fork_in_place_of(command: Any, env: Mapping[str, str] | None = None, **how: Any) -> Any:
+def _fork_in_place_of(
+    command: Any,
+    env: Mapping[str, str] | None = None,
+    stdin: Any = None,
+    stdout: Any = None,
+    stderr: Any = None,
+    start_new_session: bool = False,
+    **how: Any,
+) -> Any:
     """`subprocess.Popen` in a launcher: commands of this Python are forked, all else is started as ever."""
-    if how or not isinstance(command, list) or command[0] != sys.executable:
-        return _popen(command, env=env, **how)
+    places: list[Any] = [stdin, stdout, stderr]
+    if how or not isinstance(command, list) or command[0] != sys.executable or subprocess.PIPE in places:
+        streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+        return _popen(command, env=env, **streams, start_new_session=start_new_session, **how)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     pid = os.fork()
     if pid:
         return _Child(pid)
+    for descriptor, place in enumerate(places):
+        if place == subprocess.DEVNULL:
+            place = os.open(os.devnull, os.O_RDWR)
+        elif place == subprocess.STDOUT:
+            place = 1
+        if place is not None:
+            os.dup2(place if isinstance(place, int) else place.fileno(), descriptor)
     raise _Become(
         Order(
             command=command,
             environment=dict(os.environ if env is None else env),
             output=None,
             launches="deepspeed.launcher.launch" in command,
-            session=False,
+            session=start_new_session,
             ignored=[],
         )
     )
@@ -281,6 +301,9 @@ def _become(order: Order) -> None:
         sys.argv = words[1:]
         sys.path[0] = os.getcwd()
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = words
         sys.path[0] = str(Path(words[0]).parent)

@@ -35,9 +35,16 @@ def launched(
 
 
 def deepspeed_command(world_size: int, script: Path | str, *arguments: str) -> list[str]:
+    return [*deepspeed_launcher(), "--num_gpus", str(world_size), str(script), *arguments]
+
+
+def toolkit_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from toolkit.cli import main; main()", *arguments]
+
+
+def deepspeed_launcher() -> list[str]:
     launcher = Path(sys.executable).with_name("deepspeed")
-    master = ["--num_gpus", str(world_size), "--master_port", str(free_port())]
-    return [sys.executable, str(launcher), *master, str(script), *arguments]
+    return [sys.executable, str(launcher), "--master_port", str(free_port())]
 
 
 def remove_buffers(port: str) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import environment
+from ranks import SERVER, environment, toolkit_command
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 SHAPE: dict[str, Any] = {
     "model_type": "qwen3",
@@ -47,14 +44,12 @@ def command(folder: Path, *more: str) -> list[str]:
         "--out": folder / "out",
     }
     flat = [str(part) for item in options.items() for part in item]
-    start = "from toolkit.cli import main; main()"
-    return [sys.executable, "-c", start, "compare", *flat, *more]
+    return toolkit_command("compare", *flat, *more)
 
 
-def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(folder, *more), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
+def run(folder: Path, *more: str) -> tuple[int, str]:
+    (folder / "log").unlink(missing_ok=True)
+    return SERVER.call(command(folder, *more), environment(), folder / "log", launches=True)
 
 
 def losses(folder: Path) -> dict[str, list[float]]:
@@ -69,7 +64,7 @@ def losses(folder: Path) -> dict[str, list[float]]:
 
 def interrupt(folder: Path, *more: str) -> None:
     """Start a comparison and press Ctrl-C once its first run has saved a checkpoint."""
-    process = subprocess.Popen(command(folder, *more), env=environment(), cwd=ROOT, start_new_session=True)
+    process = SERVER.start(command(folder, *more), environment(), folder / "log", launches=True, session=True)
     until = time.monotonic() + 200
     while not list((folder / "out" / "runs").rglob("manifest.json")):
         assert process.poll() is None and time.monotonic() < until
@@ -78,10 +73,11 @@ def interrupt(folder: Path, *more: str) -> None:
     assert process.wait(timeout=100) == 130
 
 
-def resume(folder: Path) -> subprocess.CompletedProcess[str]:
+def resume(folder: Path) -> tuple[int, str]:
     """As `run`, by the folder alone."""
-    start = [sys.executable, "-c", "from toolkit.cli import main; main()", "compare", "--out", str(folder / "out")]
-    return subprocess.run(start, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    return SERVER.call(
+        toolkit_command("compare", "--out", str(folder / "out")), environment(), folder / "resumed.log", launches=True
+    )
 
 
 def test_a_run_that_was_interrupted_is_resumed(tmp_path: Path) -> None:
@@ -90,9 +86,9 @@ def test_a_run_that_was_interrupted_is_resumed(tmp_path: Path) -> None:
     assert place == "amcs/as-configured/seed0" and 2 <= len(cut) < STEPS, "it was stopped in the middle"
     assert "No run has ended yet." in (tmp_path / "out" / "report.md").read_text()
 
-    resumed = resume(tmp_path)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "resumed: amcs as-configured seed 0" in resumed.stdout
+    status, said = resume(tmp_path)
+    assert status == 0, said
+    assert "resumed: amcs as-configured seed 0" in said
     whole = losses(tmp_path)[place]
     assert len(whole) == STEPS and whole[: len(cut)] == cut, "what was made before the interruption stays"
     assert not list((tmp_path / "out" / "runs").rglob("checkpoints")), "of runs that have ended, none are kept"
@@ -106,15 +102,15 @@ def test_two_methods_at_two_rates_and_two_seeds_interrupted_and_extended(tmp_pat
     plan = ["--methods", "amcs,torch.optim.AdamW", "--sweep", "lr=1e-3,2e-3", "--extend", "0"]
     interrupt(tmp_path, *plan, "--seeds", "1")
     [(place, cut)] = losses(tmp_path).items()
-    sweeps = resume(tmp_path)
-    assert sweeps.returncode == 0, sweeps.stdout + sweeps.stderr
+    status, said = resume(tmp_path)
+    assert status == 0, said
     made = losses(tmp_path)
     assert len(made) == 2 * 2 and {len(values) for values in made.values()} == {STEPS}
     assert made[place][: len(cut)] == cut
 
-    extended = run(tmp_path, *plan, "--seeds", "2", "--jobs", "2")
-    assert extended.returncode == 0, extended.stdout + extended.stderr
-    assert extended.stdout.count("started: ") == 2, "nothing that has ended is made again"
+    status, said = run(tmp_path, *plan, "--seeds", "2", "--jobs", "2")
+    assert status == 0, said
+    assert said.count("started: ") == 2, "nothing that has ended is made again"
     made = losses(tmp_path)
     for seed in (0, 1):
         first = {values[0] for key, values in made.items() if key.endswith(f"seed{seed}")}
@@ -124,12 +120,12 @@ def test_two_methods_at_two_rates_and_two_seeds_interrupted_and_extended(tmp_pat
     assert adamw["difference"]["standard_error"] > 0
     assert adamw["state_per_parameter"] == pytest.approx(12, abs=0.1) and amcs["state_per_parameter"] < 4.5
 
-    changed = run(tmp_path, *plan, "--global-batch", "4")
-    assert changed.returncode == 2 and "global_batch" in changed.stderr and "another --out" in changed.stderr
+    status, said = run(tmp_path, *plan, "--global-batch", "4")
+    assert status == 2 and "global_batch" in said and "another --out" in said
 
 
 def test_what_is_wrong_with_every_run_stops_at_the_first(tmp_path: Path) -> None:
     command(tmp_path)
     (tmp_path / "empty.txt").write_text("")
-    wrong = run(tmp_path, "--methods", "amcs", "--data", str(tmp_path / "empty.txt"))
-    assert wrong.returncode == 2 and wrong.stderr.count("error: ") == 1 and "empty.txt" in wrong.stderr
+    status, said = run(tmp_path, "--methods", "amcs", "--data", str(tmp_path / "empty.txt"))
+    assert status == 2 and said.count("error: ") == 1 and "empty.txt" in said
