@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -111,6 +112,7 @@ class Estimator:
 
     several: bool = False
     _passes: dict[tuple[Any, ...], DryRun] = field(default_factory=dict)
+    _optimizers: dict[tuple[str, str], OptimizerMemory] = field(default_factory=dict)
 
     def predict(self, case: Case) -> Prediction:
         """The step of the rank that holds most.
@@ -130,11 +132,20 @@ class Estimator:
         on_gpu = case.device == "cuda"
         config = settle(case.config, lambda: Shape.of(run.model), on_gpu=on_gpu, world_size=case.world_size)
         ds, batch = DeepSpeedSettings.read(config), Batch(case.micro_batch, case.accumulation, case.world_size)
-        optimizer = optimizer_memory(run.model, ds)
+        optimizer = self._optimizer_memory(case.model, config, run, ds)
         steps = [
             simulate(run, ds, optimizer, batch, rank=rank, on_gpu=on_gpu) for rank in _ranks(case.world_size, ds.stage)
         ]
         return run, optimizer, max(steps, key=lambda step: int(step.curve.total.max()))
+
+    def _optimizer_memory(
+        self, model: str, config: Mapping[str, Any], run: DryRun, ds: DeepSpeedSettings
+    ) -> OptimizerMemory:
+        """No batch changes it."""
+        key = model, json.dumps(config, sort_keys=True, default=str)
+        if key not in self._optimizers:
+            self._optimizers[key] = optimizer_memory(run.model, ds)
+        return self._optimizers[key]
 
     def _dry_run(self, case: Case) -> DryRun:
         key = (

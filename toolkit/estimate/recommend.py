@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from toolkit.optim import RECOMMENDED, RULES, find_rule
 from toolkit.records.activations import Activations
 from toolkit.state.layout import LEAN
 
-LARGEST_MICRO_BATCH = 64
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ANY = "any"
 DEFAULT_FORMAT = "8bit"
 
@@ -173,12 +174,9 @@ def _fit(
 ) -> Candidate:
     """The largest micro-batch, a power of 2, with which `case` fits."""
     context = assumed_context(case.world_size) if case.device == "cuda" else 0
-    micro_batch, best = 1, case
-    while micro_batch <= LARGEST_MICRO_BATCH:
-        tried = replace(case, micro_batch=micro_batch)
-        if estimator.peak(tried) + context > memory:
-            break
-        best, micro_batch = tried, 2 * micro_batch
+    sizes = [replace(case, micro_batch=size) for size in MICRO_BATCHES]
+    fitting = bisect_left(sizes, True, key=lambda tried: estimator.peak(tried) + context > memory)
+    best = sizes[max(fitting - 1, 0)]
     prediction = estimator.predict(best)
     needs = prediction.needed
     peak = prediction.at_peak()
