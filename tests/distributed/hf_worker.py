@@ -69,8 +69,13 @@ def found(engine: Any) -> dict[str, Any]:
     }
 
 
-def by_trainer(config: str, steps: int, folder: Path) -> dict[str, Any]:
-    watch = Watch()
+def by_trainer(config: str, steps: int, folder: Path, lora: bool = False) -> dict[str, Any]:
+    watch, model = Watch(), small_model()
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    before = {name: p.detach().bfloat16() for name, p in model.named_parameters() if not p.requires_grad}
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         deepspeed=config,
@@ -89,12 +94,15 @@ def by_trainer(config: str, steps: int, folder: Path) -> dict[str, Any]:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(model=small_model(), args=arguments, train_dataset=Counting(), callbacks=[watch])
+    trainer = Trainer(model=model, args=arguments, train_dataset=Counting(), callbacks=[watch])
     watch.trainer = trainer
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     engine: Any = trainer.model_wrapped
     result = found(engine) | {"losses": losses, "alphas": watch.alphas, "rates": watch.rates}
+    frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
+    result["unchanged"] = before.keys() == frozen.keys() and all(torch.equal(p, before[n]) for n, p in frozen.items())
+    result["trained"] = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
     engine.destroy()
     return result
 
@@ -122,6 +130,7 @@ def main() -> None:
     toolkit.register()
     results = {
         "trainer": by_trainer(settings["trainer"], settings["steps"], out),
+        "adapters": by_trainer(settings["trainer"], settings["steps"], out, lora=True),
         "deepspeed": by_deepspeed(settings["deepspeed"], settings["steps"]),
     }
     torch.save(results, out / f"rank{dist.get_rank()}.pt")

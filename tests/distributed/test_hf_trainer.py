@@ -98,6 +98,15 @@ def test_the_trainer_fills_in_its_arguments(ranks: list[dict[str, Any]]) -> None
         assert rank["accumulation"] == 2
 
 
+def test_the_trainer_trains_adapters_beside_a_frozen_model(ranks: list[dict[str, Any]]) -> None:
+    for rank in (result["adapters"] for result in ranks):
+        assert rank["unchanged"] and 0 < rank["trained"] < rank["parameters"] / 5
+        assert set(by_component(rank, "component")) == {"attention", "ffn"}
+        for held in rank["state_bytes"].values():
+            assert held < rank["trained"]
+        assert all(math.isfinite(loss) for loss in rank["losses"]) and rank["losses"][-1] < rank["losses"][0]
+
+
 def test_components_of_a_plain_deepspeed_run(ranks: list[dict[str, Any]]) -> None:
     for rank in (result["deepspeed"] for result in ranks):
         betas, scales = by_component(rank, "betas"), by_component(rank, "lr_scale")

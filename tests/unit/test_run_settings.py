@@ -8,6 +8,7 @@ import pytest
 
 from toolkit.errors import UserError
 from toolkit.records.activations import Activations
+from toolkit.records.lora import LoRA
 from toolkit.run.settings import RunSettings, parse
 
 
@@ -21,7 +22,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         "--activations checkpoint:2,offload --loss plain "
         "--from-checkpoint --save-every 6 --keep-last 4 --keep-every 12 "
         "--resume none --convert-state --max-skipped 3 --memory-profile full --deterministic "
-        "--trust-pickle"
+        "--trust-pickle --chat-template chatml --lora r=8"
     )
     settings = parse(line.split())
     assert settings == RunSettings(
@@ -58,6 +59,8 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         memory_profile="full",
         deterministic=True,
         trust_pickle=True,
+        chat_template="chatml",
+        lora=LoRA(8, 16),
     )
     defaults = parse([])
     assert defaults == RunSettings()

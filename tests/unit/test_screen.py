@@ -22,6 +22,7 @@ SUMMARY: dict[str, Any] = {
     "skipped_documents": 0,
     "skipped_documents_first": [],
     "replaced_characters": 0,
+    "cut_conversations": 0,
     "loss": 4.25,
     "loss_steps": 10,
     "val_loss": None,

@@ -144,6 +144,7 @@ OTHER = {
     "max_skipped": "--max-skipped 6",
     "activations": "--activations checkpoint:2",
     "loss": "--loss chunked",
+    "lora": "--lora r=4,targets=q_proj",
 }
 
 
@@ -176,6 +177,7 @@ def test_what_is_not_typed_stays_and_what_is_typed_is_said(name: str, monkeypatc
         "warmup": "--warmup 0.1",
         "loss": "--loss plain",
         "activations": "--activations full",
+        "lora": "--lora r=8",
     }
     line = back.get(name) or f"{OTHER[name].split()[0]} {getattr(RunSettings(), name)}"
     changed = settled(line, saved)

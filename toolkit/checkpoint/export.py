@@ -9,16 +9,19 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from toolkit.checkpoint import manifest as manifests
 from toolkit.checkpoint.files import new_file_mode, synced
-from toolkit.checkpoint.model_files import CONFIG, config_hash, model_files, tokenizer_hash
+from toolkit.checkpoint.model_files import CONFIG, GENERATION, config_hash, model_files, tokenizer_hash
 from toolkit.checkpoint.source import Source
 from toolkit.errors import UserError
+from toolkit.models.lora import ADAPTER, adapt, adapted, merged, peft_config
+from toolkit.records.lora import LoRA
+from toolkit.sentences import value_at
 from toolkit.state.layout import dtype_name
 
 if TYPE_CHECKING:
@@ -33,12 +36,18 @@ DTYPES = (
 SHARD_BYTES = 2 * 10**9
 PREFIX = "hf."
 """The transformers model is this part of the module that was trained."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _DRAFT = ".exporting-"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
-def export(source: Source, folder: Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+def export(
+    source: Source, folder: Path, *, dtype: str | None = None, merge: bool = False, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
     """Write weights, config.json, tokenizer and generation settings into `folder`; returns the weight files.
+
+    Of a run with adapters (LoRA) these alone are written, as peft loads them, with the tokenizer; with `merge` the
+    whole model, in whose weights they are.
 
     What describes the model are the files that the run kept in its checkpoint. `folder` has no config.json, without
     which nothing loads it, until all else is in place.
@@ -46,6 +55,7 @@ def export(source: Source, folder: Path, *, dtype: str | None = None, shard_byte
     Args:
         dtype: a key of `DTYPES`, for all parameters of floating point; "fp32" are the weights with what rounding to
             bf16 left over. None: each parameter as the model computed with it. Buffers keep their dtype always.
+        merge: as above.
         shard_bytes: a file holds no more than that, unless a single parameter is larger. So much is in memory at a
             time: parameters are read from the ranks' files as they are written.
 
@@ -57,7 +67,12 @@ def export(source: Source, folder: Path, *, dtype: str | None = None, shard_byte
     _check_whole(source)
     config, files = _description(source)
     tensors = _Tensors(source, None if dtype is None else DTYPES[dtype])
-    tensors.check(config)
+    model = tensors.check(config)
+    lora = adapters(source)
+    if merge and lora is None:
+        raise UserError(f"{source.folder} is of a run without adapters (--lora): leave --merge out")
+    if merge:
+        tensors.merge(model)
     config.architectures = [tensors.architecture]
     config.dtype = tensors.usual
     try:
@@ -67,11 +82,15 @@ def export(source: Source, folder: Path, *, dtype: str | None = None, shard_byte
         draft = folder / f"{_DRAFT}{secrets.token_hex(4)}"
         draft.mkdir()
         try:
-            weights = tensors.write(draft, shard_bytes)
+            if lora is not None and not merge:
+                weights = tensors.write_adapters(draft, lora)
+                files = {name: content for name, content in files.items() if name != GENERATION}
+            else:
+                weights = tensors.write(draft, shard_bytes)
+                config.save_pretrained(draft)
             for name, content in files.items():
                 (draft / name).write_bytes(content)
-            config.save_pretrained(draft)
-            for path in sorted(draft.iterdir(), key=lambda path: path.name == CONFIG):
+            for path in sorted(draft.iterdir(), key=lambda path: path.name in (CONFIG, ADAPTER_CONFIG)):
                 synced(path)
                 os.replace(path, folder / path.name)
         finally:
@@ -96,6 +115,15 @@ def load_model(source: Source) -> PreTrainedModel:
     return model
 
 
+def adapters(source: Source) -> LoRA | None:
+    """Those that the run trained, if it did."""
+    said = value_at(source.manifest.facts, "identity.model.lora")
+    try:
+        return None if said is None else LoRA.read(said)
+    except ValueError as error:
+        raise UserError(f"{source.folder}: what it says of adapters, {said!r}, {error}") from None
+
+
 def _check_whole(source: Source) -> None:
     damage = manifests.damage(source.folder, source.manifest)
     if damage is not None:
@@ -103,7 +131,7 @@ def _check_whole(source: Source) -> None:
 
 
 def _check_free(folder: Path) -> None:
-    for pattern in (CONFIG, *_WEIGHTS):
+    for pattern in (CONFIG, ADAPTER_CONFIG, *_WEIGHTS):
         there = next(folder.glob(pattern), None) if folder.is_dir() else None
         if there is not None:
             raise UserError(f"{folder} holds a model already ({there.name}); give another folder")
@@ -167,6 +195,9 @@ class _Tensors:
             sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
         self.usual = sizes.most_common(1)[0][0]
         self.architecture = ""
+        self._kept = self.shapes
+        self._merged: dict[str, tuple[str, Any]] = {}
+        """Names under which weights are kept, and peft's modules, by the names that they have without these."""
 
     def check(self, config: PretrainedConfig) -> PreTrainedModel:
         """The model of `config`, without weights. Raises UserError unless these are all its tensors, and no others."""
@@ -174,6 +205,8 @@ class _Tensors:
 
         model = skeleton(config, self.usual)
         self.architecture = type(model).__name__
+        if (lora := adapters(self.source)) is not None:
+            adapt(model, lora, None)
         there = {name.removeprefix(PREFIX) for name in self.shapes}
         tied = {name.removeprefix(PREFIX) for name in self.source.tied()}
         here = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
@@ -187,6 +220,29 @@ class _Tensors:
             if tensor.shape != found:
                 raise UserError(f"{where}: {name!r} is {list(tensor.shape)}, not {list(found)}")
         return model
+
+    def merge(self, model: PreTrainedModel) -> None:
+        """Let weights be those of `model`, which has adapters, without them."""
+        self._kept = self.shapes
+        self._merged = {f"{PREFIX}{name}.weight": (f"{PREFIX}{name}", layer) for name, layer in adapted(model)}
+        self.shapes = {
+            name.replace(".base_layer.", "."): tensor for name, tensor in self.shapes.items() if ".lora_" not in name
+        }
+
+    def write_adapters(self, folder: Path, lora: LoRA) -> list[str]:
+        """Write the adapters as peft does; returns the name of the file."""
+        from safetensors.torch import save_file
+
+        names = [name for name in self.shapes if ".lora_" in name]
+        tensors = {
+            f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value for name, value in self.read(names).items()
+        }
+        base = value_at(self.source.manifest.facts, "identity.model.name")
+        path = Path(base).expanduser()
+        peft_config(lora, str(path.resolve()) if path.is_dir() else base).save_pretrained(folder)
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        new_file_mode(folder / ADAPTER_WEIGHTS)
+        return [ADAPTER_WEIGHTS]
 
     def write(self, folder: Path, shard_bytes: int) -> list[str]:
         """Write all into `folder`; returns the names of the files."""
@@ -234,6 +290,13 @@ class _Tensors:
 
     def _value(self, name: str) -> Tensor:
         """A tensor as it is kept, which may be wider than asked for."""
+        if name in self._merged:
+            module, layer = self._merged[name]
+            weight, a, b = (
+                self._value(full).view(self._kept[full].shape)
+                for full in (f"{module}.base_layer.weight", *(f"{module}.lora_{x}.{ADAPTER}.weight" for x in "AB"))
+            )
+            return merged(weight, a, b, layer)
         if name in self.buffers:
             return self.buffers[name]
         if name in self.source.frozen:

@@ -106,6 +106,7 @@ class _Position(_Strict):
     skipped: Count = 0
     named: Annotated[list[str], Field(max_length=64)] = []
     replaced: Count = 0
+    cut: Count = 0
 
 
 class _Part(_Facts):
@@ -118,6 +119,7 @@ class _Data(_Part):
     seq_len: Count
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     windows: list[Count]
+    template: str | None = None
 
 
 class _Identity(_Facts):

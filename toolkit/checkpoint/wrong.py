@@ -40,6 +40,8 @@ def not_a_checkpoint(path: Path) -> str:
         return f"{path} is no run, but holds some: {some(runs, _SHOWN)}; give one of them."
     if (path / "run.json").is_file() or (path / "checkpoints").is_dir() or path.name == "checkpoints":
         return f"the run in {path} has no checkpoint: it saved none yet, or was started with --save-every 0."
+    if (path / "adapter_config.json").is_file():
+        return f"{path} holds adapters alone; `toolkit export --merge` of their run writes a model with them."
     if any(path.glob("*.safetensors")) or (path / "config.json").is_file():
         return f"{path} is a Hugging Face model and no checkpoint; {_EXPECTED}."
     if not any(path.iterdir()):

@@ -203,10 +203,13 @@ def export(
             help="bf16, fp16 or fp32 (with what rounding to bf16 left over), for all parameters. (default: as trained)"
         ),
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a run with --lora: the whole model, adapters merged into its weights.")
+    ] = False,
     trust_pickle: TrustPickle = False,
     plugins: Plugins = None,
 ) -> None:
-    """Write a run's model in the layout of Hugging Face."""
+    """Write a run's model, or its adapters, in the layout of Hugging Face."""
     from toolkit.checkpoint.export import DTYPES
     from toolkit.checkpoint.export import export as write
 
@@ -214,6 +217,6 @@ def export(
     if wanted is not None and wanted not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, but must be bf16, fp16 or fp32.{nearest(wanted, DTYPES)}")
     source = _open(path, trust_pickle, plugins)
-    files = write(source, to, dtype=wanted)
+    files = write(source, to, dtype=wanted, merge=merge)
     kept = f"in {wanted}" if wanted is not None else "as trained"
     echo(f"{to}: step {source.manifest.step} {kept}, {len(files)} file(s)")

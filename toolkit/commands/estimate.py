@@ -13,7 +13,7 @@ from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.records.activations import FLAG, HELP, parse_activations
 from toolkit.run.ranks import settle_accelerator
-from toolkit.run.settings import RunSettings
+from toolkit.run.settings import RunSettings, check_settings
 
 Device = Literal["cuda", "cpu"]
 Model = Annotated[str, typer.Option(help="A model preset, or a folder holding a Hugging Face model's config.json.")]
@@ -58,6 +58,10 @@ def estimate(
     attention: Annotated[
         Literal["flash", "eager"] | None, typer.Option(help="The attention kernel. (default: the model's own choice)")
     ] = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option("--lora", metavar="r=16,...", help="Only adapters are trained: as for `toolkit train`."),
+    ] = None,
     device: On = "cuda",
     gpu_memory: Annotated[
         str | None, typer.Option(help="Of one GPU, such as 80GB; exit status 1 if the run does not fit.")
@@ -93,6 +97,7 @@ def estimate(
         activations=parse_activations(activations),
         loss=loss,
         attention={"flash": "sdpa", "eager": "eager", None: None}[attention],
+        lora=check_settings(lora=adapters).lora,
     )
     estimator = Estimator()
     found = estimator.predict(case)

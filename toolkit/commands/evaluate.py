@@ -22,7 +22,9 @@ def evaluate(
             help="stdlib, or a path or glob to parquet, jsonl or text files. (default: what the run validates on)"
         ),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="The column of --data that holds the text.")] = "text",
+    text_column: Annotated[
+        str, typer.Option(help="The column of --data that holds the text, or conversations.")
+    ] = "text",
     sequences: Annotated[
         int | None, typer.Option(min=1, help="At most so many. (default: the run's, and of --data all)")
     ] = None,
@@ -58,8 +60,9 @@ def evaluate(
         text = measure.text_of(opened, data, text_column, sequences, seq_len)
     with progress("evaluating", total=text.count) as done:
         found = measure.evaluate(opened, text, done)
-    skipped = text.packed.position.skipped
+    skipped, cut = text.packed.position.skipped, text.packed.position.cut
     remarks = [*text.remarks, *([f"{skipped:,} document(s) that cannot be used are left out."] if skipped else [])]
+    remarks += [f"{cut:,} conversation(s) longer than --seq-len are cut at their end."] if cut else []
     for remark in remarks:
         print(f"note: {printable(remark)}", file=sys.stderr)
     figures = {**vars(found), "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}

@@ -57,6 +57,9 @@ def sample(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Fixes what is drawn.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Texts for each prompt.")] = 1,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Each TEXT is a user's message, and the model's answer is printed.")
+    ] = False,
     step: Step = None,
     plugins: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
@@ -67,6 +70,7 @@ def sample(
     toolkit sample runs/first "def main("
     toolkit sample runs/first "import " "class " --count 3 --tokens 40
     toolkit sample exported --temperature 0 --json < prompt.txt
+    toolkit sample runs/tuned --chat "What is a tensor?"
     """
     from toolkit.console import progress
 
@@ -78,7 +82,7 @@ def sample(
     from toolkit.inference.generate import Sampling, generate
 
     with progress("generating", total=len(given) * tokens) as made:
-        found = generate(opened, given, Sampling(**settings, count=count), made)
+        found = generate(opened, given, Sampling(**settings, count=count, chat=chat), made)
     texts = [text for some in found for text in some]
     if as_json:
         samples = [vars(text) for text in texts]
@@ -89,7 +93,7 @@ def sample(
     for number, text in enumerate(texts, start=1):
         if len(texts) > 1:
             print(f"{'' if number == 1 else chr(10)}--- {number} of {len(texts)}")
-        print(printable(text.prompt + text.text, lines=True))
+        print(printable(text.text if chat else text.prompt + text.text, lines=True))
 
 
 def _from_stdin() -> str:

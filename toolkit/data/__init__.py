@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from toolkit.data.batches import Batches, rank_batches
+from toolkit.data.chat import read_template
+from toolkit.data.conversations import PackedConversations
 from toolkit.data.documents import BadDocument, Documents
 from toolkit.data.pack import PackedTokens, Position
 from toolkit.data.stream import open_documents
@@ -14,6 +16,7 @@ __all__ = [
     "BadDocument",
     "Batches",
     "Documents",
+    "PackedConversations",
     "PackedTokens",
     "Position",
     "TokenCache",
@@ -21,4 +24,5 @@ __all__ = [
     "open_cache",
     "open_documents",
     "rank_batches",
+    "read_template",
 ]

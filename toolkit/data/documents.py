@@ -37,13 +37,19 @@ class Document(NamedTuple):
     """One document: its text, or, with no text, the problem that it is skipped for.
 
     `where` it stands and `problem` are for messages; the latter is a sentence that names the place. `replaced`
-    characters of the text stand for bytes that are none in the file's encoding.
+    characters of the text stand for bytes that are none in the file's encoding. `cut`: its end is left out.
     """
 
     text: str
     where: str
     problem: str = ""
     replaced: int = 0
+    cut: bool = False
+
+    @property
+    def counted(self) -> bool:
+        """Whether there is anything to tell of it."""
+        return bool(self.problem or self.replaced or self.cut)
 
 
 def document(text: str, where: str) -> Document:
@@ -73,7 +79,8 @@ class Documents:
     `name` is what the user called it, for messages; `read` starts one pass, over plain texts or documents; `sizes` are
     those of its files, in order, where it has any. `bad` says what becomes of documents that cannot be used: they are
     skipped, or the first one stops whoever reads. `state` changes where anything that `read` gives may have changed;
-    empty, nothing is known of that. Iterating gives the texts that can be used.
+    empty, nothing is known of that. Each text of `conversations` is one, in JSON. Iterating gives the texts that can be
+    used.
     """
 
     name: str
@@ -81,6 +88,7 @@ class Documents:
     sizes: tuple[int, ...] = ()
     bad: BadDocuments = "skip"
     state: tuple[object, ...] = ()
+    conversations: bool = False
 
     def __iter__(self) -> Iterator[str]:
         return (found.text for found in self.documents() if not found.problem)

@@ -10,18 +10,22 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from toolkit.data import documents
+from toolkit.data.columns import Column, Text, no_column
 from toolkit.data.documents import UNDECODED, Document, document
-from toolkit.errors import UserError, nearest, some
+from toolkit.errors import UserError
 from toolkit.sentences import json_kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+T = TypeVar("T")
 
 KINDS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -66,7 +70,7 @@ def kind_of(file: Path) -> str | None:
     return None if compressed and kind in TABLES else kind
 
 
-def read_file(file: Path, text_column: str = "text") -> Iterator[Document]:
+def read_file(file: Path, column: Column = Text()) -> Iterator[Document]:
     """The documents of `file`, in order.
 
     Raises:
@@ -76,7 +80,7 @@ def read_file(file: Path, text_column: str = "text") -> Iterator[Document]:
     damages = _damages()
     last = "its beginning"
     try:
-        for found in readers[kind_of(file) or "text"](file, text_column):
+        for found in readers[kind_of(file) or "text"](file, column):
             last = found.where
             yield found
     except damages as error:
@@ -98,30 +102,55 @@ def _damages() -> tuple[type[Exception], ...]:
 # ---- tables -------------------------------------------------------------------------------------------------------
 
 
-def check_table(file: Path, text_column: str) -> None:
-    """Read the columns of a parquet or Arrow file.
+def fields_of(file: Path, tried: int) -> dict[str, bool]:
+    """The columns of `file`, each with whether it holds lists of objects; of JSON the keys of the first object, of the
+    first `tried` records. Empty where there are none, or the file is damaged."""
+    if kind_of(file) in TABLES:
+        try:
+            schema = _schema(file)
+        except UserError:
+            return {}
+        import pyarrow as pa
+
+        return {field.name: _is_list(field.type) and pa.types.is_struct(field.type.value_type) for field in schema}
+    if kind_of(file) != "json":
+        return {}
+    try:
+        rows = islice(_rows(file, lambda row, where: row), tried)
+        first = next((row for row in rows if isinstance(row, dict)), {})
+    except _damages():
+        return {}
+    return {name: isinstance(value, list) and isinstance((value or [0])[0], dict) for name, value in first.items()}
+
+
+def check_table(file: Path, column: Column) -> None:
+    """Look at the columns of a parquet or Arrow file.
 
     Raises:
-        UserError: it is damaged, or there is no such column of text.
+        UserError: it is damaged, or a column is not there or not what it is taken for.
     """
+    schema = _schema(file)
+    for name in column.names:
+        if name not in schema.names:
+            raise UserError(no_column(f"data file {str(file)!r}", name, schema.names))
+        if schema.names.count(name) > 1:
+            raise UserError(f"data file {str(file)!r} has more than one column {name!r}.")
+        kind = schema.field(name).type
+        if isinstance(column, Text) and not _is_text(kind):
+            raise UserError(f"column {name!r} of {str(file)!r} holds {kind}, not text.")
+
+
+def _schema(file: Path) -> pa.Schema:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if kind_of(file) == "arrow":
             with _record_batches(file) as (schema, _):
-                pass
-        else:
-            schema = pq.read_schema(file)
+                return schema
+        return pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data file {str(file)!r} cannot be read or is corrupt: {first_line(error)}.") from error
-    if text_column not in schema.names:
-        raise UserError(no_column(f"data file {str(file)!r}", text_column, schema.names))
-    if schema.names.count(text_column) > 1:
-        raise UserError(f"data file {str(file)!r} has more than one column {text_column!r}.")
-    column = schema.field(text_column).type
-    if not _is_text(column):
-        raise UserError(f"column {text_column!r} of {str(file)!r} holds {column}, not text.")
 
 
 def _is_text(column: pa.DataType) -> bool:
@@ -132,7 +161,13 @@ def _is_text(column: pa.DataType) -> bool:
     return pa.types.is_string(column) or pa.types.is_large_string(column) or pa.types.is_string_view(column)
 
 
-def _parquet(file: Path, text_column: str) -> Iterator[Document]:
+def _is_list(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _parquet(file: Path, column: Column) -> Iterator[Document]:
     """Row group by row group, because one that is damaged leaves the others whole."""
     import pyarrow.parquet as pq
 
@@ -142,10 +177,10 @@ def _parquet(file: Path, text_column: str) -> Iterator[Document]:
         for group in range(parquet.num_row_groups):
             row, end = end, end + parquet.metadata.row_group(group).num_rows
             try:
-                for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=[text_column]):
-                    for text in _texts(batch.column(0)):
+                for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=list(column.names)):
+                    for values in _values(batch, column):
                         row += 1
-                        yield document(text or "", f"row {row} of {str(file)!r}")
+                        yield column.document(values, f"row {row} of {str(file)!r}")
             except damages as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
@@ -153,14 +188,14 @@ def _parquet(file: Path, text_column: str) -> Iterator[Document]:
                 yield Document("", where, f"{where} are corrupt: {first_line(error)}.")
 
 
-def _arrow(file: Path, text_column: str) -> Iterator[Document]:
+def _arrow(file: Path, column: Column) -> Iterator[Document]:
     """Batch by batch, as `datasets.save_to_disk` writes a stream of them."""
     row = 0
     with _record_batches(file) as (_, batches):
         for batch in batches:
-            for text in _texts(batch.column(text_column)):
+            for values in _values(batch, column):
                 row += 1
-                yield document(text or "", f"row {row} of {str(file)!r}")
+                yield column.document(values, f"row {row} of {str(file)!r}")
 
 
 @contextmanager
@@ -179,12 +214,21 @@ def _record_batches(file: Path) -> Iterator[tuple[pa.Schema, Iterable[pa.RecordB
             yield stream.schema, stream
 
 
-def _texts(column: pa.Array) -> list[str | None]:
+def _values(batch: pa.RecordBatch, column: Column) -> Iterator[dict[str, Any]]:
+    columns = [_listed(batch.column(name)) for name in column.names]
+    return (dict(zip(column.names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _listed(column: pa.Array) -> list[Any]:
     import pyarrow as pa
 
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
+        if _is_list(column.type):  # of messages: one that is no text in UTF-8 spoils its own conversation alone
+            return (
+                [UNDECODED] if len(column) == 1 else [_listed(column[row : row + 1])[0] for row in range(len(column))]
+            )
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         raw = column.cast(pa.large_binary()).to_pylist()
@@ -194,8 +238,13 @@ def _texts(column: pa.Array) -> list[str | None]:
 # ---- JSON ---------------------------------------------------------------------------------------------------------
 
 
-def _json(file: Path, text_column: str) -> Iterator[Document]:
-    """The texts of a file with one JSON object a line, or of one JSON list of objects.
+def _json(file: Path, column: Column) -> Iterator[Document]:
+    return _rows(file, lambda row, where: _record(row, column, where))
+
+
+def _rows(file: Path, made: Callable[[Any, str], T]) -> Iterator[T | Document]:
+    """What `made` makes of each object of a file with one JSON object a line, or of one JSON list of objects, and of
+    where it stands.
 
     Parsed line by line rather than into a table: a broken record is then named by its line, and columns
     that are not wanted may change type from row to row, as they do in real crawls.
@@ -208,15 +257,17 @@ def _json(file: Path, text_column: str) -> Iterator[Document]:
                 problem = f"{where} has more than {documents.LONGEST:,} characters, the most that a line may have."
                 yield Document("", where, problem)
             elif empty and line.lstrip().startswith("["):
-                yield from _json_list(line, number, handle, file, text_column)
+                yield from _json_list(line, number, handle, file, made)
                 return
             elif line := line.strip():
                 empty = False
                 found = _parsed(line, number, file)
-                yield found if isinstance(found, Document) else _record(found, text_column, where)
+                yield found if isinstance(found, Document) else made(found, where)
 
 
-def _json_list(line: str, number: int, handle: IO[str], file: Path, text_column: str) -> Iterator[Document]:
+def _json_list(
+    line: str, number: int, handle: IO[str], file: Path, made: Callable[[Any, str], T]
+) -> Iterator[T | Document]:
     rest = handle.read(_LONGEST_LIST)
     if len(rest) == _LONGEST_LIST:
         problem = (
@@ -229,7 +280,7 @@ def _json_list(line: str, number: int, handle: IO[str], file: Path, text_column:
         yield rows
         return
     for index, row in enumerate(rows, start=1):
-        yield _record(row, text_column, f"record {index} of {str(file)!r}")
+        yield made(row, f"record {index} of {str(file)!r}")
 
 
 def _lines(handle: IO[str]) -> Iterator[str | None]:
@@ -244,12 +295,16 @@ def _lines(handle: IO[str]) -> Iterator[str | None]:
 def _parsed(text: str, number: int, file: Path) -> Any:
     """What `text`, which begins at line `number`, is in JSON; a `Document` with a problem where it is none."""
     try:
-        # No integer is too long for a float; Python refuses to make an int of more than 4,300 digits.
-        return json.loads(_shallow(text), parse_int=float)
+        return json.loads(_shallow(text), parse_int=_whole)
     except json.JSONDecodeError as error:
         where = f"line {number + error.lineno - 1} of {str(file)!r}"
         wanted = "wanted is one object a line, or one list of objects."
         return Document("", where, f"{where} is not valid JSON ({error.msg}): {wanted}")
+
+
+def _whole(digits: str) -> int | float:
+    """No integer is too long for a float; Python refuses to make an int of more than 4,300 digits."""
+    return int(digits) if len(digits) < 4300 else float(digits)
 
 
 def _shallow(text: str) -> str:
@@ -272,22 +327,20 @@ def _shallow(text: str) -> str:
     return "".join(kept) + ("" if depth > _DEEPEST else text[start:])
 
 
-def _record(row: Any, text_column: str, where: str) -> Document:
+def _record(row: Any, column: Column, where: str) -> Document:
     if not isinstance(row, dict):
-        problem = f"{where}: wanted is an object with the key {text_column!r}, found {json_kind(row)}."
+        problem = f"{where}: wanted is an object with the key {column.names[0]!r}, found {json_kind(row)}."
         return Document("", where, problem)
-    if text_column not in row:
-        return Document("", where, no_column(where, text_column, list(row)))
-    text = row[text_column]
-    if text is not None and not isinstance(text, str):
-        return Document("", where, f"{where}: {text_column!r} holds {json_kind(text)}, not text.")
-    return document(text or "", where)
+    for name in column.required:
+        if name not in row:
+            return Document("", where, no_column(where, name, list(row)))
+    return column.document(row, where)
 
 
 # ---- plain text ---------------------------------------------------------------------------------------------------
 
 
-def _text(file: Path, text_column: str) -> Iterator[Document]:
+def _text(file: Path, column: Column) -> Iterator[Document]:
     """The documents that a plain text file is cut into, see `cut`."""
     line = 1
     with _open(file) as handle:
@@ -339,19 +392,6 @@ def _open(file: Path) -> Iterator[IO[str]]:
                 raise OSError(f"it is no text, but {what}")
         encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
         yield io.TextIOWrapper(stream, encoding=encoding, errors=_MARKED)
-
-
-# ---- words --------------------------------------------------------------------------------------------------------
-
-
-def no_column(where: str, column: str, columns: list[str]) -> str:
-    """The sentence for a column that is not among `columns`."""
-    return f"{where} has no column {column!r}: it has {quoted(columns)}.{nearest(column, columns)}"
-
-
-def quoted(words: Iterable[str]) -> str:
-    shown = [repr(word) for word in words]
-    return some(shown, 12)
 
 
 def first_line(error: BaseException) -> str:

@@ -35,8 +35,8 @@ class Position:
     it fixes everything that follows.
 
     The rest tells what came before that group in the first pass over the documents: how many were skipped because
-    they cannot be used, what is wrong with the first of them (`named`), and how many characters stand for bytes that
-    are none.
+    they cannot be used, what is wrong with the first of them (`named`), how many characters stand for bytes that
+    are none, and how many conversations were cut.
     """
 
     epoch: int = 0
@@ -47,6 +47,7 @@ class Position:
     skipped: int = 0
     named: tuple[str, ...] = ()
     replaced: int = 0
+    cut: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "named", tuple(self.named))  # JSON makes a list of it
@@ -59,13 +60,21 @@ class Position:
         """This position, with `document` counted."""
         named = (*self.named, document.problem) if document.problem and self.skipped < NAMED else self.named
         skipped = self.skipped + bool(document.problem)
-        return replace(self, skipped=skipped, named=named, replaced=self.replaced + document.replaced)
+        return replace(
+            self, skipped=skipped, named=named, replaced=self.replaced + document.replaced, cut=self.cut + document.cut
+        )
+
+    def at(self, place: Position) -> Position:
+        """These counts, where `place` is."""
+        epoch, window, index, offset = place.place
+        return replace(self, epoch=epoch, window=window, index=index, offset=offset, mixed=0)
 
 
 class Group(NamedTuple):
     """Sequences that are mixed among each other, in the order of the documents, and where the next group starts.
 
-    `tokens`: [sequences, seq_len + 1], uint16 where that holds them all, else int32.
+    `tokens`: [sequences, ...], of each what `PackedTokens.sequences` hands out, uint16 where that holds it all, else
+    int32.
     """
 
     tokens: np.ndarray
@@ -117,7 +126,9 @@ class PackedTokens:
         ):
             if value < least:
                 raise UserError(f"{name} is {value}, but must be at least {least}.")
-        self.documents = documents if isinstance(documents, Documents) else Documents("given", lambda: iter(documents))
+        self.documents: Documents = (
+            documents if isinstance(documents, Documents) else Documents("given", lambda: iter(documents))
+        )
         self.tokenizer = tokenizer
         self.seq_len = seq_len
         self.seed = seed
@@ -152,8 +163,8 @@ class PackedTokens:
         stream = self._in_order(start)
         while True:
             found = list(islice(stream, self.sequence_window))
-            small = max(int(tokens.max()) for _, tokens in found) <= np.iinfo(np.uint16).max
-            kind = np.uint16 if small else np.int32
+            most, least = max(int(tokens.max()) for _, tokens in found), min(int(tokens.min()) for _, tokens in found)
+            kind = np.uint16 if least >= 0 and most <= np.iinfo(np.uint16).max else np.int32
             yield Group(np.stack([tokens.astype(kind) for _, tokens in found]), found[-1][0])
 
     def first_pass(self, most: int) -> list[np.ndarray]:
@@ -178,7 +189,7 @@ class PackedTokens:
         for place, document, tokens in self._tokenized(Position()):
             if place.epoch > 0:
                 break
-            if document.problem or document.replaced:
+            if document.counted:
                 self.position = self.position.after(document)
             left = np.concatenate([left, tokens])
             while len(left) > self.seq_len:
@@ -216,7 +227,7 @@ class PackedTokens:
             first = place.place[:3] == start.place[:3]
             # A stream that resumes in the middle of a document has counted that one.
             counted = place.epoch > 0 or (first and start.place != Position().place)
-            if not counted and (document.problem or document.replaced):
+            if not counted and document.counted:
                 passed = passed.after(document)
             taken = start.offset if first else 0
             while taken < len(tokens):
@@ -225,9 +236,7 @@ class PackedTokens:
                 filled += len(piece)
                 taken += len(piece)
                 if filled == size:
-                    epoch, window, index, _ = place.place
-                    here = replace(passed, epoch=epoch, window=window, index=index, offset=taken - 1, mixed=0)
-                    yield here, block.copy()
+                    yield passed.at(replace(place, offset=taken - 1)), block.copy()
                     block[0] = block[-1]
                     filled = 1
 

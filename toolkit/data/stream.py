@@ -8,24 +8,19 @@ been built on every rank. Single documents that cannot be used are skipped later
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from toolkit.data.columns import LISTS, Column, Text, choose, no_column, quoted
 from toolkit.data.documents import BadDocuments, Document, Documents, document
-from toolkit.data.files import (
-    COMPRESSIONS,
-    SUPPORTED,
-    TABLES,
-    check_table,
-    first_line,
-    kind_of,
-    no_column,
-    quoted,
-    read_file,
-)
+from toolkit.data.files import COMPRESSIONS, SUPPORTED, TABLES, check_table, fields_of, first_line, kind_of, read_file
 from toolkit.errors import UserError, nearest
+from toolkit.printable import warn_once
+
+logger = logging.getLogger("toolkit")
 
 FINEWEB = "HuggingFaceFW/fineweb"
 FINEWEB_SUBSET = "sample-10BT"
@@ -48,7 +43,8 @@ def open_documents(
         spec: ``fineweb`` (streamed from the Hugging Face hub), ``stdlib`` (this interpreter's own standard
             library), or a file, folder or glob of parquet, Arrow, JSON lines or plain text, all of one kind.
         subset: FineWeb's config name, ``sample-10BT`` if none is given; no other source has one.
-        text_column: column (parquet) or key (JSON) that holds the text.
+        text_column: column (parquet) or key (JSON) that holds the text, or conversations; where there is no "text",
+            conversations under their usual names are found (`columns.choose`).
         split: split of the hub dataset; local files and ``stdlib`` have one split only.
         bad: whether documents that cannot be used are skipped, or stop whoever reads.
 
@@ -62,31 +58,41 @@ def open_documents(
         documents = Documents(spec, _fineweb(subset or FINEWEB_SUBSET, text_column, split), bad=bad)
     elif spec == "stdlib":
         files = stdlib_files()
-        documents = Documents(spec, lambda: _read_files(files, text_column), bad=bad, state=_state(files, text_column))
+        documents = Documents(spec, lambda: _read_files(files, Text()), bad=bad, state=_state(files, Text()))
     else:
         files, kind = _find_files(spec)
+        fields = fields_of(files[0], TRIED)
+        column = choose(text_column, fields)
+        if isinstance(column, Text) and (lists := [name for name in LISTS if fields.get(name)]):
+            warn_once(
+                logger,
+                "data %r: the column %r is taken, as text; --text-column %s takes the conversations beside it",
+                *(spec, text_column, lists[0]),
+            )
         for file in files:
             if kind in TABLES:
-                check_table(file, text_column)
+                check_table(file, column)
             else:
-                _begins_well(read_file(file, text_column))
+                _begins_well(read_file(file, column))
         sizes = tuple(file.stat().st_size for file in files)
-        state = _state(files, text_column)
-        documents = Documents(spec, lambda: _read_files(files, text_column), sizes, bad, state)
+        chats = not isinstance(column, Text)
+        documents = Documents(
+            spec, lambda: _read_files(files, column), sizes, bad, _state(files, column), conversations=chats
+        )
     if not _begins_well(documents.documents()):
         raise UserError(f"data {spec!r} is an empty corpus: it holds no text.")
     return documents
 
 
-def _state(files: Iterable[Path], text_column: str) -> tuple[object, ...]:
+def _state(files: Iterable[Path], column: Column) -> tuple[object, ...]:
     """What changes with the texts of `files`: of each, where it is and when it was changed, by whatever means."""
     about = ((str(file.absolute()), file.stat()) for file in files)
-    return (text_column, *((name, found.st_size, found.st_mtime_ns, found.st_ctime_ns) for name, found in about))
+    return (repr(column), *((name, found.st_size, found.st_mtime_ns, found.st_ctime_ns) for name, found in about))
 
 
-def _read_files(files: Iterable[Path], text_column: str) -> Iterator[Document]:
+def _read_files(files: Iterable[Path], column: Column) -> Iterator[Document]:
     for file in files:
-        yield from read_file(file, text_column)
+        yield from read_file(file, column)
 
 
 def _begins_well(documents: Iterable[Document]) -> bool:

@@ -25,6 +25,7 @@ from toolkit.models.loss import LossHead
 from toolkit.models.tiled import TiledMLP
 from toolkit.records import categories as c
 from toolkit.records.activations import Activations
+from toolkit.records.lora import LoRA
 
 MOMENTS = 4
 """From one allocation or release to the next: between them is room for what ZeRO does at that point."""
@@ -85,6 +86,7 @@ def dry_run(
     loss: str | None = None,
     attention: str | None = None,
     layers: int | None = None,
+    lora: LoRA | None = None,
 ) -> DryRun:
     """Run a forward and a backward pass on the meta device.
 
@@ -96,6 +98,7 @@ def dry_run(
         activations, loss: None is the model's default.
         attention: "sdpa", "eager" or another of transformers' names; None is the model's default.
         layers: only so many of the model's.
+        lora: adapters, which alone are trained.
 
     Raises:
         UserError: as `build_model`, and for activations that the device cannot keep so.
@@ -107,6 +110,7 @@ def dry_run(
         loss=loss,
         attention=attention,
         layers=layers,
+        lora=lora,
     )
     built.train()
     kept = kept_activations(built)

@@ -24,6 +24,7 @@ from toolkit.models.tiled import TILE
 from toolkit.optim import RECOMMENDED, find_rule
 from toolkit.records.activations import FLAG, Activations
 from toolkit.records.categories import LOGITS
+from toolkit.records.lora import LoRA
 from toolkit.records.memory import Change, Prediction, Setup
 from toolkit.records.sizes import size_text
 from toolkit.sentences import value_at
@@ -64,6 +65,7 @@ class Case:
         seq_len: predictions per sequence.
         device: "cuda" or "cpu".
         activations, loss, attention: None is the model's default.
+        lora: adapters, which alone are trained.
     """
 
     model: str
@@ -76,6 +78,7 @@ class Case:
     activations: Activations | None = None
     loss: str | None = None
     attention: str | None = None
+    lora: LoRA | None = None
     ds: DeepSpeedSettings = field(default=DeepSpeedSettings(), init=False)
     """`config`, read."""
     defaults: tuple[str, ...] = field(default=(), init=False)
@@ -150,7 +153,7 @@ class Estimator:
     def _dry_run(self, case: Case) -> DryRun:
         key = (
             *(case.model, case.ds.computed, case.micro_batch, case.seq_len, case.device),
-            *(case.activations, case.loss, case.attention),
+            *(case.activations, case.loss, case.attention, case.lora),
         )
         if key not in self._passes:
             found = None
@@ -166,6 +169,7 @@ class Estimator:
                 activations=case.activations,
                 loss=case.loss,
                 attention=case.attention,
+                lora=case.lora,
             )
         return self._passes[key]
 
@@ -314,6 +318,8 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
     if not offloaded and stage > 0 and not released and case.device == "cuda":
         yield "zero_optimization.offload_optimizer", zero_with(offload_optimizer={"device": "cpu"})
     for kept in offered_activations(case.model, case.device):
+        if kept.tiled and case.lora is not None:
+            continue
         if kept != Activations() and kept != case.activations:
             yield f"{FLAG} {kept}", replace(case, activations=kept)
     if case.loss == "plain":
@@ -355,6 +361,7 @@ def variants(case: Case) -> dict[str, int]:
                 loss="plain" if kept.checkpoint else "chunked",
                 attention=attention,
                 layers=1,
+                lora=case.lora,
             )
             if kept.checkpoint:
                 found["kept, with checkpointing"] = small.per_block.get("kept", 0)

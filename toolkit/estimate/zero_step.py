@@ -16,6 +16,7 @@ from toolkit.estimate.optimizer_memory import OptimizerMemory
 from toolkit.estimate.simulation import Simulation
 from toolkit.memory.storages import Curve, Lifetime, curve
 from toolkit.records import categories as c
+from toolkit.state.sharding import shard_size
 
 _UNSHARDED_REDUCTION = 500_000_000
 """Elements that DeepSpeed's engine flattens at a time without ZeRO (engine.py, MEMORY_OPT_ALLREDUCE_SIZE)."""
@@ -86,8 +87,11 @@ class _Simulation(Simulation):
             if self.ds.stage == 3:
                 self.allocate_resident(self.width * share, c.WEIGHTS, "this rank's weights", self.ds.offload_param)
         for number, parameter in enumerate(self.dry_run.parameters):
-            if self.ds.stage < 3 or number not in group_of:
+            if self.ds.stage < 3:
                 self.allocate(self.width * parameter.numel, c.WEIGHTS, parameter.name, -1, None)
+            elif number not in group_of:  # frozen
+                share = shard_size(parameter.numel, self.world_size, 1)
+                self.allocate_resident(self.width * share, c.WEIGHTS, parameter.name, self.ds.offload_param)
         for name, buffer in self.dry_run.model.named_buffers():
             self.allocate(buffer.numel() * buffer.element_size(), c.WEIGHTS, name, -1, None)
 

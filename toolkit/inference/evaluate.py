@@ -15,6 +15,7 @@ from toolkit.config.batch import MICRO
 from toolkit.data import PackedTokens
 from toolkit.errors import UserError
 from toolkit.inference.opened import Opened
+from toolkit.models import predictions
 from toolkit.run.settings import RunSettings
 from toolkit.run.texts import digest, open_text
 
@@ -129,7 +130,7 @@ def evaluate(opened: Opened, text: Sequences, done: Callable[[int], None]) -> Ev
     tokens = sequences = 0
     for rows in text.passes:
         batch = torch.from_numpy(np.stack(rows)).to(opened.device)
-        predicted = batch.shape[0] * (batch.shape[1] - 1)
+        predicted = int(predictions(batch))
         total = total + opened.model(batch).double() * predicted
         tokens += predicted
         sequences += len(rows)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from toolkit.data.chat import Chat, Unusable
 from toolkit.errors import UserError
 from toolkit.inference.opened import Opened
 
@@ -22,6 +23,7 @@ class Sampling:
         top_p: only the most likely tokens that have this probability together.
         seed: of all draws, one prompt after the other.
         count: texts for each prompt.
+        chat: prompts are messages of a user, in the tokenizer's chat template.
     """
 
     tokens: int
@@ -29,6 +31,7 @@ class Sampling:
     top_p: float
     seed: int
     count: int
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ def generate(
 
     hf: Any = opened.model.hf
     ends = _ends(opened)
+    if sampling.chat:
+        given, more = _asked(opened, prompts)
+        ends += [token for token in more if token not in ends]
+    else:
+        given = list(prompts)
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
     # In the place of the model's own settings, which transformers would fill in.
     hf.generation_config = GenerationConfig(
@@ -89,13 +97,26 @@ def generate(
         made(1)
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    encoded, found = encode(opened, prompts, sampling), []
+    encoded, found = encode(opened, given, sampling), []
     torch.manual_seed(sampling.seed)
     for prompt, ids in zip(prompts, encoded, strict=True):
-        given = torch.tensor([ids], device=opened.device)
-        rows: Any = hf.generate(given, attention_mask=torch.ones_like(given), stopping_criteria=[criterion])
+        row = torch.tensor([ids], device=opened.device)
+        rows: Any = hf.generate(row, attention_mask=torch.ones_like(row), stopping_criteria=[criterion])
         found.append([_text(opened, prompt, ids, row[len(ids) :], ends) for row in rows.tolist()])
     return found
+
+
+def _asked(opened: Opened, messages: Sequence[str]) -> tuple[list[str], tuple[int, ...]]:
+    """The prompts for answers to `messages`, and the tokens that end an answer.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or it does not take them.
+    """
+    chat = Chat(opened.tokenizer, "--chat")
+    try:
+        return [chat.prompt([{"role": "user", "content": message}]) for message in messages], chat.ends
+    except Unusable as error:
+        raise UserError(f"--chat: {error}.") from None
 
 
 def _ends(opened: Opened) -> list[int]:

@@ -1,7 +1,7 @@
 """Models: named shapes, configurations, parameter counts, and construction."""
 
 from toolkit.models import cpu_matmul
-from toolkit.models.build import CausalLM, build_model, count_parameters
+from toolkit.models.build import CausalLM, build_model, count_parameters, predictions
 from toolkit.models.flops import flops_per_token, peak_flops
 from toolkit.models.presets import PRESETS, Preset, check_length, load_config
 
@@ -16,4 +16,5 @@ __all__ = [
     "flops_per_token",
     "load_config",
     "peak_flops",
+    "predictions",
 ]

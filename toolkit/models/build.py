@@ -15,10 +15,12 @@ from torch import LongTensor, Tensor, nn
 
 from toolkit.errors import UserError, nearest
 from toolkit.models.activations import keep_activations
-from toolkit.models.loss import CHUNKABLE, LOSSES, LossHead, plain_loss
+from toolkit.models.lora import adapt
+from toolkit.models.loss import CHUNKABLE, IGNORED, LOSSES, LossHead, plain_loss
 from toolkit.models.presets import Preset, first_line, load_config
 from toolkit.printable import warn_once
 from toolkit.records.activations import Activations
+from toolkit.records.lora import LoRA
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -37,13 +39,26 @@ class CausalLM(nn.Module):
         self.hf = hf
 
     def forward(self, tokens: LongTensor) -> Tensor:
-        """`tokens` int64 [micro_batch, seq_len + 1] -> mean loss of seq_len predictions a row, 0-d fp32."""
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        """Mean loss of the predictions, 0-d fp32, of `tokens`, int64 [micro_batch, seq_len + 1], or of conversations.
+
+        These are [micro_batch, 3, seq_len + 1]: tokens, labels (IGNORED where a token is not predicted), and places in
+        a conversation, each of which attends to itself alone.
+        """
+        conversations = tokens.dim() == 3
+        labels, places = (tokens[:, 1], {"position_ids": tokens[:, 2, :-1]}) if conversations else (tokens, {})
+        inputs, targets = (tokens[:, 0] if conversations else tokens)[:, :-1], labels[:, 1:]
         head = self.hf.get_output_embeddings()
         if isinstance(head, LossHead):
-            hidden = self.hf.base_model(input_ids=inputs, use_cache=False).last_hidden_state
-            return head(hidden, targets)
-        return plain_loss(self.hf(input_ids=inputs, use_cache=False).logits, targets)
+            hidden = self.hf.base_model(input_ids=inputs, use_cache=False, **places).last_hidden_state
+            return head(hidden, targets, conversations)
+        return plain_loss(self.hf(input_ids=inputs, use_cache=False, **places).logits, targets, conversations)
+
+
+def predictions(tokens: Tensor) -> Tensor:
+    """How many predictions `CausalLM` makes of `tokens`, 0-d int64 where they are."""
+    if tokens.dim() == 3:
+        return (tokens[:, 1, 1:] != IGNORED).sum()
+    return torch.tensor(tokens[:, 1:].numel())
 
 
 def build_model(
@@ -56,6 +71,7 @@ def build_model(
     vocab_size: int | None = None,
     activations: Activations | None = None,
     loss: str | None = None,
+    lora: LoRA | None = None,
 ) -> CausalLM:
     """Build the model of a preset or of a folder with a ``config.json``, on the CPU, in `dtype`.
 
@@ -66,7 +82,8 @@ def build_model(
 
     `vocab_size` replaces the configuration's (random weights only). `activations` and `loss`
     ("chunked": full logits are never built; "plain") default to the preset's choice, and for a folder to all
-    and "chunked". An architecture that "chunked" is not known to be right for gets a warning and "plain".
+    and "chunked". An architecture that "chunked" is not known to be right for gets a warning and "plain". With `lora`
+    adapters alone are trained, drawn from `seed`.
 
     Raises UserError for what `load_config` rejects, an unknown loss, weights that are missing or do not fit, and
     activations that the architecture cannot do without.
@@ -89,7 +106,7 @@ def build_model(
         config.vocab_size = vocab_size or config.vocab_size
         hf = skeleton(config, dtype)
         _initialise(hf, seed, zero3_config)
-    return complete(hf, preset, activations, loss)
+    return complete(hf, preset, activations, loss, lora, seed)
 
 
 def blueprint(
@@ -100,6 +117,7 @@ def blueprint(
     loss: str | None = None,
     attention: str | None = None,
     layers: int | None = None,
+    lora: LoRA | None = None,
 ) -> CausalLM:
     """The model that `build_model` builds, on the meta device: it takes no memory.
 
@@ -119,14 +137,29 @@ def blueprint(
     with torch.device("meta"), no_init_weights():
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     hf.tie_weights()
-    return complete(hf, preset, activations, loss)
+    return complete(hf, preset, activations, loss, lora)
 
 
-def complete(hf: PreTrainedModel, preset: Preset | None, activations: Activations | None, loss: str | None) -> CausalLM:
-    """The model around `hf`, with a loss and what it keeps of its activations; None is the preset's choice."""
+def complete(
+    hf: PreTrainedModel,
+    preset: Preset | None,
+    activations: Activations | None,
+    loss: str | None,
+    lora: LoRA | None = None,
+    seed: int | None = None,
+) -> CausalLM:
+    """The model around `hf`, with a loss and what it keeps of its activations; None is the preset's choice.
+
+    `lora`: with adapters, drawn from `seed`, or without memory.
+    """
     if (loss or (preset.loss if preset else "chunked")) == "chunked":
         _use_chunked_loss(hf)
-    keep_activations(hf, activations or (preset.activations if preset is not None else Activations()))
+    kept = activations or (preset.activations if preset is not None else Activations())
+    if lora is not None:
+        if kept.tiled:
+            raise UserError("--activations tiled computes with an MLP's own weights, past the adapters of --lora.")
+        adapt(hf, lora, seed)
+    keep_activations(hf, kept)
     return CausalLM(hf)
 
 

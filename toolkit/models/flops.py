@@ -26,13 +26,14 @@ _PEAKS = {
 }
 
 
-def flops_per_token(config: PretrainedConfig, seq_len: int) -> int:
+def flops_per_token(config: PretrainedConfig, seq_len: int, frozen: bool = False) -> int:
     """Operations that training needs for a token: 2 for each weight of a matrix in the forward pass and 4 in the
     backward pass, the head's once even where it is tied, and 12 * layers * heads * head size * tokens attended to.
 
     As in PaLM's paper (appendix B): attention is counted as if it were not causal; what activation checkpointing or a
     chunked loss computes again, embeddings, norms and the optimizer's step are not counted. Of experts, those are
-    counted that a token passes through.
+    counted that a token passes through. Weights that are `frozen` need 4, without a gradient of their own, and adapters
+    beside them are not counted.
     """
     from torch import nn
 
@@ -48,7 +49,7 @@ def flops_per_token(config: PretrainedConfig, seq_len: int) -> int:
         if weight.dim() > 1 and id(weight) not in looked_up:
             one_of_many = ".experts." in name or (weight.dim() == 3 and weight.shape[0] == experts)
             weights += weight.numel() * (share if one_of_many else 1.0)
-    return round(6 * weights + 12 * _attended(config, seq_len))
+    return round((4 if frozen else 6) * weights + 12 * _attended(config, seq_len))
 
 
 def _experts(config: PretrainedConfig) -> int:

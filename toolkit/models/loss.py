@@ -42,6 +42,10 @@ def chunk_of(device: str, tokens: int, vocabulary: int) -> int:
     return min(chunk, vocabulary)
 
 
+IGNORED = -100
+"""The target of a token that is not predicted, as in torch's and transformers' losses; only where some may be."""
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of ``hidden @ weight.T + bias``, over the vocabulary in chunks.
 
@@ -52,11 +56,14 @@ class _CrossEntropy(torch.autograd.Function):
                    d hidden = s p @ weight,  d weight = s p.T @ hidden,  d bias = s sum_tokens p
 
     z is computed again in the backward pass, which is also when fp16's loss scale is there. A chunk holds all tokens,
-    so its rows of d weight are whole after one product: summed in fp32 and rounded once.
+    so its rows of d weight are whole after one product: summed in fp32 and rounded once. Where `some` tokens only are
+    predicted, the others have lse = infinity, so that p = 0, and `tokens` is the number of those that are.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, device: str) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, device: str, some: bool
+    ) -> Tensor:
         operand, multiply = products(device, hidden.dtype)
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
         chunk = chunk_of(device, tokens, vocabulary)
@@ -76,21 +83,26 @@ class _CrossEntropy(torch.autograd.Function):
             column, inside = _place(targets, rows)
             chosen = torch.where(inside, logits.gather(1, column)[:, 0], chosen)
         losses = normaliser - chosen
-        ctx.save_for_backward(hidden, weight, targets, bias, normaliser + 0 * chosen)
-        ctx.device = device
-        return losses.mean()
+        normaliser = normaliser + 0 * chosen
+        ctx.device, count = device, None
+        if some:
+            left_out = targets == IGNORED
+            losses, normaliser = losses.masked_fill(left_out, 0), normaliser.masked_fill(left_out, math.inf)
+            count = (tokens - left_out.sum()).clamp(min=1)
+        ctx.save_for_backward(hidden, weight, targets, bias, normaliser, count)
+        return losses.mean() if count is None else losses.sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, bias, normaliser = ctx.saved_tensors
+        hidden, weight, targets, bias, normaliser, count = ctx.saved_tensors
         operand, multiply = products(ctx.device, hidden.dtype)
         (tokens, features), vocabulary = hidden.shape, weight.shape[0]
-        for_hidden, for_weight, _, for_bias, _ = ctx.needs_input_grad
+        for_hidden, for_weight, _, for_bias, *_ = ctx.needs_input_grad
         # p in fp16 would lose what is below 6e-8. As the factor comes after the products, 1 / tokens is not rounded to
         # bf16 with p, where all targets would be off by the same.
         one = 2.0**15 if operand == torch.float16 else 1.0
-        factor = gradient.float() / (tokens * one)
+        factor = gradient.float() / ((tokens if count is None else count) * one)
         shift = (normaliser - math.log(one))[:, None]
         chunk = chunk_of(ctx.device, tokens, vocabulary)
         x = hidden.to(operand)
@@ -127,7 +139,7 @@ class _CrossEntropy(torch.autograd.Function):
                     of_hidden[some] += part
         if of_hidden is not None:
             of_hidden = of_hidden.mul_(factor).to(hidden.dtype)
-        return of_hidden, of_weight, None, of_bias, None
+        return of_hidden, of_weight, None, of_bias, None, None
 
 
 def _chunks(vocabulary: int, chunk: int) -> Iterator[slice]:
@@ -145,13 +157,24 @@ def _place(targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     return nearest[:, None], nearest == column
 
 
-def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, 0-d fp32: logits [micro_batch, seq_len, vocab], targets int64 [micro_batch, seq_len]."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+def plain_loss(logits: Tensor, targets: Tensor, some: bool = False) -> Tensor:
+    """Mean cross-entropy, 0-d fp32: logits [micro_batch, seq_len, vocab], targets int64 [micro_batch, seq_len].
+
+    `some`: targets may be IGNORED, and do not count then; of none the loss is 0.
+    """
+    if not some:
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, device: str | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    device: str | None = None,
+    some: bool = False,
 ) -> Tensor:
     """Mean cross-entropy of the logits ``hidden @ weight.T + bias``, 0-d fp32; one chunk of them exists at a time.
 
@@ -161,6 +184,7 @@ def linear_cross_entropy(
         targets: int64 [tokens]. One that is not in the vocabulary makes the loss and all its gradients NaN.
         bias: [vocab] or None.
         device: "cpu" or "cuda", whose products are to be used; default: that which `hidden` is on.
+        some: targets may be IGNORED, and do not count then; of none the loss is 0.
 
     Beside its inputs and the gradients it holds at most, in bytes, with c = CHUNK of the device, and less from MANY
     tokens on (`chunk_of`), where tokens c stays MANY CHUNK:
@@ -174,7 +198,7 @@ def linear_cross_entropy(
     The relative error (L2) of the gradients is that of rounding them once and p once, below 0.3 % in bf16. The same
     inputs give the same bits.
     """
-    return _CrossEntropy.apply(hidden, weight, targets, bias, device or hidden.device.type)
+    return _CrossEntropy.apply(hidden, weight, targets, bias, device or hidden.device.type, some)
 
 
 class LossHead(nn.Linear):
@@ -190,8 +214,10 @@ class LossHead(nn.Linear):
         assert isinstance(head, cls)
         return head
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, some: bool = False) -> Tensor:
         """`hidden` [micro_batch, seq_len, hidden_size], `targets` int64 [micro_batch, seq_len] -> 0-d fp32."""
         if targets is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), self.bias, self.stands_for)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.weight, targets.flatten(), self.bias, self.stands_for, some
+        )

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 
 class Notes:
-    """Says once, by name, which documents `batches` skips first, and that characters are replaced."""
+    """Says once, by name, which documents `batches` skips first, and that characters are replaced or ends cut."""
 
     def __init__(self, batches: Batches, say: Callable[[str], None]) -> None:
         self._batches = batches
         self._say = say
         self._told = len(batches.position.named)
         self._replaced = batches.position.replaced > 0
+        self._cut = batches.position.cut > 0
 
     def say_new(self) -> None:
         from toolkit.data.pack import NAMED
@@ -33,6 +34,9 @@ class Notes:
         if found.replaced and not self._replaced:
             self._replaced = True
             self._say("note: the data hold bytes that are not text in their encoding; summary.json counts them.")
+        if found.cut and not self._cut:
+            self._cut = True
+            self._say("note: conversations longer than --seq-len are cut at their end; summary.json counts them.")
 
 
 @contextmanager
@@ -53,4 +57,5 @@ def document_counts(read_to: Position) -> dict[str, Any]:
         "skipped_documents": read_to.skipped,
         "skipped_documents_first": list(read_to.named),
         "replaced_characters": read_to.replaced,
+        "cut_conversations": read_to.cut,
     }

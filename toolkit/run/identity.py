@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +21,29 @@ def identity(
     settings: RunSettings, config: PretrainedConfig, tokenizer: str, training: PackedTokens
 ) -> dict[str, dict[str, Any]]:
     """Names and hashes of model, tokenizer and data, and what else fixes the order of the data."""
-    documents: Any = training.documents
+    lora = settings.lora
     return {
-        "model": {"name": settings.model, "sha256": config_hash(config)},
+        "model": {"name": settings.model, "sha256": config_hash(config), **({"lora": str(lora)} if lora else {})},
         "tokenizer": {"name": tokenizer, "sha256": tokenizer_hash(training.tokenizer)},
         "data": {
             "name": settings.data,
-            "sha256": documents.fingerprint(),
+            "sha256": training.documents.fingerprint(),
             "part": training.part,
             "seq_len": training.seq_len,
             "seed": training.seed,
             "windows": [training.shuffle_window, training.sequence_window],
+            **({"template": template} if (template := template_hash(training)) is not None else {}),
         },
     }
+
+
+def template_hash(training: PackedTokens) -> str | None:
+    """SHA-256, in hex, of what the chat template makes sequences of conversations from; None for text."""
+    from toolkit.data import PackedConversations
+
+    if not isinstance(training, PackedConversations):
+        return None
+    return hashlib.sha256(repr(training.chat.identity).encode()).hexdigest()
 
 
 def check_same(saved: Mapping[str, Any] | None, here: Mapping[str, Any], where: Path) -> None:
@@ -45,6 +56,9 @@ def check_same(saved: Mapping[str, Any] | None, here: Mapping[str, Any], where: 
             same = old["name"] == new["name"]
             now = "which has changed since" if same else f"and this run has {part} {new['name']!r}"
             raise UserError(f"the checkpoint {where} was trained with {part} {old['name']!r}, {now}.")
+    if saved["model"].get("lora") != here["model"].get("lora"):
+        words = [f"--lora {said}" if (said := part["model"].get("lora")) else "all weights" for part in (saved, here)]
+        raise UserError(f"the checkpoint {where} was trained with {words[0]}, and this run trains {words[1]}.")
     for key, flag in (("seq_len", "--seq-len"), ("seed", "--seed"), ("windows", "shuffling in windows of")):
         if saved["data"][key] != here["data"][key]:
             old = saved["data"][key]
@@ -53,6 +67,10 @@ def check_same(saved: Mapping[str, Any] | None, here: Mapping[str, Any], where: 
                 f"the checkpoint {where} was trained with {flag} {old}, and this run has {here['data'][key]}: "
                 f"the data would differ{advice}."
             )
+    if saved["data"].get("template") != here["data"].get("template"):
+        raise UserError(
+            f"the checkpoint {where} was trained with another chat template: give the --chat-template of that run."
+        )
     if saved["data"]["part"] != here["data"]["part"]:
         raise UserError(
             f"the checkpoint {where} was trained on the part {saved['data']['part']!r} of its data, and this run on "

@@ -49,6 +49,7 @@ class Forecast:
                 device=device.type,
                 activations=settings.activations,
                 loss=settings.loss,
+                lora=settings.lora,
             )
             self.prediction = self._estimator.predict(self._case)
             self._write(self.prediction)

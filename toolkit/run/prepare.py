@@ -78,6 +78,7 @@ class PreparedRun:
             f"{settings.config}; data {settings.data}",
             f"{settings.steps} steps of {batch.total} sequences x {settings.seq_len} tokens: micro-batch "
             f"{batch.micro} x accumulation {batch.accumulation} x {batch.world_size} rank(s)",
+            *([f"adapters alone are trained: --lora {settings.lora}"] if settings.lora is not None else []),
             f"files in {self.folder}",
             *(f"note: {remark}" for remark in remarks),
         ]
@@ -123,10 +124,14 @@ def prepare(settings: RunSettings) -> PreparedRun:
             f"{settings.model!r} ({model_config.vocab_size}); choose another --tokenizer or --model."
         )
     models.check_length(model_config, settings.model, settings.seq_len)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = data.read_template(settings.chat_template)
 
     text, held_out = texts(settings)
     training = open_text(text, tokenizer, settings.seq_len, settings.seed, bad=settings.bad_documents)
     training.require(batch.total)
+    if settings.chat_template is not None and not training.documents.conversations:
+        remarks.append("--chat-template only goes with the tokenizer into checkpoints: the data are no conversations.")
     sequences: list[Any] = []
     if held_out is not None:
         source = open_text(held_out, tokenizer, settings.seq_len, settings.seed, bad=settings.bad_documents)
@@ -142,7 +147,7 @@ def prepare(settings: RunSettings) -> PreparedRun:
         validation=[torch.as_tensor(sequence) for sequence in sequences],
         validation_text=held_out,
         parameters=models.count_parameters(model_config),
-        flops_per_token=models.flops_per_token(model_config, settings.seq_len),
+        flops_per_token=models.flops_per_token(model_config, settings.seq_len, frozen=settings.lora is not None),
         identity=identity(settings, model_config, name, training),
         model_files=model_files(model_config, tokenizer, Path(settings.model).expanduser())
         if ranks.rank() == 0

@@ -111,6 +111,8 @@ class Screen:
             rows["replaced"] = (
                 f"{summary['replaced_characters']:,} characters of the text, which its encoding does not have"
             )
+        if summary["cut_conversations"]:
+            rows["cut"] = f"{summary['cut_conversations']:,} conversations that are longer than --seq-len, at their end"
         for name, value in rows.items():
             table.add_row(name, Text(printable(value)))
         self.console.print(table)

@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 from toolkit.errors import UserError, stopped
 from toolkit.plugins import PLUGIN
 from toolkit.records.activations import HELP, Written
+from toolkit.records.lora import Written as Adapters
 from toolkit.usage import USAGE_ERROR, check_given, sentence
 
 T = TypeVar("T")
@@ -41,7 +42,11 @@ class RunSettings(BaseModel):
         "stdlib"
     )
     data_subset: Annotated[str | None, typer.Option(help="Configuration name of a hub data set.")] = None
-    text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text"
+    text_column: Annotated[str, typer.Option(help="The column that holds the text, or conversations.")] = "text"
+    chat_template: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|chatml", help="Chat template for conversations. (default: the tokenizer's)"),
+    ] = None
     bad_documents: Annotated[
         Literal["skip", "stop"],
         typer.Option(help="Documents that cannot be read or tokenized: skip and count them, or stop at the first."),
@@ -127,6 +132,14 @@ class RunSettings(BaseModel):
     loss: Annotated[
         Literal["chunked", "plain"] | None,
         typer.Option(help="chunked never builds the full logits. (default: the preset's)"),
+    ] = None
+    lora: Annotated[
+        Adapters | None,
+        typer.Option(
+            metavar="r=16,...",
+            parser=str,
+            help="Train adapters alone: some of r=16,alpha=32,targets=all-linear,dropout=0 with commas.",
+        ),
     ] = None
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same bits from the same run on a GPU, too; slower there.")

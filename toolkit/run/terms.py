@@ -27,6 +27,7 @@ KEPT: dict[str, tuple[str, ...]] = {
     "max_skipped": (),
     "activations": (),
     "loss": (),
+    "lora": (),
 }
 
 # Keys and sections of the JSON whose change is reported. Nothing that could hold a secret is among them.

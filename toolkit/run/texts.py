@@ -43,11 +43,12 @@ def open_text(
     bad: BadDocuments = "skip",
     shuffle_window: int = 1024,
 ) -> PackedTokens:
-    """A text of `texts`, packed. Raises UserError where it cannot be read."""
+    """A text of `texts`, or conversations, packed. Raises UserError where it cannot be read."""
     from toolkit import data
 
     documents = data.open_documents(text["name"], subset=text["subset"], text_column=text["text_column"], bad=bad)
-    return data.PackedTokens(documents, tokenizer, seq_len, seed=seed, part=text["part"], shuffle_window=shuffle_window)
+    kind = data.PackedConversations if documents.conversations else data.PackedTokens
+    return kind(documents, tokenizer, seq_len, seed=seed, part=text["part"], shuffle_window=shuffle_window)
 
 
 def digest(sequences: Iterable[np.ndarray]) -> str:

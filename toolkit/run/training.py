@@ -21,6 +21,7 @@ from toolkit.run.settings import RunSettings
 from toolkit.run.start import Start, find_start
 from toolkit.run.stopping import MemoryRanOut, StopRequest
 from toolkit.run.summary import summarize
+from toolkit.run.weighing import check_apart, weighed
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +125,8 @@ class Run:
         self.screen, self.stop = screen, stop
         self.settings, self.batch = prepared.settings, prepared.batch
         self.engine = build_engine(prepared)
+        if prepared.data.documents.conversations:
+            ranks.agreed(lambda: check_apart(self.engine))
         ranks.agreed(lambda: restore(prepared, self.engine, start, screen.say))
         self.records: list[dict[str, Any]] = ranks.from_first(
             folder.continue_after(start.step, prepared.config) if folder is not None else []
@@ -246,9 +249,11 @@ class Run:
         return bool(self.records) and self.records[-1]["step"] >= self.settings.steps
 
     def validate(self) -> float:
-        """Mean loss over the validation sequences, dealt out to the ranks; the same at every world size up to
-        rounding."""
+        """Mean loss over the predictions in the validation sequences, dealt out to the ranks; the same at every world
+        size up to rounding."""
         import torch
+
+        from toolkit.models import predictions
 
         sequences, micro_batch, world_size = self.prepared.validation, self.batch.micro, ranks.world_size()
         mine = sequences[ranks.rank() :: world_size]
@@ -261,10 +266,11 @@ class Run:
             for index in range(passes):
                 rows = mine[index * micro_batch : (index + 1) * micro_batch]
                 tokens = torch.stack(rows or sequences[:1]).to(self.engine.device)
-                total = total + self.engine(tokens).double() * len(rows)  # on the device: nothing waits for it
+                counted = predictions(tokens) / self.settings.seq_len if rows else 0.0
+                total = total + self.engine(tokens).double() * counted  # on the device: nothing waits for it
         self.engine.train()
         [mean], _ = ranks.mean_max([total], [], self.engine.device)
-        return mean * world_size / len(sequences)
+        return mean * world_size / (float(predictions(torch.stack(sequences))) / self.settings.seq_len)
 
     def record(self, record: dict[str, Any]) -> None:
         """Write the record of a step: metrics.jsonl, the monitors of the JSON, the screen."""
@@ -364,6 +370,7 @@ def build_engine(prepared: PreparedRun) -> Any:
         from_checkpoint=settings.from_checkpoint,
         activations=settings.activations,
         loss=settings.loss,
+        lora=settings.lora,
     )
     engine, *_ = toolkit.initialize(model=model, config=config, total_steps=settings.steps)
     return engine
@@ -377,11 +384,10 @@ def steps_behind(device: torch.device) -> int:
 def optimizer_step(engine: Any, batches: Iterator[torch.Tensor], accumulation: int) -> torch.Tensor:
     """One optimizer step; returns this rank's mean loss over its micro-batches, 0-d fp64, on the device."""
     total: Any = 0.0
-    for _ in range(accumulation):
-        tokens = next(batches)
-        if engine.device.type != "cpu":  # out of other memory, a copy may make the host wait for the device
-            tokens = tokens.pin_memory().to(engine.device, non_blocking=True)
+    for tokens, share in weighed(batches, accumulation, engine.device):
         loss = engine(tokens)
+        if share is not None:
+            loss = loss * share
         engine.backward(loss)
         engine.step()
         # Kept on the device: to read it here would make the host wait once a micro-batch.

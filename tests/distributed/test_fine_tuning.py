@@ -1,0 +1,220 @@
+"""Fine-tuning in real ranks: the loss on answers against a plain computation, and adapters beside a frozen model."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from ranks import launch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from toolkit import cli
+from toolkit.checkpoint.export import export, load_model
+from toolkit.checkpoint.universal import open_checkpoint
+from toolkit.commands.checkpoint import find
+from toolkit.data import PackedConversations, open_documents
+from toolkit.data.tokenizers import END_OF_TEXT, train_bytes_bpe
+from toolkit.models import cpu_matmul
+from toolkit.records.run import read_metrics
+from toolkit.run import ranks
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SEQ_LEN, BATCH, STEPS = 64, 4, 6
+FP32 = ["--config", "amcs_zero2", "--set", "bf16.enabled=false", "--set", "optimizer.params.weights=fp32"]
+LORA = ["--lora", "r=4,targets=all-linear"]
+
+
+class Tuning:
+    """A pretrained model with a chat template, conversations, and runs of them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.base, self.data = root, root / "base", root / "chat.jsonl"
+        small: Tokenizer = train_bytes_bpe([""], 257)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=small, eos_token=END_OF_TEXT, chat_template=TEMPLATE)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tokenizer.save_pretrained(self.base)
+        torch.manual_seed(0)
+        config = transformers.Qwen3Config(
+            vocab_size=272,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            tie_word_embeddings=False,
+        )
+        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(self.base)
+        rng = np.random.default_rng(0)
+        rows = []
+        for n in range(120):
+            short, long = (int(size) for size in (rng.integers(1, 4), rng.integers(1, 20)))
+            messages = [{"role": "user", "content": "q" * short}, {"role": "assistant", "content": f"{n}" + "a" * long}]
+            rows.append({"messages": messages})
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def arguments(self, run: str, ranks: int, way: list[str], *more: str, accumulation: int = 1) -> list[str]:
+        fixed = (
+            f"--model {self.base} --from-checkpoint --data {self.data} --seq-len {SEQ_LEN} --global-batch {BATCH} "
+            f"--micro-batch {BATCH // ranks // accumulation} --steps {STEPS} --lr 0.05 --warmup 1 --eval-every 0 "
+            f"--save-every 2 --keep-last 9 --memory-profile off --run-dir {self.root / run} "
+            "--set optimizer.params.compile=false"
+        )
+        return [*fixed.split(), *way, *more]
+
+    def losses(self, run: str) -> list[float]:
+        return [record["loss"] for record in self.records(run)]
+
+    def records(self, run: str) -> list[dict[str, Any]]:
+        return read_metrics(self.root / run / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tuning(tmp_path_factory: pytest.TempPathFactory) -> Tuning:
+    """All runs; those of two ranks in one start of the processes, and those of one in another."""
+    pytest.importorskip("peft")
+    found = Tuning(tmp_path_factory.mktemp("tuning"))
+    two = [
+        {"run": found.arguments("two", 2, FP32, *f"--eval-every 6 --val-data {found.data} --eval-sequences 3".split())},
+        {"run": found.arguments("accumulated", 2, FP32, accumulation=2)},
+        *({"run": found.arguments(f"lora-{n}", 2, ["--config", f"amcs_zero{n}"], *LORA)} for n in (2, 3)),
+        {"run": found.arguments("cut", 2, ["--config", "amcs_zero2"], *LORA), "stop_at": 3},
+        {"run": found.arguments("cut", 2, ["--config", "amcs_zero2"])},
+        {"run": found.arguments("cut", 2, ["--config", "amcs_zero2"], "--lora", "r=2")},
+    ]
+    one = [
+        {"run": found.arguments("one", 1, FP32)},
+        {"run": found.arguments("lora-1", 1, ["--config", "amcs_zero1"], *LORA, "--activations", "checkpoint")},
+    ]
+    for number, steps in ((2, two), (1, one)):
+        said = launch(found.root / f"ranks-{number}", number, WORKER, {"steps": steps})[0]
+        for place, answer in enumerate(said):
+            refused = number == 2 and place == len(steps) - 1
+            assert isinstance(answer, str) == refused, answer
+            assert not refused or "was trained with --lora r=4" in answer and "--lora r=2" in answer, answer
+    return found
+
+
+def test_the_loss_and_gradient_are_those_of_a_plain_computation(tuning: Tuning) -> None:
+    """Of the first step: every answer's token counts the same, on 1 and 2 ranks and with accumulation."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tuning.base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tuning.base)
+    packed = PackedConversations(open_documents(str(tuning.data)), tokenizer, SEQ_LEN, seed=0)
+    total, counts = torch.zeros(()), []
+    for tokens, labels, places in islice(packed.sequences(), BATCH):
+        edges = [*np.flatnonzero(places == 0), SEQ_LEN + 1]
+        for begin, end in zip(edges, edges[1:], strict=False):
+            ids, wanted = (torch.from_numpy(x[None, begin:end]) for x in (tokens, labels))
+            logits = model(input_ids=ids).logits[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits, wanted[0, 1:], reduction="sum")
+        counts.append(int((labels[1:] != -100).sum()))
+    assert len(set(counts)) > 1, "a mean of means would be another one"
+    loss = total / sum(counts)
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.pow(2).sum().item() for p in model.parameters()))
+    for run in ("one", "two", "accumulated"):
+        first = tuning.records(run)[0]
+        assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_curve_is_the_same_at_every_number_of_ranks_and_of_micro_batches(tuning: Tuning) -> None:
+    for run in ("two", "accumulated"):  # whose 8-bit state is rounded elsewhere
+        assert tuning.losses(run) == pytest.approx(tuning.losses("one"), rel=5e-4)
+    assert tuning.losses("one")[-1] < tuning.losses("one")[0] - 0.1
+
+
+@pytest.mark.parametrize("run", ["lora-1", "lora-2", "lora-3", "cut"])
+def test_under_lora_the_base_is_unchanged_to_the_bit(tuning: Tuning, run: str) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tuning.base, dtype=torch.bfloat16).state_dict()
+    source = open_checkpoint(find(tuning.root / run))
+    frozen = {name.removeprefix("hf.").replace(".base_layer.", "."): name for name in source.frozen}
+    assert frozen.keys() == base.keys()
+    for name, kept in frozen.items():
+        assert torch.equal(source.frozen_weight(kept), base[name]), name
+    trained = source.sharding.by_name
+    assert len(trained) == 2 * 2 * 7 and all(".lora_" in name for name in trained)
+    assert all(source.weights(name, 0, place.numel).any() for name, (_, place) in trained.items()), "B has moved"
+
+
+def test_adapters_are_the_same_at_every_stage_and_number_of_ranks_and_resumed_exactly(tuning: Tuning) -> None:
+    for run in ("lora-2", "lora-3"):
+        assert tuning.losses(run) == pytest.approx(tuning.losses("lora-1"), rel=3e-3)
+    exact = ("loss", "grad_norm", "lr", "step")
+    cut, whole = ([[record[key] for key in exact] for record in tuning.records(run)] for run in ("cut", "lora-2"))
+    assert cut == whole
+    digests = {open_checkpoint(find(tuning.root / run)).digest() for run in ("cut", "lora-2")}
+    assert len(digests) == 1
+    assert tuning.losses("lora-1")[-1] < tuning.losses("lora-1")[0] - 0.05
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a command prints that succeeds."""
+    monkeypatch.setattr(ranks, "prepare_environment", lambda: None)  # it is for a process of its own
+    monkeypatch.setattr(cpu_matmul, "install", lambda: False)
+
+    def run(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["toolkit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        assert not ended.value.code, printed.err
+        return printed.out
+
+    return run
+
+
+def test_peft_loads_the_adapters_and_anything_the_merged_model(
+    tuning: Tuning, tmp_path: Path, call: Callable[..., str]
+) -> None:
+    import peft
+
+    source = open_checkpoint(find(tuning.root / "lora-3"))
+    tokens = torch.arange(30)[None] * 7
+    own: Any = load_model(source).eval()
+    call("export", tuning.root / "lora-3", "--to", tmp_path / "adapter")
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir())[:2] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    base: Any = AutoModelForCausalLM.from_pretrained(tuning.base, dtype=torch.bfloat16)
+    theirs: Any = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", autocast_adapter_dtype=False).eval()
+    with torch.no_grad():
+        wanted = own(tokens).logits
+        assert torch.equal(theirs(tokens).logits, wanted)
+        export(source, tmp_path / "merged", merge=True, dtype="fp32")
+        merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(tokens).logits, wanted.float(), rtol=0.05, atol=0.05)
+        plain: Any = AutoModelForCausalLM.from_pretrained(tuning.base, dtype=torch.float32).eval()
+        assert (plain(tokens).logits - wanted).abs().max() > 0.1, "the adapters matter"
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template == TEMPLATE
+
+
+def test_a_tuned_model_answers_and_is_evaluated(tuning: Tuning, call: Callable[..., str]) -> None:
+    found = json.loads(call("eval", tuning.root / "two", "--json"))
+    assert found["loss"] == pytest.approx(tuning.records("two")[-1]["val_loss"], rel=1e-5)
+    assert 0 < found["bytes"] < found["tokens"] < found["sequences"] * SEQ_LEN
+    found = json.loads(call("eval", tuning.root / "lora-2", "--data", tuning.data, "--json"))
+    # All answers, and an end of each.
+    answers = [json.loads(line)["messages"][1]["content"] for line in tuning.data.read_text().splitlines()]
+    assert (found["bytes"], found["tokens"]) == (sum(map(len, answers)), sum(map(len, answers)) + len(answers))
+    line = ("sample", tuning.root / "two", "--chat", "qq", "--tokens", "8", "--temperature", "0", "--json")
+    said = json.loads(call(*line))["samples"][0]
+    assert said["prompt"] == "qq" and 0 < said["tokens"] <= 8

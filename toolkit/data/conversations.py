@@ -1,0 +1,140 @@
+"""Conversations to full sequences: whole ones side by side, of which only the answers are predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from toolkit.data.chat import Chat, Unusable
+from toolkit.data.documents import BadDocument, Document
+from toolkit.data.files import first_line
+from toolkit.data.pack import HELD_OUT_TAIL, PackedTokens, Position
+from toolkit.errors import UserError
+from toolkit.models.loss import IGNORED
+
+if TYPE_CHECKING:
+    from toolkit.data.documents import Documents
+
+TRIED = 100
+"""Data whose first so many conversations all cannot be used are refused."""
+_PLANES = 3
+
+
+class PackedConversations(PackedTokens):
+    """The endless stream of sequences that a corpus of conversations gives.
+
+    Shuffling, windows and epochs are those of `PackedTokens`. A sequence is int64 [3, seq_len + 1]: the tokens, the
+    label of each (itself where it is part of an answer, else IGNORED) and its place in its conversation, which is what
+    keeps conversations apart: attention does not cross from one to the next. A sequence takes the next conversations as
+    long as they fit whole, and is filled with end-of-text tokens, which are not predicted; so is the last one of an
+    epoch. A conversation that is longer than a sequence is cut at its end, and counted. One without an answer, or
+    whose answers all lie behind the cut, is skipped and counted.
+
+    Raises:
+        UserError: as `PackedTokens`, and as `Chat`.
+    """
+
+    def __init__(self, documents: Documents, tokenizer: Any, seq_len: int, **options: Any) -> None:
+        super().__init__(documents, tokenizer, seq_len, **options)
+        self.chat = Chat(tokenizer, f"data {documents.name!r}")
+        self._problem: str | None = None
+
+    def once(self) -> Iterator[np.ndarray]:
+        for following, sequence in self._in_order(Position()):
+            yield sequence
+            self.position = following
+            if following.epoch > 0:
+                break
+
+    def text_bytes(self, tokens: int) -> int:
+        """Bytes in UTF-8 of the answers that the first `tokens` predicted tokens stand for."""
+        covered = 0
+        for _, _, found in self._tokenized(Position()):
+            if tokens <= 0:
+                break
+            answers = found[0][found[1] != IGNORED]
+            covered += self._bytes(answers)
+            tokens -= len(answers)
+        return covered
+
+    def require(self, sequences: int) -> None:
+        for number, (_, document, _) in enumerate(self._tokenized(Position()), start=1):
+            if not document.problem:
+                break
+            if number == TRIED:
+                raise UserError(self._nothing())
+        for full, (following, _) in enumerate(self._in_order(Position()), start=1):
+            if full == sequences:
+                return
+            if following.epoch > 0:
+                raise UserError(
+                    f"data {self._name} are smaller than one batch: the conversations fill {full} sequences of "
+                    f"{self.seq_len} tokens, the global batch needs {sequences}; lower --global-batch or --seq-len."
+                )
+
+    def _in_order(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
+        held: list[np.ndarray] = []
+        room = self.seq_len + 1
+        passed, epoch = start, start.epoch
+        for place, document, tokens in self._tokenized(start):
+            if held and (place.epoch != epoch or tokens.shape[1] > room):
+                yield passed.at(place), self._filled(held, room)
+                held, room = [], self.seq_len + 1
+            epoch = place.epoch
+            if epoch == 0 and document.counted:
+                passed = passed.after(document)
+            if tokens.shape[1]:
+                held.append(tokens)
+                room -= tokens.shape[1]
+
+    def _filled(self, conversations: list[np.ndarray], room: int) -> np.ndarray:
+        filling = np.stack([np.full(room, self.tokenizer.eos_token_id), np.full(room, IGNORED), np.arange(room)])
+        return np.concatenate([*conversations, filling], axis=1)
+
+    def _encode(self, documents: list[Document]) -> list[tuple[Document, np.ndarray]]:
+        return [self._rendered(document) for document in documents]
+
+    def _rendered(self, document: Document) -> tuple[Document, np.ndarray]:
+        """A conversation's tokens, labels and places, int64 [3, tokens]; those of one that is skipped are empty."""
+        nothing = np.empty((_PLANES, 0), np.int64)
+        if document.problem:
+            self._problem = self._problem or document.problem
+            return document, nothing
+        size = self.seq_len + 1
+        try:
+            ids, answered = self.chat.encode(document.text)
+            labels = np.where(answered, ids, IGNORED)
+            labels[:1] = IGNORED  # nothing is before it that it could be predicted from
+            if not (labels[:size] != IGNORED).any():
+                where = (
+                    f"its answers begin behind the first {size} tokens" if answered.any() else "its answers are empty"
+                )
+                raise Unusable(where)
+        except BaseException as error:
+            # Tokenizers raise anything about a text, and a panic of Rust is no Exception.
+            panic = type(error).__name__ == "PanicException"
+            if not panic and (not isinstance(error, Exception) or isinstance(error, MemoryError | OSError)):
+                raise
+            why = str(error) if isinstance(error, Unusable) else f"it cannot be tokenized ({first_line(error)})"
+            problem = f"{document.where} cannot be used: {why}."
+            if self.documents.bad == "stop":
+                raise BadDocument(problem) from error
+            self._problem = self._problem or problem
+            return Document("", document.where, problem), nothing
+        planes = np.stack([ids, labels, np.arange(len(ids))])[:, :size]
+        return document._replace(cut=len(ids) > size), planes
+
+    def _part_of_few(self, documents: list[Document]) -> Iterator[Document]:
+        """This part of few conversations: all but the last tenth of them, one at least, or that."""
+        usable = [number for number, document in enumerate(documents) if not document.problem]
+        held_out = usable[len(usable) - max(1, len(usable) // HELD_OUT_TAIL) :] if len(usable) > 1 else []
+        for number, document in enumerate(documents):
+            if (number in held_out) == (self.part == "validation"):
+                yield document
+
+    def _nothing(self) -> str:
+        if self.part == "validation":
+            return super()._nothing()
+        return self._problem or f"data {self._name} hold no conversation with an answer."

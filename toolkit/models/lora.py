@@ -1,0 +1,86 @@
+"""Adapters (LoRA, of the package peft) in a transformers model whose own weights stay as they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from toolkit.errors import UserError
+from toolkit.models.presets import first_line
+from toolkit.records.lora import ALL, FLAG, LoRA
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+"""peft's name of a model's only adapter, which is part of its parameters' names and not of those in its files."""
+
+
+def peft_config(lora: LoRA, base: str | None = None) -> Any:
+    """As peft writes it into adapter_config.json, for the model called `base`.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise UserError(
+            f"{FLAG} needs the package peft, which is not installed: pip install 'leanstate[peft]'."
+        ) from None
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=ALL if lora.targets == (ALL,) else list(lora.targets),
+        lora_dropout=lora.dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+
+
+@torch.no_grad()
+def adapt(hf: PreTrainedModel, lora: LoRA, seed: int | None) -> None:
+    """Put adapters into `hf` and freeze all else.
+
+    A is drawn from `seed` and the name of each module alone, B is zero; with no seed both take no memory.
+
+    Raises:
+        UserError: the package is not installed, or no module has such a name.
+    """
+    config = peft_config(lora)
+    from peft import inject_adapter_in_model
+
+    try:
+        inject_adapter_in_model(config, hf, adapter_name=ADAPTER, low_cpu_mem_usage=seed is None)
+    except ValueError as error:
+        raise UserError(f"{FLAG} {lora}: {first_line(error).rstrip('.')}.") from error
+    for name, layer in adapted(hf):
+        if ADAPTER not in layer.lora_A or layer.lora_A[ADAPTER].weight.dim() != 2:
+            raise UserError(f"{FLAG} {lora}: {name!r} is no linear module; name others as targets, or {ALL}.")
+    if seed is None:
+        return
+    generator = torch.random.default_generator
+    state = generator.get_state()
+    for name, layer in adapted(hf):
+        digest = hashlib.sha256(f"{seed}:{name}:lora".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        layer.reset_lora_parameters(ADAPTER, True)
+    generator.set_state(state)
+
+
+def adapted(hf: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules of `hf` that have adapters, with their names."""
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, module) for name, module in hf.named_modules() if isinstance(module, LoraLayer))
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, layer: Any) -> Tensor:
+    """What the module `layer` of peft's computes with, fp32 of the shape of `weight`, its own."""
+    product = layer.scaling[ADAPTER] * (b.float() @ a.float())
+    return weight.float() + (product.T if layer.fan_in_fan_out else product)
