@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -163,10 +163,9 @@ def test_adapters_are_the_same_at_every_stage_and_number_of_ranks_and_resumed_ex
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
     """What a command prints that succeeds."""
     monkeypatch.setattr(ranks, "prepare_environment", lambda: None)  # it is for a process of its own
-    monkeypatch.setattr(cpu_matmul, "install", lambda: False)
 
     def run(*arguments: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", ["toolkit", *map(str, arguments)])
@@ -176,7 +175,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         assert not ended.value.code, printed.err
         return printed.out
 
-    return run
+    yield run
+    cpu_matmul.uninstall()
 
 
 def test_peft_loads_the_adapters_and_anything_the_merged_model(

@@ -103,7 +103,7 @@ def test_the_trainer_trains_adapters_beside_a_frozen_model(ranks: list[dict[str,
         assert rank["unchanged"] and 0 < rank["trained"] < rank["parameters"] / 5
         assert set(by_component(rank, "component")) == {"attention", "ffn"}
         for held in rank["state_bytes"].values():
-            assert held < rank["trained"]
+            assert held < rank["parameters"] / 4, "of adapters alone, padded to whole blocks"
         assert all(math.isfinite(loss) for loss in rank["losses"]) and rank["losses"][-1] < rank["losses"][0]
 
 

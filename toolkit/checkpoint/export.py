@@ -303,7 +303,7 @@ class _Tensors:
             return self.source.frozen_weight(name)
         _, place = self.source.sharding.by_name[name]
         # The bf16 weight itself, where there is one: the sum of weight and remainder may round to its neighbour.
-        flat, dtype = self.source.elements(name, None, 0, place.numel), self.shapes[name].dtype
+        flat, dtype = self.source.elements(name, None, 0, place.numel), self._kept[name].dtype
         if flat.dtype == dtype:
             return flat
         whole = self.source.weights(name, 0, place.numel)

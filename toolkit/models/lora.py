@@ -32,9 +32,10 @@ def peft_config(lora: LoRA, base: str | None = None) -> Any:
         raise UserError(
             f"{FLAG} needs the package peft, which is not installed: pip install 'leanstate[peft]'."
         ) from None
+    alpha: Any = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     return peft.LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=alpha,
         target_modules=ALL if lora.targets == (ALL,) else list(lora.targets),
         lora_dropout=lora.dropout,
         bias="none",
