@@ -27,6 +27,9 @@ TOTALS = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
 }
 
 
@@ -62,12 +65,22 @@ def test_134m_has_the_pinned_shape() -> None:
 
 
 def test_published_presets_share_qwens_constants() -> None:
-    for name in list(PRESETS)[3:]:
+    for name in [name for name in list(PRESETS)[3:] if name.startswith("qwen3")]:
         config, preset = load_config(name)
         assert preset is not None
         assert config.rope_parameters["rope_theta"] == 1e6 and config.rms_norm_eps == 1e-6
         assert config.vocab_size == 151_936 and config.head_dim == 128
         assert preset.activations.checkpoint == (name != "qwen3-0.6b") and preset.loss == "chunked"
+
+
+def test_the_shapes_of_other_families_are_the_published_ones() -> None:
+    config, _ = load_config("llama3-70b")
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 80, 8192)
+    assert (config.rope_parameters["rope_theta"], config.rms_norm_eps) == (5e5, 1e-5)
+    assert (config.max_position_embeddings, config.head_dim, config.tie_word_embeddings) == (8192, 128, False)
+    config, _ = load_config("qwen3-30b-a3b")
+    assert (config.model_type, config.num_experts, config.num_experts_per_tok) == ("qwen3_moe", 128, 8)
+    assert (config.moe_intermediate_size, config.decoder_sparse_step, config.mlp_only_layers) == (768, 1, [])
 
 
 def test_presets_cannot_be_changed_through_a_config() -> None:

@@ -57,7 +57,8 @@ def fits(
     tried = ways(
         optimizer or [one for one in COMPARED if offered(one, state_format)], gpus, state_format, offload=offload
     )
-    models = model or [name for name, preset in PRESETS.items() if preset.activations.checkpoint or "0.6b" in name]
+    dense = [preset for preset in PRESETS.values() if preset.family == "qwen3"]
+    models = model or [one.name for one in dense if one.activations.checkpoint or "0.6b" in one.name]
     for name in models:
         lengths(name)  # what is no model ends the command before anything is computed
     watched = track(models, "predicting", console=Console(stderr=True), transient=True)

@@ -18,11 +18,11 @@ _ALL, _CHECKPOINTED = Activations(), Activations(checkpoint=True)
 
 @dataclass(frozen=True)
 class Preset:
-    """A Qwen3 model known by name.
+    """A model known by name.
 
-    `config` holds the keyword arguments of ``transformers.Qwen3Config``; `tokenizer` is the default for
-    ``toolkit.data.load_tokenizer``; `activations` and `loss` ("chunked" or "plain") are the defaults of
-    ``build_model``.
+    `config` holds the keyword arguments of the configuration of `family`, one of transformers' model types; `tokenizer`
+    is the default for ``toolkit.data.load_tokenizer``; `activations` and `loss` ("chunked" or "plain") are the defaults
+    of ``build_model``.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Preset:
     config: Mapping[str, Any]
     activations: Activations
     loss: str
+    family: str = "qwen3"
 
 
 def _shape(
@@ -44,6 +45,9 @@ def _shape(
     head_dim: int = 128,
     tied: bool,
     context: int = 40_960,
+    eps: float = 1e-6,
+    theta: float = 1e6,
+    **own: Any,
 ) -> dict[str, Any]:
     return {
         "vocab_size": vocab,
@@ -55,12 +59,14 @@ def _shape(
         "head_dim": head_dim,
         "tie_word_embeddings": tied,
         "max_position_embeddings": context,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    }
+        "rms_norm_eps": eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    } | own
 
 
-def _published(size: str, config: dict[str, Any], *, activations: Activations = _CHECKPOINTED) -> Preset:
+def _published(
+    size: str, config: dict[str, Any], *, activations: Activations = _CHECKPOINTED, family: str = "qwen3"
+) -> Preset:
     return Preset(
         f"qwen3-{size}",
         f"Qwen3-{size.upper()} with the published shape",
@@ -69,8 +75,23 @@ def _published(size: str, config: dict[str, Any], *, activations: Activations = 
         config,
         activations,
         "chunked",
+        family,
     )
 
+
+def _llama3(size: str, hidden: int, ffn: int, layers: int, heads: int) -> Preset:
+    return Preset(
+        f"llama3-{size}",
+        f"Llama 3 {size.upper()} with the published shape",
+        "meta-llama/Meta-Llama-3-8B",
+        _shape(hidden, ffn, layers, heads, 8, vocab=128_256, tied=False, context=8192, eps=1e-5, theta=5e5),
+        _CHECKPOINTED,
+        "chunked",
+        "llama",
+    )
+
+
+_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -105,6 +126,9 @@ PRESETS: dict[str, Preset] = {
         _published("8b", _shape(4096, 12_288, 36, 32, 8, tied=False)),
         _published("14b", _shape(5120, 17_408, 40, 40, 8, tied=False)),
         _published("32b", _shape(5120, 25_600, 64, 64, 8, tied=False)),
+        _published("30b-a3b", _shape(2048, 6144, 48, 32, 4, tied=False, **_EXPERTS), family="qwen3_moe"),
+        _llama3("8b", 4096, 14_336, 32, 32),
+        _llama3("70b", 8192, 28_672, 80, 64),
     )
 }
 
@@ -118,9 +142,9 @@ def load_config(name_or_folder: str) -> tuple[PretrainedConfig, Preset | None]:
     """
     preset = PRESETS.get(name_or_folder)
     if preset is not None:
-        from transformers import Qwen3Config
+        from transformers import AutoConfig
 
-        return Qwen3Config(**preset.config), preset
+        return AutoConfig.for_model(preset.family, **preset.config), preset
     folder = Path(name_or_folder).expanduser()
     if folder.name == "config.json" and folder.is_file():
         folder = folder.parent
