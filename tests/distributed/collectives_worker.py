@@ -20,6 +20,7 @@ from worker import small_model
 import toolkit
 from toolkit.zero import full_precision_state_dict
 from toolkit.zero.gradients import HostCopy
+from toolkit.zero.wire import Wire
 
 
 class Recorder(TorchDispatchMode):
@@ -67,7 +68,10 @@ def train(case: dict[str, Any], waits: Waits) -> dict[str, Any]:
         engine.optimizer._delays = True
     losses: list[float] = []
     result: dict[str, Any] = {}
+    wire = Wire()
     for step in range(steps):
+        if step % engine.gradient_accumulation_steps() == 0:
+            wire.since()
         generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
         tokens = torch.randint(0, 250, (2, 24), generator=generator)
         with Recorder() as forward:
@@ -79,7 +83,8 @@ def train(case: dict[str, Any], waits: Waits) -> dict[str, Any]:
             engine.step()
         losses.append(loss.item())
         result = {"forward": forward.seen, "backward": backward.seen, "step": update.seen}
-        result["waits"] = waits.count - before
+        result |= {"waits": waits.count - before}
+    result["wire"] = wire.since()
     result |= {"losses": losses, "applied": engine.was_step_applied(), "weights": full_precision_state_dict(engine)}
     zero = engine._config.zero_config
     result |= {"reduce_bucket_size": zero.reduce_bucket_size, "overlap_comm": zero.overlap_comm}

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from ranks import launch
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from worker import small_model
 
+from toolkit.estimate.predict import Case, Estimator
 from toolkit.optim.matrices import Phase, order, rounds
 from toolkit.zero import gradients, shared_memory
 from toolkit.zero.shards import Member
@@ -38,11 +40,17 @@ def whole(rule: str, stage: int) -> dict[str, Any]:
     return config(stage) | {"optimizer": {"type": rule, "params": {"lr": 3e-3, "compile": False}}}
 
 
+def accumulated(stage: int) -> dict[str, Any]:
+    return config(stage) | {"gradient_accumulation_steps": 2}
+
+
 RELEASED = {"release_gradients": True}
 CASES: dict[str, dict[str, Any]] = {
     "stage-1": {"config": config(1)},
     "stage-2": {"config": config(2)},
     "stage-3": {"config": config(3), "steps": 4},  # it learns the order of modules in the first two
+    **{f"accumulated-{stage}": {"config": accumulated(stage), "steps": 4} for stage in (1, 2, 3)},
+    "hpz": {"config": config(3, zero_hpz_partition_size=2), "steps": 4},
     "overlap": {"config": config(2, overlap_comm=True) | {"timers": {"throughput": {"synchronized": True}}}},
     "unchecked": {"config": config(2) | {"bf16": {"enabled": True, "check_grad_overflow": False}}},
     "released": {"config": config(2, RELEASED)},
@@ -69,6 +77,32 @@ def test_all_ranks_call_the_same_collectives_in_the_same_order(runs: Results, na
     one, other = runs[name]
     for phase in ("forward", "backward", "step"):
         assert without_sizes(one[phase]) == without_sizes(other[phase])
+
+
+@pytest.mark.parametrize("way", ["stage", "accumulated"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_predicted_of_collectives_is_what_is_counted(
+    runs: Results, stage: int, way: str, tmp_path: Path
+) -> None:
+    """Beside gradients and weights there are norms, of a few bytes."""
+    small_model().config.save_pretrained(tmp_path)
+    case = CASES[f"{way}-{stage}"]["config"]
+    accumulation = case.get("gradient_accumulation_steps", 1)
+    asked = Case(str(tmp_path), case, 2, 2, 23, accumulation=accumulation, device="cpu", loss="plain")
+    predicted = Estimator().predict(asked).wire
+    assert predicted
+    for rank in runs[f"{way}-{stage}"]:
+        counted = dict(rank["wire"])
+        norms = counted.pop("all-reduce")
+        assert counted == predicted and norms <= 64
+
+
+def test_weights_in_a_second_partition_train_as_without_it(runs: Results) -> None:
+    """hpZ: the backward pass gathers from this machine's copy."""
+    for one, other in zip(runs["hpz"], runs["stage-3"], strict=True):
+        assert one["losses"] == other["losses"]
+        for name, weight in one["weights"].items():
+            assert torch.equal(weight, other["weights"][name]), name
 
 
 def without_sizes(seen: list[str]) -> list[str]:

@@ -143,6 +143,13 @@ def test_stages_agree(runs: dict[int, Results], world_size: int) -> None:
         assert runs[world_size][f"split-{stage}"][0]["losses"] == pytest.approx(first, rel=2e-3)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_all_parameters_move_on_some_rank(runs: dict[int, Results], world_size: int) -> None:
+    for name, ranks in runs[world_size].items():
+        if name.startswith(("split", "same", "offload", "accumulation", "saved")):
+            assert {"each in one group, moved by step" in rank["audit"] for rank in ranks} == {True}, name
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_chunked_loss_trains_a_tied_head(runs: dict[int, Results], stage: int) -> None:
     losses = runs[2]["plain"][0]["losses"]

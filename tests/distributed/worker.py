@@ -142,6 +142,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "state_bytes": optimizer_state_bytes(engine),
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         "rates": rates,
+        "audit": engine.leanstate_audit.line,
         "skipped": engine.skipped_steps,
         "grad_norm": engine.get_global_grad_norm(),
         "compiled_late": sum(counters["inductor"].values()) - compiled,

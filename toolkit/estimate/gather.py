@@ -45,7 +45,7 @@ def gather(
     *,
     copies: bool,
     gloo: bool,
-) -> None:
+) -> list[int]:
     """Allocate the weights that are gathered, for as long as they are.
 
     Args:
@@ -53,6 +53,9 @@ def gather(
         allocate: called for every buffer.
         copies: weights that are gathered together are cut out of one buffer, each as a copy (more than one rank).
         gloo: it gathers into a buffer of its own, which it keeps until it is done: before the next one begins.
+
+    Returns:
+        The numbers of the weights that a pass gathers, as often as it does. Those that stay whole are none of them.
     """
 
     def gathered(number: int, moment: int) -> Lifetime:
@@ -66,9 +69,11 @@ def gather(
     in_flight: dict[int, _InFlight] = {}
     live = 0
     own: Lifetime | None = None
+    asked: list[int] = []
 
     def submit(numbers: list[int], moment: int) -> None:
         nonlocal live, own
+        asked.extend(numbers)
         live += sum(elements[number] for number in numbers)
         if not copies:
             available.update({number: gathered(number, moment) for number in numbers})
@@ -140,6 +145,7 @@ def gather(
         for left in (flight.buffer, flight.own):
             if left is not None and left.freed_at is None:
                 left.freed_at = dry_run.storages.now
+    return asked
 
 
 def _uses(dry_run: DryRun) -> list[Call]:

@@ -193,6 +193,7 @@ class Estimator:
             host=step.host,
             nvme=step.nvme,
             sent=step.sent,
+            wire=step.wire,
             context=assumed_context(case.world_size) if case.device == "cuda" else 0,
             per_block=run.per_block,
             remarks=remarks,

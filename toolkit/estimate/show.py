@@ -61,6 +61,9 @@ def show_prediction(
             console.print_line(f"{title}: {size_text(sum(sizes.values()))} ({parts})")
     if found.sent:
         console.print_line(f"sent for whole matrices in a step: {size_text(found.sent)} (fp32, to owners and back)")
+    if found.wire:
+        parts = ", ".join(f"{kind} {size_text(size)}" for kind, size in found.wire.items())
+        console.print_line(f"collectives in a step, what each rank puts in: {parts}")
     if variants:
         loss = ", and of the loss" if len(variants) > 2 else ""
         console.print_line(f"activations of one transformer block{loss} (kept: until its backward pass):")

@@ -16,7 +16,8 @@ from toolkit.estimate.optimizer_memory import OptimizerMemory
 from toolkit.estimate.simulation import Simulation
 from toolkit.memory.storages import Curve, Lifetime, curve
 from toolkit.records import categories as c
-from toolkit.state.sharding import shard_size
+from toolkit.state.sharding import shard_size, share_of
+from toolkit.zero.wire import ALL_GATHER, ALL_REDUCE, REDUCE, REDUCE_SCATTER
 
 _UNSHARDED_REDUCTION = 500_000_000
 """Elements that DeepSpeed's engine flattens at a time without ZeRO (engine.py, MEMORY_OPT_ALLREDUCE_SIZE)."""
@@ -26,7 +27,8 @@ _UNSHARDED_REDUCTION = 500_000_000
 class Step:
     """A simulated step of one rank: `curve` of the device, and what lies on the host and on NVMe, in bytes.
 
-    `sent`: what it sends in the step for whole matrices.
+    `sent`: what it sends in the step for whole matrices. `wire`: what it puts into collectives for gradients and
+    weights, by kind (`toolkit.zero.wire`); None where that is not known, for optimizers that are not this package's.
     """
 
     curve: Curve
@@ -34,6 +36,7 @@ class Step:
     host: dict[str, int]
     nvme: dict[str, int]
     sent: int
+    wire: dict[str, int] | None
 
 
 def simulate(
@@ -49,6 +52,9 @@ def simulate(
 
 
 class _Simulation(Simulation):
+    gathered: list[int] = []
+    """At stage 3, the parameters that a pass gathers, as often as it does."""
+
     # ---- the step -------------------------------------------------------------------------------------------------
 
     def run(self) -> Step:
@@ -68,7 +74,25 @@ class _Simulation(Simulation):
         resident = c.bytes_by_category(
             (x.category or c.OTHER, x.bytes) for x in self.lifetimes if x.allocated_at < 0 and x.freed_at is None
         )
-        return Step(found, resident, self.host, self.nvme, self.together.sent)
+        return Step(found, resident, self.host, self.nvme, self.together.sent, self._wire())
+
+    def _wire(self) -> dict[str, int] | None:
+        """Of gradients and weights, padding included; norms and the like are a few bytes."""
+        if self.world_size == 1:
+            return {}
+        if not self.optimizer.ours:
+            return None
+        if self.ds.stage == 0:
+            return {ALL_REDUCE: self.width * self.total}
+        padded = sum(self.group_share(group) for group in self.optimizer.groups) * self.world_size
+        if self.ds.stage == 3:
+            whole = [share_of(one.shape, self.world_size) * self.world_size for one in self.dry_run.parameters]
+            again = sum(whole[number] for number in self.gathered) * self.accumulation
+            kept = sum(size for size, numel in zip(whole, self.numels, strict=True) if numel <= self.buckets.persistent)
+            passed = padded * self.accumulation
+            return {ALL_GATHER: self.width * (again + kept), REDUCE_SCATTER: self.width * passed}
+        often = self.accumulation if self.ds.stage == 2 else 1
+        return {ALL_GATHER: self.width * padded, REDUCE: self.width * self.total * often}
 
     def _model_state(self) -> None:
         group_of = {}
@@ -263,7 +287,7 @@ class _Simulation(Simulation):
         offloaded = self.ds.offload_optimizer != "none"
         self.allocate_resident(self.width * share, c.GRADIENTS, "this rank's gradients", "cpu" if offloaded else "none")
         if self.world_size > 1 or self.ds.offload_param != "none":
-            gather(
+            self.gathered = gather(
                 self.dry_run,
                 [self.width * numel for numel in self.numels],
                 self.numels,

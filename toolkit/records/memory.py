@@ -132,6 +132,8 @@ class Prediction(Record):
     """On NVMe, by category."""
     sent: int = 0
     """Bytes that this rank sends in a step for whole matrices, beside gradients and weights."""
+    wire: dict[str, int] | None = None
+    """Bytes that this rank puts into collectives in a step for gradients and weights, by kind; None: not known."""
     context: int = 0
     """Outside torch's allocator, on top of `peak` (CUDA context); 0 on a CPU."""
     per_block: dict[str, int] = {}

@@ -12,6 +12,8 @@ from toolkit.run.bad_documents import document_counts
 from toolkit.run.prepare import PreparedRun
 
 if TYPE_CHECKING:
+    import torch
+
     from toolkit.data import Position
 
 
@@ -62,6 +64,16 @@ def summarize(
         "state_bytes_per_parameter": (mean * prepared.batch.world_size + whole) / prepared.parameters,
         "state_bytes_per_parameter_per_rank": largest / prepared.parameters,
     }
+
+
+def peak_of_ranks(device: torch.device, computed: str, world_size: int) -> float | None:
+    """Operations a second that all ranks' devices can do in the dtype that is computed in; None: not known."""
+    import torch
+
+    from toolkit.models import peak_flops
+
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return peak * world_size if peak is not None and computed in ("bf16", "fp16") else None
 
 
 def _skipped_at_the_end(records: list[dict[str, Any]]) -> int:

@@ -20,7 +20,7 @@ from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings
 from toolkit.run.start import Start, find_start
 from toolkit.run.stopping import MemoryRanOut, StopRequest
-from toolkit.run.summary import summarize
+from toolkit.run.summary import peak_of_ranks, summarize
 from toolkit.run.weighing import check_apart, weighed
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class Run:
     ) -> None:
         from toolkit import data
         from toolkit.zero import rule_optimizer
+        from toolkit.zero.wire import Wire
 
         self.prepared, self.start, self.folder = prepared, start, folder
         self.screen, self.stop = screen, stop
@@ -148,6 +149,7 @@ class Run:
         )
         self._notes = bad_documents.Notes(self.batches, screen.say)
         self._rule = rule_optimizer(self.engine)
+        self._wire, self._sent = Wire(), dict[str, int]()
         self._skipped_in_a_row = 0
         self._behind = steps_behind(self.engine.device)
         self._made: deque[Callable[[], tuple[dict[str, Any], bool]]] = deque()
@@ -178,6 +180,8 @@ class Run:
                 records[-1]["val_loss"] = self.validate()
             for record in records:
                 self.record(record)
+            if (found := self.engine.leanstate_audit.news()) is not None:
+                self.screen.say(found)
             ending = last or asked_to_stop or diverged
             self.save(step, ending)
             if ending:
@@ -204,6 +208,7 @@ class Run:
 
         engine, tokens = self.engine, self.batch.total * self.settings.seq_len
         started, waited = Moment(engine.device), self.batches.waited
+        self._wire.since()  # of what came between the steps
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
         with bad_documents.saved_before(partial(self._save_after, step - 1, self.batches.position)):
             mine = optimizer_step(engine, self.batches, self.batch.accumulation)
@@ -217,6 +222,7 @@ class Run:
         skipped = not engine.was_step_applied()
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         before, self._before = self._before, {}
+        self._sent = self._wire.since()
 
         def read() -> tuple[dict[str, Any], bool]:
             [loss], [memory, asked, waited] = over_ranks()
@@ -310,6 +316,8 @@ class Run:
     def finish(self, memory: int) -> dict[str, Any]:
         """Write and return the summary; `memory`: bytes at this rank's peak."""
         summary = summarize(self.prepared, self.engine, self.records, self.batches.read_to, memory)
+        if self.batch.world_size > 1:
+            summary["collective_bytes"] = self._sent
         if self.folder is not None:
             self.folder.write_summary(summary)
             plot_loss(self.records, self.prepared.folder / PLOT, title=self.prepared.folder.name)
@@ -338,16 +346,6 @@ class Run:
             )
         elif step != self.settings.steps:
             self.screen.say(f"stopped after step {step} of {self.settings.steps}{where}.")
-
-
-def peak_of_ranks(device: torch.device, computed: str, world_size: int) -> float | None:
-    """Operations a second that all ranks' devices can do in the dtype that is computed in; None: not known."""
-    import torch
-
-    from toolkit.models import peak_flops
-
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return peak * world_size if peak is not None and computed in ("bf16", "fp16") else None
 
 
 def build_engine(prepared: PreparedRun) -> Any:

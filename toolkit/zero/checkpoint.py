@@ -27,7 +27,7 @@ from toolkit.optim.rule import all_states
 from toolkit.state.layout import State, dtype_name
 from toolkit.state.sharding import Flat, Place, Sharding, whole_shape
 from toolkit.zero import schedule
-from toolkit.zero.engine import rule_optimizer
+from toolkit.zero.engine import rule_optimizer, weights_were_loaded
 from toolkit.zero.release import RELEASED_NORM
 from toolkit.zero.shards import model_weights, shards
 
@@ -264,8 +264,7 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
     if target.stage == 3:
         zero.checkpoint_event_epilogue()
     _restore_rest(engine, source)
-    if hasattr(engine, "leanstate_changes"):
-        engine.leanstate_changes.accept()  # the weights that the model now has are the optimizer's
+    weights_were_loaded(engine)
     return converted
 
 

@@ -31,6 +31,7 @@ from toolkit.printable import warn_once
 from toolkit.sentences import shown
 from toolkit.state.layout import check_dtype
 from toolkit.zero import compatibility, partition, shared_memory
+from toolkit.zero.audit import Audit
 from toolkit.zero.changes import ChangeDetector
 from toolkit.zero.release import ReleasingZeroOptimizer
 from toolkit.zero.shards import shards
@@ -170,19 +171,20 @@ def register() -> None:
         _finish(self)
         copies = _steps_copies(self)
         self.leanstate_changes = ChangeDetector(self.module, zero=bool(self.zero_optimization()), copies=copies)
+        self.leanstate_audit = Audit(self, client_optimizer)
 
     def take_model_step(self: Any, *args: Any, **kwargs: Any) -> None:
-        changes = getattr(self, "leanstate_changes", None)  # None where the engine was made before
-        if changes is not None:
-            changes.look()
+        if not hasattr(self, "leanstate_audit"):  # the engine was made before
+            return take(self, *args, **kwargs)
+        self.leanstate_changes.look()
+        rates = [group.get("lr", 1.0) for group in self.basic_optimizer.param_groups]
         take(self, *args, **kwargs)
-        if changes is not None:
-            changes.accept()
+        self.leanstate_changes.accept()
+        self.leanstate_audit.look(self, rates)
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = load(self, *args, **kwargs)
-        if hasattr(self, "leanstate_changes"):
-            self.leanstate_changes.accept()
+        weights_were_loaded(self)
         return loaded
 
     engine._take_model_step, engine.load_checkpoint = take_model_step, load_checkpoint
@@ -315,6 +317,13 @@ def _finish(engine: Any) -> None:
     timer = engine._config.timers_config
     if "synchronized" not in timer.model_fields_set:
         timer.synchronized = False
+
+
+def weights_were_loaded(engine: Any) -> None:
+    """Tell those who watch over `engine` that the weights that it has now are its optimizer's."""
+    if hasattr(engine, "leanstate_audit"):
+        engine.leanstate_changes.accept()
+        engine.leanstate_audit.accept(engine)
 
 
 class _LossScale:

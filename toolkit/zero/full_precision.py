@@ -10,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
+from toolkit.optim import RuleOptimizer
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import REMAINDER
 from toolkit.state.sharding import Fragment, whole_shape
@@ -44,16 +45,16 @@ def full_precision_state_dict(engine: Any, *, gather: bool = True) -> dict[str, 
     for shard, member in members(zero):
         param, own = member.param, member.fragment
         trained.add(id(param))
-        values = None if own is None else _values(zero, shard, own)
+        mine = None if own is None else values(zero, shard, own)
         if not gather:
-            if own is not None and values is not None:
-                found[f"{names[id(param)]}[{own.start}:{own.stop}]"] = values.cpu()
+            if own is not None and mine is not None:
+                found[f"{names[id(param)]}[{own.start}:{own.stop}]"] = mine.cpu()
             continue
         shape = whole_shape(param)
         # Bit patterns of one rank beside zeros of all others: their sum is exact, the sign of zero included.
         bits = torch.zeros(shape.numel(), dtype=torch.int32, device=get_accelerator().current_device_name())
-        if own is not None and values is not None:
-            bits[own.start : own.stop] = values.to(bits.device).view(torch.int32)
+        if own is not None and mine is not None:
+            bits[own.start : own.stop] = mine.to(bits.device).view(torch.int32)
         dist.reduce(bits, dist.get_global_rank(member.process_group, 0), group=member.process_group)
         if dist.get_rank() == 0:
             found[names[id(param)]] = bits.view(torch.float32).view(shape).cpu()
@@ -71,15 +72,19 @@ def full_precision_state_dict(engine: Any, *, gather: bool = True) -> dict[str, 
     return found
 
 
-def _values(zero: Any, shard: Shard, own: Fragment) -> Tensor:
-    """What `own` stands for, fp32."""
+def values(zero: Any, shard: Shard, own: Fragment) -> Tensor:
+    """What this rank trains of `own`, a part of `shard`, fp32: weights joined with their remainders.
+
+    `zero` may be DeepSpeed's own optimizer.
+    """
     weights = shard.tensor.detach()[own.elements]
-    if weights.dtype != torch.bfloat16:
+    if weights.dtype != torch.bfloat16 or not isinstance(zero.optimizer, RuleOptimizer):
         return weights.float()
     kept = zero.optimizer.layout(zero.optimizer.param_groups[shard.group], weights.dtype)
     state = zero.optimizer.state.get(shard.tensor, {})
     if not state:  # nothing has been trained yet
         return weights.float()
+    assert kept.remainder is not None
     first = own.blocks.start * BLOCK
     low = kept.remainder.unpacked(*(state[key][own.blocks] for key in kept.keys(REMAINDER)))
     inside = slice(own.offset - first, own.offset + own.numel - first)

@@ -98,6 +98,21 @@ def members(zero: Any) -> Iterator[tuple[Shard, Member]]:
             yield shard, member
 
 
+def are_shards(optimizer: Any) -> bool:
+    """Whether `shards` can walk over an engine's optimizer, which without ZeRO is another wrapper or none."""
+    return _is_stage_3(optimizer) or hasattr(optimizer, "round_robin_bit16_groups")
+
+
+def trained_groups(optimizer: Any) -> list[list[Any]]:
+    """The model's parameters that an engine's optimizer steps, whatever wraps it: by parameter group or flat tensor."""
+    if are_shards(optimizer):
+        return [[member.param for member in shard.members] for shard in shards(optimizer)]
+    for attribute in ("bf16_groups", "fp16_groups"):
+        if hasattr(optimizer, attribute):
+            return [list(group) for group in getattr(optimizer, attribute)]
+    return [list(group["params"]) for group in getattr(optimizer, "param_groups", ())]
+
+
 def model_weights(zero: Any, shard: Shard) -> Any:
     """This rank's part of the model's own weights, which `shard.tensor` is or stands for; None where they lie on NVMe.
 
