@@ -24,8 +24,19 @@ class Findings:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    parity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Instead: train a preset, or a folder's model, in different ways and compare; takes minutes.",
+        ),
+    ] = None,
+    data: Annotated[str, typer.Option(help="With --parity: text to train on, as for a run.")] = "stdlib",
 ) -> None:
-    """Show what this machine offers a run; exit status 1 where something will not work."""
+    """Show what this machine offers a run, or whether a model trains alike in all ways; exit status 1 where not."""
+    if parity is not None:
+        _parity(parity, data, as_json)
+        return
     found = examine()
     if as_json:
         typer.echo(json.dumps({"facts": found.facts, "problems": found.problems}, indent=1))
@@ -36,6 +47,41 @@ def doctor(
         for problem in found.problems or ["no problem found"]:
             echo(f"problem: {problem}" if found.problems else problem)
     if found.problems:
+        raise typer.Exit(1)
+
+
+def _parity(model: str, data: str, as_json: bool) -> None:
+    """Compare ZeRO stages, one rank and two, one micro-batch and several, on `model`."""
+    import dataclasses
+    import tempfile
+
+    from rich.table import Table
+
+    from toolkit import models
+    from toolkit.compare.parity import LOSS, SEQ_LEN, SEQUENCES, STEPS, WAYS, WEIGHTS, parity
+    from toolkit.console import PlainConsole
+
+    models.check_length(models.load_config(model)[0], model, SEQ_LEN)
+    with tempfile.TemporaryDirectory(prefix="leanstate-parity-") as folder:
+        found = parity(model, data, Path(folder), lambda line: typer.echo(line, err=True))
+    differ = [one for one in found if not one.agrees]
+    if as_json:
+        compared = [dataclasses.asdict(one) | {"agrees": one.agrees} for one in found]
+        typer.echo(json.dumps({"loss_tolerance": LOSS, "weights_tolerance": WEIGHTS, "compared": compared}, indent=1))
+    else:
+        table = Table("way", "loss", "weights", "most at", "", box=None)
+        for one in found:
+            how = "agrees" if one.agrees else "DIFFERS"
+            table.add_row(str(one.way), f"{one.loss:.1e}", f"{one.weights:.1e}", one.parameter, how)
+        console = PlainConsole()
+        console.print_line(
+            f"{model}: {STEPS} steps of {SEQUENCES} sequences, fp32, against {WAYS[0]}; relative differences of losses "
+            f"(tolerance {LOSS:g}) and of each parameter's change ({WEIGHTS:g})"
+        )
+        console.print(table)
+        same = "all ways agree" if not differ else f"{len(differ)} of {len(found)} ways differ"
+        console.print_line(f"{same} within the tolerance")
+    if differ:
         raise typer.Exit(1)
 
 
