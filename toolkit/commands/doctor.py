@@ -69,10 +69,12 @@ def _parity(model: str, data: str, as_json: bool) -> None:
         compared = [dataclasses.asdict(one) | {"agrees": one.agrees} for one in found]
         typer.echo(json.dumps({"loss_tolerance": LOSS, "weights_tolerance": WEIGHTS, "compared": compared}, indent=1))
     else:
-        table = Table("way", "loss", "weights", "most at", "", box=None)
+        table = Table("stage", "ranks", "micro-batches", "", "loss", "weights", box=None)
+        table.add_column("most at", overflow="fold")
         for one in found:
+            way = (str(one.way.stage), str(one.way.ranks), str(one.way.accumulation))
             how = "agrees" if one.agrees else "DIFFERS"
-            table.add_row(str(one.way), f"{one.loss:.1e}", f"{one.weights:.1e}", one.parameter, how)
+            table.add_row(*way, how, f"{one.loss:.1e}", f"{one.weights:.1e}", one.parameter)
         console = PlainConsole()
         console.print_line(
             f"{model}: {STEPS} steps of {SEQUENCES} sequences, fp32, against {WAYS[0]}; relative differences of losses "
