@@ -25,7 +25,12 @@ class Findings:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
-    """Show what this machine offers a run; exit status 1 where something will not work."""
+    """Show what this machine offers a run; exit status 1 where something will not work.
+
+    \b
+    toolkit doctor
+    toolkit doctor --json
+    """
     found = examine()
     if as_json:
         typer.echo(json.dumps({"facts": found.facts, "problems": found.problems}, indent=1))

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from typer.core import TyperCommand
 
+from toolkit.command import App
+from toolkit.completion import config_names, model_names
 from toolkit.errors import UserError, stopped
 from toolkit.plugins import PLUGIN
 from toolkit.records.activations import HELP, Written
@@ -29,7 +30,10 @@ class RunSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: Annotated[str, typer.Option(help="A model preset, or a folder holding a Hugging Face model.")] = "qwen3-tiny"
+    model: Annotated[
+        str,
+        typer.Option(help="A model preset, or a folder holding a Hugging Face model.", autocompletion=model_names),
+    ] = "qwen3-tiny"
     from_checkpoint: Annotated[
         bool, typer.Option("--from-checkpoint", help="Start from the weights in the model's folder.")
     ] = False
@@ -54,8 +58,7 @@ class RunSettings(BaseModel):
         str,
         typer.Option(
             "--config",
-            "--deepspeed_config",
-            "--deepspeed-config",
+            autocompletion=config_names,
             help="A shipped configuration's name or the path of a DeepSpeed JSON.",
         ),
     ] = "amcs_zero2"
@@ -174,23 +177,6 @@ def _option(name: str) -> Any:
     return next(item for item in metadata if isinstance(item, typer.models.OptionInfo))
 
 
-class RunCommand(TyperCommand):
-    """A command that takes `RunSettings`: `--resume` may stand alone, and help is in parts, with or without rich."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _with_resume(args))
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        parts: dict[str, list[tuple[str, str]]] = {}
-        for option in self.get_params(ctx):
-            shown = option.get_help_record(ctx)
-            if shown is not None:
-                parts.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(shown)
-        for name, options in parts.items():
-            with formatter.section(name):
-                formatter.write_dl(options)
-
-
 def taking_settings(command: Callable[..., T]) -> Callable[..., T]:
     """`command` with an option for each field of `RunSettings` in the place of its `**values`, before its own ones.
 
@@ -233,8 +219,8 @@ def parse(arguments: Sequence[str] | None = None) -> RunSettings | None:
     Raises:
         UserError: an unknown option, a missing value, a value of the wrong type or outside its range.
     """
-    app = typer.Typer(add_completion=False)
-    app.command(cls=RunCommand)(_train)
+    app = App()
+    app.command()(_train)
     line = list(sys.argv[1:] if arguments is None else arguments)
     check_given(line)
     try:
@@ -251,7 +237,11 @@ def _train(
     deepspeed: Annotated[bool, typer.Option("--deepspeed", hidden=True)] = True,
     **values: Any,
 ) -> RunSettings:
-    """Train a language model with DeepSpeed."""
+    """Train a language model with DeepSpeed.
+
+    \b
+    deepspeed --num_gpus 2 launch/train.py --model qwen3-tiny --steps 50
+    """
     # The launcher's own options stay out: the rank is read from the environment, and DeepSpeed is always on.
     return given(ctx, values)
 
@@ -266,13 +256,3 @@ def line_of(settings: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             line += [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
     return line
-
-
-def _with_resume(arguments: Sequence[str]) -> list[str]:
-    """The arguments with "auto" after a `--resume` that stands alone."""
-    given: list[str] = []
-    for place, argument in enumerate(arguments):
-        given.append(argument)
-        if argument == "--resume" and all(following.startswith("--") for following in arguments[place + 1 : place + 2]):
-            given.append("auto")
-    return given
