@@ -89,6 +89,8 @@ def test_help_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
         ("--batch-size 4", "--micro-batch (sequences per rank and forward pass) or --global-batch"),
         ("--batch_size 4", "--micro-batch"),
         ("--lr-rate 1", "Use --lr."),
+        ("--lr much", "--lr is 'much', but it must be a rate, as in 1e-3, or auto."),
+        ("--lr 0", "--lr is 0.0, but it should be greater than 0"),
         ("--epochs 3", "--steps, in optimizer steps"),
         ("--num_train_epochs 3", "--steps, in optimizer steps"),
         ("--num_gpus 2", "goes before the script: deepspeed --num_gpus N"),

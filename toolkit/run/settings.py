@@ -19,6 +19,8 @@ from toolkit.records.activations import HELP, Written
 from toolkit.usage import USAGE_ERROR, check_given, sentence
 
 T = TypeVar("T")
+AUTO = "auto"
+"""The learning rate that `toolkit.run.range_test` finds."""
 
 
 class RunSettings(BaseModel):
@@ -82,7 +84,14 @@ class RunSettings(BaseModel):
         Field(gt=0),
         typer.Option(help="Sequences per optimizer step, all ranks. (default: the JSON's)"),
     ] = None
-    lr: Annotated[float | None, Field(gt=0), typer.Option(help="Peak learning rate. (default: the JSON's)")] = None
+    lr: Annotated[
+        Annotated[float, Field(gt=0)] | Literal["auto"] | None,
+        typer.Option(
+            metavar="X|auto",
+            parser=str,
+            help="Peak learning rate; auto: what a range test before the run finds. (default: the JSON's)",
+        ),
+    ] = None
     warmup: Annotated[
         float | None,
         Field(ge=0),
@@ -139,12 +148,27 @@ class RunSettings(BaseModel):
         typer.Option(help="What is measured of memory; full traces every allocation of step 3."),
     ] = "summary"
 
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _rate(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value == AUTO:
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"must be a rate, as in 1e-3, or {AUTO}") from None
+
     @field_validator("warmup")
     @classmethod
     def _whole_steps(cls, value: float | None) -> float | None:
         if value is not None and value >= 1 and value != int(value):
             raise ValueError("must be a fraction below 1 or a whole number of steps")
         return value
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate that is given as a number."""
+        return None if self.lr == AUTO else self.lr  # type: ignore[return-value]
 
     def overridden(self) -> list[str]:
         """The keys of the JSON that `--set` names."""
@@ -188,7 +212,7 @@ def taking_settings(command: Callable[..., T]) -> Callable[..., T]:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.get_default(call_default_factory=True),
-            annotation=Annotated[field.annotation, _option(name)],
+            annotation=Annotated[str | None if _option(name).parser is str else field.annotation, _option(name)],
         )
         for name, field in RunSettings.model_fields.items()
     ]
