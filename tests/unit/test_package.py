@@ -51,7 +51,7 @@ def test_importing_the_optimizers_loads_no_deepspeed() -> None:
 def test_constraints_pin_what_the_project_needs() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needed = project["dependencies"] + extras["dev"] + extras["compare"]
+    needed = project["dependencies"] + extras["dev"] + extras["compare"] + extras["docs"]
     pinned = {
         line.split("==")[0].lower().replace("_", "-")
         for line in (ROOT / "constraints.txt").read_text().splitlines()
