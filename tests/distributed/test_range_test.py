@@ -19,7 +19,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     cut = world.arguments("cut", WAYS["amcs-2"], 2, "--lr", "auto")
     steps: list[dict[str, Any]] = [{"run": auto[name]} for name in NAMES]
     world.results = steps_of(world, "auto", 2, [*steps, {"run": cut, "stop_at": 3}, {"run": cut}])  # type: ignore[attr-defined]
-    given = [world.arguments(f"{name}/given", WAYS[name], 2, "--lr", repr(tested(world, name)["lr"])) for name in NAMES]
+    given = [world.arguments(f"{name}/given", WAYS[name], 2, "--lr", repr(noted(world, name)["lr"])) for name in NAMES]
     steps_of(world, "given", 2, [{"run": arguments} for arguments in given])
     return world
 
@@ -28,7 +28,7 @@ def facts(world: World, run: str) -> dict[str, Any]:
     return dict(json.loads((world.root / run / "run.json").read_text()))
 
 
-def tested(world: World, name: str) -> dict[str, Any]:
+def noted(world: World, name: str) -> dict[str, Any]:
     return dict(facts(world, f"{name}/auto")["lr_range_test"])
 
 
@@ -41,12 +41,12 @@ def test_a_run_that_found_its_rate_is_the_run_with_that_rate(world: World, name:
     assert exact(world, f"{name}/auto") == exact(world, f"{name}/given")
     assert world.digest(f"{name}/auto") == world.digest(f"{name}/given")
     configs = [json.loads((world.root / name / run / "ds_config.json").read_text()) for run in ("auto", "given")]
-    assert configs[0] == configs[1] and configs[0]["optimizer"]["params"]["lr"] == tested(world, name)["lr"]
+    assert configs[0] == configs[1] and configs[0]["optimizer"]["params"]["lr"] == noted(world, name)["lr"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_test_is_noted_and_said(world: World, name: str) -> None:
-    found = tested(world, name)
+    found = noted(world, name)
     assert found["rates"] == sorted(found["rates"]) and len(found["rates"]) == len(found["losses"]) > 20
     assert found["rates"][0] < found["lr"] < found["rates"][-1] and found["seconds"] > 0
     assert max(record["lr"] for record in world.records(f"{name}/auto")) == pytest.approx(found["lr"])
