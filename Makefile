@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 # DeepSpeed's launcher and its just-in-time builds look for python and ninja on the PATH.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: install train test test-slow lint clean
+.PHONY: install train test test-slow lint docs clean
 .DEFAULT_GOAL := train
 
 install: $(VENV)/.installed
@@ -44,6 +44,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs
+
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build docs/generated dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find toolkit launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["initialize", "register"]
+_ROOMS = ("memory", "optim")
+"""What is for a program of one's own beside them: `toolkit.memory.watch`, `toolkit.optim.AMCS`, ..."""
 
 if TYPE_CHECKING:
     from toolkit.zero import initialize, register
@@ -17,4 +20,10 @@ def __getattr__(name: str) -> Any:
         import toolkit.zero
 
         return getattr(toolkit.zero, name)
+    if name in _ROOMS:
+        return importlib.import_module(f"toolkit.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ROOMS, "__version__"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import unicodedata
 from typing import Any
 
@@ -27,9 +28,9 @@ def printable(text: str, *, lines: bool = False) -> str:
     )
 
 
-def echo(text: str) -> None:
-    """One line on stdout."""
-    print(printable(text))
+def echo(text: str, *, err: bool = False) -> None:
+    """One line on stdout, or on stderr."""
+    print(printable(text), file=sys.stderr if err else None)
 
 
 def printable_tree(value: Any) -> Any:

@@ -27,40 +27,60 @@ def _set(*examples: str) -> tuple[str, str]:
     return "--set", "that is part of the DeepSpeed JSON: " + " or ".join(f"--set {one}" for one in examples)
 
 
-# What other programs call it, without dashes, and what it is here: options, with what tells them apart, or a sentence
-# for commands that have the option before it. Of those that fit the command the first sentence, or all options.
+# Options that mean the same under other names, without dashes: of DeepSpeed, the Hugging Face Trainer and others.
+# Of each row a command has at most one, and takes all of them for it.
+_SAME: tuple[tuple[str, ...], ...] = (
+    (
+        *("micro-batch", "micro-batch-size", "per-device-train-batch-size", "per-device-batch-size"),
+        *("per-gpu-train-batch-size", "train-micro-batch-size-per-gpu", "mbs"),
+    ),
+    ("global-batch", "global-batch-size", "gbs"),
+    ("grad-accum", "gradient-accumulation-steps", "gradient-accumulation", "accumulation", "gas"),
+    ("lr", "learning-rate", "max-lr", "peak-lr"),
+    ("steps", "max-steps", "num-steps", "train-iters", "max-iters", "total-steps", "iters", "iterations"),
+    (
+        *("seq-len", "seq-length", "sequence-length", "max-length", "max-seq-len", "max-seq-length"),
+        *("block-size", "context-length"),
+    ),
+    ("run-dir", "output-dir", "save-dir", "checkpoint-dir"),
+    ("save-every", "save-steps", "save-interval", "checkpoint-every"),
+    ("eval-every", "eval-steps", "eval-interval"),
+    ("keep-last", "save-total-limit"),
+    ("warmup", "warmup-steps", "warmup-iters"),
+    ("resume", "resume-from-checkpoint", "resume-from", "load-checkpoint"),
+    ("model", "model-name-or-path", "model-name", "model-path"),
+    ("data", "dataset", "dataset-name", "train-file", "train-data", "data-path"),
+    ("val-data", "validation-file", "val-file", "eval-data"),
+    ("data-subset", "dataset-config-name"),
+    ("tokenizer", "tokenizer-name", "tokenizer-path"),
+    ("config", "deepspeed-config", "ds-config", "config-file"),
+    ("stage", "zero-stage"),
+    ("ranks", "gpus", "num-gpus", "ngpus", "n-gpus", "nproc-per-node", "num-processes", "world-size"),
+    ("nodes", "num-nodes", "nnodes", "n-nodes"),
+    ("gpu-memory", "gpu-mem", "vram", "gpu-memory-gb"),
+    ("host-memory", "cpu-memory", "host-mem", "ram"),
+    ("to", "out", "output"),
+)
+_ROW = {name: row for row in _SAME for name in row}
+
+# Names that are near to an option and not the same: options, with what tells them apart, or a sentence for commands
+# that have the option before it. Of those that fit the command the first sentence, or all options.
 _INSTEAD: dict[tuple[str, ...], tuple[str | tuple[str, str], ...]] = {
     ("optimizer", "optim", "opt"): (
         ("--config", "the configuration names it: --config amcs_zero2, soam_zero2, adamw_zero2, ... (toolkit configs)"),
     ),
     ("batch-size", "batch", "bs", "train-batch-size", "batchsize"): (_MICRO, _GLOBAL),
-    ("per-device-train-batch-size", "micro-batch-size", "per-device-batch-size", "mbs"): ("--micro-batch",),
-    ("global-batch", "global-batch-size", "total-batch-size", "gbs"): (
-        "--global-batch",
-        ("--micro-batch", "that is --micro-batch times --grad-accum times the ranks"),
-    ),
-    ("gradient-accumulation-steps", "accumulation", "gradient-accumulation", "gas"): ("--grad-accum",),
-    ("learning-rate", "lr-rate", "rate", "max-lr", "peak-lr"): ("--lr",),
+    ("total-batch-size",): (_GLOBAL,),
+    _ROW["global-batch"]: (("--micro-batch", "that is --micro-batch times --grad-accum times the ranks"),),
+    ("lr-rate", "rate"): ("--lr",),
     ("epochs", "epoch", "num-epochs", "num-train-epochs", "n-epochs"): (
         ("--steps", "a run's length is --steps, in optimizer steps of (global batch x --seq-len) tokens"),
     ),
-    ("max-steps", "num-steps", "iters", "iterations", "max-iters", "train-iters", "total-steps"): ("--steps",),
-    (
-        "max-length",
-        "max-seq-len",
-        "max-seq-length",
-        "block-size",
-        "context",
-        "context-length",
-        "seq-length",
-        "length",
-    ): ("--seq-len",),
+    ("length", "context"): ("--seq-len",),
     ("output-dir", "output", "save-dir", "out-dir", "checkpoint-dir", "logdir"): ("--run-dir", "--out", "--to"),
-    ("save-steps", "save-interval", "checkpoint-every"): ("--save-every",),
-    ("eval-steps", "eval-interval", "eval-freq"): ("--eval-every",),
-    ("save-total-limit",): ("--keep-last",),
-    ("warmup-steps", "warmup-ratio", "warmup-iters"): ("--warmup",),
-    ("resume-from-checkpoint", "load", "resume-from", "load-checkpoint"): ("--resume",),
+    ("eval-freq",): ("--eval-every",),
+    ("warmup-ratio",): (("--warmup", "a fraction of the run is --warmup below 1, as in --warmup 0.1"),),
+    ("load",): ("--resume",),
     (
         "activation-checkpointing",
         "no-activation-checkpointing",
@@ -69,32 +89,39 @@ _INSTEAD: dict[tuple[str, ...], tuple[str | tuple[str, str], ...]] = {
         "checkpoint-activations",
         "recompute",
     ): (("--activations", "that is --activations checkpoint, and without it --activations full"),),
-    ("model-name-or-path", "model-name", "model-path", "pretrained"): ("--model",),
-    ("dataset", "dataset-name", "train-file", "data-path", "train-data"): ("--data",),
-    ("validation-file", "val-file", "eval-data"): ("--val-data",),
-    ("tokenizer-name", "tokenizer-path"): ("--tokenizer",),
-    ("deepspeed-config", "ds-config", "json", "config-file"): ("--config",),
+    ("pretrained",): ("--model",),
+    ("json",): ("--config",),
     ("bf16", "fp16", "dtype", "precision", "mixed-precision"): (
         "--dtype",
         _set("bf16.enabled=true", "fp16.enabled=true"),
     ),
-    ("zero-stage", "stage", "zero"): ("--stage", _set("zero_optimization.stage=2")),
+    ("zero-stage", "stage", "zero"): ("--stage", "--zero-stage", _set("zero_optimization.stage=2")),
     ("weight-decay", "wd"): (_set("optimizer.params.weight_decay=0.1"),),
     ("betas", "beta1", "beta2", "adam-beta1", "adam-beta2"): (_set("'optimizer.params.betas=[0.9, 0.95]'"),),
     ("max-grad-norm", "clip", "clip-grad", "gradient-clipping", "grad-clip"): (_set("gradient_clipping=1.0"),),
     ("lr-scheduler", "scheduler", "lr-scheduler-type", "schedule"): (_set("scheduler.type=WarmupCosineLR"),),
     ("state-format", "format", "state"): ("--state-format", "--format", _set("optimizer.params.state_format=compact")),
-    ("num-gpus", "ngpus", "n-gpus", "nproc-per-node", "num-processes", "gpus", "ranks", "world-size"): (
-        _LAUNCHER,
-        "--gpus",
-        "--ranks",
-    ),
-    ("num-nodes", "nnodes", "n-nodes", "nodes"): (_LAUNCHER, "--nodes", "--num_nodes"),
+    _ROW["ranks"]: (_LAUNCHER,),
+    _ROW["nodes"]: (_LAUNCHER,),
     ("master-port", "master-addr", "hostfile", "include", "exclude", "node-rank", "no-ssh", "launcher"): (_LAUNCHER,),
-    ("gpu-mem", "memory", "vram", "gpu-memory-gb"): ("--gpu-memory",),
-    ("ram", "cpu-memory", "host-mem"): ("--host-memory",),
+    ("memory",): ("--gpu-memory",),
 }
 _BY_NAME = {name: instead for names, instead in _INSTEAD.items() for name in names}
+
+
+def same_option(name: str, known: Iterable[str]) -> str | None:
+    """Which of the `known` options `name` (with its dashes) is another name of, or another spelling; None: of none."""
+    row = row_of(name)
+    return next((option for option in known if option[:2] == "--" and _plain(option) in row), None)
+
+
+def row_of(option: str) -> tuple[str, ...]:
+    """All names of what `option` is a name of, without dashes."""
+    return _ROW.get(_plain(option), (_plain(option),))
+
+
+def _plain(option: str) -> str:
+    return option.lstrip("-").lower().replace("_", "-")
 
 
 def sentence(error: Any) -> str:
@@ -117,10 +144,7 @@ def _options(context: Any) -> list[str]:
 
 
 def _instead(name: str, known: Sequence[str]) -> str:
-    plain = name.lstrip("-").lower().replace("_", "-")
-    spelt = next((option for option in known if option.lstrip("-").lower().replace("_", "-") == plain), None)
-    if spelt is not None:
-        return f". Did you mean {spelt!r}?"
+    plain = _plain(name)
     options: list[str] = []
     for one in _BY_NAME.get(plain, ()):
         if isinstance(one, str) and one.partition(" ")[0] in known:

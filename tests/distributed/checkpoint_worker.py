@@ -2,8 +2,8 @@
 
 Started by `ranks.launch` with the path of a JSON of settings as only argument; `steps` is a list of
 
-* {"run": [arguments], "stop_at": step, "poison": [steps]}: a run, asked by SIGTERM to stop after a step, and with
-  gradients of NaN in others;
+* {"run": [arguments], "stop_at": step, "poison": [steps], "rates": number}: a run, asked by SIGTERM to stop after a
+  step, with gradients of NaN in others, and a range test of so many rates at most;
 * {"carry": [arguments], "source": folder, "to": folder, "convert": bool}: an engine of a run takes a checkpoint over
   and saves it again, without a step between;
 * {"stock": [arguments], "to": folder}: three steps, saved by DeepSpeed alone;
@@ -27,12 +27,15 @@ from ranks import answer
 
 import toolkit.train
 from toolkit.errors import UserError
-from toolkit.run import ranks, training
+from toolkit.run import range_test, ranks, training
 from toolkit.run.settings import parse
 
 
-def run(arguments: list[str], stop_at: int | None = None, poison: tuple[int, ...] = ()) -> Any:
+def run(
+    arguments: list[str], stop_at: int | None = None, poison: tuple[int, ...] = (), rates: int = range_test.STEPS
+) -> Any:
     step = training.optimizer_step
+    range_test.STEPS = rates
 
     def stopping(engine: Any, *rest: Any) -> float:
         backward = engine.backward

@@ -23,19 +23,29 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize("columns", ["80", "200"])
-def test_the_list_has_a_row_for_each_optimizer_and_each_way(columns: str) -> None:
+def test_the_matrix_says_which_configs_there_are_and_each_way_has_a_row(columns: str) -> None:
     result = CliRunner().invoke(cli.app, ["configs"], env={"COLUMNS": columns})
     assert result.exit_code == 0
     lines = [line.strip() for line in result.stdout.splitlines()]
     assert len(lines) == len({line for line in lines if line}) + 2, "no row is broken into two"
+    found = set()
     for name, config in shipped_configs().items():
         optimizer, _, way = name.partition("_")
         [row] = [line for line in lines if line.split()[:1] == [optimizer]]
         usual = shipped_configs()[f"{optimizer}_zero2"].state_format
-        assert row.split(maxsplit=3) == [optimizer, config.optimizer, usual, config.idea]
+        _, state, *cells = row.split(maxsplit=5)
+        assert (state, cells[3]) == (usual, config.idea)
+        ends = {"x": "", "l": "_lean", "o": "_offload"}
+        found |= {f"{optimizer}_zero{stage}{ends[mark]}" for stage in (1, 2, 3) for mark in cells[stage - 1]}
         [row] = [line for line in lines if line.split()[:1] == [way]]
         assert row.endswith(config.placing)
-        assert row.split()[1] == "all" or optimizer in row.removesuffix(config.placing).replace(",", " ").split()
+    assert found == set(shipped_configs())
+
+
+def test_the_list_as_json() -> None:
+    listed = json.loads(CliRunner().invoke(cli.app, ["configs", "--json"]).stdout)
+    assert [one["name"] for one in listed] == list(shipped_configs())
+    assert {one["stage"] for one in listed if one["optimizer"] == "SOAM"} == {1, 2, 3}
 
 
 def test_a_name_prints_that_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

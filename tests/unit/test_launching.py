@@ -40,8 +40,8 @@ def test_help_has_all_options_of_a_run_and_the_launchers(
     assert max(map(len, shown.splitlines())) <= 80
     of_a_run, of_the_launcher = shown.split("\nOptions:")[1].split("Ranks and machines")
     assert all(option in of_a_run for option in LINE.split() if option.startswith("--"))
-    launcher = ("--ranks, --num_gpus", "--hostfile", "--num_nodes", "--include", "--exclude", "--no_ssh")
-    for option in (*launcher, "--node_rank", "--master_addr", "--master_port", "--launcher"):
+    launcher = ("--ranks", "--hostfile", "--nodes", "--include", "--exclude", "--no-ssh")
+    for option in (*launcher, "--node-rank", "--master-addr", "--master-port", "--launcher"):
         assert option in of_the_launcher and option not in of_a_run
 
 
@@ -51,11 +51,10 @@ def test_help_has_all_options_of_a_run_and_the_launchers(
         ("--hostfile absent", "--hostfile absent: there is no such file."),
         ("--launcher pdhs", "must be one of pdsh, openmpi, mvapich, slurm, mpich, impi. Did you mean 'pdsh'?"),
         ("--include localhost:0 --exclude localhost:1", "--include and --exclude both say which ranks there are"),
-        ("--ranks 2 --include localhost:0", "--include and --num_gpus both say"),
-        ("--node_rank 1", "--no_ssh and --node_rank, this machine's place in the hostfile, go together."),
-        ("--num_nodes 2", "--num_nodes is for several machines: name them with --hostfile"),
-        ("--master_addr 10.0.0.1", "--master_addr is for several machines"),
-        ("--nproc-per-node 2", "there is no option --nproc-per-node. Use --ranks."),
+        ("--ranks 2 --include localhost:0", "--include and --ranks both say"),
+        ("--node_rank 1", "--no-ssh and --node-rank, this machine's place in the hostfile, go together."),
+        ("--num_nodes 2", "--nodes is for several machines: name them with --hostfile"),
+        ("--master_addr 10.0.0.1", "--master-addr is for several machines"),
         ("--batch-size 2", "Use --micro-batch"),
         ("--ranks 0", "greater than or equal to 1."),
         ("--steps 0", "--steps is 0, but it should be greater than 0."),

@@ -25,7 +25,9 @@ def test_the_wheel_carries_the_configs_and_says_it_is_typed(tmp_path: Path) -> N
     assert "toolkit/py.typed" in names
     assert not [name for name in names if name.startswith("tests/")]
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-    assert "toolkit = toolkit.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    commands = zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "toolkit = toolkit.cli:main" in commands and "leanstate = toolkit.cli:main" in commands
+    assert "leanstate.py" in names
 
 
 def test_the_version_is_said_once_alike() -> None:
@@ -48,9 +50,8 @@ def test_importing_the_optimizers_loads_no_deepspeed() -> None:
 
 def test_constraints_pin_what_the_project_needs() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = (
-        project["dependencies"] + project["optional-dependencies"]["dev"] + project["optional-dependencies"]["compare"]
-    )
+    extras = project["optional-dependencies"]
+    needed = project["dependencies"] + extras["dev"] + extras["compare"] + extras["docs"]
     pinned = {
         line.split("==")[0].lower().replace("_", "-")
         for line in (ROOT / "constraints.txt").read_text().splitlines()

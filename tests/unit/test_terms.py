@@ -273,3 +273,14 @@ def test_terms_are_compared_as_json_has_them(monkeypatch: pytest.MonkeyPatch) ->
 def test_old_metrics_give_their_tokens_too(tokens: int, seconds: float) -> None:
     assert tokens_of({"tokens_per_s": tokens / seconds, "step_time_s": seconds}) == tokens
     assert tokens_of({"tokens": tokens, "tokens_per_s": 1.0, "step_time_s": 1.0}) == tokens
+
+
+def test_a_run_that_is_resumed_finds_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = settled("--lr auto", saved_by("--lr 0.002", 1, monkeypatch))
+    assert found.settings.lr == found.config["optimizer"]["params"]["lr"] == 0.002
+    assert any("taken from the checkpoint: --lr 0.002" in remark for remark in found.remarks)
+    usual = settled("").config["optimizer"]["params"]["lr"]
+    left = settled("--lr auto", saved_by("", 1, monkeypatch))
+    assert left.settings.lr is None and left.config["optimizer"]["params"]["lr"] == usual
+    assert any("--lr auto is for the start of a run" in remark for remark in left.remarks)
+    assert settled("--lr auto").settings.lr == "auto" and settled("--lr auto").config == settled("").config

@@ -85,9 +85,9 @@ def main() -> None:
     from torch import distributed
 
     from toolkit import data
+    from toolkit.run.engine import build_engine, optimizer_step
     from toolkit.run.prepare import prepare
     from toolkit.run.settings import check_settings
-    from toolkit.run.training import build_engine, optimizer_step
 
     asked = json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))
     prepared = ranks.agreed(lambda: prepare(check_settings(**asked["run"])))

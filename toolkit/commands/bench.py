@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from toolkit.bench.against import TOLERANCE
+from toolkit.command import App
 from toolkit.commands.bench_call import OPTIONS, Call, listed, of_a_rank, say
+from toolkit.completion import model_names
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app = App()
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write all figures as JSON; - is stdout.")]
 Against = Annotated[
     Path | None,
@@ -25,7 +27,9 @@ Tolerance = Annotated[float, typer.Option(min=0.0, help="What a median may be ab
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of the CPU for each rank. (default: the cores, shared out)")
 ]
-Model = Annotated[str, typer.Option(help="A model preset, or a folder holding a Hugging Face model.")]
+Model = Annotated[
+    str, typer.Option(help="A model preset, or a folder holding a Hugging Face model.", autocompletion=model_names)
+]
 SeqLen = Annotated[int, typer.Option(min=1, help="Predictions per sequence.")]
 MicroBatch = Annotated[int, typer.Option(min=1, help="Sequences per rank and forward pass.")]
 Ranks = Annotated[int, typer.Option(min=1, help="Ranks of each run, started by DeepSpeed's launcher.")]
@@ -179,7 +183,7 @@ def train(
 
     \b
     toolkit bench train
-    toolkit bench train --model qwen3-134m --ranks 2 --methods hf-trainer,adamw,amcs,soam
+    toolkit bench train --ranks 2 --methods hf-trainer,adamw,amcs,soam
     """
     call = Call(ctx, of_a_rank(threads, ranks), None, plugins, json_to, against, anyway, tolerance)
     import tempfile

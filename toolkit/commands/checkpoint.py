@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolkit.checkpoint.wrong import is_checkpoint, not_a_checkpoint
+from toolkit.command import App
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.printable import echo
@@ -16,8 +18,8 @@ from toolkit.printable import echo
 if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-Where = Annotated[Path, typer.Argument(help="A run (its newest checkpoint is taken) or a checkpoint.")]
+app = App()
+Where = Annotated[Path, typer.Argument(metavar="RUN", help="A run (its newest checkpoint is taken) or a checkpoint.")]
 TrustPickle = Annotated[
     bool,
     typer.Option(
@@ -25,6 +27,7 @@ TrustPickle = Annotated[
         help="Read objects of any class from a checkpoint without manifest: this runs whatever code its files name.",
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print a JSON.")]
 _SHOWN = 5
 """Files that are not of a checkpoint, at most."""
 _LISTED = 20
@@ -70,14 +73,30 @@ _PLACE = (("epoch", "epoch"), ("window", "window"), ("document", "index"))
 """Of a position in the data, the word and the field."""
 
 
+@app.callback()
+def checkpoint() -> None:
+    """Inspect, verify and convert checkpoints.
+
+    \b
+    toolkit checkpoint inspect runs/first
+    toolkit checkpoint convert runs/first --to two --ranks 2
+    """
+
+
 @app.command()
 def inspect(
     path: Where,
     digest: Annotated[bool, typer.Option("--digest", help="Hash the state, however it is cut.")] = False,
     trust_pickle: TrustPickle = False,
     plugins: Plugins = None,
+    as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint holds, and how large it is."""
+    """Show what a checkpoint holds, and how large it is.
+
+    \b
+    toolkit checkpoint inspect runs/first
+    toolkit checkpoint inspect runs/first/checkpoints/global_step100 --digest
+    """
     from rich.table import Table
 
     from toolkit.console import PlainConsole
@@ -103,12 +122,16 @@ def inspect(
     }
     if digest:
         rows["digest"] = source.digest()
+    sizes = {name: int(entry["bytes"]) for name, entry in manifest.files.items()}
+    if as_json:
+        typer.echo(json.dumps({**rows, "files": sizes}, default=str, indent=1))
+        return
     table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, str(value))
-    for name, size in _listed({name: int(entry["bytes"]) for name, entry in manifest.files.items()}).items():
+    for name, size in _listed(sizes).items():
         table.add_row("", f"{size:>15,}  {name}")
     console = PlainConsole()
     if not console.is_terminal:  # what a program reads is not cut into lines
@@ -137,18 +160,25 @@ def _formats(flats: Any) -> set[str]:
 
 
 @app.command()
-def verify(path: Where, plugins: Plugins = None) -> None:
-    """Compare every file with the manifest and its hash, of one checkpoint or of all of a run."""
+def verify(path: Where, plugins: Plugins = None, as_json: Json = False) -> None:
+    """Compare every file with the manifest and its hash, of one checkpoint or of all of a run.
+
+    \b
+    toolkit checkpoint verify runs/first
+    """
     from toolkit.checkpoint.store import Store
 
     import_plugins(plugins)
     stores = [Store(folder) for folder in (path / "checkpoints", path) if Store(folder).steps()]
     folders = [stores[0].path(step) for step in stores[0].steps()] if stores else [find(path)]
-    damaged = 0
+    found: dict[str, list[str]] = {}
     for folder in folders:
-        problems = _problems(folder)
-        echo(f"{folder.name}: {'; '.join(problems) or 'intact'}")
-        damaged += bool(problems)
+        found[folder.name] = _problems(folder)
+        if not as_json:
+            echo(f"{folder.name}: {'; '.join(found[folder.name]) or 'intact'}")
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folders[0].parent), "problems": found}, indent=1))
+    damaged = sum(map(bool, found.values()))
     if damaged:
         raise UserError(f"{damaged} of {len(folders)} checkpoints are damaged.")
 
@@ -179,19 +209,27 @@ def convert(
     universal: Annotated[bool, typer.Option("--universal", help="Write DeepSpeed's universal layout.")] = False,
     trust_pickle: TrustPickle = False,
     plugins: Plugins = None,
+    as_json: Json = False,
 ) -> None:
-    """Rewrite a checkpoint for another number of ranks or stage, or into DeepSpeed's universal layout and back."""
+    """Rewrite a checkpoint for another number of ranks or stage, or into DeepSpeed's universal layout and back.
+
+    \b
+    toolkit checkpoint convert runs/first --to eight --ranks 8 --stage 3
+    toolkit checkpoint convert runs/first --to universal --universal
+    """
     from toolkit.checkpoint import universal as layout
     from toolkit.checkpoint.convert import convert as rewrite
 
     source = _open(path, trust_pickle, plugins)
     if universal:
         layout.write(source, to)
-        echo(f"{to}: DeepSpeed's universal layout, {len(source.sharding.by_name)} parameters")
+        said = f"{to}: DeepSpeed's universal layout, {len(source.sharding.by_name)} parameters"
+        _say(said, as_json, folder=to, universal=True, parameters=len(source.sharding.by_name))
         return
     stage, ranks = stage or source.origin.stage, ranks or source.origin.world_size
     rewrite(source, to, stage=stage, world_size=ranks)
-    echo(f"{find(to)}: {ranks} rank(s) at ZeRO stage {stage}")
+    said = f"{find(to)}: {ranks} rank(s) at ZeRO stage {stage}"
+    _say(said, as_json, folder=find(to), universal=False, ranks=ranks, stage=stage)
 
 
 def export(
@@ -208,8 +246,14 @@ def export(
     ] = False,
     trust_pickle: TrustPickle = False,
     plugins: Plugins = None,
+    as_json: Json = False,
 ) -> None:
-    """Write a run's model, or its adapters, in the layout of Hugging Face."""
+    """Write a run's model, or its adapters, in the layout of Hugging Face.
+
+    \b
+    toolkit export runs/first --to exported
+    toolkit export runs/first --to exported --dtype fp32
+    """
     from toolkit.checkpoint.export import DTYPES
     from toolkit.checkpoint.export import export as write
 
@@ -219,4 +263,13 @@ def export(
     source = _open(path, trust_pickle, plugins)
     files = write(source, to, dtype=wanted, merge=merge)
     kept = f"in {wanted}" if wanted is not None else "as trained"
-    echo(f"{to}: step {source.manifest.step} {kept}, {len(files)} file(s)")
+    said = f"{to}: step {source.manifest.step} {kept}, {len(files)} file(s)"
+    _say(said, as_json, folder=to, step=source.manifest.step, dtype=wanted, files=[str(file) for file in files])
+
+
+def _say(words: str, as_json: bool, **facts: Any) -> None:
+    """What was done: a line, or a JSON."""
+    if as_json:
+        typer.echo(json.dumps(facts, default=str, indent=1))
+    else:
+        echo(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import import_plugins
 from toolkit.printable import echo
+from toolkit.usage import same_option
 
 if TYPE_CHECKING:
     from toolkit.compare.plan import Plan
@@ -63,10 +65,18 @@ def compare(
     report_only: Annotated[
         bool, typer.Option("--report", help="Write the report of what is there; run nothing.")
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON; what happens goes to stderr.")
+    ] = False,
 ) -> None:
     """Train with several methods, each swept and over several seeds, and report them side by side.
 
-    All other options are those of launch/train.py, and every run gets them.
+    All other options are those of `toolkit train`, and every run gets them.
+
+    \b
+    toolkit compare --methods amcs,adamw --sweep lr=5e-4,1e-3,2e-3 --steps 400
+    toolkit compare --methods amcs,mine=mine.json --seeds 5 --jobs 2
+    toolkit compare --out runs/compare-qwen3-tiny --report --json
     """
     from toolkit.compare.drive import INTERRUPTED, Driver, locked
     from toolkit.compare.plan import KEPT, extended, load, save
@@ -89,22 +99,26 @@ def compare(
     if report_only:
         if old is None:
             raise UserError(f"{folder} holds no comparison to report.")
-        _show(write(Runs(plan, folder)))
+        _show(write(Runs(plan, folder)), as_json)
         return
     with locked(folder):
         save(plan, folder)
         runs = Runs(plan, folder)
-        driver = Driver(runs, jobs=jobs, keep_checkpoints=keep_checkpoints, say=echo, ended=lambda: write(runs))
+        say = partial(echo, err=True) if as_json else echo
+        driver = Driver(runs, jobs=jobs, keep_checkpoints=keep_checkpoints, say=say, ended=lambda: write(runs))
         finished = driver.drive()
-        _show(write(runs))
+        _show(write(runs), as_json)
     if not finished:
-        echo("stopped; the same command resumes.")
+        say("stopped; the same command resumes.")
         raise typer.Exit(INTERRUPTED)
     if driver.failures:
         raise typer.Exit(_FAILED)
 
 
-def _show(report: Written) -> None:
+def _show(report: Written, as_json: bool) -> None:
+    if as_json:
+        typer.echo(next(path for path in report.files if path.suffix == ".json").read_text(encoding="utf-8"), nl=False)
+        return
     echo(report.headline)
     for note in report.notes:
         echo(f"note: {note}")
@@ -124,7 +138,14 @@ def _settings(arguments: Sequence[str]) -> RunSettings:
     own = ["--methods", "--sweep", "--seeds", "--extend", "--baseline", "--ranks", "--jobs", "--zero-stage", "--out"]
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     spelt = {flag: flag.replace("_", "-").replace("--no-", "--") for flag in flags}
-    unknown = next((flag for flag in flags if not any(option.startswith(spelt[flag]) for option in known)), "")
+    unknown = next(
+        (
+            flag
+            for flag in flags
+            if same_option(flag, known) is None and not any(option.startswith(spelt[flag]) for option in known)
+        ),
+        "",
+    )
     if unknown and (hint := nearest(unknown, [*own, *known])):
         raise UserError(f"there is no option {unknown}.{hint}")
     settings = parse(arguments)

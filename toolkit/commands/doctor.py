@@ -33,7 +33,13 @@ def doctor(
     ] = None,
     data: Annotated[str, typer.Option(help="With --parity: text to train on, as for a run.")] = "stdlib",
 ) -> None:
-    """Show what this machine offers a run, or whether a model trains alike in all ways; exit status 1 where not."""
+    """Show what this machine offers a run, or whether a model trains alike in all ways; exit status 1 where not.
+
+    \b
+    toolkit doctor
+    toolkit doctor --json
+    toolkit doctor --parity qwen3-tiny
+    """
     if parity is not None:
         _parity(parity, data, as_json)
         return

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from toolkit.completion import config_names, model_names
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.records.activations import FLAG, HELP, parse_activations
@@ -16,9 +17,17 @@ from toolkit.run.ranks import settle_accelerator
 from toolkit.run.settings import RunSettings, check_settings
 
 Device = Literal["cuda", "cpu"]
-Model = Annotated[str, typer.Option(help="A model preset, or a folder holding a Hugging Face model's config.json.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A model preset, or a folder holding a Hugging Face model's config.json.", autocompletion=model_names
+    ),
+]
 Config = Annotated[
-    str, typer.Option("--config", help="A shipped configuration's name or the path of a DeepSpeed JSON.")
+    str,
+    typer.Option(
+        "--config", autocompletion=config_names, help="A shipped configuration's name or the path of a DeepSpeed JSON."
+    ),
 ]
 # No machine or cluster has more; with them, bytes of the whole are numbers that other code can count.
 Gpus = Annotated[int, typer.Option("--gpus", min=1, max=1024, help="Ranks on each machine.")]
@@ -69,7 +78,13 @@ def estimate(
     what_if: Annotated[bool, typer.Option("--what-if", help="Also what other settings would hold.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole prediction as JSON.")] = False,
 ) -> None:
-    """Predict the memory of a training run, per rank, before it runs."""
+    """Predict the memory of a training run, per rank, before it runs.
+
+    \b
+    toolkit estimate --model qwen3-8b --micro-batch 1 --gpu-memory 80GB
+    toolkit estimate --config soam_zero3 --gpus 8 --nodes 2 --what-if
+    toolkit estimate --config mine.json --set zero_optimization.stage=3 --json
+    """
     settle_accelerator()
     from toolkit import config as configs
     from toolkit import models
@@ -140,7 +155,13 @@ def plan(
         bool, typer.Option("--json", help="Print the recommended DeepSpeed JSON and nothing else.")
     ] = False,
 ) -> None:
-    """Find the fastest shipped configuration, state format and micro-batch that fits, and write its JSON."""
+    """Find the fastest shipped configuration, state format and micro-batch that fits, and write its JSON.
+
+    \b
+    toolkit plan --model qwen3-8b --gpu-memory 80GB
+    toolkit plan --model qwen3-8b --gpu-memory 24GB --gpus 8 --state-format any
+    toolkit plan --model folder --gpu-memory 40GB --json > mine.json
+    """
     settle_accelerator()
     from toolkit import models
     from toolkit.config import shipped_configs

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from toolkit.commands.estimate import Gpus
+from toolkit.completion import model_names
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.records.activations import CHECKPOINT, HELP, parse_activations
 from toolkit.run.ranks import settle_accelerator
@@ -26,7 +27,10 @@ def fits(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A preset, or a folder with a config.json; repeatable. (default: the presets from 0.6B on)"),
+        typer.Option(
+            help="A preset, or a folder with a config.json; repeatable. (default: the presets from 0.6B on)",
+            autocompletion=model_names,
+        ),
     ] = None,
     optimizer: Annotated[list[str] | None, typer.Option(help="Repeatable. (default: AdamW, AMCS and AdamW8)")] = None,
     plugins: Plugins = None,
@@ -38,7 +42,13 @@ def fits(
     activations: Annotated[str, typer.Option(metavar="WORDS", help=HELP)] = CHECKPOINT,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
 ) -> None:
-    """Show the longest sequence that each model can be trained with, by GPU and optimizer (predicted)."""
+    """Show the longest sequence that each model can be trained with, by GPU and optimizer (predicted).
+
+    \b
+    toolkit fits
+    toolkit fits --gpu-memory 24GB --optimizer amcs --optimizer adamw
+    toolkit fits --model qwen3-8b --gpus 8 --state-format lean --json
+    """
     settle_accelerator()
     from rich.console import Console
     from rich.progress import track

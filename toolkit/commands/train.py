@@ -23,7 +23,6 @@ def train(
         int | None,
         typer.Option(
             "--ranks",
-            "--num_gpus",
             min=1,
             rich_help_panel=_PART,
             help="Ranks on each machine. (default: one for each GPU, and one without GPUs)",
@@ -35,7 +34,7 @@ def train(
     ] = None,
     num_nodes: Annotated[
         int | None,
-        typer.Option("--num_nodes", min=1, rich_help_panel=_PART, help="Machines: the first ones of the hostfile."),
+        typer.Option("--nodes", min=1, rich_help_panel=_PART, help="Machines: the first ones of the hostfile."),
     ] = None,
     include: Annotated[
         str | None,
@@ -46,20 +45,20 @@ def train(
     ] = None,
     no_ssh: Annotated[
         bool,
-        typer.Option("--no_ssh", rich_help_panel=_PART, help="Start this machine's ranks only; needs --node_rank."),
+        typer.Option("--no-ssh", rich_help_panel=_PART, help="Start this machine's ranks only; needs --node-rank."),
     ] = False,
     node_rank: Annotated[
         int | None,
-        typer.Option("--node_rank", min=0, rich_help_panel=_PART, help="This machine's place in the hostfile, from 0."),
+        typer.Option("--node-rank", min=0, rich_help_panel=_PART, help="This machine's place in the hostfile, from 0."),
     ] = None,
     master_addr: Annotated[
         str | None,
-        typer.Option("--master_addr", rich_help_panel=_PART, help="The first machine. (default: asked for by ssh)"),
+        typer.Option("--master-addr", rich_help_panel=_PART, help="The first machine. (default: asked for by ssh)"),
     ] = None,
     master_port: Annotated[
         int | None,
         typer.Option(
-            "--master_port",
+            "--master-port",
             min=1,
             max=65535,
             rich_help_panel=_PART,

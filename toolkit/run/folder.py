@@ -106,8 +106,7 @@ class RunFolder:
             # The lock ends with the process, however that ends.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._new:
-                self._lock.write(_pretty(run))
-                self._lock.flush()
+                self.note(run)
                 (folder / CONFIG).write_text(_pretty(config))
             self._metrics = open(folder / METRICS, "x" if self._new else "a")  # noqa: SIM115
         except FileExistsError:
@@ -119,6 +118,15 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be written: {error.strerror}.") from None
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Add `facts` to run.json, which stays the file that is locked."""
+        path = self.folder / RUN
+        known = json.loads(path.read_text()) if path.stat().st_size else {}
+        self._lock.seek(0)
+        self._lock.write(_pretty({**known, **facts}))
+        self._lock.truncate()
+        self._lock.flush()
 
     def continue_after(self, step: int, config: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Continue the metrics after `step`: later records are dropped, those up to it are returned.

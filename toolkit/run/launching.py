@@ -38,6 +38,11 @@ LAUNCHERS = ("pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi")
 """That DeepSpeed starts other machines' ranks by."""
 _OF_SEVERAL = ("num_nodes", "no_ssh", "master_addr", "launcher")
 """Options that the launcher ignores without a hostfile."""
+_SHOWN = {
+    **{name: name.replace("_", "-") for name in ("exclude", "no_ssh", "master_addr", "launcher")},
+    **{"num_gpus": "ranks", "num_nodes": "nodes"},
+}
+"""What `toolkit train` calls options of the launcher."""
 HOSTFILE = Path("/job/hostfile")
 """Where DeepSpeed looks for one that nobody has named."""
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -86,13 +91,17 @@ def check(options: Mapping[str, Any]) -> None:
     filters = [name for name in ("include", "exclude") if name in options]
     counts = [name for name in ("num_gpus", "num_nodes") if name in options]
     if len(filters) == 2 or (filters and counts):
-        raise UserError(f"--{filters[0]} and --{(filters[1:] + counts)[0]} both say which ranks there are; give one.")
+        raise UserError(
+            f"--{filters[0]} and --{_SHOWN[(filters[1:] + counts)[0]]} both say which ranks there are; give one."
+        )
     if ("no_ssh" in options) != ("node_rank" in options):
-        raise UserError("--no_ssh and --node_rank, this machine's place in the hostfile, go together.")
+        raise UserError("--no-ssh and --node-rank, this machine's place in the hostfile, go together.")
     if hostfile is None and not HOSTFILE.is_file():
         several = next((name for name in _OF_SEVERAL if name in options), None)
         if several is not None:
-            raise UserError(f"--{several} is for several machines: name them with --hostfile, a line each, a slots=8.")
+            raise UserError(
+                f"--{_SHOWN[several]} is for several machines: name them with --hostfile, a line each, a slots=8."
+            )
 
 
 # ---- a single rank --------------------------------------------------------------------------------------------------

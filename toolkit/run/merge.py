@@ -55,8 +55,8 @@ def merge_flags(
     if not isinstance(optimizer, dict):
         raise UserError("the DeepSpeed JSON has no 'optimizer' section; it must name the optimizer to train with.")
     scheduler = merged.get("scheduler")
-    if settings.lr is not None:
-        optimizer.setdefault("params", {})["lr"] = settings.lr
+    if settings.rate is not None:
+        optimizer.setdefault("params", {})["lr"] = settings.rate
     if isinstance(scheduler, dict):
         peak = PEAK_KEY.get(str(scheduler.get("type")))
         if peak and scheduler.setdefault("params", {}).get(peak) == "auto":
@@ -127,8 +127,8 @@ def _check_loop(config: Mapping[str, Any], batch: Batch) -> None:
 def _merge_scheduler(scheduler: dict[str, Any], settings: RunSettings) -> list[str]:
     kind = str(scheduler.get("type"))
     params = scheduler.setdefault("params", {})
-    if settings.lr is not None and kind in PEAK_KEY:
-        params[PEAK_KEY[kind]] = settings.lr
+    if settings.rate is not None and kind in PEAK_KEY:
+        params[PEAK_KEY[kind]] = settings.rate
     if kind not in WITH_WARMUP:
         if settings.warmup is not None:
             raise UserError(f"--warmup does not apply to scheduler {kind!r}; it applies to {', '.join(WITH_WARMUP)}.")

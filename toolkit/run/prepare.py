@@ -68,6 +68,11 @@ class PreparedRun:
         self.resolved = resolve(old.asked, old.json, saved)
         self.remarks = [*self.resolved.remarks, *(remark for remark in self.remarks if remark not in old.remarks)]
 
+    def resolve_rate(self, lr: float) -> None:
+        """Take the learning rate that was found, as if it had been given."""
+        old = self.resolved
+        self.resolved = resolve(old.asked.model_copy(update={"lr": lr}), old.json, old.saved)
+
     def lines(self, device: torch.device) -> list[str]:
         """What the user is told before the model is built."""
         settings, batch, remarks = self.settings, self.batch, list(self.remarks)

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from typer.core import TyperCommand
 
+from toolkit.command import App
+from toolkit.completion import config_names, model_names
 from toolkit.errors import UserError, stopped
 from toolkit.plugins import PLUGIN
 from toolkit.records.activations import HELP, Written
@@ -19,6 +20,8 @@ from toolkit.records.lora import Written as Adapters
 from toolkit.usage import USAGE_ERROR, check_given, sentence
 
 T = TypeVar("T")
+AUTO = "auto"
+"""The learning rate that `toolkit.run.range_test` finds."""
 
 
 class RunSettings(BaseModel):
@@ -30,7 +33,10 @@ class RunSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: Annotated[str, typer.Option(help="A model preset, or a folder holding a Hugging Face model.")] = "qwen3-tiny"
+    model: Annotated[
+        str,
+        typer.Option(help="A model preset, or a folder holding a Hugging Face model.", autocompletion=model_names),
+    ] = "qwen3-tiny"
     from_checkpoint: Annotated[
         bool, typer.Option("--from-checkpoint", help="Start from the weights in the model's folder.")
     ] = False
@@ -59,8 +65,7 @@ class RunSettings(BaseModel):
         str,
         typer.Option(
             "--config",
-            "--deepspeed_config",
-            "--deepspeed-config",
+            autocompletion=config_names,
             help="A shipped configuration's name or the path of a DeepSpeed JSON.",
         ),
     ] = "amcs_zero2"
@@ -84,7 +89,14 @@ class RunSettings(BaseModel):
         Field(gt=0),
         typer.Option(help="Sequences per optimizer step, all ranks. (default: the JSON's)"),
     ] = None
-    lr: Annotated[float | None, Field(gt=0), typer.Option(help="Peak learning rate. (default: the JSON's)")] = None
+    lr: Annotated[
+        Annotated[float, Field(gt=0)] | Literal["auto"] | None,
+        typer.Option(
+            metavar="X|auto",
+            parser=str,
+            help="Peak learning rate; auto: what a range test before the run finds. (default: the JSON's)",
+        ),
+    ] = None
     warmup: Annotated[
         float | None,
         Field(ge=0),
@@ -149,12 +161,27 @@ class RunSettings(BaseModel):
         typer.Option(help="What is measured of memory; full traces every allocation of step 3."),
     ] = "summary"
 
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _rate(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value == AUTO:
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"must be a rate, as in 1e-3, or {AUTO}") from None
+
     @field_validator("warmup")
     @classmethod
     def _whole_steps(cls, value: float | None) -> float | None:
         if value is not None and value >= 1 and value != int(value):
             raise ValueError("must be a fraction below 1 or a whole number of steps")
         return value
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate that is given as a number."""
+        return None if self.lr == AUTO else self.lr  # type: ignore[return-value]
 
     def overridden(self) -> list[str]:
         """The keys of the JSON that `--set` names."""
@@ -187,23 +214,6 @@ def _option(name: str) -> Any:
     return next(item for item in metadata if isinstance(item, typer.models.OptionInfo))
 
 
-class RunCommand(TyperCommand):
-    """A command that takes `RunSettings`: `--resume` may stand alone, and help is in parts, with or without rich."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _with_resume(args))
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        parts: dict[str, list[tuple[str, str]]] = {}
-        for option in self.get_params(ctx):
-            shown = option.get_help_record(ctx)
-            if shown is not None:
-                parts.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(shown)
-        for name, options in parts.items():
-            with formatter.section(name):
-                formatter.write_dl(options)
-
-
 def taking_settings(command: Callable[..., T]) -> Callable[..., T]:
     """`command` with an option for each field of `RunSettings` in the place of its `**values`, before its own ones.
 
@@ -215,7 +225,7 @@ def taking_settings(command: Callable[..., T]) -> Callable[..., T]:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.get_default(call_default_factory=True),
-            annotation=Annotated[field.annotation, _option(name)],
+            annotation=Annotated[str | None if _option(name).parser is str else field.annotation, _option(name)],
         )
         for name, field in RunSettings.model_fields.items()
     ]
@@ -246,8 +256,8 @@ def parse(arguments: Sequence[str] | None = None) -> RunSettings | None:
     Raises:
         UserError: an unknown option, a missing value, a value of the wrong type or outside its range.
     """
-    app = typer.Typer(add_completion=False)
-    app.command(cls=RunCommand)(_train)
+    app = App()
+    app.command()(_train)
     line = list(sys.argv[1:] if arguments is None else arguments)
     check_given(line)
     try:
@@ -264,7 +274,11 @@ def _train(
     deepspeed: Annotated[bool, typer.Option("--deepspeed", hidden=True)] = True,
     **values: Any,
 ) -> RunSettings:
-    """Train a language model with DeepSpeed."""
+    """Train a language model with DeepSpeed.
+
+    \b
+    deepspeed --num_gpus 2 launch/train.py --model qwen3-tiny --steps 50
+    """
     # The launcher's own options stay out: the rank is read from the environment, and DeepSpeed is always on.
     return given(ctx, values)
 
@@ -279,13 +293,3 @@ def line_of(settings: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             line += [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
     return line
-
-
-def _with_resume(arguments: Sequence[str]) -> list[str]:
-    """The arguments with "auto" after a `--resume` that stands alone."""
-    given: list[str] = []
-    for place, argument in enumerate(arguments):
-        given.append(argument)
-        if argument == "--resume" and all(following.startswith("--") for following in arguments[place + 1 : place + 2]):
-            given.append("auto")
-    return given

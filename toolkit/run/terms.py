@@ -11,7 +11,7 @@ from toolkit.config import DeepSpeedSettings
 from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, Kept
 from toolkit.records.activations import renamed
 from toolkit.run.merge import WITH_WARMUP
-from toolkit.run.settings import RunSettings, check_settings, flag_of
+from toolkit.run.settings import AUTO, RunSettings, check_settings, flag_of
 from toolkit.sentences import value_at
 
 # Settings that are kept unless they are given, and keys of the JSON whose `--set` counts as giving them.
@@ -146,12 +146,19 @@ def kept_settings(settings: RunSettings, saved: Saved, config: Mapping[str, Any]
     if "warmup" in taken and DeepSpeedSettings.read(config).scheduler not in WITH_WARMUP:
         del taken["warmup"]
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    open_rate = given.get("lr") == AUTO and "lr" not in taken
+    if open_rate:
+        del given["lr"]
     kept = check_settings(**(given | taken))
-    told = [f"{flag_of(name)} {_shown(value)}" for name, value in taken.items() if value != getattr(settings, name)]
+    told = ["the learning rate of the JSON, since --lr auto is for the start of a run"] if open_rate else []
+    told += [f"{flag_of(name)} {_shown(value)}" for name, value in taken.items() if value != getattr(settings, name)]
     return kept, told
 
 
 def _typed(settings: RunSettings, name: str, paths: tuple[str, ...]) -> bool:
+    """Whether the command line gives `name`; "auto" leaves it to the run that is resumed, which has found its rate."""
+    if getattr(settings, name) == AUTO:
+        return False
     return name in settings.model_fields_set or any(
         f"{path}.".startswith(f"{key}.") for path in paths for key in settings.overridden()
     )

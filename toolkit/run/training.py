@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.records.run import CHECKPOINTS, METRICS, PLOT, strict
 from toolkit.run import bad_documents, compiling, deterministic, ranks
+from toolkit.run.engine import build_engine, open_batches, optimizer_step
 from toolkit.run.folder import RunFolder, plot_loss
 from toolkit.run.memory import Forecast, make_explainer, memory_now, watch_memory
 from toolkit.run.moment import Moment
 from toolkit.run.prepare import PreparedRun, claim_folder, prepare
+from toolkit.run.range_test import find_rate
 from toolkit.run.resume import checkpoint_facts, make_saver, restore
 from toolkit.run.screen import Screen
-from toolkit.run.settings import RunSettings
+from toolkit.run.settings import AUTO, RunSettings
 from toolkit.run.start import Start, find_start
 from toolkit.run.stopping import MemoryRanOut, StopRequest
 from toolkit.run.summary import peak_of_ranks, summarize
-from toolkit.run.weighing import check_apart, weighed
+from toolkit.run.weighing import check_apart
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +72,15 @@ def train_on_this_rank(
         for line in prepared.lines(device):
             screen.say(line)
         screen.say(explainer.words())
-        torch.manual_seed(settings.seed)
         screen.say(compiling.building(prepared.ds))
         with explainer:
+            if settings.lr == AUTO:
+                found = find_rate(prepared, background, screen.say)
+                ranks.agreed(lambda: prepared.resolve_rate(found.lr))
+                screen.say(found.words())
+                if folder is not None:
+                    folder.note({"lr_range_test": found.record()})
+            torch.manual_seed(settings.seed)
             run = Run(prepared, start, folder, screen, stop)
             run.compile(background)
         with stop, watch_memory(prepared, run.engine, explainer) as ledger:
@@ -118,7 +125,6 @@ class Run:
     def __init__(
         self, prepared: PreparedRun, start: Start, folder: RunFolder | None, screen: Screen, stop: StopRequest
     ) -> None:
-        from toolkit import data
         from toolkit.zero import rule_optimizer
         from toolkit.zero.wire import Wire
 
@@ -135,18 +141,7 @@ class Run:
         """The records of metrics.jsonl."""
         if folder is not None and folder.dropped:
             screen.say(f"note: {folder.dropped} line(s) of {METRICS} were no steps and are dropped.")
-        self.batches = data.rank_batches(
-            prepared.data,
-            rank=ranks.rank(),
-            world_size=self.batch.world_size,
-            micro_batch=self.batch.micro,
-            start=start.position,
-            cache=data.open_cache(
-                prepared.data,
-                {part: prepared.identity[part] for part in ("tokenizer", "data")},
-                ranks.from_first(secrets.token_hex(8)),
-            ),
-        )
+        self.batches = open_batches(prepared, prepared.data, start.position)
         self._notes = bad_documents.Notes(self.batches, screen.say)
         self._rule = rule_optimizer(self.engine)
         self._wire, self._sent = Wire(), dict[str, int]()
@@ -348,46 +343,6 @@ class Run:
             self.screen.say(f"stopped after step {step} of {self.settings.steps}{where}.")
 
 
-def build_engine(prepared: PreparedRun) -> Any:
-    """DeepSpeed's engine around the run's model."""
-    import torch
-
-    import toolkit
-    from toolkit import memory, models
-
-    settings, config = prepared.settings, prepared.config
-    if settings.memory_profile == "full" and not torch.accelerator.is_available():
-        memory.count_from_here()
-    # At stage 3 the model is partitioned while it is built, so the layout of partitions must be in place.
-    toolkit.register()
-    model = models.build_model(
-        settings.model,
-        dtype=prepared.ds.dtype,
-        seed=settings.seed,
-        zero3_config=config if prepared.ds.stage == 3 else None,
-        from_checkpoint=settings.from_checkpoint,
-        activations=settings.activations,
-        loss=settings.loss,
-        lora=settings.lora,
-    )
-    engine, *_ = toolkit.initialize(model=model, config=config, total_steps=settings.steps)
-    return engine
-
-
 def steps_behind(device: torch.device) -> int:
     """Steps that the device is given before the loss of the last one is read: a GPU must not wait for the host."""
     return 0 if device.type == "cpu" else 1
-
-
-def optimizer_step(engine: Any, batches: Iterator[torch.Tensor], accumulation: int) -> torch.Tensor:
-    """One optimizer step; returns this rank's mean loss over its micro-batches, 0-d fp64, on the device."""
-    total: Any = 0.0
-    for tokens, share in weighed(batches, accumulation, engine.device):
-        loss = engine(tokens)
-        if share is not None:
-            loss = loss * share
-        engine.backward(loss)
-        engine.step()
-        # Kept on the device: to read it here would make the host wait once a micro-batch.
-        total = total + loss.detach().float()
-    return total.double() / accumulation
