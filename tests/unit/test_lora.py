@@ -91,6 +91,7 @@ def test_the_price_of_a_frozen_model_is_its_weights(tmp_path: Path, stage: int) 
     wanted = sum(sizes) if stage == 2 else sum(sizes) / 2
     assert tuned.resident["weights"] == pytest.approx(wanted, rel=0.1)
     assert tuned.peak < whole.peak
+    assert "master weights" not in tuned.resident and tuned.resident["remainder"] > 0
     state = sum(size for category, size in tuned.resident.items() if "state" in category or category == "gradients")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert state < 6 * trained + 20_000

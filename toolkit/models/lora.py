@@ -63,6 +63,8 @@ def adapt(hf: PreTrainedModel, lora: LoRA, seed: int | None) -> None:
     for name, layer in adapted(hf):
         if ADAPTER not in layer.lora_A or layer.lora_A[ADAPTER].weight.dim() != 2:
             raise UserError(f"{FLAG} {lora}: {name!r} is no linear module; name others as targets, or {ALL}.")
+        for part in (layer.lora_A, layer.lora_B):  # which peft leaves in fp32 where they take no memory
+            part.to(layer.get_base_layer().weight.dtype)
     if seed is None:
         return
     generator = torch.random.default_generator
