@@ -154,13 +154,18 @@ def _uses(dry_run: DryRun) -> list[Call]:
     turn = next(moment for name, moment in dry_run.storages.phases if name == "backward")
     forward = [call for call in dry_run.calls if call.opened < turn]
     backward: list[Call] = []
-    ends = sorted(
-        (max((arrived[n] for n in call.parameters if n in arrived), default=math.inf), call.opened, call)
-        for call in forward
-    )
+    ends = []
+    next_one = math.inf  # the first gradient to arrive of the calls so far: whatever is called later ends before it
+    for call in forward:
+        end = max((arrived[n] for n in call.parameters if n in arrived), default=math.inf)
+        frozen = end is math.inf and bool(call.parameters)
+        end = next_one if frozen else end
+        next_one = min(next_one, end)
+        ends.append((end, -call.opened if frozen else call.opened, call))
+    ends.sort()
     before = turn
     for end, _, call in ends:
-        if end is math.inf:
+        if end == math.inf:
             continue
         moment = int(end)
         # Weights are gathered again before the first operation of the module's own backward pass.
