@@ -39,7 +39,8 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-lint: $(VENV)/.installed
+# The site is checked with the code: a page or a docstring that it warns of is an error.
+lint: $(VENV)/.installed docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -45,7 +45,7 @@ _API = {
     "toolkit.checkpoint.universal": "Checkpoints, opened.",
     "toolkit.report": "Reports.",
 }
-_NAMES = {"toolkit": ["initialize", "register"]}
+_NAMES = {"toolkit.checkpoint.universal": ["open_checkpoint"]}
 
 
 def _commands(command: Any, ctx: Any) -> Iterator[str]:

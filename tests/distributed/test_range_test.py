@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_checkpoints import EXACT, WAYS, World, steps_of
 
-NAMES = ("amcs-2", "amcs-3", "adamw-2")
+NAMES = ("amcs-3", "adamw-2")
 RATES = 28
 """A quarter of the usual: steps take time."""
 
