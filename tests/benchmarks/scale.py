@@ -112,6 +112,11 @@ def seconds(model: str, ranks: int, found: Prediction) -> tuple[float, float]:
     return max(compute, wire) + step, compute + wire + step
 
 
+def about(tokens: float) -> str:
+    """Three digits: no prediction is better than that."""
+    return f"{float(f'{tokens:.3g}'):,.0f}"
+
+
 def rows(estimator: Estimator) -> Iterator[str]:
     columns = ("model", "stage", "GPUs", "memory of a rank", "a step's collectives", "step", "tokens/s")
     yield "| " + " | ".join(columns) + " |"
@@ -129,7 +134,7 @@ def rows(estimator: Estimator) -> Iterator[str]:
                 cells: tuple[Any, ...] = (
                     *(model, stage, f"{ranks:,}", f"{memory:.1f} GB", f"{sent:.2f} GB" if sent else "none"),
                     f"{least:.3f} s" if ranks == 1 else f"{least:.3f} to {most:.3f} s",
-                    f"{tokens / least:,.0f}" if ranks == 1 else f"{tokens / most:,.0f} to {tokens / least:,.0f}",
+                    about(tokens / least) if ranks == 1 else f"{about(tokens / most)} to {about(tokens / least)}",
                 )
                 yield "| " + " | ".join(map(str, cells)) + " |"
 
