@@ -78,10 +78,13 @@ class Victim:
         """Start, send a signal after a few steps, and wait for the end of all; returns the exit status."""
         resumed = self.newest()
         process = self.start()
-        self._wait(process, lambda: self._began(resumed) and self.steps() >= resumed + 2)
-        everyone = psutil.Process(process.pid).children(recursive=True)
-        send(process)
-        status = process.wait(timeout=120)
+        try:
+            self._wait(process, lambda: self._began(resumed) and self.steps() >= resumed + 2)
+            everyone = psutil.Process(process.pid).children(recursive=True)
+            send(process)
+            status = process.wait(timeout=120)
+        finally:
+            process.kill()
         _, alive = psutil.wait_procs(everyone, timeout=120)
         assert not alive, alive
         return status
@@ -109,11 +112,7 @@ class Victim:
             _, alive = psutil.wait_procs(everyone, timeout=120)
             assert not alive, f"{target} was killed, and these live on: {alive}"
         finally:
-            if process.poll() is None:
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
-                process.kill()
-                process.wait()
+            process.kill()
         self.check()
         self.kills.append(Kill(target, saving, self.steps(), self.newest()))
 

@@ -27,6 +27,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
+import psutil
+
 IMPORTS = (
     "torch._inductor.compile_fx",
     "torch.fx.experimental.proxy_tensor",
@@ -81,7 +83,17 @@ class Forked:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        """And all that it has started: a launcher that is killed leaves its ranks behind."""
+        if self.poll() is None:
+            _kill_all(self.pid)
+
+
+def _kill_all(pid: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 class ForkServer:
@@ -91,7 +103,6 @@ class ForkServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._read = b""
         self._ended: dict[int, int] = {}
-        self._running: set[int] = set()
 
     def start(
         self,
@@ -121,7 +132,6 @@ class ForkServer:
         while (pid := self._answer(PATIENCE)) is None:
             pass
         self._ended.pop(pid, None)
-        self._running.add(pid)
         return Forked(self, pid)
 
     def call(self, command: Sequence[str], environment: Mapping[str, str], log: Path, **how: Any) -> tuple[int, str]:
@@ -178,7 +188,6 @@ class ForkServer:
         found_there = json.loads(line) if line else {}
         if "ended" in found_there:
             self._ended[found_there["ended"]] = found_there["status"]
-            self._running.discard(found_there["ended"])
         return found_there.get("started")
 
     def _begin(self, environment: Mapping[str, str]) -> None:
@@ -189,15 +198,12 @@ class ForkServer:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        self._read, self._running = b"", set()
+        self._read = b""
         atexit.register(self._stop)
 
     def _stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
-            for pid in self._running:  # some have groups of their own
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            os.killpg(self._process.pid, signal.SIGKILL)
+            _kill_all(self._process.pid)
             self._process.wait()
 
 
@@ -315,6 +321,9 @@ def _serve() -> NoReturn | None:
     os.dup2(2, 1)  # what is printed while modules are imported is no answer
     for name in IMPORTS:
         importlib.import_module(name)
+    from toolkit.zero import shared_memory
+
+    shared_memory.leave_out()  # as runs do; for scripts that join a process group by themselves it takes two minutes
     gc.collect()
     gc.freeze()  # DeepSpeed collects garbage whenever it builds stage 3: half a second for all that is imported
     threads = len(os.listdir("/proc/self/task"))

@@ -21,9 +21,7 @@ def plain(settings: dict[str, Any]) -> None:
     from torch import nn
 
     import toolkit.memory
-    from toolkit.zero import shared_memory
 
-    shared_memory.leave_out()  # for the time of this test only: else DeepSpeed compiles it, for minutes
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))
     config = {

@@ -42,7 +42,7 @@ class Clean:
     """A folder with the wheel unpacked, and another one to work in."""
 
     def __init__(self, root: Path) -> None:
-        self.site, self.place = root / "site", root / "place"
+        self.site, self.place, self.built = root / "site", root / "place", root / "built"
         self.place.mkdir(parents=True)
         build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(root)]
         subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
@@ -64,7 +64,7 @@ class Clean:
         return subprocess.Popen(
             [sys.executable, "-P", "-c", START, *arguments],
             cwd=self.place,
-            env=environment() | {"PYTHONPATH": str(self.site)},
+            env=environment() | {"PYTHONPATH": str(self.site), "TORCH_EXTENSIONS_DIR": str(self.built)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -110,6 +110,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Clean:
     assert out.startswith("starting 1 rank(s)\n") and f"after step {steps}" in out
     found = set(clean.where.read_text().split())
     assert found == {str(clean.site / "toolkit" / "__init__.py")}
+    assert not clean.built.exists(), "DeepSpeed has built no extension"
     return clean
 
 
