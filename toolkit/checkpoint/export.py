@@ -223,7 +223,6 @@ class _Tensors:
 
     def merge(self, model: PreTrainedModel) -> None:
         """Let weights be those of `model`, which has adapters, without them."""
-        self._kept = self.shapes
         self._merged = {f"{PREFIX}{name}.weight": (f"{PREFIX}{name}", layer) for name, layer in adapted(model)}
         self.shapes = {
             name.replace(".base_layer.", "."): tensor for name, tensor in self.shapes.items() if ".lora_" not in name
