@@ -32,10 +32,15 @@ import psutil
 IMPORTS = (
     "torch._inductor.compile_fx",
     "torch.fx.experimental.proxy_tensor",
+    "torch._export",
     "deepspeed",
     "transformers.models.qwen3.modeling_qwen3",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
     "toolkit.train",
     "toolkit.run.training",
+    "toolkit.zero.engine",
+    "toolkit.estimate.predict",
 )
 GRACE = 20.0
 """Seconds that other ranks have when one has failed."""
@@ -321,8 +326,14 @@ def _serve() -> NoReturn | None:
     os.dup2(2, 1)  # what is printed while modules are imported is no answer
     for name in IMPORTS:
         importlib.import_module(name)
+    # What Inductor looks up once in every process: the hash of its own source, and what this processor can do.
+    from torch._inductor.codecache import torch_key
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
     from toolkit.zero import shared_memory
 
+    torch_key()
+    pick_vec_isa()
     shared_memory.leave_out()  # as runs do; for scripts that join a process group by themselves it takes two minutes
     gc.collect()
     gc.freeze()  # DeepSpeed collects garbage whenever it builds stage 3: half a second for all that is imported

@@ -51,7 +51,7 @@ def test_make_train(tmp_path: Path) -> None:
     if not (Path(sys.prefix) / ".installed").exists():
         pytest.skip("needs the environment that `make install` sets up")
     options = f"--steps 4 --seq-len 32 --eval-every 2 --eval-sequences 4 --run-dir {tmp_path / 'run'}"
-    shown = run(["make", "train", f"VENV={sys.prefix}", f"ARGS={options}"])
+    shown = run(["make", "train", "RANKS=1", f"VENV={sys.prefix}", f"ARGS={options}"])
     assert "validation loss" in shown and "bytes per parameter" in shown
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 4

@@ -55,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[
             batch = WORLD_SIZE * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
             if name in OTHERS:
                 config["optimizer"]["params"]["compile"] = False
-            cases[name] = case(config, steps=FEW if name in OTHERS else STEPS, global_batch=batch)
+            cases[name] = case(config, steps=FEW if name in OTHERS else STEPS, global_batch=batch, layers=2)
         return run_ranks(folder / f"{built}", WORLD_SIZE, cases)
 
     return lambda name: start(name in BUILT)[name]

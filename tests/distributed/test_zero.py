@@ -52,7 +52,7 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         # Every rank has the whole batch, and nothing is clipped: a norm is summed in another order at each
         # world size. So the averaged gradients are equal to the last bit.
         same = conf("AMCS", stage, compile=True, gradient_clipping=0.0) | {"train_micro_batch_size_per_gpu": 4}
-        made[f"same-{stage}"] = case(same, same_data=True, dump=True, steps=6)
+        made[f"same-{stage}"] = case(same, same_data=True, dump=True, steps=6, layers=2)
     if world_size == 4:
         return made
     made["fp16-0"] = case(conf("AMCS", 0, "fp16", fp16={"enabled": True, "initial_scale_power": 6}), steps=6)
@@ -78,13 +78,15 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         made[f"saved-{stage}"] = case(conf("SOAM", stage), save_at=2)
         if world_size == 2:
             for products in ("native", "fp32"):
-                made[f"{products}-{stage}"] = case(conf("AMCS", stage), products=products, recompute=stage == 2)
+                made[f"{products}-products-{stage}"] = case(
+                    conf("AMCS", stage), products=products, recompute=stage == 2, layers=2
+                )
             made[f"chunked-{stage}"] = case(conf("AMCS", stage, None), loss="chunked")
             made[f"kept-{stage}"] = case(conf("AMCS", stage, None), loss="chunked", activations=KEPT[stage])
     if world_size == 2:
         zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
         for products in ("native", "fp32"):
-            made[f"{products}-offload"] = case(conf("AMCS", 2, zero_optimization=zero), products=products)
+            made[f"{products}-products-offload"] = case(conf("AMCS", 2, zero_optimization=zero), products=products)
         made["plain"] = case(conf("AMCS", 2, None), loss="plain")
         released = conf("AMCS", 2, optimizer=optimizer("AMCS", release_gradients=True))
         for kept in ("full", "tiled"):
@@ -263,6 +265,6 @@ def test_a_users_rule_gets_8_bit_state_and_zero(runs: dict[int, Results]) -> Non
 @pytest.mark.parametrize("kind", ["1", "2", "3", "offload"])
 def test_products_in_fp32_give_the_losses_of_products_in_bf16(runs: dict[int, Results], kind: str) -> None:
     """Both on every machine; not the same bits, since fp32 sums are not those of bf16 instructions."""
-    native, fp32 = (runs[2][f"{products}-{kind}"][0]["losses"] for products in ("native", "fp32"))
+    native, fp32 = (runs[2][f"{products}-products-{kind}"][0]["losses"] for products in ("native", "fp32"))
     assert fp32 == pytest.approx(native, rel=2e-3)
     assert fp32[-1] < fp32[0]

@@ -30,14 +30,14 @@ from toolkit.state.codecs import BLOCK
 from toolkit.zero import compile_step, full_precision_state_dict, optimizer_state_bytes, rule_optimizer
 
 
-def small_model(seed: int = 0) -> Qwen3ForCausalLM:
+def small_model(seed: int = 0, layers: int = 1) -> Qwen3ForCausalLM:
     """Matrices of 40 x 136 and the like: no whole number of blocks, so that every padding is exercised."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=250,
         hidden_size=40,
         intermediate_size=136,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
@@ -50,7 +50,7 @@ def small_model(seed: int = 0) -> Qwen3ForCausalLM:
 def loss_model(loss: str, activations: str) -> CausalLM:
     """The model that computes its own loss, with tied embeddings; its MLPs run in several tiles, where they do."""
     tiled.TILE, tiled._ROWS = 16, 8
-    model = small_model()
+    model = small_model(layers=2)
     model.config.tie_word_embeddings = True
     model.tie_weights()
     keep_activations(model, Activations.read(activations))
@@ -95,7 +95,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     cpu_matmul.uninstall()
     os.environ[cpu_matmul.VARIABLE] = case["products"]
     cpu_matmul.install()
-    model: Any = loss_model(case["loss"], case["activations"]) if case["loss"] else small_model()
+    model: Any = loss_model(case["loss"], case["activations"]) if case["loss"] else small_model(layers=case["layers"])
     if case["recompute"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -115,7 +115,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
                 dist.broadcast_object_list(shared)
                 engine.save_checkpoint(shared[0])
                 engine.destroy()
-                model = small_model(seed=1)
+                model = small_model(seed=1, layers=case["layers"])
                 engine, *_ = toolkit.initialize(model=model, config=case["config"], total_steps=case["steps"])
                 engine.load_checkpoint(shared[0])
                 dist.barrier()

@@ -68,7 +68,7 @@ def test_tiles_are_not_scaled_with_the_micro_batch(monkeypatch: pytest.MonkeyPat
 
 def test_a_plan_tries_slower_activations_where_faster_ones_do_not_fit(tmp_path: Path) -> None:
     # The MLP is what holds most.
-    model = qwen3(tmp_path, hidden_size=128, intermediate_size=4096, num_hidden_layers=6)
+    model = qwen3(tmp_path, hidden_size=128, intermediate_size=4096, num_hidden_layers=3)
     about: dict[str, Any] = {"world_size": 1, "seq_len": 4 * tiled.TILE, "optimizer": "AMCS", "loss": "chunked"}
     about |= {"host_memory": 10**12, "ranks_per_machine": 1}
 

@@ -23,15 +23,11 @@ from toolkit.optim.inductor import Launch  # noqa: E402
 from toolkit.optim.rules.amcs import AMCSSingleRule  # noqa: E402
 from toolkit.state.codecs import BLOCK  # noqa: E402
 
-FEW = [
-    Case(AMCSRule, "8bit", "bf16+8"),
-    Case(AMCSRule, "compact", "bf16+4"),
-    Case(AMCSSingleRule, "4bit", "fp32"),
-    Case(SOAMRule, "minimal", "bf16"),
-    Case(SOAMRule, "fp32", "bf16+16"),
-    Case(AMCSRule, "lean", "bf16"),
-]
-"""Every rule, format and way of keeping weights at least once; the whole product takes minutes."""
+FEW = [Case(AMCSRule, "8bit", "bf16+8"), Case(AMCSRule, "compact", "bf16+4"), Case(AMCSRule, "lean", "bf16")]
+"""What most runs have, with codes of 8 and of 4 bits and without remainders; the whole product takes minutes."""
+
+OTHERS = [Case(AMCSSingleRule, "4bit", "fp32"), Case(SOAMRule, "minimal", "bf16"), Case(SOAMRule, "fp32", "bf16+16")]
+"""With them, every rule, format and way of keeping weights at least once."""
 
 MOST = {FEW[0]: 120, Case(RULES["AdamW8"].rule, "8bit", "bf16+8"): 95}
 """Instructions an element that a step takes at most, at the launch configuration that is chosen."""
@@ -105,11 +101,12 @@ def test_a_pass_over_whole_parameters_is_one_kernel(name: str, function: str, st
         assert code.spilled == code.stack == 0 and code.registers <= 128
 
 
-def test_the_kernel_gives_the_eager_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", [FEW, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["few", "others"])
+def test_the_kernel_gives_the_eager_numbers(cases: list[Case], tmp_path: Path) -> None:
     """In Triton's interpreter: the same codes and weights."""
     file = tmp_path / "cases.pickle"
-    cases = [(case.rule, case.layout, case.dtype, written(case).kernels[0]) for case in FEW]
-    file.write_bytes(pickle.dumps(cases))
+    written_cases = [(case.rule, case.layout, case.dtype, written(case).kernels[0]) for case in cases]
+    file.write_bytes(pickle.dumps(written_cases))
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "gpu_static_interpreted.py", file],
         env=os.environ | {"TRITON_INTERPRET": "1", "ATEN_CPU_CAPABILITY": "default"},
@@ -117,6 +114,6 @@ def test_the_kernel_gives_the_eager_numbers(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for case, line in zip(FEW, done.stdout.splitlines(), strict=True):
+    for case, line in zip(cases, done.stdout.splitlines(), strict=True):
         for name, differ in json.loads(line).items():
             assert differ == 0, f"{case} {name}: {differ} values differ"

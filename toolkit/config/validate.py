@@ -25,6 +25,8 @@ from toolkit.errors import UserError
 from toolkit.masking import MASK, masks
 from toolkit.sentences import dotted, explain, one_line, shown
 
+_JSON = TypeAdapter(DeepSpeedJson)
+
 HIGHEST_USUAL_RATE = 1.0
 """Learning rates above it are remarked upon."""
 
@@ -77,7 +79,7 @@ def _validate(config: dict[str, Any], world_size: int | None, total_steps: int |
             "the section out."
         )
     try:
-        TypeAdapter(DeepSpeedJson).validate_python(config)
+        _JSON.validate_python(config)
     except ValidationError as error:
         raise UserError(_explain(error, config)) from None
     models = _check_sections(config)

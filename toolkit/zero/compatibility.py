@@ -6,6 +6,7 @@ A DeepSpeed that changed is one sentence at start-up and not wrong numbers in a 
 from __future__ import annotations
 
 import inspect
+import sys
 
 import deepspeed.runtime.config as ds_config
 import deepspeed.runtime.engine as ds_engine
@@ -56,8 +57,13 @@ _METHODS_ENGINE = (
 _FIELDS_ENGINE = "checkpoint_engine global_steps global_samples skipped_steps micro_steps lr_scheduler"
 
 
+def _source(kind: type) -> str:
+    """Of the whole module: to find where a class ends, Python would take a second of every run's start."""
+    return inspect.getsource(sys.modules[kind.__module__])
+
+
 def _missing(kind: type, methods: str, fields: str) -> list[str]:
-    source = inspect.getsource(kind)
+    source = _source(kind)
     missing = [name for name in methods.split() if not callable(getattr(kind, name, None))]
     missing += [name for name in fields.split() if f"self.{name}" not in source]
     return [f"{kind.__name__}.{name}" for name in missing]
@@ -70,7 +76,7 @@ def incompatibilities() -> list[str]:
         "runtime.engine.DeepSpeedZeroOptimizer": hasattr(ds_engine, "DeepSpeedZeroOptimizer"),
         "DeepSpeedEngine._configure_basic_optimizer": hasattr(ds_engine.DeepSpeedEngine, "_configure_basic_optimizer"),
         "DeepSpeedEngine._scheduler_from_config(optimizer)": (
-            "self._scheduler_from_config(self.optimizer)" in inspect.getsource(ds_engine.DeepSpeedEngine)
+            "self._scheduler_from_config(self.optimizer)" in inspect.getsource(ds_engine)
         ),
         "DeepSpeedConfig._param_dict, zero_config, timers_config, scheduler_params": all(
             f"self.{name} = " in inspect.getsource(ds_config)
@@ -91,7 +97,7 @@ def incompatibilities() -> list[str]:
         "partition_parameters._no_gather_coalesced(params)": hasattr(ds_parameters, "_no_gather_coalesced"),
         "DeepSpeedZeRoOffload.__allgather_stream": "self.__allgather_stream = " in inspect.getsource(ds_offload),
         "PartitionedParameterCoordinator.fetch_sub_module(current_submodule, forward), is_complete_trace()": all(
-            method in inspect.getsource(PartitionedParameterCoordinator)
+            method in _source(PartitionedParameterCoordinator)
             for method in (
                 "fetch_sub_module(self, current_submodule: Module, forward: bool)",
                 "is_complete_trace(self)",
@@ -99,7 +105,7 @@ def incompatibilities() -> list[str]:
         ),
         "utils.set_z3_leaf_module(model, flag), and leaf modules that are gathered whole": (
             list(inspect.signature(ds_utils.set_z3_leaf_module).parameters) == ["model", "flag"]
-            and "iter_params(current_submodule, recurse=is_leaf)" in inspect.getsource(PartitionedParameterCoordinator)
+            and "iter_params(current_submodule, recurse=is_leaf)" in _source(PartitionedParameterCoordinator)
         ),
         "stage3.reduce_scatter_coalesced(tensors, group)": (
             "reduce_scatter_coalesced(full_grads_for_rank, process_group)" in inspect.getsource(ds_stage3)
