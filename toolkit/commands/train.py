@@ -70,7 +70,7 @@ def train(
         typer.Option(
             "--launcher",
             rich_help_panel=_PART,
-            help="How other machines are reached: pdsh, openmpi, mvapich, slurm, mpich or impi. (default: pdsh)",
+            help="How other machines are reached: pdsh, mpich or impi. (default: pdsh)",
         ),
     ] = None,
     **values: Any,

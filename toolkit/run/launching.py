@@ -34,8 +34,8 @@ from toolkit.run.stopping import INTERRUPTED
 from toolkit.sentences import one_line
 
 MODULE = "toolkit.train"
-LAUNCHERS = ("pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi")
-"""That DeepSpeed starts other machines' ranks by."""
+LAUNCHERS = ("pdsh", "mpich", "impi")
+"""By which DeepSpeed starts other machines' ranks, and tells them which they are."""
 _OF_SEVERAL = ("num_nodes", "no_ssh", "master_addr", "launcher")
 """Options that the launcher ignores without a hostfile."""
 _SHOWN = {
@@ -96,6 +96,8 @@ def check(options: Mapping[str, Any]) -> None:
         )
     if ("no_ssh" in options) != ("node_rank" in options):
         raise UserError("--no-ssh and --node-rank, this machine's place in the hostfile, go together.")
+    if "no_ssh" in options and "master_addr" not in options:  # the launcher would ask for it, by ssh
+        raise UserError("--no-ssh needs --master-addr, the address of the first machine, the same on all of them.")
     if hostfile is None and not HOSTFILE.is_file():
         several = next((name for name in _OF_SEVERAL if name in options), None)
         if several is not None:
