@@ -61,13 +61,14 @@ def test_two_ranks_meet_twice_and_connect(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(meeting, "_meetings", numbers)
     monkeypatch.setattr(meeting, "ABSENT_SECONDS", 20.0)
     found: dict[int, tuple[list[int], dict[int, str], str | None]] = {}
+    meetings: list[Meeting] = []
 
     def meet(rank: int) -> None:
         own.rank = rank
         here = Meeting()
         peers, places, problem = meeting.connect(here)
         found[rank] = list(peers.values()), places, problem
-        here.wait_for_all("done")
+        meetings.append(here)  # the store lives as long
         for peer in peers:
             peer.close()
 
