@@ -17,6 +17,7 @@ from toolkit.run.output import outliving
 from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings, parse
 from toolkit.run.stopping import (
+    DIVERGED,
     INTERRUPTED,
     OUT_OF_MEMORY,
     SILENT,
@@ -27,8 +28,6 @@ from toolkit.run.stopping import (
     abandon,
 )
 from toolkit.run.training import train_on_this_rank
-
-DIVERGED = 3
 
 
 def train(settings: RunSettings) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_a_hostfile_of_several_machines_is_taken(tmp_path: Path, monkeypatch: py
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=8\nb slots=8\n")
     started: list[list[str]] = []
-    monkeypatch.setattr(launching, "_pass_on", lambda command, environment: started.append(list(command)) or 7)
+    monkeypatch.setattr(launching, "_pass_on", lambda command, environment: started.append(list(command)) or (7, False))
     line = f"--hostfile {hosts} --no_ssh --node_rank 0 --steps 3 --master_addr a"
     assert run(monkeypatch, "train", *line.split()) == 7
     launcher = {"--hostfile=" + str(hosts), "--no_ssh", "--node_rank=0", "--master_addr=a"}
@@ -94,7 +94,7 @@ def test_a_hostfile_of_several_machines_is_taken(tmp_path: Path, monkeypatch: py
 def test_ranks_of_this_machine_need_no_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(launching, "HOSTFILE", tmp_path / "none")
-    monkeypatch.setattr(launching, "_pass_on", lambda command, environment: started.append(list(command)) or 0)
+    monkeypatch.setattr(launching, "_pass_on", lambda command, environment: started.append(list(command)) or (0, False))
     monkeypatch.setattr(launching, "_devices", lambda: 4)
     for line in ("--ranks 2 --master_port 1234 --steps 3", "--steps 3", "--include localhost:1,2 --steps 3"):
         assert run(monkeypatch, "train", *line.split()) == 0

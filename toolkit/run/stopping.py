@@ -21,6 +21,8 @@ from typing import NoReturn
 from toolkit.errors import UserError
 from toolkit.run import leftovers, meeting, ranks
 
+# A rank's exit status, where it is neither 0 nor 1 nor 2, which is for the user's errors.
+DIVERGED = 3
 INTERRUPTED = 130
 # The number of ENOMEM. Not 137, which is how a shell reports what the kernel has killed.
 OUT_OF_MEMORY = 12
