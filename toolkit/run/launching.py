@@ -193,7 +193,7 @@ def _pass_on(command: Sequence[str], environment: Mapping[str, str]) -> tuple[in
         return status, bool(asked)
     if asked and killed in (*asked, signal.SIGTERM):  # before there was anything to save
         return INTERRUPTED, True
-    who = "DeepSpeed's launcher" if status < 0 else "a rank"
+    who = "a rank" if status > 0 or command[4] == ALONE else "DeepSpeed's launcher"
     print(f"note: {who} was killed by {signal.Signals(killed).name}.", file=sys.stderr)
     return (128 + killed if status < 0 else status), bool(asked)
 
