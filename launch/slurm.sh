@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SLURM: submit from the repository's root, with options of launch/train.py behind it:
+# SLURM: submit from the repository's root, with options of toolkit train behind it:
 #   sbatch --nodes 4 launch/slurm.sh --model qwen3-8b --data fineweb --config amcs_zero3 --steps 1000
 # One task per node starts DeepSpeed's launcher there, which starts one rank per GPU. The job goes back into the queue
 # when it is preempted, when a node fails and before its time is over, and then resumes from its newest checkpoint.
@@ -28,18 +28,25 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node must
 cancelled=
 trap 'cancelled=yes' TERM # what scancel sends; bash hears of it once srun has ended
 
-# SLURM_NODEID is the node's own only inside the task, hence the inner shell. Two minutes before the time limit every
-# process there gets SIGUSR1: ranks save and stop, and the launchers, which would die of it, must ignore it. With
-# PreemptParameters=send_user_signal SLURM sends it before a preemption too; else the run resumes from an older checkpoint.
+# Two minutes before the time limit every process of the tasks gets SIGUSR1, with PreemptParameters=send_user_signal
+# before a preemption too: ranks save and stop, which is status 130. To SLURM that must be no bad exit: it would end the
+# other nodes' tasks on their way out, and the job's status would be that of a task that was killed. So they leave a mark.
+# SLURM_NODEID is the node's own only inside the task, hence the inner shell.
+stopped=runs/stopped-$SLURM_JOB_ID
+rm -f "$stopped"
 status=0
 # shellcheck disable=SC2016 # the inner shell expands these
-srun --kill-on-bad-exit=1 bash -c \
-    'trap "" USR1; hostfile=$1 master_addr=$2; shift 2; exec launch/multinode.sh "$hostfile" "$SLURM_NODEID" "$master_addr" "$@"' \
-    task "$hostfile" "$master_addr" "$@" || status=$?
+srun --kill-on-bad-exit=1 bash -c 'trap : USR1 TERM; stopped=$1 hostfile=$2 master_addr=$3; shift 3
+    launch/multinode.sh "$hostfile" "$SLURM_NODEID" "$master_addr" "$@"
+    status=$?; [[ $status -ne 130 ]] || { touch "$stopped"; status=0; }; exit "$status"' \
+    task "$stopped" "$hostfile" "$master_addr" "$@" || status=$?
 
-# 130: ranks were asked to stop, and saved.
-if [[ $status -eq 130 && -z $cancelled ]]; then
-    echo "stopped before the end; back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+if [[ $status -eq 0 && -e $stopped ]]; then
+    status=130
+    if [[ -z $cancelled ]]; then
+        echo "stopped before the end; back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
 fi
+rm -f "$stopped"
 exit "$status"

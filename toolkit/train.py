@@ -11,14 +11,23 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.run import compiling, deterministic, ranks, stopping
+from toolkit.run.meeting import AbsentError
 from toolkit.run.memory import end_if_out_of_memory
 from toolkit.run.output import outliving
 from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings, parse
-from toolkit.run.stopping import INTERRUPTED, OUT_OF_MEMORY, Heartbeat, LeftBehind, MemoryRanOut, StopRequest, abandon
+from toolkit.run.stopping import (
+    DIVERGED,
+    INTERRUPTED,
+    OUT_OF_MEMORY,
+    SILENT,
+    Heartbeat,
+    LeftBehind,
+    MemoryRanOut,
+    StopRequest,
+    abandon,
+)
 from toolkit.run.training import train_on_this_rank
-
-DIVERGED = 3
 
 
 def train(settings: RunSettings) -> dict[str, Any]:
@@ -39,8 +48,8 @@ def train(settings: RunSettings) -> dict[str, Any]:
         deterministic.enforce()
     background = compiling.begin(settings)
     try:
-        device = ranks.start()
         with Heartbeat() as heartbeat:
+            device = ranks.start()
             return train_on_this_rank(settings, device, StopRequest(heartbeat), screen, background)
     finally:
         if background is not None:
@@ -70,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         abandon(INTERRUPTED)
     except MemoryRanOut:
         abandon(OUT_OF_MEMORY)
+    except AbsentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        abandon(SILENT)
     except LeftBehind as error:
         print(f"note: {error}", file=sys.stderr)
         abandon(error.status)

@@ -66,6 +66,27 @@ from `toolkit.estimate`; nothing of it was measured on a GPU. What could be chec
 * The optimizer's step reads and writes this rank's weights and state once, at {memory:.2f} TB/s.
 * `step`: from all communication hidden behind compute, to none of it.
 
+## Reducing gradients at stages 1 and 2
+
+A bucket of S bytes is reduced by one `reduce` to each of the k ranks that own parts of it, all in one NCCL group
+(`toolkit/zero/gradients.py`). Would one `reduce_scatter` be cheaper? By NCCL's model of a ring of N ranks, with
+latency a of a hop and bandwidth B of a link, **a prediction that nobody has measured**:
+
+| | latency | bandwidth |
+|---|---|---|
+| one `reduce_scatter` | (N - 1) a | (N - 1) / N x S / B |
+| k `reduce`s | from (N - 1) a, all of the group at the same time, to k (N - 1) a, one after the other | S / B |
+
+The bytes are the same but for 1 / N, so it is a matter of latency: a `reduce_scatter` saves at most (k - 1)(N - 1) a
+a bucket, and nothing where k is 1. It hands out equal parts, though, and a bucket's owners have unequal ones: filled
+up to the largest part it is N times that part, which for k far below N is more than S by N / k. So it is cheaper only
+where a bucket has nearly as many owners as there are ranks and latency counts: small models on many ranks. Owners of
+a bucket are about its share of the model times N (and one or two more for each parameter group): with "auto", a
+sixteenth of the model up to 1.07B parameters, N / 16 of them. Of llama3-70b on 1,024 GPUs a bucket is a thousandth of
+the model and k one or two. For qwen3-134m there, k is about 64 and with a = 5 us (assumed) the `reduce`s of a bucket
+take 5 ms to 0.33 s. `reduce_scatter` would have to send 16 times the bytes, 7 ms at 40 GB/s beside the same 5 ms:
+cheaper unless the group overlaps most of its `reduce`s, as it is meant to.
+
 ## Predicted
 
 What takes more than 80 GB is left out.

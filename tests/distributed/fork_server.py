@@ -279,7 +279,7 @@ def _fork_in_place_of(
             command=command,
             environment=dict(os.environ if env is None else env),
             output=None,
-            launches="deepspeed.launcher.launch" in command,
+            launches=bool({"deepspeed.launcher.launch", "toolkit.run.launching"}.intersection(command)),
             session=start_new_session,
             ignored=[],
         )

@@ -16,10 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 from faults import TARGETS, TRAIN, Victim
-from ranks import deepspeed_command, environment
+from ranks import SERVER, deepspeed_command, environment, toolkit_command
 from test_checkpoints import WAYS, World, steps_of
 
 from toolkit.records.run import read_metrics
+from toolkit.report import build_report, render
 from toolkit.run.folder import RunFolder
 
 AMCS = WAYS["amcs-2"]
@@ -269,6 +270,46 @@ def test_damage_is_named_and_the_older_checkpoint_taken(world: World) -> None:
     assert losses(world, "left-behind") == losses(world, "plain")
     assert not list((left / "checkpoints").glob(".saving-*"))
     assert "every checkpoint" in results["hopeless"] and "mp_rank_00_model_states.pt is missing" in results["hopeless"]
+
+
+KILLED = """
+import os, signal, time
+from pathlib import Path
+from toolkit.run import ranks, training
+
+step, build, mark = training.optimizer_step, training.build_engine, Path(MARK)
+
+def slow(*arguments):
+    engine = build(*arguments)
+    if ranks.rank() == 1:
+        engine.module.hf.base_model.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    return engine
+
+def dying(engine, *rest):
+    if engine.global_steps == 6 and ranks.rank() == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(engine, *rest)
+
+training.optimizer_step, training.build_engine = dying, slow
+"""
+
+
+def test_a_run_whose_rank_was_killed_starts_again_and_says_which_rank_is_slow(world: World, tmp_path: Path) -> None:
+    plugin = tmp_path / "killed.py"
+    plugin.write_text(KILLED.replace("MARK", repr(str(tmp_path / "mark"))))
+    arguments = world.arguments("again", AMCS, 2, "--plugin", str(plugin))
+    command = toolkit_command("train", "--ranks", "2", "--restarts", "2", *arguments)
+    status, log = SERVER.call(command, environment(), tmp_path / "log", launches=True)
+    assert status == 0, log
+    said = "and starts again from its checkpoint of step 4 (restart 1 of at most 2)."
+    assert log.count(said) == 1 and log.count("starts again") == 1 and "Traceback" not in log, log
+    assert losses(world, "again") == losses(world, "plain")
+    quick, slow = json.loads((world.root / "again" / "summary.json").read_text())["forward_seconds"]
+    assert slow > quick + 0.1
+    page = render(build_report([world.root / "again"]), "markdown")
+    percent = f"{100 * (slow / quick - 1):.0f} %"
+    assert f"Rank 1 is the slowest: its forward passes, with the waiting for their data, take {percent} longer" in page
 
 
 @pytest.mark.slow

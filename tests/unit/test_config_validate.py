@@ -145,9 +145,22 @@ def test_a_mistake_in_a_good_file_gets_one_sentence(assignment: str, sentence: s
 
 
 @pytest.mark.parametrize("name", ["amcs_zero3", "adamw_zero3"])
-@pytest.mark.parametrize("assignment", ["reduce_scatter=false", "zero_quantized_gradients=true"])
-def test_gradients_cut_by_another_layout_are_refused_at_stage_3(name: str, assignment: str) -> None:
-    assert assignment.split("=")[0] in refusal(changed(name, f"zero_optimization.{assignment}"))
+def test_gradients_cut_by_another_layout_are_refused_at_stage_3(name: str) -> None:
+    assert "reduce_scatter" in refusal(changed(name, "zero_optimization.reduce_scatter=false"))
+
+
+@pytest.mark.parametrize("name", ["amcs_zero2", "adamw_zero2", "amcs_zero3", "adamw_zero3"])
+@pytest.mark.parametrize(
+    "assignment", ["zero_hpz_partition_size=2", "zero_quantized_weights=true", "zero_quantized_gradients=true"]
+)
+def test_parts_of_zero_plus_plus_are_taken_where_they_are_tested_and_else_refused(name: str, assignment: str) -> None:
+    config, setting = changed(name, f"zero_optimization.{assignment}"), assignment.split("=")[0]
+    if name.endswith("2"):
+        assert f"zero_optimization.{setting} acts at stage 3 alone, and stage is 2" in refusal(config)
+    elif "hpz" in setting:
+        validate(config, origin="my.json")
+    else:
+        assert f"zero_optimization.{setting} is not" in refusal(config)
 
 
 @pytest.mark.parametrize("name", ["amcs_zero2", "adamw_zero2"])

@@ -25,10 +25,24 @@ KUBERNETES = "1.33"
 
 TOOLS = {
     "scontrol": 'if [[ $1 == show ]]; then printf "a\\nb\\n"; else echo "$*" >> "$LOG/scontrol"; fi',
-    # SLURM's own: a task on each node, here on the second of the two; it may be cancelled meanwhile.
-    "srun": 'shift; [[ -z ${CANCEL:-} ]] || kill -TERM $PPID; SLURM_NODEID=1 exec "$@"',
-    "deepspeed": 'printf "%s\\n" "$@" > "$LOG/deepspeed"; exit "${STATUS:-0}"',
-    "toolkit": 'printf "%s\\n" "$@" > "$LOG/toolkit"; env > "$LOG/environment"',
+    # SLURM's own: a task on each of two nodes; one that ends badly ends the other. It may be cancelled meanwhile.
+    "srun": """
+        shift; [[ -z ${CANCEL:-} ]] || kill -TERM $PPID
+        for node in 0 1; do SLURM_NODEID=$node "$@" & done
+        worst=0
+        for node in 0 1; do
+            status=0; wait -n || status=$?
+            ((status <= worst)) || worst=$status
+            ((status == 0)) || kill -TERM $(jobs -pr) 2> /dev/null
+        done
+        exit $worst
+    """,
+    # The second node is the slower one.
+    "toolkit": """
+        printf "%s\\n" "$@" > "$LOG/toolkit${SLURM_NODEID:-}"; env > "$LOG/environment"
+        [[ ${SLURM_NODEID:-0} == 0 ]] || sleep 0.5
+        exit "${STATUS:-0}"
+    """,
 }
 """What the scripts call: SLURM's tools, and the programs that they start, which write down how they were called."""
 
@@ -56,6 +70,13 @@ def called(place: Path, tool: str) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
+def options_of(line: list[str]) -> dict[str, Any]:
+    """As the command that is first in `line` reads the rest."""
+    group: Any = typer.main.get_command(app)
+    params: dict[str, Any] = group.commands[line[0]].make_context(line[0], line[1:]).params
+    return params
+
+
 def slurm(place: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     job = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "[a-b]", "SLURM_GPUS_ON_NODE": "8"}
     return run(place, ["bash", "launch/slurm.sh", *options], **job, **environment)
@@ -74,26 +95,26 @@ def test_shellcheck_has_nothing_to_say() -> None:
 def test_a_slurm_job_that_was_asked_to_stop_comes_back(
     place: Path, status: int, environment: dict[str, str], requeued: list[str]
 ) -> None:
+    """Though the other nodes' tasks are still on their way out when the first one's has ended."""
     done = slurm(place, "--model", "qwen3-tiny", STATUS=str(status), **environment)
     assert done.returncode == status, done.stderr
     assert called(place, "scontrol") == requeued
+    assert [path.name for path in (place / "runs").iterdir()] == ["hostfile-41"]
 
 
-def test_slurm_starts_deepspeed_on_each_node_and_a_job_that_comes_back_finds_its_run(place: Path) -> None:
-    from deepspeed.launcher.runner import fetch_hostfile, parse_args
-
+def test_slurm_starts_ranks_on_each_node_and_a_job_that_comes_back_finds_its_run(place: Path) -> None:
     slurm(place, "--model", "qwen3-tiny", "--steps=3")
-    first = called(place, "deepspeed")
-    read = parse_args(first)
-    assert (read.no_ssh, read.node_rank, read.master_addr, read.master_port) == (True, 1, "a", 20041)
-    assert fetch_hostfile(str(place / read.hostfile)) == {"a": 8, "b": 8}
-    assert Path(read.user_script) == place / "launch" / "train.py"
-    assert read.user_args == ["--model", "qwen3-tiny", "--steps=3", "--run-dir", "runs/slurm-41"]
+    first = called(place, "toolkit1")
+    read = options_of(first)
+    assert (place / read["hostfile"]).read_text() == "a slots=8\nb slots=8\n"
+    assert (read["no_ssh"], read["node_rank"], read["master_addr"], read["master_port"]) == (True, 1, "a", 20041)
+    assert options_of(called(place, "toolkit0"))["node_rank"] == 0
+    assert (read["model"], read["steps"], read["run_dir"]) == ("qwen3-tiny", 3, Path("runs/slurm-41"))
     slurm(place, "--model", "qwen3-tiny", "--steps=3")
-    assert called(place, "deepspeed") == first
+    assert called(place, "toolkit1") == first
     for own in (["--run-dir", "runs/mine"], ["--run-dir=runs/mine"]):
         slurm(place, *own)
-        assert parse_args(called(place, "deepspeed")).user_args == own
+        assert options_of(called(place, "toolkit1"))["run_dir"] == Path("runs/mine")
 
 
 def test_sbatch_reads_that_the_job_may_come_back() -> None:
@@ -136,9 +157,7 @@ def test_a_pod_starts_its_own_ranks(place: Path) -> None:
     operator = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "leanstate-master-0", "MASTER_PORT": "23456"}
     done = run(place, command, GPUS="8", **operator)
     assert done.returncode == 0, done.stderr
-    name, *words = called(place, "toolkit")
-    group: Any = typer.main.get_command(app)
-    options = group.commands[name].make_context(name, words).params
+    options = options_of(called(place, "toolkit"))
     assert Path(options["hostfile"]).read_text() == "pod-0 slots=8\npod-1 slots=8\n"
     given = {key: options[key] for key in ("hostfile", "no_ssh", "node_rank", "master_addr", "master_port")}
     launching.check(given)

@@ -41,7 +41,7 @@ def test_help_has_all_options_of_a_run_and_the_launchers(
     of_a_run, of_the_launcher = shown.split("\nOptions:")[1].split("Ranks and machines")
     assert all(option in of_a_run for option in LINE.split() if option.startswith("--"))
     launcher = ("--ranks", "--hostfile", "--nodes", "--include", "--exclude", "--no-ssh")
-    for option in (*launcher, "--node-rank", "--master-addr", "--master-port", "--launcher"):
+    for option in (*launcher, "--node-rank", "--master-addr", "--master-port", "--launcher", "--restarts"):
         assert option in of_the_launcher and option not in of_a_run
 
 
@@ -49,10 +49,11 @@ def test_help_has_all_options_of_a_run_and_the_launchers(
     ("line", "words"),
     [
         ("--hostfile absent", "--hostfile absent: there is no such file."),
-        ("--launcher pdhs", "must be one of pdsh, openmpi, mvapich, slurm, mpich, impi. Did you mean 'pdsh'?"),
+        ("--launcher pdhs", "must be one of pdsh, mpich, impi. Did you mean 'pdsh'?"),
         ("--include localhost:0 --exclude localhost:1", "--include and --exclude both say which ranks there are"),
         ("--ranks 2 --include localhost:0", "--include and --ranks both say"),
         ("--node_rank 1", "--no-ssh and --node-rank, this machine's place in the hostfile, go together."),
+        ("--no_ssh --node_rank 1", "--no-ssh needs --master-addr, the address of the first machine"),
         ("--num_nodes 2", "--nodes is for several machines: name them with --hostfile"),
         ("--master_addr 10.0.0.1", "--master-addr is for several machines"),
         ("--batch-size 2", "Use --micro-batch"),
@@ -76,7 +77,7 @@ def test_a_hostfile_of_several_machines_is_taken(tmp_path: Path, monkeypatch: py
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=8\nb slots=8\n")
     started: list[list[str]] = []
-    monkeypatch.setattr(launching, "_pass_on", lambda command, environment: started.append(list(command)) or 7)
+    monkeypatch.setattr(launching, "_pass_on", lambda command, environment: started.append(list(command)) or (7, False))
     line = f"--hostfile {hosts} --no_ssh --node_rank 0 --steps 3 --master_addr a"
     assert run(monkeypatch, "train", *line.split()) == 7
     launcher = {"--hostfile=" + str(hosts), "--no_ssh", "--node_rank=0", "--master_addr=a"}
@@ -93,7 +94,7 @@ def test_a_hostfile_of_several_machines_is_taken(tmp_path: Path, monkeypatch: py
 def test_ranks_of_this_machine_need_no_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(launching, "HOSTFILE", tmp_path / "none")
-    monkeypatch.setattr(launching, "_pass_on", lambda command, environment: started.append(list(command)) or 0)
+    monkeypatch.setattr(launching, "_pass_on", lambda command, environment: started.append(list(command)) or (0, False))
     monkeypatch.setattr(launching, "_devices", lambda: 4)
     for line in ("--ranks 2 --master_port 1234 --steps 3", "--steps 3", "--include localhost:1,2 --steps 3"):
         assert run(monkeypatch, "train", *line.split()) == 0

@@ -16,8 +16,11 @@ from toolkit.run.stopping import Heartbeat, StopRequest
 WORKER = """
 import ctypes, os, signal, sys, time
 from torch import distributed
-from toolkit.run import stopping
+from toolkit.run import meeting, stopping
 from toolkit.run.stopping import Heartbeat, StopRequest, abandon
+
+def refused(*address, **how):
+    raise ConnectionRefusedError("no way")
 
 def wait_forever():  # in C: no signal ends it
     mutex = ctypes.create_string_buffer(64)
@@ -31,8 +34,8 @@ if sys.argv[1] == "wait":
     stopping.SILENT_SECONDS, stopping.STOPPED_SECONDS, stopping._BEAT_SECONDS = 2.0, 5.0, 0.5
 distributed.init_process_group("gloo")
 if sys.argv[1] == "unreachable":
-    stopping.CONNECT_SECONDS = 1.0
-    os.environ["MASTER_ADDR"] = "203.0.113.1"  # kept for documents: nobody has it
+    meeting.CONNECT_SECONDS = 1.0
+    meeting.socket.create_connection = refused
 with Heartbeat() as heartbeat, StopRequest(heartbeat) as stop:
     distributed.barrier()
     print("ready", flush=True)
@@ -55,7 +58,7 @@ def start(what: str, ends: int = 0, world_size: int = 1) -> list[subprocess.Pope
     made = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, what, str(ends)],
-            env=os.environ | common | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

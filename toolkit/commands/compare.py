@@ -78,10 +78,11 @@ def compare(
     toolkit compare --methods amcs,mine=mine.json --seeds 5 --jobs 2
     toolkit compare --out runs/compare-qwen3-tiny --report --json
     """
-    from toolkit.compare.drive import INTERRUPTED, Driver, locked
+    from toolkit.compare.drive import Driver, locked
     from toolkit.compare.plan import KEPT, extended, load, save
     from toolkit.compare.report import write
     from toolkit.compare.runs import Runs
+    from toolkit.run.stopping import INTERRUPTED
 
     settings = _settings(ctx.args)
     folder = out or Path("runs") / f"compare-{Path(settings.model).name}"

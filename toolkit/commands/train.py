@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from toolkit.run.settings import given, line_of, taking_settings
+from toolkit.run.settings import given, taking_settings
 
 _PART = "Ranks and machines (DeepSpeed's launcher)"
 _LAUNCHER = (
@@ -70,9 +70,18 @@ def train(
         typer.Option(
             "--launcher",
             rich_help_panel=_PART,
-            help="How other machines are reached: pdsh, openmpi, mvapich, slurm, mpich or impi. (default: pdsh)",
+            help="How other machines are reached: pdsh, mpich or impi. (default: pdsh)",
         ),
     ] = None,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            "--restarts",
+            min=0,
+            rich_help_panel=_PART,
+            help="Start again from the newest checkpoint, at most so often, when a rank dies or hangs.",
+        ),
+    ] = 0,
     **values: Any,
 ) -> None:
     """Train a language model with DeepSpeed, on one rank or many.
@@ -87,5 +96,4 @@ def train(
     settings = given(ctx, values)
     given_to_it = {name: ctx.params[name] for name in _LAUNCHER}
     options = {name: value for name, value in given_to_it.items() if value is not None and value is not False}
-    arguments = line_of(settings.model_dump(include=settings.model_fields_set))
-    raise typer.Exit(launching.train(options, arguments))
+    raise typer.Exit(launching.train(options, settings, restarts))

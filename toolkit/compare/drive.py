@@ -16,9 +16,8 @@ from typing import IO
 from toolkit.compare.runs import Cell, Runs
 from toolkit.errors import UserError
 from toolkit.records.run import RUN
+from toolkit.run.stopping import DIVERGED
 
-INTERRUPTED = 130
-_DIVERGED = 3
 _USER_ERROR = 2
 _WAIT = 0.2
 _LAST = 20_000
@@ -117,7 +116,7 @@ class Driver:
             del self._active[cell]
             log.close()
             loss = self.runs.loss(cell)
-            if loss is not None and status in (0, _DIVERGED):
+            if loss is not None and status in (0, DIVERGED):
                 self._made += 1
                 seconds = time.monotonic() - began
                 self.say(f"{cell}: validation loss {loss:.4f}, {seconds:.0f} s")

@@ -271,6 +271,25 @@ def _experts(facts: Facts) -> Iterator[str]:
         )
 
 
+_ZERO_PP = ("zero_quantized_weights", "zero_quantized_gradients")
+"""Parts of ZeRO++ that change numbers; its third, zero_hpz_partition_size, keeps them."""
+
+
+def _zero_plus_plus(facts: Facts) -> Iterator[str]:
+    zero, stage = facts.zero, facts.ds.stage
+    asked = [name for name in _ZERO_PP if getattr(zero, name)]
+    if stage != 3 and zero.zero_hpz_partition_size > 1:
+        asked.append("zero_hpz_partition_size")
+    for name in asked:
+        if stage != 3:
+            yield f"zero_optimization.{name} acts at stage 3 alone, and stage is {stage}; leave it out."
+    if zero.zero_quantized_weights:
+        yield (
+            "zero_optimization.zero_quantized_weights is not tested with shards of whole blocks, as they are here with "
+            "every optimizer; leave it out."
+        )
+
+
 def _whole_blocks(facts: Facts) -> Iterator[str]:
     """What cannot be combined with shards of whole blocks. At stage 3 the layout is the same for every optimizer."""
     ds, zero, kind = facts.ds, facts.zero, facts.ds.optimizer
@@ -301,5 +320,6 @@ _CHECKS = (
     _zenflow,
     _experts,
     _other,
+    _zero_plus_plus,
     _whole_blocks,
 )

@@ -218,8 +218,6 @@ def _linear_up_to(case: Case) -> int:
 _NOT_MODELLED = (
     ("zero_optimization.contiguous_gradients", False),
     ("zero_optimization.zero_hpz_partition_size", None),
-    ("zero_optimization.zero_quantized_weights", True),
-    ("zero_optimization.zero_quantized_gradients", True),
     ("zero_optimization.offload_optimizer.ratio", None),
     ("zero_optimization.round_robin_gradients", True),
     ("bf16.bf16_master_weights_and_grads", True),

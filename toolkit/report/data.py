@@ -80,6 +80,14 @@ class Resumed(Record):
     changed: list[str]
 
 
+class Slowest(Record):
+    """A rank whose forward passes take longer than the others'."""
+
+    rank: int
+    percent: float
+    """By how much, of what the median of the others takes."""
+
+
 class Training(Record):
     """How the run went."""
 
@@ -107,6 +115,8 @@ class Training(Record):
     """Their share of what the devices can do, of the median step; None where that is not known."""
     waiting: float | None
     """Share of the steps' time that the slowest rank waited for data."""
+    slowest: Slowest | None
+    """The rank for which the others wait, where there is one."""
     nonfinite_steps: list[int]
     skipped_steps: int
     curve: LossCurve

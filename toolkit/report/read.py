@@ -71,6 +71,8 @@ class SummaryFile(_Written):
     interrupted: bool = False
     peak_memory_bytes: int | None = None
     memory_kind: str = ""
+    forward_seconds: list[Annotated[float, Field(ge=0, le=_FP32_MAX)]] = []
+    """Of a step, by rank: what it takes for its forward passes, and waits for their data."""
 
 
 class StepLine(_Written):

@@ -23,6 +23,7 @@ from toolkit.report.data import (
     Resumed,
     RunFacts,
     RunReport,
+    Slowest,
     StepTimeline,
     Training,
 )
@@ -32,6 +33,8 @@ from toolkit.report.words import headline, listed, percent
 
 _Moment = Literal["at the peak", "between steps", "in host memory"]
 
+_SLOWER = 5.0
+"""Percent from which on a rank is called the slowest."""
 _MATTERS = 0.001
 """Share of the whole below which the error of a category says nothing: a few bytes are always off."""
 
@@ -115,6 +118,7 @@ def _training(folder: Folder, facts: RunFacts) -> Training | None:
         flops_per_s=statistics.median(flops) if flops else None,
         mfu=statistics.median(mfu) if mfu else None,
         waiting=sum(waited for waited, _ in waits) / during if during > 0 else None,
+        slowest=_slowest(folder.summary.forward_seconds if folder.summary is not None else []),
         nonfinite_steps=bad,
         skipped_steps=sum(line.skipped for line in steps),
         curve=LossCurve(
@@ -124,6 +128,16 @@ def _training(folder: Folder, facts: RunFacts) -> Training | None:
             val_loss=[line.val_loss for line in validated],
         ),
     )
+
+
+def _slowest(seconds: list[float]) -> Slowest | None:
+    """`seconds`: of each rank. A few percent are chance."""
+    if len(seconds) < 2:
+        return None
+    rank = max(range(len(seconds)), key=seconds.__getitem__)
+    usual = statistics.median(seconds[:rank] + seconds[rank + 1 :])
+    percent = 100 * (seconds[rank] / usual - 1) if usual > 0 else 0.0
+    return Slowest(rank=rank, percent=percent) if percent >= _SLOWER else None
 
 
 def _batches(steps: list[StepLine], facts: RunFacts) -> list[BatchChange]:

@@ -24,6 +24,7 @@ from toolkit.report.words import (
     share,
     signed,
     size,
+    slowest_sentence,
 )
 
 _STATE_MEANING = "state of the optimizer"
@@ -274,6 +275,8 @@ def _loss(run: RunReport) -> list[Item]:
         sentence += f" Speed of the median step: {flops_text(training.flops_per_s)} of the model's own arithmetic{mfu}."
     if training.waiting is not None:
         sentence += f" Waiting for data took {training.waiting:.2%} of the steps' time."
+    if training.slowest is not None:
+        sentence += f" {slowest_sentence(training.slowest)}"
     curve = training.curve
     series = [svg.Series("training", curve.steps, curve.loss, 0)]
     legend = [svg.dash(0, "training")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from toolkit.records.sizes import size_text
-from toolkit.report.data import Comparison, Imbalance, Peak, RunReport
+from toolkit.report.data import Comparison, Imbalance, Peak, RunReport, Slowest
 
 UNKNOWN = "–"
 _WHEN = {
@@ -137,3 +137,10 @@ def imbalance_sentence(imbalance: Imbalance) -> str:
     if imbalance.category is not None and imbalance.excess is not None and imbalance.excess > 0:
         sentence += f"; furthest above its mean is {imbalance.category}, by {size(imbalance.excess)}"
     return sentence + "."
+
+
+def slowest_sentence(slowest: Slowest) -> str:
+    return (
+        f"Rank {slowest.rank} is the slowest: its forward passes, with the waiting for their data, take "
+        f"{slowest.percent:.0f} % longer than the median of the others', which wait for it."
+    )

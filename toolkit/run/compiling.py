@@ -70,7 +70,7 @@ class Background:
 
 def begin(settings: RunSettings) -> Background | None:
     """Start compiling what this run's optimizer needs; None on other ranks and where that is of no use."""
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+    if ranks.local_rank() != 0:
         return None
     try:
         order = _order(settings)

@@ -30,12 +30,16 @@ from typing import Any, NoReturn
 from toolkit.errors import UserError, nearest
 from toolkit.run import ranks
 from toolkit.run.compiling import hear_of_the_end_of
+from toolkit.run.restarting import Restarts
+from toolkit.run.settings import RunSettings
 from toolkit.run.stopping import INTERRUPTED
 from toolkit.sentences import one_line
 
 MODULE = "toolkit.train"
-LAUNCHERS = ("pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi")
-"""That DeepSpeed starts other machines' ranks by."""
+RUNNER, ALONE = "runner", "alone"
+"""What is started: DeepSpeed's runner, or a single rank; else it is a number of ranks."""
+LAUNCHERS = ("pdsh", "mpich", "impi")
+"""By which DeepSpeed starts other machines' ranks, and tells them which they are."""
 _OF_SEVERAL = ("num_nodes", "no_ssh", "master_addr", "launcher")
 """Options that the launcher ignores without a hostfile."""
 _SHOWN = {
@@ -49,33 +53,43 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _COUNT = "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
 
 
-def train(options: Mapping[str, Any], arguments: Sequence[str]) -> int:
+def train(options: Mapping[str, Any], settings: RunSettings, restarts: int = 0) -> int:
     """Start the ranks of a run and wait for their end.
 
     Args:
         options: those of DeepSpeed's launcher that were given, by name.
-        arguments: of `toolkit.train`.
+        settings: of the run.
+        restarts: how often it is started again, at most.
 
     Returns:
-        The run's exit status. A single rank takes the place of this process, and nothing is returned.
+        The run's exit status. A single rank takes the place of this process, unless it may have to start again, and
+        nothing is returned.
 
     Raises:
         UserError: the options contradict one another, or name nothing.
     """
     check(options)
+    again = Restarts(settings, restarts)
     environment = os.environ | {"PYTHONSAFEPATH": "1"}  # nothing is imported that happens to lie in the working folder
     local = "hostfile" not in options and not HOSTFILE.is_file()
     simple = local and not options.keys() - {"num_gpus", "master_port"}
-    if simple:
-        count = options["num_gpus"] if "num_gpus" in options else _devices()
-        if count <= 1:
-            _become_the_rank(arguments, environment, options.get("master_port"))
-        options = {"master_port": options.get("master_port", ranks.free_port())}
-    elif local:
-        options = {"master_port": ranks.free_port()} | dict(options)
-    line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
-    start = [sys.executable, "-m", "toolkit.run.launching", str(os.getpid()), str(count) if simple else "runner"]
-    return _pass_on([*start, *line, "--module", MODULE, *arguments], environment)
+    count = (options["num_gpus"] if "num_gpus" in options else _devices()) if simple else 0
+
+    def start(arguments: list[str]) -> tuple[int, bool]:
+        launching = [sys.executable, "-m", "toolkit.run.launching", str(os.getpid())]
+        if simple and count <= 1:
+            rank = [sys.executable, "-m", MODULE, *arguments]
+            own = environment | ({"MASTER_PORT": str(options["master_port"])} if "master_port" in options else {})
+            if not restarts:
+                _become(rank, own)
+            return _pass_on([*launching, ALONE, *rank], own)
+        ports = {"master_port": ranks.free_port()} if local else {}
+        given = {name: value for name, value in options.items() if not simple or name == "master_port"}
+        line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in (ports | given).items()]
+        launching.append(str(count) if simple else RUNNER)
+        return _pass_on([*launching, *line, "--module", MODULE, *arguments], environment)
+
+    return again.until_the_end(start)
 
 
 def check(options: Mapping[str, Any]) -> None:
@@ -96,6 +110,8 @@ def check(options: Mapping[str, Any]) -> None:
         )
     if ("no_ssh" in options) != ("node_rank" in options):
         raise UserError("--no-ssh and --node-rank, this machine's place in the hostfile, go together.")
+    if "no_ssh" in options and "master_addr" not in options:  # the launcher would ask for it, by ssh
+        raise UserError("--no-ssh needs --master-addr, the address of the first machine, the same on all of them.")
     if hostfile is None and not HOSTFILE.is_file():
         several = next((name for name in _OF_SEVERAL if name in options), None)
         if several is not None:
@@ -128,19 +144,21 @@ def _torch_knows_none() -> bool:
     return not any(built.get(kind, True) for kind in ("cuda", "hip", "xpu"))
 
 
-def _become_the_rank(arguments: Sequence[str], environment: dict[str, str], port: int | None) -> NoReturn:
-    if port is not None:
-        environment = environment | {"MASTER_PORT": str(port)}
+def _become(command: list[str], environment: Mapping[str, str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, "-m", MODULE, *arguments], environment)
+    os.execve(command[0], command, environment)
 
 
 # ---- many -----------------------------------------------------------------------------------------------------------
 
 
-def _pass_on(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run `command`, which starts ranks, and pass signals on to those of this machine; returns its status."""
+def _pass_on(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, bool]:
+    """Run `command`, which starts ranks, and pass signals on to those of this machine.
+
+    Returns:
+        Its status, and whether there were any signals.
+    """
     import psutil
 
     asked: list[int] = []
@@ -172,20 +190,22 @@ def _pass_on(command: Sequence[str], environment: Mapping[str, str]) -> int:
     # DeepSpeed's launcher ends with the negative number of the signal that ended a rank.
     killed = -status if status < 0 else 256 - status
     if killed not in signal.valid_signals():
-        return status
+        return status, bool(asked)
     if asked and killed in (*asked, signal.SIGTERM):  # before there was anything to save
-        return INTERRUPTED
-    who = "DeepSpeed's launcher" if status < 0 else "a rank"
+        return INTERRUPTED, True
+    who = "a rank" if status > 0 or command[4] == ALONE else "DeepSpeed's launcher"
     print(f"note: {who} was killed by {signal.Signals(killed).name}.", file=sys.stderr)
-    return 128 + killed if status < 0 else status
+    return (128 + killed if status < 0 else status), bool(asked)
 
 
 def _ranks(started: int) -> list[Any]:
-    """The processes of this machine's ranks. The launcher that started them is the process `started` or its child."""
+    """The processes of this machine's ranks. The launcher that started them is the process `started` or its child; or
+    that is the only rank."""
     import psutil
 
-    found = []
-    for child in psutil.Process(started).children():
+    process = psutil.Process(started)
+    found = [process] if process.cmdline()[1:3] == ["-m", MODULE] else []
+    for child in process.children():
         with contextlib.suppress(psutil.Error):
             words = child.cmdline()
             if any("deepspeed.launcher.launch" in word for word in words):
@@ -197,6 +217,7 @@ def _ranks(started: int) -> list[Any]:
 
 def _run_launcher(count: int | None, arguments: Sequence[str]) -> None:
     """DeepSpeed's launcher of `count` ranks, or its runner, with what it refuses as one sentence."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM's warning goes to all: it is for ranks, and would end others
     ranks.settle_accelerator()
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher would take it for the numbers of CPU ranks
@@ -233,4 +254,6 @@ def _numbers(count: int) -> list[int | str]:
 
 if __name__ == "__main__":
     hear_of_the_end_of(int(sys.argv[1]))
-    _run_launcher(None if sys.argv[2] == "runner" else int(sys.argv[2]), sys.argv[3:])
+    if sys.argv[2] == ALONE:
+        _become(sys.argv[3:], os.environ)
+    _run_launcher(None if sys.argv[2] == RUNNER else int(sys.argv[2]), sys.argv[3:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import logging
 import os
 import socket
@@ -31,6 +33,10 @@ GRACE_SECONDS = 5.0
 # Where torch reads the settings of its caching allocator; from 2.9 on it warns about the older names.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""In which MPI says how many processes it has started."""
+_PROBE = "198.51.100.1"  # kept for documents: nobody has it, and the way to it is the way to everywhere
+
 
 class AgreedError(UserError):
     """An error that every rank raises at the same point, so that one rank's word is enough."""
@@ -38,6 +44,11 @@ class AgreedError(UserError):
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This rank's place among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def world_size() -> int:
@@ -98,22 +109,23 @@ def start() -> torch.device:
     import torch
 
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = local_rank()
     if devices:
         if (started := local_size()) > devices:
             raise UserError(
                 f"{started} ranks were started on this machine, which has {devices} GPU(s); "
                 f"start at most one rank per GPU (--num_gpus {devices})."
             )
-        torch.accelerator.set_device_index(local_rank)
-        little = leftovers.little_shared_memory() if local_rank == 0 and local_size() > 1 else None
+        torch.accelerator.set_device_index(place)
+        little = leftovers.little_shared_memory() if place == 0 and local_size() > 1 else None
         if little is not None:
             print(f"note: {little}: ranks of one machine may fail to reach one another.", file=sys.stderr)
     settle_accelerator()
     place_alone()
+    _settle_interface()
 
     leftovers.own_build_folder()
-    if local_rank == 0:
+    if place == 0:
         leftovers.release_locks()
 
     import deepspeed
@@ -124,7 +136,7 @@ def start() -> torch.device:
     shared_memory.leave_out()
     deepspeed.init_distributed(verbose=False)
     accelerator = torch.accelerator.current_accelerator() if devices else None
-    return torch.device(accelerator.type, local_rank) if accelerator is not None else torch.device("cpu")
+    return torch.device(accelerator.type, place) if accelerator is not None else torch.device("cpu")
 
 
 def settle_accelerator() -> None:
@@ -135,8 +147,40 @@ def settle_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def _settle_interface() -> None:
+    """Have gloo use the network over which this machine reaches rank 0, unless somebody has named one.
+
+    It would take the address that this machine's own name stands for: often 127.0.0.1, where others find nobody.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or world_size() == local_size():
+        return
+    import psutil
+
+    for target in (os.environ["MASTER_ADDR"], _PROBE):  # on rank 0's machine its own name may be 127.0.1.1
+        with contextlib.suppress(OSError):
+            family, kind, protocol, _, place = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(place)  # which sends nothing
+                own = probe.getsockname()[0].partition("%")[0]
+            for name, addresses in psutil.net_if_addrs().items():
+                found = [address.address.partition("%")[0] for address in addresses]
+                if own in found and not ipaddress.ip_address(own).is_loopback:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    return
+
+
 def place_alone() -> None:
-    """Set what a launcher sets, as far as none has: this process is the only rank."""
+    """Set what a launcher sets, as far as none has: this process is the only rank.
+
+    Raises:
+        UserError: MPI has started others.
+    """
+    started = next((count for name in _OF_MPI if (count := int(os.environ.get(name, "1"))) > 1), None)
+    if started is not None and "RANK" not in os.environ:
+        raise UserError(
+            f"MPI has started {started} processes and told none of them its RANK, so each would train alone; start "
+            "them with `toolkit train --hostfile`, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
+        )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     alone["LOCAL_SIZE"] = str(local_size())  # of whatever started it
     for name, value in alone.items():
@@ -245,8 +289,7 @@ def mean_max_later(mean: Values, largest: Values, device: torch.device) -> Calla
 def report(error: UserError) -> None:
     """Print `error: <message>` once for the whole run; the caller exits with status 2."""
     # Before the ranks have joined, each machine speaks for itself.
-    local_rank = int(os.environ.get("LOCAL_RANK", rank()))
-    if rank() == 0 or (local_rank == 0 and not _joined()):
+    if rank() == 0 or (local_rank() == 0 and not _joined()):
         print(f"error: {error}", file=sys.stderr, flush=True)
         return
     time.sleep(GRACE_SECONDS)

@@ -19,8 +19,10 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from toolkit.errors import UserError
-from toolkit.run import leftovers, ranks
+from toolkit.run import leftovers, meeting, ranks
 
+# A rank's exit status, where it is neither 0 nor 1 nor 2, which is for the user's errors.
+DIVERGED = 3
 INTERRUPTED = 130
 # The number of ENOMEM. Not 137, which is how a shell reports what the kernel has killed.
 OUT_OF_MEMORY = 12
@@ -37,7 +39,6 @@ SILENT_SECONDS = 30.0
 """After how long a rank that gives no sign of life is named."""
 STOPPED_SECONDS = 180.0
 """After how long the others end without it."""
-CONNECT_SECONDS = 30.0
 _TICK_SECONDS = 1.0
 _BEAT_SECONDS = 5.0
 
@@ -68,7 +69,8 @@ class Heartbeat:
         """Whether DeepSpeed's launcher is gone: nobody would ever end its ranks."""
         self.wakeup, self._signalled = socket.socketpair()
         self._launcher = _launcher()
-        self._peers: dict[socket.socket, int] = {}
+        self._meeting: meeting.Meeting | None = None  # its store has to live until all are in the process group
+        self._peers: meeting.Connections = {}
         self._places: dict[int, str] = {}
         self._heard: dict[int, float] = {}
         self._silent: set[int] = set()
@@ -120,59 +122,16 @@ class Heartbeat:
             with contextlib.suppress(OSError):
                 peer.sendall(message)
 
-    # ---- connections ----
-
     def _connect(self) -> None:
         """Connect all ranks to rank 0; where that fails, none is watched, which rank 0 says."""
-        key = os.urandom(16).hex()
-        server = None
-        if ranks.rank() == 0:
-            dual = socket.has_dualstack_ipv6()
-            family = socket.AF_INET6 if dual else socket.AF_INET
-            server = socket.create_server(("", 0), family=family, backlog=ranks.world_size(), dualstack_ipv6=dual)
-        here = f"process {os.getpid()} on {socket.gethostname()}"
-        port, key, self._places[0] = ranks.from_first((server.getsockname()[1] if server else 0, key, here))
-        problem: str | None = None
-        try:
-            if server is not None:
-                self._accept(server, key)
-            else:
-                address = (os.environ["MASTER_ADDR"], port)
-                peer = socket.create_connection(address, timeout=CONNECT_SECONDS)
-                peer.sendall(f"{key} {ranks.rank()} {here}\n".encode())
-                self._peers[peer] = 0
-        except OSError as error:
-            problem = f"rank {ranks.rank()}: {error}"
-        problems = [found for found in ranks.everyones(problem) if found is not None]
-        if problems:
-            for peer in self._peers:
-                peer.close()
-            self._peers.clear()
-            if ranks.rank() == 0:
-                print(
-                    f"note: ranks cannot watch each other ({problems[0]}): if one ends, others may wait for it.",
-                    file=sys.stderr,
-                )
-        for peer in self._peers:
-            peer.settimeout(1.0)
-            _keep_alive(peer)
+        self._meeting = meeting.Meeting()
+        self._peers, self._places, problem = meeting.connect(self._meeting)
+        if problem is not None and ranks.rank() == 0:
+            print(
+                f"note: ranks cannot watch each other ({problem}): if one ends, others may wait for it.",
+                file=sys.stderr,
+            )
         os.register_at_fork(after_in_child=self._forget)
-
-    def _accept(self, server: socket.socket, key: str) -> None:
-        deadline = time.monotonic() + CONNECT_SECONDS
-        with server:
-            while len(self._peers) < ranks.world_size() - 1:
-                server.settimeout(max(0.01, deadline - time.monotonic()))
-                peer, _ = server.accept()
-                peer.settimeout(max(0.01, deadline - time.monotonic()))
-                with peer.makefile("r", encoding="ascii", errors="replace") as lines:
-                    said, _, who = lines.readline(512).rstrip("\n").partition(" ")
-                if said == key:
-                    rank, _, place = who.partition(" ")
-                    self._peers[peer] = int(rank)
-                    self._places[int(rank)] = place
-                else:  # whoever looks for open ports
-                    peer.close()
 
     def _forget(self) -> None:
         """In a forked child: a copy of a connection would keep it open after its owner's end."""
@@ -257,21 +216,31 @@ class Heartbeat:
         if now > self._looked + 5 * _TICK_SECONDS:  # this process was stopped itself, and heard nobody
             self._heard.clear()
         self._looked = now
-        for rank in self._peers.values():
-            silent = now - self._heard.setdefault(rank, now)
-            told = ranks.rank() == (1 if rank == 0 else 0)  # one rank's word is enough
-            who = f"rank {rank} ({self._places.get(rank)})"
-            since = f"{who} has given no sign of life for {silent:.0f} s"
-            if silent > STOPPED_SECONDS:
-                then = "started again, the run continues from its newest checkpoint"
-                self._leave(f"all ranks end, because {since}; {then}." if told else "", SILENT)
-            if silent > SILENT_SECONDS and rank not in self._silent:
-                self._silent.add(rank)
-                why = "it was stopped (kill -CONT lets it continue), or its machine hangs"
-                self._say(f"{since}: {why}; after {STOPPED_SECONDS:.0f} s without one the run ends." if told else "")
-            elif silent <= SILENT_SECONDS and rank in self._silent:
-                self._silent.remove(rank)
-                self._say(f"{who} is back." if told else "")
+        silent = {rank: now - self._heard.setdefault(rank, now) for rank in self._peers.values()}
+        late = [rank for rank, seconds in silent.items() if seconds > SILENT_SECONDS]
+        if any(seconds > STOPPED_SECONDS for seconds in silent.values()):
+            then = "started again, the run continues from its newest checkpoint"
+            self._leave(self._told(f"all ranks end, because {self._who(late, now)}; {then}."), SILENT)
+        if new := [rank for rank in late if rank not in self._silent]:
+            why = "it was stopped (kill -CONT lets it continue), or its machine or the network hangs"
+            ends = f"after {STOPPED_SECONDS:.0f} s without one the run ends"
+            self._say(self._told(f"{self._who(new, now)}: {why}; {ends}."))
+        for rank in self._silent.difference(late).intersection(silent):
+            self._say(self._told(f"rank {rank} ({self._places.get(rank)}) is back."))
+        self._silent = set(late)
+
+    def _who(self, late: list[int], now: float) -> str:
+        """That these ranks are silent, which are often those of one machine."""
+        first, *others = sorted(late)
+        more = f" and {len(others)} more" if others else ""
+        verb = "have" if others else "has"
+        seconds = now - self._heard[first]
+        return f"rank {first} ({self._places.get(first)}){more} {verb} given no sign of life for {seconds:.0f} s"
+
+    @staticmethod
+    def _told(words: str) -> str:
+        """`words` on rank 0, and on one rank of each machine that has lost it; nothing on the others."""
+        return words if ranks.rank() in (0, 1) or ranks.local_rank() == 0 else ""
 
     def _leave(self, words: str, status: int) -> NoReturn:
         self._say(words)
@@ -308,14 +277,6 @@ def lost_peer(error: Exception) -> str | None:
     reason = said.strip().splitlines()[0].rpartition("] ")[2] if said.strip() else type(error).__name__
     cause = leftovers.little_shared_memory() or "one of them has ended, or a machine or the network has failed"
     return f"rank {ranks.rank()} cannot reach the other ranks any more ({reason.rstrip('.')}): {cause}."
-
-
-def _keep_alive(peer: socket.socket) -> None:
-    """Notice a machine that is gone within two minutes, and keep firewalls from forgetting an idle connection."""
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
-        if hasattr(socket, name):  # Linux
-            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _place() -> str:

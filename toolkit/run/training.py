@@ -14,6 +14,7 @@ from toolkit.run.engine import build_engine, open_batches, optimizer_step
 from toolkit.run.folder import RunFolder, plot_loss
 from toolkit.run.memory import Forecast, make_explainer, memory_now, watch_memory
 from toolkit.run.moment import Moment
+from toolkit.run.pace import Pace
 from toolkit.run.prepare import PreparedRun, claim_folder, prepare
 from toolkit.run.range_test import find_rate
 from toolkit.run.resume import checkpoint_facts, make_saver, restore
@@ -145,6 +146,7 @@ class Run:
         self._notes = bad_documents.Notes(self.batches, screen.say)
         self._rule = rule_optimizer(self.engine)
         self._wire, self._sent = Wire(), dict[str, int]()
+        self._pace = Pace(self.engine, prepared.ds.stage)
         self._skipped_in_a_row = 0
         self._behind = steps_behind(self.engine.device)
         self._made: deque[Callable[[], tuple[dict[str, Any], bool]]] = deque()
@@ -207,7 +209,9 @@ class Run:
         lr = float(engine.get_lr()[0])  # before the step: after it the scheduler has set the next one
         with bad_documents.saved_before(partial(self._save_after, step - 1, self.batches.position)):
             mine = optimizer_step(engine, self.batches, self.batch.accumulation)
-        largest = [memory_now(ledger), self.stop.requested, self.batches.waited - waited]
+        waited = self.batches.waited - waited
+        paced = self._pace.step(waited)
+        largest = [memory_now(ledger), self.stop.requested, waited]
         over_ranks = ranks.mean_max_later([mine], largest, engine.device)
         ended = Moment(engine.device)
         norm = engine.get_global_grad_norm()
@@ -223,6 +227,7 @@ class Run:
             [loss], [memory, asked, waited] = over_ranks()
             self.stop.step_boundary(last=bool(asked))
             seconds = started.until(ended)
+            paced()
             norm = norm_read()
             flops = tokens * self.prepared.flops_per_token / seconds
             return {
@@ -313,6 +318,9 @@ class Run:
         summary = summarize(self.prepared, self.engine, self.records, self.batches.read_to, memory)
         if self.batch.world_size > 1:
             summary["collective_bytes"] = self._sent
+            alone = ranks.everyones(self._pace.median())
+            if None not in alone:
+                summary["forward_seconds"] = alone
         if self.folder is not None:
             self.folder.write_summary(summary)
             plot_loss(self.records, self.prepared.folder / PLOT, title=self.prepared.folder.name)
