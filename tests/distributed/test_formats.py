@@ -70,6 +70,10 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         for name, params in (("held", LEAN), ("released", released)):
             free = config(world_size, stage, params, gradient_clipping=0.0)
             made[f"unclipped-{name}-{stage}"] = case(free, full=True, dump=True)
+            if stage == 3:
+                gathered = {"stage3_param_persistence_threshold": 0}
+                free = config(world_size, stage, params, gradient_clipping=0.0, zero=gathered)
+                made[f"gathered-{name}"] = case(free, full=True, loss="chunked", activations="checkpoint")
     return made
 
 
@@ -212,6 +216,15 @@ def test_released_gradients_take_the_same_step(runs: dict[int, Results], stage: 
     assert clipped[-1] < clipped[0] - 0.3
     assert clipped == pytest.approx(runs[world_size]["released-2"][0]["losses"], rel=1e-3)
     assert runs[world_size][f"released-saved-{stage}"][0]["losses"] == clipped, "a checkpoint keeps the norm, too"
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_no_backward_pass_sees_a_new_weight(runs: dict[int, Results], world_size: int) -> None:
+    """Weights are gathered for the forward pass, once more to compute blocks again, and tied at both ends."""
+    held, released = (runs[world_size][f"gathered-{name}"][0] for name in ("held", "released"))
+    assert released["losses"] == held["losses"] and held["losses"][-1] < held["losses"][0] - 0.1
+    for name, value in held["full"].items():
+        assert torch.equal(released["full"][name], value), name
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -32,8 +32,9 @@ class Simulation:
         self.nvme: dict[str, int] = {}
         self.unapplied: list[tuple[list[Lifetime], int]] = []
         self.busy: list[Lifetime] = []
-        self.used: list[tuple[int, list[int]]] = []
-        """Gradients that are released, by bucket: when they are used, and of which parameters they are."""
+        self.used: list[tuple[int, list[int], float]] = []
+        """Gradients that are released, by bucket: when they are used, of which parameters they are, and how many of the
+        bytes that are counted at that moment are gone by then."""
         self.joined: list[list[Lifetime]] = []
         """Gradients that came out of one reduction: parts of one buffer."""
         self.numels = [parameter.numel for parameter in dry_run.parameters]
@@ -122,17 +123,24 @@ class Simulation:
         if not self.on_gpu:
             self.allocate(4 * min(NORM_CHUNK, numel), c.TRANSIENTS, "pieces of gradients", moment, moment + 1)
 
+    def use_released(self, moment: int, numbers: list[int], beside: float | None = None) -> None:
+        """Gradients that are released are used, `beside` so many bytes that are gone by then; None: a norm's pieces."""
+        if beside is None:
+            largest = max((self.numels[number] for number in numbers), default=0)
+            beside = 0.0 if self.on_gpu else 4.0 * min(NORM_CHUNK, largest)
+        self.used.append((moment, numbers, beside))
+
     def opening(self) -> None:
         """What released groups hold when their gradients are used: of whole parameters, or of factored states what a
         step finds of them, and a stretch of each parameter in turn."""
         what, device = "rows and columns of second moments", "cuda" if self.on_gpu else "cpu"
         settled = [flat for flat in self.released if not flat.rule.statistics]
         sums = sum(flat.sums for flat in settled)
-        first = min((moment for moment, _ in self.used), default=self.reduced)
+        first = min((moment for moment, *_ in self.used), default=self.reduced)
         self.allocate(sums + sum(flat.shares for flat in settled), c.TRANSIENTS, what, first, self.end)
         self.allocate(sums, c.TRANSIENTS, what, self.step, self.end)
         parts = {part.number: (flat, part) for flat in self.released for part in flat.parts}
-        for moment, numbers in self.used:
+        for moment, numbers, gone in self.used:
             here = [parts[number] for number in numbers if number in parts]
             looks = [replace(flat, parts=(part,)) for flat, part in here if flat.rule.statistics]
             together = step_together(looks, ranks=self.world_size, rank=self.rank, device=device)
@@ -142,10 +150,8 @@ class Simulation:
                 if not flat.rule.statistics:
                     most.append((flat.factored * opened(part, device), "second moments of a stretch"))
             if most:
-                # Not at the time of `staging`, which a device has none of.
-                staged = 0 if self.on_gpu else 4 * min(NORM_CHUNK, max(part.numel for _, part in here))
                 size, name = max(most)
-                self.allocate(size - staged, c.TRANSIENTS, name, moment, moment + 1)
+                self.allocate(size - gone, c.TRANSIENTS, name, moment, moment + 1)
 
     def accumulated(self, number: int, size: float) -> Lifetime:
         """What earlier micro-batches have summed up is there from the start; this one's is added to it."""

@@ -147,7 +147,7 @@ class _Simulation(Simulation):
                 elif number not in released:
                     self.accumulated(number, self.width * self.numels[number])
                 else:
-                    self.used.append((moment, [number]))
+                    self.use_released(moment, [number])
                     self._apply_later([self.gradients[number]], self.numels[number], moment)
                     self.staging(self.numels[number], moment)
                 continue
@@ -166,7 +166,7 @@ class _Simulation(Simulation):
             self.allocate_resident(self.width * share, c.GRADIENTS, "gradients to step on", "cpu")
         self.staging(self.total, self.step)
 
-    def _flush(self, waiting: list[int], moment: int, released: set[int]) -> None:
+    def _flush(self, waiting: list[int], moment: int, released: frozenset[int]) -> None:
         """Reduce what is waiting: parts of one owner that lie apart are joined, what is not this rank's is freed."""
         if not waiting:
             return
@@ -179,7 +179,7 @@ class _Simulation(Simulation):
             )
         unapplied: list[Lifetime] = []
         buffer: list[Lifetime] = []
-        self.used.append((moment, [number for number in waiting if number in released]))
+        self.use_released(moment, [number for number in waiting if number in released])
         for number in waiting:
             self.gradients[number].freed_at = moment + 1
             if not joined and self.own[number] < self.numels[number]:
@@ -333,9 +333,9 @@ class _Simulation(Simulation):
             if self.gradients[number].freed_at == self.step:  # too large for the bucket
                 self.gradients[number].freed_at = moment + 1
         if used := [number for number in waiting if number in self.optimizer.released]:
-            self.used.append((moment, used))
+            # By then gloo's copy is gone.
+            self.use_released(moment, used, beside=0.0 if self.on_gpu else size)
             own = sum(self.own[number] for number in used)
-            self.staging(max(self.numels[number] for number in used), moment)
             if self.on_gpu:
                 kept = self.allocate(self.width * own, c.GRADIENTS, "gradients to be used", moment, moment + 1)
                 self._apply_later([kept], own, moment)
