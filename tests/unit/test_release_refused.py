@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
 from engines import BASE, Net
+from torch import Tensor, nn
 
 import toolkit
 from toolkit.config import validate
@@ -63,6 +66,25 @@ def test_an_optimizer_that_is_handed_over_is_refused_too(one_rank: None, stage: 
     made = RULES["AdamW8"](model.parameters(), lr=1e-3, release_gradients=True, compile=False)
     with pytest.raises(UserError, match="moves that to the host"):
         toolkit.initialize(model=model, config=offloaded, optimizer=made)
+
+
+def test_a_gradient_that_is_gone_is_not_shown(one_rank: None) -> None:
+    engine, *_ = toolkit.initialize(model=Square(), config=config("AdamW8", 3, compile=False))
+    engine.backward(engine(torch.ones(1, 16, dtype=torch.bfloat16)))
+    with pytest.raises(UserError, match=r"the gradient of weight is gone: with optimizer.params.release_gradients"):
+        safe_get_full_grad(engine.module.weight)
+    engine.step()
+    assert engine.was_step_applied()
+
+
+class Square(nn.Linear):
+    """One matrix of whole blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float().square().mean()
 
 
 @pytest.mark.parametrize(("params", "offered"), [({}, True), (SEVERAL, False)])
