@@ -23,7 +23,7 @@ MODEL = "qwen3-tiny"
 @pytest.mark.parametrize(
     ("name", "stage", "ranks", "seq_len", "activations"),
     [
-        ("AMCS compact, bf16+4, released", 2, 1, 8, "full"),
+        ("AMCS compact, bf16+4, released", 3, 1, 8, "full"),
         ("AMCS 8bit, bf16+8", 3, 2, 96, "checkpoint"),
         ("AMCS lean, bf16, released", 2, 1, 8, "full"),
         ("AdamW", 2, 1, 64, "checkpoint"),

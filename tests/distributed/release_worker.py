@@ -36,11 +36,15 @@ def main() -> None:
     for name, config in settings["cases"].items():
         torch.manual_seed(0)
         engine, *_ = toolkit.initialize(model=Model(), config=config)
-        allocated = []
+        allocated, after = [], []
         for factor in (float("nan"), 1.0):
-            engine.backward(engine(factor))
-            waiting = [gradient for held in engine.optimizer._held for gradient in held.values()]
+            loss = engine(1.0) * factor if name == "lost" else engine(factor)
+            engine.backward(loss)
+            # At stage 3 they wait in a buffer.
+            waiting = [gradient for held in getattr(engine.optimizer, "_held", ()) for gradient in held.values()]
             engine.step()
+            # They are small, and stay whole between steps at stage 3, too.
+            after.append([weight.detach().float() for _, weight in sorted(engine.module.named_parameters())])
             allocated.append([set(held) for held in engine.basic_optimizer.state.values()])
         optimizer = rule_optimizer(engine)
         assert optimizer is not None
@@ -51,7 +55,8 @@ def main() -> None:
             "waiting": sum(gradient.nbytes for gradient in waiting),
             "kept": sum(gradient.untyped_storage().nbytes() for gradient in waiting),
             "rows": [held["v.rows"] for held in optimizer.state.values() if "v.rows" in held],
-            "weights": [p.detach().float() for p in engine.module.parameters()],
+            "weights": after[-1],
+            "after the first": after[0],
         }
         engine.destroy()
     torch.save(found, Path(settings["out"]) / f"rank{dist.get_rank()}.pt")

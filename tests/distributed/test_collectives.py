@@ -36,8 +36,9 @@ def config(stage: int, params: dict[str, Any] | None = None, **zero: Any) -> dic
     }
 
 
-def whole(rule: str, stage: int) -> dict[str, Any]:
-    return config(stage) | {"optimizer": {"type": rule, "params": {"lr": 3e-3, "compile": False}}}
+def whole(rule: str, stage: int, released: bool = False) -> dict[str, Any]:
+    params = {"lr": 3e-3, "compile": False, "release_gradients": released}
+    return config(stage) | {"optimizer": {"type": rule, "params": params}}
 
 
 def accumulated(stage: int) -> dict[str, Any]:
@@ -55,11 +56,18 @@ CASES: dict[str, dict[str, Any]] = {
     "unchecked": {"config": config(2) | {"bf16": {"enabled": True, "check_grad_overflow": False}}},
     "released": {"config": config(2, RELEASED)},
     "delayed": {"config": config(2, RELEASED), "delays": True},
+    "released-3": {"config": config(3, RELEASED), "steps": 4},
+    "delayed-3": {"config": config(3, RELEASED), "steps": 4, "delays": True},
     "poisoned": {"config": config(2, RELEASED), "poison_at": 1},
     "poisoned-delayed": {"config": config(2, RELEASED), "poison_at": 1, "delays": True},
     **{
         f"matrices-{stage}": {"config": whole(rule, stage), "steps": 4}
         for rule, stage in (("Muon8", 1), ("NorMuon", 3))
+    },
+    **{
+        f"{way}-{rule}-{stage}": {"config": whole(rule, stage, way == "released") | {"gradient_clipping": 0.0}}
+        for rule, stage in (("Muon8", 2), ("NorMuon", 3))
+        for way in ("held", "released")
     },
     "plain": {"config": config(2, reduce_bucket_size="auto", overlap_comm="auto"), "plain": True, "steps": 1},
 }
@@ -131,6 +139,14 @@ def test_matrices_go_to_their_owners_and_back_while_others_are_transformed(runs:
     assert runs["matrices-1"][0]["waits"] == runs["matrices-3"][0]["waits"] == 1
 
 
+@pytest.mark.parametrize("name", ["Muon8-2", "NorMuon-3"])
+def test_matrices_of_a_bucket_take_the_same_step_as_those_of_all(runs: Results, name: str) -> None:
+    for held, released in zip(runs[f"held-{name}"], runs[f"released-{name}"], strict=True):
+        assert any("alltoall" in what for what in released["backward"]), "eight matrices, in several buckets"
+        for weight, value in held["weights"].items():
+            assert torch.equal(released["weights"][weight], value), weight
+
+
 def test_a_plain_deepspeed_initialize_settles_auto(runs: Results) -> None:
     for rank in runs["plain"]:
         assert rank["reduce_bucket_size"] == 4_194_304  # and not DeepSpeed's 5e8
@@ -172,6 +188,9 @@ def test_released_gradients_take_one_small_collective_a_bucket(runs: Results) ->
         assert [what for what in found if what.startswith("reduce ")] == REDUCED
         assert sum(what.startswith("allreduce") for what in found) == 3
         assert without_scalars(runs[name][0]["step"]) == GATHERED
+    found = without_sizes(without_scalars(runs["released-3"][0]["backward"]))
+    found = [what.split()[0] for what in found]
+    assert found and found == ["reduce_scatter_base", "allreduce"] * (len(found) // 2)
 
 
 def test_the_host_waits_once_a_step_for_the_norm_and_for_nothing_else(runs: Results) -> None:
@@ -187,8 +206,9 @@ def test_the_host_waits_once_a_step_for_the_norm_and_for_nothing_else(runs: Resu
 
 def test_waiting_for_norms_changes_no_number(runs: Results) -> None:
     """A device applies released gradients a bucket later than a CPU."""
-    assert runs["delayed"][0]["waits"] > runs["released"][0]["waits"]
-    for at_once, later in (("released", "delayed"), ("poisoned", "poisoned-delayed")):
+    for at_once, later in (("released", "delayed"), ("released-3", "delayed-3")):
+        assert runs[later][0]["waits"] > runs[at_once][0]["waits"]
+    for at_once, later in (("released", "delayed"), ("released-3", "delayed-3"), ("poisoned", "poisoned-delayed")):
         assert runs[at_once][0]["losses"] == runs[later][0]["losses"]
         for name, weight in runs[at_once][0]["weights"].items():
             assert torch.equal(weight, runs[later][0]["weights"][name]), name

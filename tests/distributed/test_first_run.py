@@ -60,7 +60,7 @@ def test_no_step_compiles_what_was_compiled_before_it(tmp_path: Path) -> None:
     configs["master-2"] = lion(2, weights="fp32")
     configs["fp16-2"] = lion(2, "fp16", weights="fp32") | {"fp16": {"enabled": True, "initial_scale_power": 6}}
     configs["fp32-3"] = lion(3, "fp32", weights="fp32")
-    configs["released-2"] = lion(2, release_gradients=True)
+    configs |= {f"released-{stage}": lion(stage, release_gradients=True) for stage in (2, 3)}
     for stage in (2, 3):
         configs[f"offload-{stage}"] = lion(stage) | {"zero_optimization": offload | {"stage": stage}}
     runs = run_ranks(tmp_path, 2, {name: case(one, steps=3) for name, one in configs.items()}, plugins=[LION])

@@ -63,14 +63,17 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
             made[f"offload-{stage}"] = case(config(world_size, stage, LEAN, zero=offload), full=True)
             single = LEAN | {"mode": "single", "state_format": "minimal"}
             made[f"single-{stage}"] = case(config(world_size, stage, single), steps=8)
-        if stage < 3:
-            released = LEAN | {"release_gradients": True}
-            made[f"released-{stage}"] = case(config(world_size, stage, released), steps=8)
-            made[f"released-saved-{stage}"] = case(config(world_size, stage, released), steps=8, save_at=4)
-            made[f"released-poison-{stage}"] = case(config(world_size, stage, released), steps=5, poison_at=2)
-            for name, params in (("held", LEAN), ("released", released)):
-                free = config(world_size, stage, params, gradient_clipping=0.0)
-                made[f"unclipped-{name}-{stage}"] = case(free, full=True)
+        released = LEAN | {"release_gradients": True}
+        made[f"released-{stage}"] = case(config(world_size, stage, released), steps=8)
+        made[f"released-saved-{stage}"] = case(config(world_size, stage, released), steps=8, save_at=4)
+        made[f"released-poison-{stage}"] = case(config(world_size, stage, released), steps=5, poison_at=2)
+        for name, params in (("held", LEAN), ("released", released)):
+            free = config(world_size, stage, params, gradient_clipping=0.0)
+            made[f"unclipped-{name}-{stage}"] = case(free, full=True, dump=True)
+            if stage == 3:
+                gathered = {"stage3_param_persistence_threshold": 0}
+                free = config(world_size, stage, params, gradient_clipping=0.0, zero=gathered)
+                made[f"gathered-{name}"] = case(free, full=True, loss="chunked", activations="checkpoint")
     return made
 
 
@@ -165,7 +168,7 @@ def test_nothing_of_a_lean_run_is_far_from_fp32(runs: dict[int, Results], stage:
 @pytest.mark.parametrize("name", ["poison", "released-poison"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_a_step_with_nan_is_skipped_and_the_next_is_made(runs: dict[int, Results], name: str, world_size: int) -> None:
-    for stage in STAGES if name == "poison" else (1, 2):
+    for stage in STAGES:
         for rank in runs[world_size][f"{name}-{stage}"]:
             assert rank["skipped"] == 1
             assert all(math.isfinite(loss) for loss in rank["losses"])
@@ -199,7 +202,7 @@ def test_other_ways_to_the_same_step(runs: dict[int, Results], stage: int) -> No
             assert accumulated == pytest.approx(found[f"lean-{stage}"][0]["losses"], rel=2e-3), way
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_released_gradients_take_the_same_step(runs: dict[int, Results], stage: int, world_size: int) -> None:
     held, released = (runs[world_size][f"unclipped-{name}-{stage}"][0] for name in ("held", "released"))
@@ -207,9 +210,21 @@ def test_released_gradients_take_the_same_step(runs: dict[int, Results], stage: 
     assert released["grad_norm"] == pytest.approx(float(held["grad_norm"]), rel=1e-5)
     for name, value in held["full"].items():
         assert torch.equal(released["full"][name], value), name
+    assert held["held"].keys() == released["held"].keys()
+    assert all(torch.equal(released["held"][key], value) for key, value in held["held"].items()), "padding included"
     clipped = runs[world_size][f"released-{stage}"][0]["losses"]
     assert clipped[-1] < clipped[0] - 0.3
+    assert clipped == pytest.approx(runs[world_size]["released-2"][0]["losses"], rel=1e-3)
     assert runs[world_size][f"released-saved-{stage}"][0]["losses"] == clipped, "a checkpoint keeps the norm, too"
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_no_backward_pass_sees_a_new_weight(runs: dict[int, Results], world_size: int) -> None:
+    """Weights are gathered for the forward pass, once more to compute blocks again, and tied at both ends."""
+    held, released = (runs[world_size][f"gathered-{name}"][0] for name in ("held", "released"))
+    assert released["losses"] == held["losses"] and held["losses"][-1] < held["losses"][0] - 0.1
+    for name, value in held["full"].items():
+        assert torch.equal(released["full"][name], value), name
 
 
 @pytest.mark.parametrize("stage", [2, 3])

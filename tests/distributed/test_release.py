@@ -1,4 +1,5 @@
-"""Released gradients: with a rule that keeps no state, LOMO, and with a second moment kept by rows and columns."""
+"""Released gradients: with a rule that keeps no state, LOMO, with a second moment kept by rows and columns, and with
+rules that look at whole parameters."""
 
 from __future__ import annotations
 
@@ -11,6 +12,20 @@ import torch
 from plugins_worker import Model, gradients
 from ranks import launch
 from references import FACTORED, follow
+from release_worker import Model as Halves
+
+STAGES = (1, 2, 3)
+WHOLE = {
+    "StableAdamW": (3,),
+    "Lamb8": (2,),
+    "Adafactor8": (2, 3),
+    "Muon8": (1, 3),
+    "NorMuon": (2,),
+    "AdaMuon": (3,),
+    "SinkGD": (2,),
+    "SCALE": (3,),
+}
+"""Rules that look at whole parameters, and the stages that they are tried at."""
 
 STEPS, RATE, DECAY = 4, 5.0, 0.1
 """With a smaller rate LOMO's steps would be so small that fp32 weights round them."""
@@ -35,7 +50,14 @@ def factored(stage: int, released: bool, m: str, **top: Any) -> dict[str, Any]:
 
 def cases() -> dict[str, dict[str, Any]]:
     made = {}
-    for stage in (1, 2):
+    for rule, stages in WHOLE.items():
+        params = {"lr": 1e-2, "weight_decay": DECAY, "compile": False}
+        for stage in stages:
+            for released in (False, True):
+                kind = {"type": rule, "params": params | {"release_gradients": released}}
+                top = {"bf16": {"enabled": True}, "optimizer": kind}
+                made[f"{rule}-bf16-{stage}-{released}"] = config(stage, released, **top)
+    for stage in STAGES:
         made[f"factored-fp32-{stage}"] = factored(stage, True, "fp32")
         for released in (False, True):
             made[f"factored-bf16-{stage}-{released}"] = factored(stage, released, "8bit", bf16={"enabled": True})
@@ -53,7 +75,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return launch(folder, request.param, worker, {"plugins": [], "cases": cases()})
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_lomo_with_released_gradients_follows_its_equation(ranks: Any, stage: int) -> None:
     got = ranks[0][f"fp32-{stage}"]
     assert not any(got["bytes"].values()), "no state"
@@ -69,7 +91,7 @@ def test_lomo_with_released_gradients_follows_its_equation(ranks: Any, stage: in
     assert float(got["norm"]) == pytest.approx(square**0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_factored_second_moment_follows_its_equation(ranks: Any, stage: int) -> None:
     """Matrices of whole blocks during the backward pass, others at its end."""
     seen = [[gradients(step, rank) for rank in range(len(ranks))] for step in range(STEPS)]
@@ -81,8 +103,13 @@ def test_a_factored_second_moment_follows_its_equation(ranks: Any, stage: int) -
         assert error < 1e-5 * np.linalg.norm(want - start), name
 
 
-@pytest.mark.parametrize("kind", ["", "factored-"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [
+        *((kind, stage) for kind in ("", "factored-") for stage in STAGES),
+        *((f"{rule}-", stage) for rule, stages in WHOLE.items() for stage in stages),
+    ],
+)
 def test_release_changes_no_bit_of_bf16_weights_and_state(ranks: Any, stage: int, kind: str) -> None:
     for rank in ranks:
         held, released = (rank[f"{kind}bf16-{stage}-{released}"] for released in (False, True))
@@ -92,7 +119,8 @@ def test_release_changes_no_bit_of_bf16_weights_and_state(ranks: Any, stage: int
         lines, same = (
             sorted(sorted(x.tolist()) for one in case["small"] for x in one.values()) for case in (held, released)
         )
-        assert lines == same and bool(lines) == bool(kind), "in whatever order groups were begun"
+        assert lines == same, "in whatever order groups were begun"
+        assert bool(lines) == (kind in ("factored-", "Adafactor8-", "NorMuon-"))
 
 
 def test_a_step_that_is_skipped_half_way_is_counted_on_all_ranks_or_on_none(tmp_path: Path) -> None:
@@ -100,11 +128,13 @@ def test_a_step_that_is_skipped_half_way_is_counted_on_all_ranks_or_on_none(tmp_
     made = {kind: factored(2, True, "8bit", bf16={"enabled": True}) for kind in ("factored", "whole")}
     made["whole"]["optimizer"]["params"]["state_format"] = "8bit"
     made["joined"] = made["whole"] | {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10**6}}
+    made["stage-3"] = made["whole"] | {"zero_optimization": {"stage": 3, "reduce_bucket_size": 3000}}
+    made["lost"] = made["stage-3"]  # where the loss is NaN, no gradient is finite
     first, second = launch(tmp_path, 2, Path(__file__).with_name("release_worker.py"), {"cases": made})
     kept = [rank["joined"]["kept"] for rank in (first, second)]
     assert sum(kept) >= 2 * 300, "the norm's gradient waits"
     assert kept == [rank["joined"]["waiting"] for rank in (first, second)], "and nothing of its bucket with it"
-    for kind in ("factored", "whole"):
+    for kind in ("factored", "whole", "stage-3"):
         one, other = first[kind], second[kind]
         assert one["skipped"] == other["skipped"] == 1
         assert one["steps"] == other["steps"]
@@ -115,3 +145,12 @@ def test_a_step_that_is_skipped_half_way_is_counted_on_all_ranks_or_on_none(tmp_
                 torch.equal(x, y) and bool(x.isfinite().all()) for x, y in zip(one[key], other[key], strict=True)
             )
     assert len(first["factored"]["rows"]) == 1 and not first["whole"]["rows"]
+    torch.manual_seed(0)
+    start = [weight.detach() for _, weight in sorted(Halves().bfloat16().float().named_parameters())]
+    changed = {name: differ(first[name]["after the first"], start) for name in ("whole", "stage-3", "lost")}
+    assert changed == {"whole": [False, True, False], "stage-3": [False, True, False], "lost": [False] * 3}
+    assert first["lost"]["steps"] == [1, 1], "the first step is not counted"
+
+
+def differ(one: list[torch.Tensor], other: list[torch.Tensor]) -> list[bool]:
+    return [not torch.equal(x, y) for x, y in zip(one, other, strict=True)]

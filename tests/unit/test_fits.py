@@ -58,9 +58,13 @@ def test_lengths_end_with_what_the_model_takes() -> None:
 
 
 def test_ways_follow_the_gpus_and_the_rule() -> None:
-    for way in ways(["AMCS"], 8, "compact", offload=False):
-        assert way.config["zero_optimization"]["stage"] == 3 and "released" not in way.state
-    assert [way.state for way in ways(["muon8"], 1, "8bit", offload=False)] == ["8bit, bf16+8"]  # looks at matrices
+    several = ways(["AMCS"], 8, "compact", offload=False)
+    assert [way.state for way in several] == ["compact, bf16+4", "compact, bf16+4, released"]
+    assert {way.config["zero_optimization"]["stage"] for way in several} == {3}
+    assert [way.state for way in ways(["muon8"], 1, "8bit", offload=False)] == [
+        "8bit, bf16+8",
+        "8bit, bf16+8, released",
+    ]
     [way] = ways(["AMCS"], 1, "8bit", offload=True)
     assert way.config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
     with pytest.raises(UserError, match=r"--optimizer is 'AMSC', but must be .* Did you mean 'AMCS'"):

@@ -182,6 +182,13 @@ class DeepSpeedSettings:
         return looks_at(self.rule.rule.variants(self.params)) if self.rule else ""
 
     @property
+    def waits_for(self) -> str:
+        """The means over several parameters that a rule needs before it updates any; empty if none."""
+        from toolkit.optim.rule import waits_for
+
+        return waits_for(self.rule.rule.variants(self.params)) if self.rule else ""
+
+    @property
     def releases_gradients(self) -> bool:
         """Whether a rule updates weights during the backward pass."""
         return self.params.get("release_gradients") is True

@@ -53,7 +53,7 @@ class ShippedConfig:
     def placing(self) -> str:
         """What this way of sharding is good for."""
         if self.way.endswith("_lean"):
-            return "least state; gradients are released"
+            return f"least state; gradients are released; {'several devices' if self.stage == 3 else 'one device'}"
         return (_OFFLOAD if self.offload else _STAGES)[self.stage]
 
 

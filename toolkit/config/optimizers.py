@@ -151,12 +151,12 @@ def check_combination(ds: DeepSpeedSettings, *, accumulation: int | None) -> Non
             )
     if ds.releases_gradients:
         place = "optimizer.params.release_gradients"
-        if ds.stage not in (1, 2):
-            raise UserError(f"{place} works at zero_optimization.stage 1 and 2, and it is {ds.stage}.")
-        if ds.looks_at:
+        if ds.stage == 0:
+            raise UserError(f"{place} works at zero_optimization.stage 1, 2 and 3, and it is 0.")
+        if ds.waits_for:
             raise UserError(
-                f"{place} uses each gradient as soon as it is there, and {ds.optimizer} looks at whole parameters "
-                f"({ds.looks_at}) before it updates any; leave it out."
+                f"{place} uses each gradient as soon as it is there, and {ds.optimizer} looks at several parameters "
+                f"({ds.waits_for}) before it updates any; leave it out."
             )
         if ds.offload_optimizer != "none":
             raise UserError(
@@ -168,7 +168,8 @@ def check_combination(ds: DeepSpeedSettings, *, accumulation: int | None) -> Non
         if accumulation is not None and accumulation > 1:
             raise UserError(
                 f"{place} frees each gradient during the backward pass, and gradient_accumulation_steps is "
-                f"{accumulation}, which sums them over several; set that to 1."
+                f"{accumulation}, whose sum over several takes all that would be freed; set that to 1 and make the "
+                "micro-batch larger, for which activations that are not kept make room."
             )
 
 

@@ -72,7 +72,7 @@ def ways(optimizers: Sequence[str], gpus: int, state_format: str, *, offload: bo
             config = with_section(base, ["optimizer", "params"], params)
             ds = DeepSpeedSettings.read(config)
             released = params.get("release_gradients", False)
-            if params["state_format"] == state_format and not (released and (gpus > 1 or offload or ds.looks_at)):
+            if params["state_format"] == state_format and not (released and (offload or ds.waits_for)):
                 found.append(Way(kind, state, config))
     return found
 

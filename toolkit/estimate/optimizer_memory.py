@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ class OptimizerMemory:
     step_per_element: float
     remarks: tuple[str, ...] = ()
 
+    @cached_property
+    def released(self) -> frozenset[int]:
+        """The parameters whose gradients are used during the backward pass."""
+        return frozenset(number for group in self.groups if group.released for number in group.numbers)
+
 
 def optimizer_memory(model: nn.Module, ds: DeepSpeedSettings) -> OptimizerMemory:
     """What the optimizer that `ds` names keeps for the parameters of `model`.
@@ -81,7 +87,7 @@ def optimizer_memory(model: nn.Module, ds: DeepSpeedSettings) -> OptimizerMemory
     groups = []
     for group in optimizer.param_groups:
         layout = optimizer.layout(group, ds.dtype if whole else torch.float32)
-        sizes = [p.numel() for p in group["params"]]
+        matrices = all(p.dim() > 1 and p.numel() % BLOCK == 0 for p in group["params"])
         kind = optimizer.rule_of(group)
         groups.append(
             Group(
@@ -89,7 +95,7 @@ def optimizer_memory(model: nn.Module, ds: DeepSpeedSettings) -> OptimizerMemory
                 per_element=_per_element(layout),
                 master=0.0 if whole else masters,
                 whole_blocks=any(p.dim() > 1 for p in group["params"]),
-                released=optimizer.defaults["release_gradients"] and all(size % BLOCK == 0 for size in sizes),
+                released=optimizer.defaults["release_gradients"] and matrices,
                 whole=_of_lines(optimizer.whole(group), [tuple(p.shape) for p in group["params"]]),
                 together=kind if optimizer.steps_together(group) else None,
                 factored=len(layout.factored),

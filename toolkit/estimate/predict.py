@@ -289,7 +289,7 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
     ours, in_bf16 = ds.rule is not None, ds.computed == "bf16"
     without_masters = ours and ds.without_masters
     offloaded, released = ds.offload_optimizer != "none", ds.releases_gradients
-    can_release = without_masters and stage in (1, 2) and case.accumulation == 1 and not offloaded and not ds.looks_at
+    can_release = without_masters and case.accumulation == 1 and not offloaded and not ds.waits_for
 
     def params_with(**changed: Any) -> Case:
         return replace(case, config=with_section(config, ["optimizer", "params"], changed))
@@ -298,7 +298,7 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
         return replace(case, config=with_section(config, ["zero_optimization"], changed))
 
     for other in (1, 2, 3):
-        if other > stage and (case.world_size > 1 or stage == 0) and not (other == 3 and released):
+        if other > stage and (case.world_size > 1 or stage == 0):
             yield f"zero_optimization.stage {other}", zero_with(stage=other)
     if ours:
         for name in ("8bit", "compact", "minimal", LEAN):

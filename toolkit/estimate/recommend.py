@@ -136,7 +136,7 @@ def _cases(
     for name, base in _bases(optimizer).items():
         ds = DeepSpeedSettings.read(base)
         for state, params in formats.items():
-            if params.get("release_gradients") and (ds.stage == 3 or ds.offload_optimizer != "none" or ds.looks_at):
+            if params.get("release_gradients") and (ds.offload_optimizer != "none" or ds.waits_for):
                 continue
             config = with_section(base, ["optimizer", "params"], params)
             yield name, state, Case(model, config, world_size, 1, seq_len, device=device, loss=loss)

@@ -32,6 +32,9 @@ class Simulation:
         self.nvme: dict[str, int] = {}
         self.unapplied: list[tuple[list[Lifetime], int]] = []
         self.busy: list[Lifetime] = []
+        self.used: list[tuple[int, list[int], float]] = []
+        """Gradients that are released, by bucket: when they are used, of which parameters they are, and how many of the
+        bytes that are counted at that moment are gone by then."""
         self.joined: list[list[Lifetime]] = []
         """Gradients that came out of one reduction: parts of one buffer."""
         self.numels = [parameter.numel for parameter in dry_run.parameters]
@@ -59,7 +62,8 @@ class Simulation:
             device="cuda" if on_gpu else "cpu",
         )
         self.end = self.step + 1 + len(self.together.moments)
-        # What is updated during the backward pass, and has factored states.
+        self.sent = self.together.sent
+        # What is updated during the backward pass, and looks at whole parameters or has factored states.
         self.released = [flat for group in optimizer.groups if group.released for flat in self._flats(group)]
 
     # ---- small parts ----------------------------------------------------------------------------------------------
@@ -119,21 +123,35 @@ class Simulation:
         if not self.on_gpu:
             self.allocate(4 * min(NORM_CHUNK, numel), c.TRANSIENTS, "pieces of gradients", moment, moment + 1)
 
+    def use_released(self, moment: int, numbers: list[int], beside: float | None = None) -> None:
+        """Gradients that are released are used, `beside` so many bytes that are gone by then; None: a norm's pieces."""
+        if beside is None:
+            largest = max((self.numels[number] for number in numbers), default=0)
+            beside = 0.0 if self.on_gpu else 4.0 * min(NORM_CHUNK, largest)
+        self.used.append((moment, numbers, beside))
+
     def opening(self) -> None:
-        """Factored states of released groups: what a step finds of them, and a stretch of each parameter in turn."""
-        sums = sum(flat.sums for flat in self.released)
-        moments = dict(self.dry_run.arrivals)
+        """What released groups hold when their gradients are used: of whole parameters, or of factored states what a
+        step finds of them, and a stretch of each parameter in turn."""
         what, device = "rows and columns of second moments", "cuda" if self.on_gpu else "cpu"
-        first = min(moments.values(), default=self.reduced)
-        self.allocate(sums + sum(flat.shares for flat in self.released), c.TRANSIENTS, what, first, self.end)
+        settled = [flat for flat in self.released if not flat.rule.statistics]
+        sums = sum(flat.sums for flat in settled)
+        first = min((moment for moment, *_ in self.used), default=self.reduced)
+        self.allocate(sums + sum(flat.shares for flat in settled), c.TRANSIENTS, what, first, self.end)
         self.allocate(sums, c.TRANSIENTS, what, self.step, self.end)
-        for flat in self.released:
-            for part in (part for part in flat.parts if part.number in moments):
-                size = flat.factored * opened(part, device)
-                if not self.on_gpu:  # not at the time of `staging`
-                    size -= 4 * min(NORM_CHUNK, part.numel)
-                moment = moments[part.number]
-                self.allocate(size, c.TRANSIENTS, "second moments of a stretch", moment, moment + 1)
+        parts = {part.number: (flat, part) for flat in self.released for part in flat.parts}
+        for moment, numbers, gone in self.used:
+            here = [parts[number] for number in numbers if number in parts]
+            looks = [replace(flat, parts=(part,)) for flat, part in here if flat.rule.statistics]
+            together = step_together(looks, ranks=self.world_size, rank=self.rank, device=device)
+            self.sent += together.sent
+            most = [(one.bytes, one.what) for one in together.moments]
+            for flat, part in here:
+                if not flat.rule.statistics:
+                    most.append((flat.factored * opened(part, device), "second moments of a stretch"))
+            if most:
+                size, name = max(most)
+                self.allocate(size - gone, c.TRANSIENTS, name, moment, moment + 1)
 
     def accumulated(self, number: int, size: float) -> Lifetime:
         """What earlier micro-batches have summed up is there from the start; this one's is added to it."""

@@ -74,7 +74,7 @@ class _Simulation(Simulation):
         resident = c.bytes_by_category(
             (x.category or c.OTHER, x.bytes) for x in self.lifetimes if x.allocated_at < 0 and x.freed_at is None
         )
-        return Step(found, resident, self.host, self.nvme, self.together.sent, self._wire())
+        return Step(found, resident, self.host, self.nvme, self.sent, self._wire())
 
     def _wire(self) -> dict[str, int] | None:
         """Of gradients and weights, padding included; norms and the like are a few bytes."""
@@ -135,7 +135,7 @@ class _Simulation(Simulation):
 
     def _own_stages_1_and_2(self) -> None:
         """toolkit/zero/stage12.py and gradients.py."""
-        released = {number for group in self.optimizer.groups if group.released for number in group.numbers}
+        released = self.optimizer.released
         waiting: list[int] = []
         for number, moment in self.dry_run.arrivals:
             if self.ds.stage == 1 and self.accumulation > 1:
@@ -147,6 +147,7 @@ class _Simulation(Simulation):
                 elif number not in released:
                     self.accumulated(number, self.width * self.numels[number])
                 else:
+                    self.use_released(moment, [number])
                     self._apply_later([self.gradients[number]], self.numels[number], moment)
                     self.staging(self.numels[number], moment)
                 continue
@@ -165,7 +166,7 @@ class _Simulation(Simulation):
             self.allocate_resident(self.width * share, c.GRADIENTS, "gradients to step on", "cpu")
         self.staging(self.total, self.step)
 
-    def _flush(self, waiting: list[int], moment: int, released: set[int]) -> None:
+    def _flush(self, waiting: list[int], moment: int, released: frozenset[int]) -> None:
         """Reduce what is waiting: parts of one owner that lie apart are joined, what is not this rank's is freed."""
         if not waiting:
             return
@@ -178,6 +179,7 @@ class _Simulation(Simulation):
             )
         unapplied: list[Lifetime] = []
         buffer: list[Lifetime] = []
+        self.use_released(moment, [number for number in waiting if number in released])
         for number in waiting:
             self.gradients[number].freed_at = moment + 1
             if not joined and self.own[number] < self.numels[number]:
@@ -285,7 +287,8 @@ class _Simulation(Simulation):
         share = sum(self.group_share(group) for group in self.optimizer.groups)
         self.allocate(self.width * self.buckets.reduce, c.BUCKETS, "reduction bucket", -1, None)
         offloaded = self.ds.offload_optimizer != "none"
-        self.allocate_resident(self.width * share, c.GRADIENTS, "this rank's gradients", "cpu" if offloaded else "none")
+        held = sum(self.group_share(group) for group in self.optimizer.groups if not group.released)
+        self.allocate_resident(self.width * held, c.GRADIENTS, "this rank's gradients", "cpu" if offloaded else "none")
         if self.world_size > 1 or self.ds.offload_param != "none":
             self.gathered = gather(
                 self.dry_run,
@@ -329,6 +332,13 @@ class _Simulation(Simulation):
         for number in waiting:
             if self.gradients[number].freed_at == self.step:  # too large for the bucket
                 self.gradients[number].freed_at = moment + 1
+        if used := [number for number in waiting if number in self.optimizer.released]:
+            # By then gloo's copy is gone.
+            self.use_released(moment, used, beside=0.0 if self.on_gpu else size)
+            own = sum(self.own[number] for number in used)
+            if self.on_gpu:
+                kept = self.allocate(self.width * own, c.GRADIENTS, "gradients to be used", moment, moment + 1)
+                self._apply_later([kept], own, moment)
         waiting.clear()
 
     def _largest_sub_group(self) -> int:

@@ -52,7 +52,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         weights: how bf16 tensors keep the bits that rounding drops: "bf16+8", "bf16+16", "bf16+4", as state; "bf16":
             not at all. Other types are whole by themselves. "fp32" leaves them to DeepSpeed's fp32 master weights.
         seed: of the stochastic rounding of "bf16+8", "bf16+4" and "bf16".
-        release_gradients: under ZeRO 1 and 2, update weights during the backward pass (`toolkit.zero`).
+        release_gradients: under ZeRO, update weights during the backward pass (`toolkit.zero`).
         compile: run the step as Inductor compiles it. If that fails, a warning says why and the same step runs
             eagerly.
         **hyper: the fields of `rule`.
@@ -146,8 +146,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self.defaults["release_gradients"]:
             raise UserError(
-                f"{type(self).__name__}: release_gradients works under DeepSpeed's ZeRO stages 1 and 2 only, through "
-                "toolkit.initialize or toolkit.register"
+                f"{type(self).__name__}: release_gradients works under DeepSpeed's ZeRO stages 1, 2 and 3 only, "
+                "through toolkit.initialize or toolkit.register"
             )
         known: KnownScalars = {}
         ones: dict[torch.device, Tensor] = {}

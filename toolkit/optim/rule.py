@@ -246,6 +246,12 @@ def looks_at(rules: Iterable[type[Rule]]) -> str:
     return ", ".join(dict.fromkeys(one.name for rule in rules for one in rule.statistics))
 
 
+def waits_for(rules: Iterable[type[Rule]]) -> str:
+    """The means of rules over more than one parameter, for sentences; empty if there are none."""
+    means = (one for rule in rules for one in rule.statistics if isinstance(one, Mean))
+    return ", ".join(dict.fromkeys(one.name for one in means if one.over in ("component", "model")))
+
+
 def component_mapping(value: Mapping[str, float] | None) -> dict[str, float]:
     """A mapping by component as a dict, None as an empty one; raises UserError on an unknown component."""
     for name in value or {}:

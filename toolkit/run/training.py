@@ -343,9 +343,11 @@ class Run:
         where = f"; a checkpoint is in {self.prepared.folder / CHECKPOINTS}" if self.saver is not None else ""
         if diverged:
             skipped = self._skipped_in_a_row
+            used = ", and of gradients that came before the first that was not finite"
             self.screen.say(
                 f"stopped after step {step}: the gradient was not finite in {skipped} steps in a row, which is "
-                f"--max-skipped; weights and state are those of step {step - skipped}{where}."
+                f"--max-skipped; weights and state are those of step {step - skipped}"
+                f"{used if self.prepared.ds.releases_gradients else ''}{where}."
             )
         elif step != self.settings.steps:
             self.screen.say(f"stopped after step {step} of {self.settings.steps}{where}.")

@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from toolkit.zero import shared_memory
 
-# What `turns.py`, `stage12.py`, `stage3.py` and `shards.py` override, call or read.
+# What `turns.py`, `stage12.py`, `stage3.py`, `release_stages.py` and `shards.py` override, call or read.
 _METHODS_1_AND_2 = (
     "_configure_master_weights flatten_dense_tensors_aligned get_partition_info initialize_optimizer_states "
     "setup_buckets process_gradients get_gradient_for_reduction reduce_independent_p_g_buckets_and_remove_grads "
@@ -41,7 +41,8 @@ _METHODS_3 = (
     "independent_gradient_partition_epilogue invalidate_secondary_tensor _partition_all_parameters "
     "_loss_scale_update_and_overflow_cleanup _restore_from_bit16_weights "
     "_reassign_or_swap_out_partitioned_parameters _get_param_partition_group "
-    "checkpoint_event_prologue checkpoint_event_epilogue reduce_ready_partitions_and_remove_grads"
+    "checkpoint_event_prologue checkpoint_event_epilogue reduce_ready_partitions_and_remove_grads "
+    "_setup_for_real_optimizer partition_grads"
 )
 _FIELDS_3 = (
     "fp16_groups fp32_partitioned_groups_flat fp16_partitioned_groups_flat sub_group_to_group_id grad_position "
@@ -106,6 +107,10 @@ def incompatibilities() -> list[str]:
         "utils.set_z3_leaf_module(model, flag), and leaf modules that are gathered whole": (
             list(inspect.signature(ds_utils.set_z3_leaf_module).parameters) == ["model", "flag"]
             and "iter_params(current_submodule, recurse=is_leaf)" in _source(PartitionedParameterCoordinator)
+        ),
+        "stage3.partition_grads(params_to_release, grad_partitions), and a buffer for gradients on `device`": (
+            "self.partition_grads(params_in_bucket, grad_partitions)" in inspect.getsource(ds_stage3)
+            and "device=self.device)\n        if self.offload_optimizer_pin_memory" in inspect.getsource(ds_stage3)
         ),
         "stage3.reduce_scatter_coalesced(tensors, group)": (
             "reduce_scatter_coalesced(full_grads_for_rank, process_group)" in inspect.getsource(ds_stage3)

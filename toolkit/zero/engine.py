@@ -33,7 +33,7 @@ from toolkit.state.layout import check_dtype
 from toolkit.zero import compatibility, partition, shared_memory
 from toolkit.zero.audit import Audit
 from toolkit.zero.changes import ChangeDetector
-from toolkit.zero.release import ReleasingZeroOptimizer
+from toolkit.zero.release_stages import ReleasingZeroOptimizer, ReleasingZeroOptimizer3
 from toolkit.zero.shards import shards
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
 from toolkit.zero.stage12 import ShardedZeroOptimizer
@@ -226,8 +226,10 @@ def _install_optimizers() -> None:
         return kind(init_optimizer, *args, **kwargs)
 
     def make_stage_3(module: nn.Module, init_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        lean = isinstance(init_optimizer, RuleOptimizer)
-        return (ShardedZeroOptimizer3 if lean else stage_3)(module, init_optimizer, *args, **kwargs)
+        kind: type[Any] = stage_3
+        if isinstance(init_optimizer, RuleOptimizer):
+            kind = ReleasingZeroOptimizer3 if init_optimizer.defaults["release_gradients"] else ShardedZeroOptimizer3
+        return kind(module, init_optimizer, *args, **kwargs)
 
     ds_engine.DeepSpeedZeroOptimizer = make_stage_1_or_2
     ds_stage3.DeepSpeedZeroOptimizer_Stage3 = make_stage_3

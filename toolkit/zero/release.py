@@ -11,33 +11,36 @@ The last one bounds what a sudden spike can do, the second follows the usual siz
 finite, and all that come after it in that step, are not applied, and the step counts as skipped; what was applied
 before stays.
 
-The host decides that, and a device would stand still if the host waited for each norm as soon as it is asked for. So
-on a device up to a bucket of gradients waits for their norms, with the backward pass queued behind them.
+A weight may be stepped as soon as its gradient is there: autograd makes it after the last use of the weight in the
+backward pass, whatever is gathered, computed again or shared. So no part of that pass sees a new weight.
+
+The host decides what is applied, and a device would stand still if the host waited for each norm as soon as it is asked
+for. So on a device up to a bucket of gradients waits for their norms, with the backward pass queued behind them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.factored import settle
-from toolkit.optim.rule import looks_at
+from toolkit.optim.rule import waits_for
 from toolkit.optim.statistics import Member, Share
-from toolkit.optim.streaming import StreamedStep
+from toolkit.optim.streaming import TensorStep
+from toolkit.optim.together import Found, step_together
 from toolkit.state.codecs import BLOCK
-from toolkit.zero.exchange import whole_parameters, with_small
+from toolkit.zero.agreement import Order
+from toolkit.zero.exchange import DataParallel, whole_parameters, with_small
 from toolkit.zero.gradients import GradientFragment, HostCopy, squared_norms
 from toolkit.zero.shards import Shard
-from toolkit.zero.stage12 import ShardedZeroOptimizer, gather_weights
 
 RELEASED_NORM = "released_norm"
 """Key in the first parameter group of the norm that the next step is clipped by; checkpoints keep it."""
@@ -45,32 +48,56 @@ RELEASED_NORM = "released_norm"
 
 @dataclass(frozen=True)
 class _Measured:
-    """A bucket on its way: this rank's pieces, and the squared norm of the whole gradient of each of `params`, fp64."""
+    """A bucket on its way: this rank's pieces, and the squared norm of the whole gradient of each of `params`, fp64.
+
+    The last of `squares` is the sum over ranks of `order`, in which their gradients came.
+    """
 
     params: Sequence[Tensor]
     pieces: list[GradientFragment]
     squares: HostCopy
+    order: Order
 
     @property
     def elements(self) -> int:
         return sum(piece.gradient.numel() for piece in self.pieces)
 
 
-class ReleasingZeroOptimizer(ShardedZeroOptimizer):
-    """Stages 1 and 2 with `release_gradients`, for one micro-batch a step in bf16 or fp32.
+class Releasing:
+    """In front of a ZeRO optimizer of this package: gradients are used as they come, of one micro-batch a step.
 
-    Groups whose parameters are not all whole blocks (norms; they are small) are updated at the end of the step.
+    Groups of matrices of whole blocks are; all others (norms; they are small) are updated at the end of the step.
     Of factored states a step uses rows and columns as they were before it: parts of a matrix wait for no others.
     """
 
-    def __init__(self, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
-        super().__init__(init_optimizer, *args, **kwargs)
-        refusal = _refusal(self)
-        if refusal:
+    optimizer: RuleOptimizer
+    clip_grad: float
+    reduce_bucket_size: int
+    param_names: dict[Tensor, str]
+    overflow: bool
+    _shards: list[Shard]
+    _ranks: DataParallel
+    _begin: Callable[[Shard], TensorStep | None]
+
+    def _hold(self, pieces: list[GradientFragment]) -> None:
+        """Keep what is updated at the end of the step."""
+        raise NotImplementedError
+
+    def _step_late(self, late: list[Shard], scale: Tensor) -> None:
+        """Update flat tensors whose gradients were held."""
+        raise NotImplementedError
+
+    def _plan(self) -> None:
+        """Once all is laid out: what is updated when."""
+        if refusal := _refusal(self):
             raise UserError(f"optimizer.params.release_gradients {refusal}")
         self._delays = not get_accelerator().is_synchronized_device()
         self._placed = {id(member.param): (shard, member) for shard in self._shards for member in shard.members}
-        self._whole = [all(member.shape.numel() % BLOCK == 0 for member in shard.members) for shard in self._shards]
+        placed = [member for shard in self._shards for member in shard.members]
+        late = {one.group for one in placed if len(one.shape) < 2 or one.shape.numel() % BLOCK}
+        self._late = [shard for shard in self._shards if shard.group in late]
+        self._early = [shard for shard in self._shards if shard.group not in late]
+        self._numbers_early = {shard.number for shard in self._early}
         self._start()
 
     @property
@@ -84,10 +111,13 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
         self._seen: set[int] = set()
         self._squares = 0.0
         self._broken = False
-        self._steps: dict[int, StreamedStep | dict[int, Member]] = {}
+        self._steps: dict[int, TensorStep | dict[int, Member]] = {}
         self._measured: deque[_Measured] = deque()
+        self._order = Order()
+        self._numbers: Found = {}
 
-    def _deliver(self, params: Sequence[Tensor], pieces: list[GradientFragment]) -> None:
+    def _reduced(self, params: Sequence[Tensor], pieces: list[GradientFragment]) -> None:
+        """A bucket has been reduced: this rank's `pieces` of the gradients of `params`."""
         for param in params:
             if id(param) in self._seen:
                 raise UserError(
@@ -96,20 +126,22 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
                     "several backward passes in a step); leave it out"
                 )
             self._seen.add(id(param))
-        self._measured.append(_Measured(params, pieces, HostCopy(self._squared_norms(params, pieces))))
+        order, self._order = self._order, Order()
+        self._measured.append(_Measured(params, pieces, HostCopy(self._squared_norms(params, pieces, order)), order))
         if not self._delays:
             self._apply()
         while len(self._measured) > 1 and sum(bucket.elements for bucket in self._measured) > self.reduce_bucket_size:
             self._apply()
 
-    def _squared_norms(self, params: Sequence[Tensor], pieces: list[GradientFragment]) -> Tensor:
-        """Of the whole gradient of each parameter, fp64, the same on every rank."""
+    def _squared_norms(self, params: Sequence[Tensor], pieces: list[GradientFragment], order: Order) -> Tensor:
+        """Of the whole gradient of each parameter, and the sum of `order`; fp64, the same on every rank."""
         mine = {}
         if pieces:  # of a parameter a rank has one piece, or none
             squares = squared_norms([piece.gradient for piece in pieces])
             mine = {id(piece.param): square for piece, square in zip(pieces, squares, strict=True)}
-        nothing = torch.zeros((), dtype=torch.float64, device=get_accelerator().current_device_name())
-        return self._ranks.add(torch.stack([mine.get(id(param), nothing) for param in params]))
+        device = get_accelerator().current_device_name()
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        return self._ranks.add(torch.stack([*(mine.get(id(param), nothing) for param in params), order.tensor(device)]))
 
     @property
     def _unapplied(self) -> list[Tensor]:
@@ -119,108 +151,128 @@ class ReleasingZeroOptimizer(ShardedZeroOptimizer):
     def _apply(self) -> None:
         """Use the gradients that wait longest."""
         bucket = self._measured.popleft()
-        norms = dict(zip(map(id, bucket.params), bucket.squares.wait().sqrt().tolist(), strict=True))
-        self._squares += sum(norm**2 for norm in norms.values())
-        self._broken |= not all(norm < float("inf") for norm in norms.values())
-        waiting = []
-        if not self._broken:  # a step of a group is counted on all ranks, whoever has a piece of it
-            for param in bucket.params:
-                shard, _ = self._placed[id(param)]
-                if self._whole[shard.group]:
-                    self._begun(shard)
-        for piece in bucket.pieces:
-            if self._broken:
+        *squares, order = bucket.squares.wait().tolist()
+        bucket.order.check(order, self._ranks.size)
+        norms = [square**0.5 for square in squares]
+        self._squares += sum(squares)
+        self._broken |= not all(norm < float("inf") for norm in norms)
+        if self._broken:
+            return
+        pieces = {id(piece.param): piece for piece in bucket.pieces}
+        waiting, bounded = [], dict[float, list[Member]]()
+        for param, norm in zip(bucket.params, norms, strict=True):
+            shard, _ = self._placed[id(param)]
+            piece = pieces.pop(id(param), None)
+            if shard.number not in self._numbers_early:
+                waiting += [piece] if piece is not None else []
                 continue
-            if not self._whole[piece.group]:
-                piece.gradient = piece.gradient.clone()  # a view would keep the whole bucket until then
-                waiting.append(piece)
-                continue
-            known = [norms[id(piece.param)]] + ([self._previous_norm] if self._previous_norm is not None else [])
-            self._use(piece.param, piece.gradient, self._factor(*known))
-            piece.gradient = piece.gradient[:0]
-        super()._deliver(bucket.params, waiting)
+            factor = self._factor(norm, *([self._previous_norm] if self._previous_norm is not None else []))
+            gradient = None
+            if piece is not None:
+                gradient, piece.gradient = piece.gradient, piece.gradient.new_empty(0)
+            bounded.setdefault(factor, []).extend(self._use(param, gradient, self._scale(factor)))
+            del gradient
+        self._hold(waiting)
+        for factor, members in bounded.items():
+            self._all_ranks(members, self._scale(factor))
 
-    def _factor(self, *norms: float) -> Tensor:
+    def _factor(self, *norms: float) -> float:
         """What a gradient is multiplied with, so that none of `norms` exceeds the clip."""
         clip = self.clip_grad
-        factor = 1.0 / max(1.0, *((norm + 1e-6) / clip for norm in norms)) if clip > 0.0 else 1.0
+        return 1.0 / max(1.0, *((norm + 1e-6) / clip for norm in norms)) if clip > 0.0 else 1.0
+
+    def _scale(self, factor: float) -> Tensor:
         return torch.full((), factor, device=self._shards[0].tensor.device)
 
-    def _begun(self, shard: Shard) -> StreamedStep | dict[int, Member]:
-        """The step of a group, as far as it has come; one of factored states by parameter."""
-        if shard.group not in self._steps:
+    def _begun(self, shard: Shard) -> TensorStep | dict[int, Member]:
+        """The step of a flat tensor, counted on all ranks, whoever has a part of it; by parameter where it is looked at
+        as a whole, or has factored states."""
+        if shard.number not in self._steps:
             begun = self._begin(shard)
             assert begun is not None
+            self._steps[shard.number] = begun
             if self.optimizer.steps_together(self.optimizer.param_groups[shard.group]):
                 members = whole_parameters(self.optimizer, shard, begun, lambda own: None)
+                for member in members:
+                    member.step = replace(begun)  # by itself: what lies between two of them is another bucket's
                 params = (id(member.param) for member in shard.members)
-                self._steps[shard.group] = dict(zip(params, members, strict=True))
-            else:
-                self._steps[shard.group] = begun.stream(first_block=shard.first_block)
-        return self._steps[shard.group]
+                self._steps[shard.number] = dict(zip(params, members, strict=True))
+        return self._steps[shard.number]
 
-    def _use(self, param: Tensor, gradient: Tensor, factor: Tensor) -> None:
-        """Update what this rank holds of a parameter, all of it."""
+    def _use(self, param: Tensor, gradient: Tensor | None, scale: Tensor) -> list[Member]:
+        """Update what this rank holds of a parameter with `gradient`, which is all of it; None: it holds none.
+
+        Returns what has to be stepped together with all ranks.
+        """
         shard, placed = self._placed[id(param)]
-        own, begun = placed.fragment, self._begun(shard)
-        assert own is not None
-        assert own.numel == gradient.numel()
-        if isinstance(begun, StreamedStep):
-            begun.apply(own.offset, gradient, factor)
-        else:
-            begun[id(param)].share = Share(own, gradient, placed.first_block)
-            begun[id(param)].update(factor)
+        begun, own = self._begun(shard), placed.fragment
+        if isinstance(begun, TensorStep):
+            if gradient is not None:
+                at = placed.stepped
+                begun.stream(at.start, at.stop, first_block=placed.first_block).apply(0, gradient, scale)
+            return []
+        member = begun[id(param)]
+        if own is not None and gradient is not None:
+            member.share = Share(own, gradient[: own.numel], placed.first_block)
+        if member.step.function.rule.statistics:
+            return [member]
+        member.update(scale)
+        return []
 
-    def _publish(self) -> None:
-        """Most gradients are gone; there is nothing to show."""
+    def _all_ranks(self, members: Sequence[Member], scale: Tensor) -> None:
+        if members:
+            self._numbers = {**self._numbers, **step_together(members, scale, self._ranks)}
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Update what waited, and gather the weights."""
-        self.micro_step_id = INITIAL_MICRO_STEP_ID
+    def _finish(self) -> None:
+        """Update what waited."""
         while self._measured:
             self._apply()
         norm = self._squares**0.5
         self.overflow = self._broken
         self._global_grad_norm = torch.tensor(float("inf") if self._broken else norm)
         if not self._broken:
-            late = [shard for shard, whole in zip(self._shards, self._whole, strict=True) if not whole]
-            self._step_groups(late, self._factor(norm))
-            for shard, whole in zip(self._shards, self._whole, strict=True):
-                if whole:
-                    self._rest(shard)
+            self._step_late(self._late, self._scale(self._factor(norm)))
+            for shard in self._early:
+                self._rest(shard)
+            self.optimizer.found = {**self._numbers, **self.optimizer.found}
             self.optimizer.param_groups[0][RELEASED_NORM] = norm
         else:
             with self.optimizer.allocating():  # a checkpoint has the state of all groups, or of none
                 for shard in self._shards:
                     self._begin(shard)
                     with_small(self.optimizer, shard)
-        by_param = [self._steps[number] for number in sorted(self._steps)]
-        members = [member for one in by_param if isinstance(one, dict) for member in one.values()]
-        settle([factors for member in members for factors in member.factors.values()], self._ranks)
-        self._discard()
-        for shard in self._shards:
-            self._show(shard)
-        gather_weights(self, self._shards)
-        self._start()
+        settle([factors for member in self._left() for factors in member.factors.values()], self._ranks)
+
+    def _left(self) -> Iterator[Member]:
+        """Whose factored states are settled at the end: what is stepped together settles its own."""
+        for number in sorted(self._steps):
+            begun = self._steps[number]
+            if isinstance(begun, dict):
+                yield from (one for one in begun.values() if not one.step.function.rule.statistics)
 
     def _rest(self, shard: Shard) -> None:
         """Parameters without gradient take a step with zeros, as they do without release."""
-        zero_scale = torch.zeros((), device=shard.tensor.device)
         self._begun(shard)
+        nothing, together = self._scale(0.0), list[Member]()
         for member in shard.members:
-            own = member.fragment
-            if own is not None and id(member.param) not in self._seen:
-                zeros = torch.zeros(own.numel, dtype=member.param.dtype, device=zero_scale.device)
-                self._use(member.param, zeros, zero_scale)
+            if id(member.param) not in self._seen:
+                size = member.stepped.stop - member.stepped.start
+                zeros = torch.zeros(size, dtype=member.param.dtype, device=nothing.device) if size else None
+                together += self._use(member.param, zeros, nothing)
+        self._all_ranks(together, nothing)
 
 
-def _refusal(zero: ShardedZeroOptimizer) -> str | None:
-    """What `toolkit.config` cannot know that gradients cannot be released with, or None."""
-    if found := looks_at(zero.optimizer.rules()):
-        return f"does not fit a rule that looks at whole parameters ({found}); leave it out"
+SPLIT = "supports neither mixture-of-experts layers under expert parallelism nor model parallelism nor MiCS"
+
+
+def _refusal(zero: Any) -> str | None:
+    """What gradients cannot be released with, or None; `toolkit.config` knows what a JSON says, sooner."""
+    if found := waits_for(zero.optimizer.rules()):
+        return f"does not fit a rule that looks at several parameters ({found}); leave it out"
     if zero.gradient_accumulation_dtype != zero.dtype:
         return "needs data_types.grad_accum_dtype to be that of the model; leave that out"
-    if zero.has_moe_layers or zero.model_parallel_world_size > 1:
-        return "supports neither mixture-of-experts layers under expert parallelism nor model parallelism"
+    if zero.dtype == torch.float16:
+        return "cannot skip a whole step, as fp16 must for one gradient out of range; use bf16"
+    if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
+        return "updates weights on the device, and zero_optimization.offload_optimizer moves that to the host"
     return None

@@ -54,6 +54,13 @@ class Member:
         return held(self.rank, self.shape.numel(), **self._cut)
 
     @property
+    def stepped(self) -> slice:
+        """Where this rank's flat tensor is stepped for it: what is held here, at stage 3 with the padding."""
+        if self.share:
+            return slice(self.offset, self.offset + self.share)
+        return self.fragment.elements if self.fragment is not None else slice(0, 0)
+
+    @property
     def first_block(self) -> int:
         """The number of this rank's first block, in the whole parameter group and over all ranks."""
         return (self.at + (self.fragment.start if self.fragment is not None else 0)) // BLOCK

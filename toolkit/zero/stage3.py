@@ -12,6 +12,7 @@ pass and, by accident, in the step. Here the streams wait for each other, and th
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -28,7 +29,7 @@ from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.scalars import KnownScalars
 from toolkit.optim.statistics import Member
-from toolkit.optim.streaming import check_gradient
+from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.optim.together import step_together
 from toolkit.printable import warn_once
 from toolkit.state.codecs import BLOCK
@@ -47,10 +48,8 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
     offload_optimizer: bool
 
     def __init__(self, module: nn.Module, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
-        # An optimizer that the JSON names has been checked; one that was handed over has not.
-        if init_optimizer.defaults["release_gradients"]:
-            raise UserError("release_gradients works at ZeRO stages 1 and 2 only, not at 3")
         self._order = Order()
+        self._scalars: KnownScalars = {}  # of the step that has begun
         if takes_mean(kwargs):
             warn_once(
                 logger,
@@ -99,7 +98,7 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
         """The end of a backward pass: reduce what waits, and let what follows wait for the reductions."""
         for dtype in sort_dtypes(self.ipg_buckets.keys()):
             self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
-        _wait_for(self.reduce_and_partition_stream)
+        wait_for(self.reduce_and_partition_stream)
         if self.offload_optimizer:
             _host_waits()  # gradients are on their way to the host, which reads them next
         for param_id in self.params_already_reduced:
@@ -122,7 +121,7 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Norm, clipping, update of this rank's shards. A step with gradients that are not finite is skipped."""
-        _wait_for(self._gathers)  # which reads shards that the step writes
+        wait_for(self._gathers)  # which reads shards that the step writes
         reduced = set(self._offload_boundary_param_ids)
         self._pre_step()
         self._partition_all_parameters()
@@ -142,17 +141,8 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
         self.zero_grad(set_to_none=True)
         scale = clip_scale(known, self.clip_grad, scale_before)
         scale = scale.to(self._shards[0].tensor.device, non_blocking=True)
-        together: list[Member] = []
-        waiting: list[Shard] = []
-        scalars: KnownScalars = {}
-        gradients = self.grad_partitions_flat_buffer.split([shard.tensor.numel() for shard in self._shards])
-        for shard, gradient in zip(self._shards, gradients, strict=True):
-            own = self._step_sub_group(shard, gradient, scale, scalars)
-            together += own
-            waiting += [shard] if own else []
-        self.optimizer.found = step_together(together, scale, self._ranks)
-        for shard in waiting:
-            self._show(shard)
+        self._step_sub_groups(self._shards, scale)
+        self._scalars = {}
         self.timers(OPTIMIZER_STEP_TIMER).stop()
         self.invalidate_secondary_tensor()
         self._gather_persistent()
@@ -183,11 +173,27 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
         square, order = self._ranks.add(torch.stack([square, order])).unbind()
         return torch.stack([square.sqrt(), order])
 
-    def _step_sub_group(self, shard: Shard, gradient: Tensor, scale: Tensor, scalars: KnownScalars) -> list[Member]:
+    def _step_sub_groups(self, placed: Sequence[Shard], scale: Tensor) -> None:
+        """Step these flat tensors, whose gradients are in the buffer, in this order."""
+        together: list[Member] = []
+        waiting: list[Shard] = []
+        gradients = self.grad_partitions_flat_buffer.split([shard.tensor.numel() for shard in placed])
+        for shard, gradient in zip(placed, gradients, strict=True):
+            own = self._step_sub_group(shard, gradient, scale)
+            together += own
+            waiting += [shard] if own else []
+        self.optimizer.found = step_together(together, scale, self._ranks)
+        for shard in waiting:
+            self._show(shard)
+
+    def _begin(self, shard: Shard) -> TensorStep | None:
+        """Count a step of a sub-group and begin it; None while state is only allocated."""
+        return self.optimizer.begin(self.optimizer.param_groups[shard.group], shard.tensor, self._scalars)
+
+    def _step_sub_group(self, shard: Shard, gradient: Tensor, scale: Tensor) -> list[Member]:
         """Step a sub-group; what is to be stepped together with others comes back as it is."""
-        group = self.optimizer.param_groups[shard.group]
-        begun = self.optimizer.begin(group, shard.tensor, scalars)
-        if begun is not None and self.optimizer.steps_together(group):
+        begun = self._begin(shard)
+        if begun is not None and self.optimizer.steps_together(self.optimizer.param_groups[shard.group]):
             return whole_parameters(self.optimizer, shard, begun, lambda own: gradient[own.elements])
         if begun is not None:
             rounds = begun.function.rounds
@@ -209,7 +215,7 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
             self._reassign_or_swap_out_partitioned_parameters(shard.number)
 
 
-def _wait_for(stream: Any) -> None:
+def wait_for(stream: Any) -> None:
     """Let what is queued from now on begin after what `stream` has to do so far."""
     if not get_accelerator().is_synchronized_device():
         get_accelerator().current_stream().wait_stream(stream)
