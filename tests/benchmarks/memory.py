@@ -115,7 +115,7 @@ def launch(
     config: dict[str, Any], world_size: int, launcher: Launcher = by_deepspeed, **settings: Any
 ) -> list[dict[str, Any]]:
     """What each rank of a real run held, in bytes; `settings` as of memory_worker.py, which see."""
-    defaults = {"optimizer": None, "steps": 4, "micro_batch": 1, "activations": "full", "loss": "plain"}
+    defaults = {"optimizer": None, "steps": 4, "micro_batch": 1, "activations": "full", "loss": "plain", "chat": False}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "settings.json"
         path.write_text(json.dumps(defaults | settings | {"config": config, "out": folder}))

@@ -1,8 +1,9 @@
 """One rank of `memory.py` and `prediction.py`: a few training steps, the last of them traced whole.
 
-Its argument is the path of a JSON: `config` (a DeepSpeed JSON), `optimizer` (a class of bitsandbytes, or null for the
-JSON's), `model` (a preset), `steps`, `micro_batch`, `seq_len`, `activations`, `loss`, `out`. Writes rank<n>.json
-there: bytes at the peak, by phase and between steps, and by category at the peak.
+Its argument is the path of a JSON: `config` (a DeepSpeed JSON), `optimizer` (a class of bitsandbytes, or null: the
+JSON's), `model` (a preset), `steps`, `micro_batch`, `seq_len`, `activations`, `loss`, `chat` (three conversations in a
+sequence, in place of text), `out`. Writes rank<n>.json there: bytes at the peak, by phase and between steps, and by
+category at the peak.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ def main() -> None:
 
     def pass_once(phase: Any) -> None:
         shape = (settings["micro_batch"], settings["seq_len"] + 1)
-        tokens = torch.randint(0, engine.module.hf.config.vocab_size, shape, generator=generator).to(device)
+        tokens = torch.randint(0, engine.module.hf.config.vocab_size, shape, generator=generator)
+        if settings["chat"]:
+            places = torch.arange(shape[1]) % -(-shape[1] // 3)
+            tokens = torch.stack([tokens, tokens, places.expand(shape)], dim=1)
+        tokens = tokens.to(device)
         phase(c.FORWARD)
         loss = engine(tokens)
         phase(c.BACKWARD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -19,11 +20,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from toolkit import cli
-from toolkit.checkpoint.export import export, load_model
+from toolkit.checkpoint import universal
+from toolkit.checkpoint.convert import convert
+from toolkit.checkpoint.export import export, load_model, moved
 from toolkit.checkpoint.universal import open_checkpoint
 from toolkit.commands.checkpoint import find
 from toolkit.data import PackedConversations, open_documents
 from toolkit.data.tokenizers import END_OF_TEXT, train_bytes_bpe
+from toolkit.errors import UserError
 from toolkit.models import cpu_matmul
 from toolkit.records.run import read_metrics
 from toolkit.run import ranks
@@ -35,6 +39,7 @@ TEMPLATE = (
 )
 SEQ_LEN, BATCH, STEPS = 64, 4, 6
 FP32 = ["--config", "amcs_zero2", "--set", "bf16.enabled=false", "--set", "optimizer.params.weights=fp32"]
+PRETRAINED = "--from-checkpoint"
 LORA = ["--lora", "r=4,targets=all-linear"]
 
 
@@ -43,11 +48,13 @@ class Tuning:
 
     def __init__(self, root: Path) -> None:
         self.root, self.base, self.data = root, root / "base", root / "chat.jsonl"
+        self.other = root / "other"
+        self.said: list[str] = []
         small: Tokenizer = train_bytes_bpe([""], 257)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=small, eos_token=END_OF_TEXT, chat_template=TEMPLATE)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
         tokenizer.save_pretrained(self.base)
-        torch.manual_seed(0)
+        tokenizer.save_pretrained(self.other)
         config = transformers.Qwen3Config(
             vocab_size=272,
             hidden_size=32,
@@ -58,7 +65,9 @@ class Tuning:
             head_dim=8,
             tie_word_embeddings=False,
         )
-        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(self.base)
+        for seed, folder in enumerate((self.base, self.other)):
+            torch.manual_seed(seed)
+            AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
         rng = np.random.default_rng(0)
         rows = []
         for n in range(120):
@@ -95,17 +104,26 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> Tuning:
         {"run": found.arguments("cut", 2, ["--config", "amcs_zero2"], *LORA), "stop_at": 3},
         {"run": found.arguments("cut", 2, ["--config", "amcs_zero2"])},
         {"run": found.arguments("cut", 2, ["--config", "amcs_zero2"], "--lora", "r=2")},
+        {"run": found.arguments("cut", 2, ["--config", "amcs_zero2"], "--model", str(found.other))},
+        {"run": [one for one in found.arguments("cut", 2, ["--config", "amcs_zero2"]) if one != PRETRAINED]},
     ]
+    refusals = ("with --lora r=4,.* --lora r=2", f"beside the weights in {found.base},.* in {found.other}", "random")
+    random = found.arguments("random", 1, ["--config", "amcs_zero1"], *LORA)
     one = [
         {"run": found.arguments("one", 1, FP32)},
         {"run": found.arguments("lora-1", 1, ["--config", "amcs_zero1"], *LORA, "--activations", "checkpoint")},
+        {"run": [*(word for word in random if word != PRETRAINED), "--steps", "2"]},
+        {"run": random},
     ]
     for number, steps in ((2, two), (1, one)):
         said = launch(found.root / f"ranks-{number}", number, WORKER, {"steps": steps})[0]
         for place, answer in enumerate(said):
-            refused = number == 2 and place == len(steps) - 1
+            refused = number == 2 and place >= len(steps) - len(refusals)
             assert isinstance(answer, str) == refused, answer
-            assert not refused or "was trained with --lora r=4" in answer and "--lora r=2" in answer, answer
+            if refused:
+                assert re.search(refusals[place - len(steps)], answer), answer
+            else:
+                found.said.append(answer["said"])
     return found
 
 
@@ -138,11 +156,20 @@ def test_the_curve_is_the_same_at_every_number_of_ranks_and_of_micro_batches(tun
     assert tuning.losses("one")[-1] < tuning.losses("one")[0] - 0.1
 
 
-@pytest.mark.parametrize("run", ["lora-1", "lora-2", "lora-3", "cut"])
-def test_under_lora_the_base_is_unchanged_to_the_bit(tuning: Tuning, run: str) -> None:
-    base = AutoModelForCausalLM.from_pretrained(tuning.base, dtype=torch.bfloat16).state_dict()
+@pytest.mark.parametrize("run", ["lora-1", "lora-2", "lora-3", "cut", "random"])
+def test_under_lora_the_base_is_unchanged_to_the_bit_and_not_in_checkpoints(tuning: Tuning, run: str) -> None:
     source = open_checkpoint(find(tuning.root / run))
     frozen = {name.removeprefix("hf.").replace(".base_layer.", "."): name for name in source.frozen}
+    if run == "random":  # of its second part, with --from-checkpoint, too: the first one's weights are nowhere else
+        first = load_model(open_checkpoint(find(tuning.root / run, 2)))
+        base = {name.replace(".base_layer.", "."): value for name, value in first.state_dict().items()}
+        base = {name: value for name, value in base.items() if ".lora_" not in name}
+        assert not source.based and source.manifest.step == STEPS
+    else:
+        base = AutoModelForCausalLM.from_pretrained(tuning.base, dtype=torch.bfloat16).state_dict()
+        assert source.based.keys() == source.frozen.keys()
+        saved = source.model_states()
+        assert not saved["frozen_param_fragments"] and not any(saved["module"][name].numel() for name in source.based)
     assert frozen.keys() == base.keys()
     for name, kept in frozen.items():
         assert torch.equal(source.frozen_weight(kept), base[name]), name
@@ -205,6 +232,46 @@ def test_peft_loads_the_adapters_and_anything_the_merged_model(
         assert (plain(tokens).logits - wanted).abs().max() > 0.1, "the adapters matter"
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template == TEMPLATE
+
+
+def test_a_base_is_found_where_it_was_moved_to_and_no_other_is_taken(
+    tuning: Tuning, tmp_path: Path, call: Callable[..., str]
+) -> None:
+    line = ("eval", tuning.root / "lora-2", "--data", tuning.data, "--json")
+    before, there = json.loads(call(*line)), tuning.root / "moved"
+    tuning.base.rename(there)
+    try:
+        with pytest.raises(UserError, match="beside them, .*, is not there; --model names the folder"):
+            load_model(open_checkpoint(find(tuning.root / "lora-2")))
+        assert json.loads(call(*line, "--model", there)) == before
+        call("export", tuning.root / "lora-2", "--to", tmp_path / "merged", "--merge", "--model", there)
+        call("export", tuning.root / "lora-2", "--to", tmp_path / "adapter")
+        source = open_checkpoint(find(tuning.root / "lora-2"))
+        moved(source, tuning.other)
+        with pytest.raises(UserError, match="has other weights"):
+            load_model(source)
+    finally:
+        there.rename(tuning.base)
+    with pytest.raises(UserError, match="holds all its weights"):
+        moved(open_checkpoint(find(tuning.root / "random")), tuning.base)
+
+
+def test_a_checkpoint_without_its_base_is_cut_anew(tuning: Tuning, tmp_path: Path) -> None:
+    source = open_checkpoint(find(tuning.root / "lora-3"))
+    convert(source, tmp_path / "one", stage=2, world_size=1)
+    universal.write(source, tmp_path / "universal" / source.folder.name)
+    for folder in (find(tmp_path / "one"), tmp_path / "universal" / source.folder.name):
+        made = open_checkpoint(folder)
+        assert made.based == source.based and made.base == source.base
+        assert made.digest() == source.digest()
+
+
+def test_the_audit_waits_for_what_the_first_step_cannot_move(tuning: Tuning) -> None:
+    """B is zero at first, and so are the gradients of A."""
+    said = next(text for text in tuning.said if "--lora r=4" in text)
+    first, *_, last = (line for line in said.splitlines() if line.startswith("audit: "))
+    assert "each in one group; 14 moved by" in first and "; 14 whose gradient is zero so far: " in first, first
+    assert "in 28 tensors (25 more are frozen), each in one group, moved by step " in last, last
 
 
 def test_a_tuned_model_answers_and_is_evaluated(tuning: Tuning, call: Callable[..., str]) -> None:

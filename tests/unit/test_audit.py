@@ -72,7 +72,7 @@ def test_what_gets_no_gradient_is_named_though_weight_decay_moves_it(
     step(engine)
     line = engine.leanstate_audit.line
     assert "in 7 tensors (1 more are frozen)" in line and "5 moved by step 1" in line
-    assert "2 without a gradient so far: spare.weight, zeroed.weight" in line
+    assert "1 without a gradient so far: spare.weight; 1 whose gradient is zero so far: zeroed.weight" in line
     assert not said(caplog)
     for _ in range(WATCHED - 1):
         step(engine)

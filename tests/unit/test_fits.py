@@ -13,6 +13,7 @@ from toolkit.errors import UserError
 from toolkit.estimate.fits import SHORTEST, fits, lengths, ways
 from toolkit.estimate.predict import Case, Estimator, assumed_context
 from toolkit.records.activations import Activations
+from toolkit.records.lora import LoRA
 
 MODEL = "qwen3-tiny"
 CONTEXT = assumed_context(1)
@@ -50,6 +51,19 @@ def test_the_longest_that_fits_is_found_and_no_longer_one() -> None:
         assert fit.seq_len == (fitting[-1] if fitting else None)
         assert fit.needs == needs[candidates.index(fit.seq_len or SHORTEST)]
         assert fit.whole == (fit.gpu_memory == memories[-1])
+
+
+def test_adapters_and_conversations_are_priced() -> None:
+    pytest.importorskip("peft")
+    [way] = [one for one in ways(["AMCS"], 1, "8bit", offload=False) if "released" not in one.state]
+    estimator = Estimator()
+    for extra in ({"lora": LoRA(4)}, {"conversations": True}):
+        [fit] = fits(MODEL, [way], [80 * 10**9], 1, Activations(checkpoint=True), **extra)  # type: ignore[arg-type]
+        checkpointed: dict[str, Any] = {"activations": Activations(checkpoint=True), "loss": "chunked"}
+        case = Case(MODEL, way.config, 1, 1, 4096, **checkpointed, **extra)
+        plain = Case(MODEL, way.config, 1, 1, 4096, **checkpointed)
+        assert fit.needs == estimator.predict(case).needed
+        assert (fit.needs < estimator.predict(plain).needed) == ("lora" in extra)
 
 
 def test_lengths_end_with_what_the_model_takes() -> None:

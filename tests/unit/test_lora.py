@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from small_models import qwen3
 
+from toolkit import cli
 from toolkit.config import load_config
 from toolkit.errors import UserError
 from toolkit.estimate.predict import Case, Estimator
@@ -95,3 +98,18 @@ def test_the_price_of_a_frozen_model_is_its_weights(tmp_path: Path, stage: int) 
     state = sum(size for category, size in tuned.resident.items() if "state" in category or category == "gradients")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert state < 6 * trained + 20_000
+
+
+def test_a_plan_is_for_adapters_and_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    folder, out = qwen3(tmp_path), tmp_path / "plan.json"
+    line = f"plan --model {folder} --gpu-memory 1.1GB --seq-len 32 --optimizer adamw --lora r=4 --out {out}"
+    monkeypatch.setattr(sys, "argv", ["toolkit", *line.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert not ended.value.code and json.loads(out.read_text())["optimizer"]["type"] == "AdamW"
+    assert printed.endswith("--lora r=4,alpha=8,targets=all-linear,dropout=0")
+    assert "tiled" not in printed

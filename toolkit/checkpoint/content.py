@@ -24,6 +24,8 @@ OWN = "module"
 """Key there of buffers and extra state as they are on that rank; rank 0's are with the module."""
 SCHEDULE = "leanstate_schedule"
 """Key of what it adds to the file with the module: the name of the schedule's class."""
+BASE = "leanstate_base"
+"""Key beside it of the shapes, by name, of parameters that are in the `base.Base` and in no file of the checkpoint."""
 Shape = Annotated[tuple[Count, ...], Field(max_length=64)]
 Ranks = Annotated[int, Field(ge=1, le=RANKS_LIMIT)]
 
@@ -41,6 +43,7 @@ class _Module(_Content):
     param_shapes: list[dict[str, Shape]] | None = None
     frozen_param_shapes: dict[str, Shape] | None = None
     frozen_param_fragments: dict[str, Tensor] | None = None
+    leanstate_base: dict[str, Shape] | None = None
     lr_scheduler: dict[str, Any] | None = None
     global_steps: Count
     global_samples: Count | None = None

@@ -116,7 +116,9 @@ def model_states(source: Source, target: Sharding, rank: int = 0) -> Any:
     saved = source.model_states()
     module: dict[str, Any] = {name: torch.empty(0, dtype=source.dtype_of(name)) for name in target.by_name}
     fragments = {}
-    for name in source.frozen:
+    kept = {name: one for name, one in source.frozen.items() if name not in source.based}
+    module |= {name: torch.empty(0, dtype=source.frozen[name].dtype) for name in source.based}
+    for name in kept:
         whole = source.frozen_weight(name)
         fragments[name] = _part(whole, rank, target.world_size) if target.stage == 3 else whole
         module[name] = torch.empty(0, dtype=whole.dtype)
@@ -124,7 +126,7 @@ def model_states(source: Source, target: Sharding, rank: int = 0) -> Any:
     changed = {
         "module": module | source.buffers() | source.extra_states(),
         "param_shapes": [OrderedDict((p.name, torch.Size(p.shape)) for p in flat.places) for flat in target.flats],
-        "frozen_param_shapes": OrderedDict((name, kept.shape) for name, kept in source.frozen.items()),
+        "frozen_param_shapes": OrderedDict((name, one.shape) for name, one in kept.items()),
         "frozen_param_fragments": OrderedDict(fragments),
         "dp_world_size": target.world_size,
         "ds_config": masked(saved.get("ds_config")),

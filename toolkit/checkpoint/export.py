@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint import manifest as manifests
+from toolkit.checkpoint.base import PREFIX
 from toolkit.checkpoint.files import new_file_mode, synced
 from toolkit.checkpoint.model_files import CONFIG, GENERATION, config_hash, model_files, tokenizer_hash
 from toolkit.checkpoint.source import Source
@@ -34,8 +36,6 @@ DTYPES = (
 )
 """By what people call them."""
 SHARD_BYTES = 2 * 10**9
-PREFIX = "hf."
-"""The transformers model is this part of the module that was trained."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _DRAFT = ".exporting-"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
@@ -113,6 +113,15 @@ def load_model(source: Source) -> PreTrainedModel:
     model.load_state_dict(tensors.read(list(tensors.shapes)), strict=False, assign=True)
     model.tie_weights()
     return model
+
+
+def moved(source: Source, folder: Path | None) -> None:
+    """Let the base of a checkpoint be in `folder`; None: where it was. Raises UserError where it has none."""
+    if folder is None:
+        return
+    if not source.based or source.base is None:
+        raise UserError(f"--model {folder}: {source.folder} holds all its weights; leave it out.")
+    source.base = replace(source.base, path=str(folder.expanduser().resolve()))
 
 
 def adapters(source: Source) -> LoRA | None:
@@ -236,7 +245,8 @@ class _Tensors:
         tensors = {
             f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value for name, value in self.read(names).items()
         }
-        base = value_at(self.source.manifest.facts, "identity.model.name")
+        noted = self.source.base
+        base = noted.path if noted is not None else value_at(self.source.manifest.facts, "identity.model.name")
         path = Path(base).expanduser()
         peft_config(lora, str(path.resolve()) if path.is_dir() else base).save_pretrained(folder)
         save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -282,7 +292,9 @@ class _Tensors:
     def _read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
             value, dtype = self._value(name), self.shapes[name].dtype
-            made = torch.empty(value.shape, dtype=dtype).copy_(value)
+            # What is mapped from a file is copied, lest it change with that; a base is in memory already.
+            loaded = name in self.source.based and value.dtype == dtype
+            made = value if loaded else torch.empty(value.shape, dtype=dtype).copy_(value)
             if dtype.itemsize < value.dtype.itemsize and not torch.equal(made.isfinite(), value.isfinite()):
                 raise UserError(f"{name!r} has values that {dtype_name(dtype)} cannot hold; give another --dtype")
             yield name, made.view(self.shapes[name].shape)

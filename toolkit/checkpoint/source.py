@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint import manifest as manifests
+from toolkit.checkpoint.base import Base, shapes_in_base, weight_in_base
 from toolkit.checkpoint.content import OWN, PER_RANK, check_model, check_optimizer, check_rank
 from toolkit.checkpoint.files import unsqueezed
 from toolkit.checkpoint.manifest import Manifest
@@ -73,6 +74,7 @@ class Source:
         self._check_grid()
         self.stage = self.sharding.stage
         self._cut = True
+        self.base = Base.noted(self.manifest.facts)  # of `based`; whoever knows where it is now replaces it
 
     @property
     def origin(self) -> Sharding:
@@ -291,11 +293,16 @@ class Source:
         return {name: value for name, value in module.items() if name.rpartition(".")[2] == _EXTRA}
 
     @cached_property
+    def based(self) -> dict[str, torch.Size]:
+        """Shapes of the frozen parameters that are not in the files but in `base`, by name."""
+        return shapes_in_base(self.model_states(), self.folder)
+
+    @cached_property
     def frozen(self) -> dict[str, Tensor]:
-        """The parameters that were not trained and are in the files, by name, as tensors on the meta device."""
+        """The parameters that were not trained, in the files or `based`, by name, as tensors on the meta device."""
         saved = self.model_states()
         shapes = {name: torch.Size(shape) for name, shape in (saved.get("frozen_param_shapes") or {}).items()}
-        other = self.sharding.by_name.keys() | self.tied().keys() | set(saved["buffer_names"])
+        other = self.sharding.by_name.keys() | self.tied().keys() | set(saved["buffer_names"]) | self.based.keys()
         for name, value in saved["module"].items():
             # At stage 3 the module has no weights of its own: an empty tensor stands for what is elsewhere or nowhere.
             if name not in other and isinstance(value, Tensor) and (value.numel() or self.stage < 3):
@@ -306,10 +313,16 @@ class Source:
             # Of a stage 3 checkpoint DeepSpeed's conversion to the universal layout keeps the first rank's part only.
             if parts and sum(part.numel() for part in parts) >= shape.numel():
                 found[name] = torch.empty(shape, dtype=parts[0].dtype, device="meta")
-        return found
+        dtypes = {name: saved["module"][name].dtype for name in self.based}
+        return found | {name: torch.empty(self.based[name], dtype=dtypes[name], device="meta") for name in dtypes}
 
     def frozen_weight(self, name: str) -> Tensor:
-        """A parameter that was not trained, whole, in the dtype that it was kept in."""
+        """A parameter that was not trained, whole, in the dtype that it was kept in.
+
+        Raises UserError where it is `based`, and the base is gone or changed.
+        """
+        if name in self.based:
+            return weight_in_base(self.base, name, {one: self.frozen[one] for one in self.based}, self.folder)
         parts, kept = self._parts(name), self.frozen[name]
         flat = torch.cat([part.reshape(-1) for part in parts]) if len(parts) > 1 else parts[0].reshape(-1)
         return flat[: kept.numel()].view(kept.shape)

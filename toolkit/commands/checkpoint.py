@@ -27,6 +27,10 @@ TrustPickle = Annotated[
         help="Read objects of any class from a checkpoint without manifest: this runs whatever code its files name.",
     ),
 ]
+BaseModel = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="FOLDER", help="Of a run with --lora: where the model that it began from is now."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print a JSON.")]
 _SHOWN = 5
 """Files that are not of a checkpoint, at most."""
@@ -115,6 +119,7 @@ def inspect(
         "parameters": f"{manifest.parameters:,}",
         "not trained": f"{sum(kept.numel() for kept in source.frozen.values()):,} in frozen parameters, "
         f"{sum(buffer.numel() for buffer in source.buffers().values()):,} in buffers",
+        **({"beside": source.base.path} if source.based and source.base is not None else {}),
         "bytes": f"{manifest.bytes:,} ({manifest.bytes / max(manifest.parameters, 1):.2f} per parameter)",
         **{part: entry["name"] for part, entry in facts.get("identity", {}).items()},
         "data continue at": ", ".join(f"{word} {at.get(key, 0)}" for word, key in _PLACE) if at else "?",
@@ -244,6 +249,7 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Of a run with --lora: the whole model, adapters merged into its weights.")
     ] = False,
+    model: BaseModel = None,
     trust_pickle: TrustPickle = False,
     plugins: Plugins = None,
     as_json: Json = False,
@@ -254,13 +260,14 @@ def export(
     toolkit export runs/first --to exported
     toolkit export runs/first --to exported --dtype fp32
     """
-    from toolkit.checkpoint.export import DTYPES
+    from toolkit.checkpoint.export import DTYPES, moved
     from toolkit.checkpoint.export import export as write
 
     wanted = None if dtype is None else dtype.lower().removeprefix("torch.")
     if wanted is not None and wanted not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, but must be bf16, fp16 or fp32.{nearest(wanted, DTYPES)}")
     source = _open(path, trust_pickle, plugins)
+    moved(source, model)
     files = write(source, to, dtype=wanted, merge=merge)
     kept = f"in {wanted}" if wanted is not None else "as trained"
     said = f"{to}: step {source.manifest.step} {kept}, {len(files)} file(s)"

@@ -41,6 +41,12 @@ Loss = Annotated[
     typer.Option(help="chunked never builds the full logits. (default: the preset's)"),
 ]
 
+Adapters = Annotated[
+    str | None,
+    typer.Option("--lora", metavar="r=16,...", help="Only adapters are trained: as for `toolkit train`."),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Trained on conversations: attention has a mask.")]
+
 
 def estimate(
     model: Model = "qwen3-tiny",
@@ -67,10 +73,8 @@ def estimate(
     attention: Annotated[
         Literal["flash", "eager"] | None, typer.Option(help="The attention kernel. (default: the model's own choice)")
     ] = None,
-    adapters: Annotated[
-        str | None,
-        typer.Option("--lora", metavar="r=16,...", help="Only adapters are trained: as for `toolkit train`."),
-    ] = None,
+    adapters: Adapters = None,
+    chat: Chat = False,
     device: On = "cuda",
     gpu_memory: Annotated[
         str | None, typer.Option(help="Of one GPU, such as 80GB; exit status 1 if the run does not fit.")
@@ -113,6 +117,7 @@ def estimate(
         loss=loss,
         attention={"flash": "sdpa", "eager": "eager", None: None}[attention],
         lora=check_settings(lora=adapters).lora,
+        conversations=chat,
     )
     estimator = Estimator()
     found = estimator.predict(case)
@@ -146,6 +151,8 @@ def plan(
         str | None, typer.Option(help="Of one machine, such as 512GB, for what is offloaded. (default: this machine's)")
     ] = None,
     loss: Loss = None,
+    adapters: Adapters = None,
+    chat: Chat = False,
     device: On = "cuda",
     out: Annotated[
         Path | None,
@@ -182,6 +189,7 @@ def plan(
     if not as_json and out is not None and out.exists():
         raise UserError(f"{out} is there already; name another file with --out.")
     models.check_length(models.load_config(model)[0], model, seq_len)
+    lora = check_settings(lora=adapters).lora
     found = recommend(
         model,
         gpu_memory=memory,
@@ -190,6 +198,8 @@ def plan(
         optimizer=chosen,
         device=device,
         loss=loss,
+        lora=lora,
+        conversations=chat,
         state_format=state_format,
         host_memory=host,
         ranks_per_machine=gpus,
@@ -212,7 +222,7 @@ def plan(
             file.write(json.dumps(best.json, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
-    kept = f"{FLAG} {best.activations}" + (f" --loss {loss}" if loss else "")
+    kept = f"{FLAG} {best.activations}" + (f" --loss {loss}" if loss else "") + (f" --lora {lora}" if lora else "")
     console.print_line(
         f"{path} written; train with: deepspeed --num_gpus {gpus} launch/train.py --model {model} --config {path} "
         f"--seq-len {seq_len} {kept}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from toolkit.commands.checkpoint import BaseModel
 from toolkit.commands.sample import Run, Step, opened_run
 from toolkit.errors import UserError
 from toolkit.plugins import Plugins
@@ -34,6 +36,7 @@ def evaluate(
         typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness instead; needs the package lm_eval."),
     ] = None,
     step: Step = None,
+    model: BaseModel = None,
     plugins: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
 ) -> None:
@@ -49,9 +52,9 @@ def evaluate(
     from toolkit.records.run import strict
 
     if tasks is not None:
-        _evaluate_tasks(run, tasks, (data, sequences, seq_len), step, plugins, as_json)
+        _evaluate_tasks(run, tasks, (data, sequences, seq_len), step, model, plugins, as_json)
         return
-    opened = opened_run(run, step, plugins)
+    opened = opened_run(run, step, plugins, model)
     from toolkit.inference import evaluate as measure
 
     if data is None:
@@ -76,14 +79,16 @@ def evaluate(
     echo(f"bits per byte  {found.bits_per_byte:.4f}")
 
 
-def _evaluate_tasks(run: Any, tasks: str, others: Any, step: int | None, plugins: Any, as_json: bool) -> None:
+def _evaluate_tasks(
+    run: Any, tasks: str, others: Any, step: int | None, model: Path | None, plugins: Any, as_json: bool
+) -> None:
     from toolkit.commands.bench_call import listed
     from toolkit.inference import tasks as harness
 
     if any(one is not None for one in others):
         raise UserError("--tasks bring their own text: leave --data, --sequences and --seq-len out.")
     harness.check(listed(tasks))
-    opened = opened_run(run, step, plugins)
+    opened = opened_run(run, step, plugins, model)
     found = harness.evaluate(opened, listed(tasks))
     if as_json:
         typer.echo(json.dumps({"model": str(opened.folder), "step": opened.step, "tasks": found}, indent=1))

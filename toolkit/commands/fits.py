@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from toolkit.commands.estimate import Gpus
+from toolkit.commands.estimate import Adapters, Chat, Gpus
 from toolkit.completion import model_names
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.records.activations import CHECKPOINT, HELP, parse_activations
 from toolkit.run.ranks import settle_accelerator
+from toolkit.run.settings import check_settings
 
 if TYPE_CHECKING:
     from toolkit.console import PlainConsole
@@ -40,6 +41,8 @@ def fits(
     ] = "8bit",
     offload: Annotated[bool, typer.Option("--offload", help="Keep the optimizer's state on the host.")] = False,
     activations: Annotated[str, typer.Option(metavar="WORDS", help=HELP)] = CHECKPOINT,
+    adapters: Adapters = None,
+    chat: Chat = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
 ) -> None:
     """Show the longest sequence that each model can be trained with, by GPU and optimizer (predicted).
@@ -62,7 +65,7 @@ def fits(
     from toolkit.records.sizes import parse_size
 
     import_plugins(plugins)
-    kept = parse_activations(activations)
+    kept, lora = parse_activations(activations), check_settings(lora=adapters).lora
     memories = [parse_size(text, where="--gpu-memory") for text in gpu_memory or MEMORIES]
     tried = ways(
         optimizer or [one for one in COMPARED if offered(one, state_format)], gpus, state_format, offload=offload
@@ -72,15 +75,16 @@ def fits(
     for name in models:
         lengths(name)  # what is no model ends the command before anything is computed
     watched = track(models, "predicting", console=Console(stderr=True), transient=True)
-    found = [fit for name in watched for fit in find(name, tried, memories, gpus, kept)]
+    found = [fit for name in watched for fit in find(name, tried, memories, gpus, kept, lora, chat)]
     if as_json:
         typer.echo(json.dumps([fit.model_dump() for fit in found], indent=1))
         return
     console = PlainConsole()
     where = "one GPU, ZeRO 2" if gpus == 1 else f"{gpus} GPUs, ZeRO 3"
+    trained = (f", adapters {lora}" if lora else "") + (", conversations" if chat else "")
     console.print_line(
         f"longest sequence, in tokens, predicted: {where}{', state on the host' if offload else ''}, one sequence a "
-        f"pass, activations {kept}, chunked loss"
+        f"pass, activations {kept}, chunked loss{trained}"
     )
     for memory, some in groupby(sorted(found, key=lambda fit: memories.index(fit.gpu_memory)), lambda f: f.gpu_memory):
         _show(console, memory, list(some))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolkit.checkpoint.wrong import is_exported
-from toolkit.commands.checkpoint import find
+from toolkit.commands.checkpoint import BaseModel, find
 from toolkit.errors import UserError
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.printable import printable
@@ -26,11 +26,13 @@ Step = Annotated[
 ]
 
 
-def opened_run(run: Path, step: int | None, plugins: list[Path] | None) -> Opened:
+def opened_run(run: Path, step: int | None, plugins: list[Path] | None, base: Path | None) -> Opened:
     """The model of a run, a checkpoint or an export, which takes seconds; so stderr says what is loaded."""
     exported = is_exported(run)
     if exported and step is not None:
         raise UserError(f"{run} is an exported model: --checkpoint is for a run, which has several.")
+    if exported and base is not None:
+        raise UserError(f"{run} is an exported model: --model is for a run with --lora.")
     folder = run if exported else find(run, step)
     print(f"loading {printable(str(folder))}", file=sys.stderr)
     from toolkit.run.ranks import prepare_environment, settle_accelerator
@@ -40,7 +42,7 @@ def opened_run(run: Path, step: int | None, plugins: list[Path] | None) -> Opene
     import_plugins(plugins)
     from toolkit.inference.opened import open_model
 
-    return open_model(folder)
+    return open_model(folder, base)
 
 
 def sample(
@@ -61,6 +63,7 @@ def sample(
         bool, typer.Option("--chat", help="Each TEXT is a user's message, and the model's answer is printed.")
     ] = False,
     step: Step = None,
+    model: BaseModel = None,
     plugins: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
 ) -> None:
@@ -78,7 +81,7 @@ def sample(
     if temperature == 0 and count > 1:
         raise UserError(f"--temperature 0 gives one text, always the same, and --count asks for {count}.")
     given = prompts or [_from_stdin()]
-    opened = opened_run(run, step, plugins)
+    opened = opened_run(run, step, plugins, model)
     from toolkit.inference.generate import Sampling, generate
 
     with progress("generating", total=len(given) * tokens) as made:

@@ -87,6 +87,7 @@ def dry_run(
     attention: str | None = None,
     layers: int | None = None,
     lora: LoRA | None = None,
+    conversations: bool = False,
 ) -> DryRun:
     """Run a forward and a backward pass on the meta device.
 
@@ -99,6 +100,7 @@ def dry_run(
         attention: "sdpa", "eager" or another of transformers' names; None is the model's default.
         layers: only so many of the model's.
         lora: adapters, which alone are trained.
+        conversations: of which a sequence has several, so that attention has a mask.
 
     Raises:
         UserError: as `build_model`, and for activations that the device cannot keep so.
@@ -116,7 +118,7 @@ def dry_run(
     kept = kept_activations(built)
     kept.check_device(device)
     storages = StorageTrace()
-    tracker = _MetaTracker(storages, device)
+    tracker = _MetaTracker(storages, device, conversations)
     for tensor in [*built.parameters(), *built.buffers()]:
         tracker.adopt(tensor, None)
     arrivals: list[tuple[int, int]] = []
@@ -133,7 +135,8 @@ def dry_run(
     numbers = {id(p): number for number, p in enumerate(built.parameters())}
     hooks = _watch_calls(built, storages, numbers, calls)
     tracker.attach(built, head, arrived)
-    tokens = torch.zeros(micro_batch, seq_len + 1, dtype=torch.int64, device="meta")
+    kinds = (3,) if conversations else ()
+    tokens = torch.zeros(micro_batch, *kinds, seq_len + 1, dtype=torch.int64, device="meta")
     tracker.adopt(tokens, None)
     with tracker, attention_of(device):
         storages.begin(c.FORWARD)
@@ -236,8 +239,9 @@ def _per_block(model: CausalLM, storages: StorageTrace) -> dict[str, int]:
 class _MetaTracker(Tracker):
     """Tracks operations on the meta device as `device` would do them."""
 
-    def __init__(self, storages: StorageTrace, device: str) -> None:
+    def __init__(self, storages: StorageTrace, device: str, masked: bool = False) -> None:
         super().__init__(storages, sites=False)
+        self._masked = masked
         self._stride = MOMENTS
         self._on_cpu = device == "cpu"
         self.widens = self._on_cpu and cpu_matmul.computes_in_fp32()
@@ -248,16 +252,16 @@ class _MetaTracker(Tracker):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         # A CPU without bf16 products holds fp32 copies of operands beside the result.
-        if self.widens and (sizes := cpu_matmul.workspace(func, args)):
+        if self.widens and (sizes := cpu_matmul.workspace(func, args, kwargs or {})):
             with self:
                 copies = [torch.empty(size, dtype=torch.float32, device="meta") for size in sizes]
                 del copies
         return result
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        # Models look into masks to leave out those that hide nothing; training data are packed, so none does.
+        # Models look whether a mask would hide nothing, and make none then.
         if func is torch.ops.aten._local_scalar_dense.default:
-            return True if args[0].dtype == torch.bool else 0
+            return not self._masked if args[0].dtype == torch.bool else 0
         if self._on_cpu and torch.Tag.pointwise in func.tags:
             self._cast(func, [x for x in args if isinstance(x, Tensor) and x.dim()])
         if not _makes_new(func):

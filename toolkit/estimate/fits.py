@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -16,6 +16,7 @@ from toolkit.estimate.recommend import formats_of
 from toolkit.models import load_config as load_model_config
 from toolkit.optim import find_rule
 from toolkit.records.activations import Activations
+from toolkit.records.lora import LoRA
 
 SHORTEST = 512
 """Tokens; below, activations matter so little that a plan should be asked."""
@@ -99,20 +100,30 @@ def fits(
     memories: Sequence[int],
     gpus: int,
     activations: Activations | None = Activations(checkpoint=True),
+    lora: LoRA | None = None,
+    conversations: bool = False,
 ) -> list[Fit]:
     """What fits of `model` in each way and in each of `memories`, bytes of one GPU.
 
-    One sequence a pass. `activations`: None is the model's default. Raises UserError as `Estimator.predict`.
+    One sequence a pass. `activations`: None is the model's default; `lora`, `conversations`: as of `Case`.
+
+    Raises UserError as `Estimator.predict`.
     """
     estimator, candidates = Estimator(), lengths(model)
     context, found = assumed_context(gpus), []
+    plain = Case(
+        *(model, {}, gpus, 1, SHORTEST),
+        activations=activations,
+        loss="chunked",
+        lora=lora,
+        conversations=conversations,
+    )
     for way in tried:
         needs: dict[int, int] = {}
 
         def needed(seq_len: int, way: Way = way, needs: dict[int, int] = needs) -> int:
             if seq_len not in needs:
-                case = Case(model, way.config, gpus, 1, seq_len, activations=activations, loss="chunked")
-                needs[seq_len] = estimator.peak(case) + context
+                needs[seq_len] = estimator.peak(replace(plain, config=way.config, seq_len=seq_len)) + context
             return needs[seq_len]
 
         for memory in memories:

@@ -66,6 +66,7 @@ class Case:
         device: "cuda" or "cpu".
         activations, loss, attention: None is the model's default.
         lora: adapters, which alone are trained.
+        conversations: are trained on, not text.
     """
 
     model: str
@@ -79,6 +80,7 @@ class Case:
     loss: str | None = None
     attention: str | None = None
     lora: LoRA | None = None
+    conversations: bool = False
     ds: DeepSpeedSettings = field(default=DeepSpeedSettings(), init=False)
     """`config`, read."""
     defaults: tuple[str, ...] = field(default=(), init=False)
@@ -115,7 +117,7 @@ class Estimator:
 
     several: bool = False
     _passes: dict[tuple[Any, ...], DryRun] = field(default_factory=dict)
-    _optimizers: dict[tuple[str, str], OptimizerMemory] = field(default_factory=dict)
+    _optimizers: dict[tuple[Any, ...], OptimizerMemory] = field(default_factory=dict)
 
     def predict(self, case: Case) -> Prediction:
         """The step of the rank that holds most.
@@ -135,17 +137,17 @@ class Estimator:
         on_gpu = case.device == "cuda"
         config = settle(case.config, lambda: Shape.of(run.model), on_gpu=on_gpu, world_size=case.world_size)
         ds, batch = DeepSpeedSettings.read(config), Batch(case.micro_batch, case.accumulation, case.world_size)
-        optimizer = self._optimizer_memory(case.model, config, run, ds)
+        optimizer = self._optimizer_memory(case, config, run, ds)
         steps = [
             simulate(run, ds, optimizer, batch, rank=rank, on_gpu=on_gpu) for rank in _ranks(case.world_size, ds.stage)
         ]
         return run, optimizer, max(steps, key=lambda step: int(step.curve.total.max()))
 
     def _optimizer_memory(
-        self, model: str, config: Mapping[str, Any], run: DryRun, ds: DeepSpeedSettings
+        self, case: Case, config: Mapping[str, Any], run: DryRun, ds: DeepSpeedSettings
     ) -> OptimizerMemory:
         """No batch changes it."""
-        key = model, json.dumps(config, sort_keys=True, default=str)
+        key = case.model, case.lora, json.dumps(config, sort_keys=True, default=str)
         if key not in self._optimizers:
             self._optimizers[key] = optimizer_memory(run.model, ds)
         return self._optimizers[key]
@@ -153,7 +155,7 @@ class Estimator:
     def _dry_run(self, case: Case) -> DryRun:
         key = (
             *(case.model, case.ds.computed, case.micro_batch, case.seq_len, case.device),
-            *(case.activations, case.loss, case.attention, case.lora),
+            *(case.activations, case.loss, case.attention, case.lora, case.conversations),
         )
         if key not in self._passes:
             found = None
@@ -170,6 +172,7 @@ class Estimator:
                 loss=case.loss,
                 attention=case.attention,
                 lora=case.lora,
+                conversations=case.conversations,
             )
         return self._passes[key]
 
@@ -273,10 +276,10 @@ def offered(optimizer: str, state_format: str) -> bool:
     return made is None or state_format != LEAN or LEAN in made.rule.loss_price
 
 
-def offered_activations(model: str, device: str) -> list[Activations]:
+def offered_activations(model: str, device: str, lora: LoRA | None) -> list[Activations]:
     """What a run of `model` can be told to keep of its activations, the fastest first."""
     found = [Activations(), Activations(checkpoint=True)]
-    if load_config(model)[0].model_type in TILEABLE:
+    if lora is None and load_config(model)[0].model_type in TILEABLE:
         found += [replace(one, tiled=True) for one in found[1:]]
     if device != "cpu":
         found += [replace(one, offload=True) for one in found[1:]]
@@ -316,9 +319,7 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
         yield f"optimizer.type {RECOMMENDED} (8bit)", replace(case, config={**config, "optimizer": optimizer})
     if not offloaded and stage > 0 and not released and case.device == "cuda":
         yield "zero_optimization.offload_optimizer", zero_with(offload_optimizer={"device": "cpu"})
-    for kept in offered_activations(case.model, case.device):
-        if kept.tiled and case.lora is not None:
-            continue
+    for kept in offered_activations(case.model, case.device, case.lora):
         if kept != Activations() and kept != case.activations:
             yield f"{FLAG} {kept}", replace(case, activations=kept)
     if case.loss == "plain":
@@ -361,6 +362,7 @@ def variants(case: Case) -> dict[str, int]:
                 attention=attention,
                 layers=1,
                 lora=case.lora,
+                conversations=case.conversations,
             )
             if kept.checkpoint:
                 found["kept, with checkpointing"] = small.per_block.get("kept", 0)

@@ -12,6 +12,7 @@ from toolkit.errors import UserError
 from toolkit.estimate.predict import Case, Estimator, assumed_context, offered, offered_activations, with_section
 from toolkit.optim import RECOMMENDED, RULES, find_rule
 from toolkit.records.activations import Activations
+from toolkit.records.lora import LoRA
 from toolkit.state.layout import LEAN
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -90,6 +91,8 @@ def recommend(
     optimizer: str,
     device: str = "cuda",
     loss: str | None = None,
+    lora: LoRA | None = None,
+    conversations: bool = False,
     state_format: str = DEFAULT_FORMAT,
     host_memory: int,
     ranks_per_machine: int,
@@ -101,6 +104,7 @@ def recommend(
         gpu_memory: bytes of one device.
         optimizer: of the shipped configurations to try; for ways of sharding without one, a rule is tried in the
             recommended optimizer's.
+        lora, conversations: as of `Case`.
         state_format: "8bit", "compact", "minimal", "lean", or "any" of them; what is no rule has its own.
         host_memory: bytes of one machine, which what is offloaded by its `ranks_per_machine` must fit into.
 
@@ -109,8 +113,9 @@ def recommend(
     """
     estimator = Estimator(several=True)
     found: list[Candidate] = []
-    choices = offered_activations(model, device)
-    for name, state, case in _cases(model, world_size, seq_len, optimizer, device, loss, state_format):
+    choices = offered_activations(model, device, lora)
+    plain = Case(model, {}, world_size, 1, seq_len, device=device, loss=loss, lora=lora, conversations=conversations)
+    for name, state, case in _cases(plain, optimizer, state_format):
         tried: list[Candidate] = []
         for kept in choices:
             slower = kept.tiled or kept.offload  # for what does not fit otherwise
@@ -129,9 +134,7 @@ def recommend(
     return sorted(found, key=order)
 
 
-def _cases(
-    model: str, world_size: int, seq_len: int, optimizer: str, device: str, loss: str | None, wanted: str
-) -> Iterator[tuple[str, str, Case]]:
+def _cases(plain: Case, optimizer: str, wanted: str) -> Iterator[tuple[str, str, Case]]:
     formats = formats_of(optimizer, wanted)
     for name, base in _bases(optimizer).items():
         ds = DeepSpeedSettings.read(base)
@@ -139,7 +142,7 @@ def _cases(
             if params.get("release_gradients") and (ds.offload_optimizer != "none" or ds.waits_for):
                 continue
             config = with_section(base, ["optimizer", "params"], params)
-            yield name, state, Case(model, config, world_size, 1, seq_len, device=device, loss=loss)
+            yield name, state, replace(plain, config=config)
 
 
 def _bases(optimizer: str) -> dict[str, dict[str, Any]]:

@@ -53,6 +53,8 @@ class Simulation:
         self.last = dry_run.storages.now - 1
         self.reduced = dry_run.storages.now
         self.step = self.reduced + 1
+        self.places: dict[int, tuple[int, int]] = {}
+        """At stages 1 and 2, of each parameter: its group's elements on each rank, and those before it in the group."""
         self.own = self._shares()
         # Then, one for each, the passes and rounds of what is stepped together.
         self.together = step_together(
@@ -103,6 +105,7 @@ class Simulation:
                 continue
             size, start = self.group_share(group), 0
             for number in group.numbers:
+                self.places[number] = size, start
                 mine = held(self.rank, self.numels[number], size=size, shift=start)
                 own[number] = mine.numel if mine is not None else 0
                 start += self.numels[number]

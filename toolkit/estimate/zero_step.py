@@ -6,6 +6,7 @@ fp16/unfused_optimizer.py) for all other optimizers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from toolkit.config import DeepSpeedSettings
@@ -16,7 +17,7 @@ from toolkit.estimate.optimizer_memory import OptimizerMemory
 from toolkit.estimate.simulation import Simulation
 from toolkit.memory.storages import Curve, Lifetime, curve
 from toolkit.records import categories as c
-from toolkit.state.sharding import shard_size, share_of
+from toolkit.state.sharding import Fragment, fragments, shard_size, share_of
 from toolkit.zero.wire import ALL_GATHER, ALL_REDUCE, REDUCE, REDUCE_SCATTER
 
 _UNSHARDED_REDUCTION = 500_000_000
@@ -167,42 +168,48 @@ class _Simulation(Simulation):
         self.staging(self.total, self.step)
 
     def _flush(self, waiting: list[int], moment: int, released: frozenset[int]) -> None:
-        """Reduce what is waiting: parts of one owner that lie apart are joined, what is not this rank's is freed."""
+        """Reduce what is waiting: parts of one owner are joined, what is not this rank's is freed."""
         if not waiting:
             return
         self._finish(moment)
-        joined = len(waiting) > 1 and self.world_size > 1
-        if joined:
-            others = self.width * sum(self.numels[number] - self.own[number] for number in waiting)
-            self.busy.append(
-                self.allocate(others, c.BUCKETS, "gradients that are reduced together", moment, moment + 1)
-            )
+        parts: dict[int, list[tuple[int, int]]] = {}
+        """By owner, in the order in which they are reduced: parameters, and elements of each."""
+        for number in waiting:
+            for part in self._parts(number):
+                parts.setdefault(part.rank, []).append((number, part.numel))
+        joined = len(parts.get(self.rank, ())) > 1
+        others = self.width * self._joined_for_others(parts)
+        self.busy.append(self.allocate(others, c.BUCKETS, "gradients that are reduced together", moment, moment + 1))
+        # A part that is its owner's only one is reduced where it lies.
+        in_place = {found[0][0] for found in parts.values() if len(found) == 1}
         unapplied: list[Lifetime] = []
         buffer: list[Lifetime] = []
         self.use_released(moment, [number for number in waiting if number in released])
         for number in waiting:
-            self.gradients[number].freed_at = moment + 1
-            if not joined and self.own[number] < self.numels[number]:
-                self.busy.append(self.gradients[number])
+            autograds, own = self.gradients[number], self.own[number]
             name = f"gradient of {self.dry_run.parameters[number].name}"
-            size = self.width * self.own[number]
+            size = self.width * own
+            # All of it is this rank's, and alone: it stays where autograd put it.
+            whole = not joined and own == self.numels[number]
+            autograds.freed_at = moment + 1
+            if number in in_place and not whole:
+                self.busy.append(autograds)
             if number in released and self.on_gpu:
-                alone = not joined and self.own[number] == self.numels[number]
-                waits = self.gradients[number] if alone else self.allocate(size, c.GRADIENTS, name, moment, moment + 1)
+                waits = autograds if whole else self.allocate(size, c.GRADIENTS, name, moment, moment + 1)
                 unapplied.append(waits)
                 continue
             goes = number in released or self.ds.offload_optimizer != "none"
-            if self.world_size == 1 or (goes and not joined):
-                continue
-            # A copy: what was joined, or cut out of a gradient of which other ranks have parts.
             adds = not goes and self.accumulation > 1 and self.ds.stage == 2
             if adds:
                 self.accumulated(number, size)
             if number in released:
                 self.staging(self.numels[number], moment)
-            if goes or adds:
+            if whole:
+                if not (goes or adds):
+                    autograds.freed_at = self.end
+            elif goes or adds:
                 self.allocate(size, c.BUCKETS, name, moment, moment + 1)
-            else:
+            else:  # cut out of what other ranks have parts of, or joined
                 made = self.allocate(size, c.GRADIENTS, name, moment, self.end)
                 made.parameter = number
                 if joined and made.bytes:
@@ -215,6 +222,29 @@ class _Simulation(Simulation):
         else:
             self.busy.clear()
         waiting.clear()
+
+    def _parts(self, number: int) -> list[Fragment]:
+        """Which rank keeps what of the gradient of a parameter."""
+        size, start = self.places.get(number, (self.numels[number], 0))
+        return fragments(0, self.numels[number], size=size, shift=start)
+
+    def _joined_for_others(self, parts: Mapping[int, Sequence[tuple[int, int]]]) -> int:
+        """The most elements that `Reducer.flush` holds of what it joins for other ranks, beside this rank's own.
+
+        Reductions that run at once (NCCL's, and with overlap) hold all of it; of others only the one before is still
+        there when a part is joined.
+        """
+        sizes = [sum(numel for _, numel in found) if len(found) > 1 else 0 for found in parts.values()]
+        at = list(parts).index(self.rank) if self.rank in parts else len(parts)
+        own = sum(numel for _, numel in parts.get(self.rank, ()))
+        if self.on_gpu or self.buckets.overlap:
+            return sum(size for i, size in enumerate(sizes) if i != at)
+        most = 0
+        for i in range(len(sizes)):
+            there = {i, max(i - 1, 0)} | ({at} if at <= i else set())
+            most = max(most, sum(sizes[j] for j in there))
+        # What is only cut out for this rank is copied after the last reduction.
+        return max(most - own, 0 if at == len(sizes) - 1 else sizes[-1])
 
     def _finish(self, moment: int) -> None:
         """With overlap the reduction of a bucket, and what it needs, lasts until the next bucket is full."""

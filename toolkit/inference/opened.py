@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit import data, models
-from toolkit.checkpoint.export import load_model
+from toolkit.checkpoint.export import load_model, moved
 from toolkit.checkpoint.universal import open_checkpoint
 from toolkit.checkpoint.wrong import is_exported
 from toolkit.models.build import complete
@@ -50,8 +50,10 @@ class Opened:
         return value_at(self.facts, path)
 
 
-def open_model(folder: Path) -> Opened:
+def open_model(folder: Path, base: Path | None = None) -> Opened:
     """The model in `folder`, a checkpoint or one in Hugging Face's layout, on the GPU where there is one.
+
+    `base`: where the weights beside a checkpoint's adapters are, if they were moved.
 
     Its loss is computed as in the run's validation.
 
@@ -59,7 +61,7 @@ def open_model(folder: Path) -> Opened:
         UserError: the files are damaged, or do not say which model it is.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    opened = _of_a_folder(folder) if is_exported(folder) else _of_a_checkpoint(folder)
+    opened = _of_a_folder(folder) if is_exported(folder) else _of_a_checkpoint(folder, base)
     opened.model.eval().requires_grad_(False)
     if accelerator is not None:
         opened.model.to(accelerator)
@@ -75,8 +77,9 @@ def _of_a_folder(folder: Path) -> Opened:
     return Opened(folder, models.build_model(str(folder), dtype=dtype, seed=0, from_checkpoint=True), tokenizer)
 
 
-def _of_a_checkpoint(folder: Path) -> Opened:
+def _of_a_checkpoint(folder: Path, base: Path | None) -> Opened:
     source = open_checkpoint(folder)
+    moved(source, base)
     hf, facts = load_model(source), source.manifest.facts
     kept = any("tokenizer" in name for name in source.model_files())
     tokenizer = data.load_tokenizer(str(folder) if kept else value_at(facts, "identity.tokenizer.name"))

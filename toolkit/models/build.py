@@ -17,6 +17,7 @@ from toolkit.errors import UserError, nearest
 from toolkit.models.activations import keep_activations
 from toolkit.models.lora import adapt
 from toolkit.models.loss import CHUNKABLE, IGNORED, LOSSES, LossHead, plain_loss
+from toolkit.models.masks import additive_masks
 from toolkit.models.presets import Preset, first_line, load_config
 from toolkit.printable import warn_once
 from toolkit.records.activations import Activations
@@ -48,10 +49,14 @@ class CausalLM(nn.Module):
         labels, places = (tokens[:, 1], {"position_ids": tokens[:, 2, :-1]}) if conversations else (tokens, {})
         inputs, targets = (tokens[:, 0] if conversations else tokens)[:, :-1], labels[:, 1:]
         head = self.hf.get_output_embeddings()
+        with additive_masks() if conversations else nullcontext():
+            if isinstance(head, LossHead):
+                hidden = self.hf.base_model(input_ids=inputs, use_cache=False, **places).last_hidden_state
+            else:
+                logits = self.hf(input_ids=inputs, use_cache=False, **places).logits
         if isinstance(head, LossHead):
-            hidden = self.hf.base_model(input_ids=inputs, use_cache=False, **places).last_hidden_state
             return head(hidden, targets, conversations)
-        return plain_loss(self.hf(input_ids=inputs, use_cache=False, **places).logits, targets, conversations)
+        return plain_loss(logits, targets, conversations)
 
 
 def predictions(tokens: Tensor) -> Tensor:
@@ -101,7 +106,7 @@ def build_model(
                 f"the checkpoint in {name_or_folder!r} has a vocabulary of {config.vocab_size}, not "
                 f"{vocab_size}: its size cannot be changed while loading."
             )
-        hf = _load(Path(name_or_folder).expanduser(), dtype, zero3_config)
+        hf = load_pretrained(Path(name_or_folder).expanduser(), dtype, zero3_config)
     else:
         config.vocab_size = vocab_size or config.vocab_size
         hf = skeleton(config, dtype)
@@ -244,7 +249,7 @@ def _draw(hf: PreTrainedModel, name: str, block: nn.Module, seed: int) -> None:
     generator.set_state(state)
 
 
-def _load(folder: Path, dtype: torch.dtype, zero3_config: dict[str, Any] | None) -> PreTrainedModel:
+def load_pretrained(folder: Path, dtype: torch.dtype, zero3_config: dict[str, Any] | None) -> PreTrainedModel:
     """The model in `folder` with its weights; partitioned while loading if `zero3_config` is given."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig

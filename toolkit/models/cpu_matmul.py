@@ -15,7 +15,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ def _batch_product(a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, beta:
         del result  # before the next one is made
 
 
-def workspace(func: Any, args: Sequence[Any]) -> list[int]:
+def workspace(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[int]:
     """fp32 elements of each temporary tensor that the kernel for the operation `func` holds at its peak.
 
     Empty for operations and types that stay torch's own.
@@ -185,7 +185,9 @@ def workspace(func: Any, args: Sequence[Any]) -> list[int]:
         sequences, heads = _share(query, key)
         one = sequences * heads * query.shape[3]
         q, kv = one * (query.shape[1] // key.shape[1]) * query.shape[2], one * key.shape[2]
-        return [q, q, q, q, kv, kv, kv, kv] if backward else [q, q, kv, kv]
+        copies = [q, q, q, q, kv, kv, kv, kv] if backward else [q, q, kv, kv]
+        mask = (kwargs or {}).get("attn_mask")
+        return copies if mask is None else [*copies, min(sequences, mask.shape[0]) * mask[0].numel()]
     a, b = matrices[-2:]
     if a.dim() == 3:
         batch, m, k = a.shape

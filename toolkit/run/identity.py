@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.checkpoint.base import Base
 from toolkit.checkpoint.model_files import config_hash, tokenizer_hash
 from toolkit.errors import UserError
+from toolkit.run import ranks
 from toolkit.run.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -37,6 +39,20 @@ def identity(
     }
 
 
+def note_base(settings: RunSettings, here: dict[str, dict[str, Any]]) -> None:
+    """Add to this run's identity which weights adapters are trained beside; every rank must call this.
+
+    Random ones are noted nowhere: only checkpoints have them.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if settings.lora is None or not settings.from_checkpoint:
+        return
+    found = ranks.agreed(lambda: Base.of(Path(settings.model)) if ranks.rank() == 0 else None)
+    here["model"]["base"] = ranks.from_first(found and found.facts)
+
+
 def template_hash(training: PackedTokens) -> str | None:
     """SHA-256, in hex, of what the chat template makes sequences of conversations from; None for text."""
     from toolkit.data import PackedConversations
@@ -46,9 +62,13 @@ def template_hash(training: PackedTokens) -> str | None:
     return hashlib.sha256(repr(training.chat.identity).encode()).hexdigest()
 
 
-def check_same(saved: Mapping[str, Any] | None, here: Mapping[str, Any], where: Path) -> None:
-    """Raise UserError unless the checkpoint in `where`, which says `saved` of itself, is of this run's kind."""
+def check_same(saved: Mapping[str, Any] | None, here: dict[str, dict[str, Any]], where: Path) -> None:
+    """Raise UserError unless the checkpoint in `where`, which says `saved` of itself, is of this run's kind.
+
+    Where that one holds the weights beside adapters itself, `here` names no base any more.
+    """
     if saved is None:  # DeepSpeed's own checkpoints say nothing
+        here["model"].pop("base", None)
         return
     for part in ("model", "tokenizer", "data"):
         old, new = saved[part], here[part]
@@ -59,6 +79,14 @@ def check_same(saved: Mapping[str, Any] | None, here: Mapping[str, Any], where: 
     if saved["model"].get("lora") != here["model"].get("lora"):
         words = [f"--lora {said}" if (said := part["model"].get("lora")) else "all weights" for part in (saved, here)]
         raise UserError(f"the checkpoint {where} was trained with {words[0]}, and this run trains {words[1]}.")
+    beside, weights = (part["model"].get("base") for part in (saved, here))
+    if beside is None:
+        here["model"].pop("base", None)  # it holds all weights, as this run's go on to do
+    elif weights is None or weights["sha256"] != beside["sha256"]:
+        given = f"other weights, those in {weights['path']}" if weights else "random weights, without --from-checkpoint"
+        raise UserError(
+            f"the checkpoint {where} was trained beside the weights in {beside['path']}, and this run has {given}."
+        )
     for key, flag in (("seq_len", "--seq-len"), ("seed", "--seed"), ("windows", "shuffling in windows of")):
         if saved["data"][key] != here["data"][key]:
             old = saved["data"][key]

@@ -50,6 +50,7 @@ class Forecast:
                 activations=settings.activations,
                 loss=settings.loss,
                 lora=settings.lora,
+                conversations=prepared.data.documents.conversations,
             )
             self.prediction = self._estimator.predict(self._case)
             self._write(self.prediction)

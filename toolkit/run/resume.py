@@ -28,7 +28,8 @@ def restore(prepared: PreparedRun, engine: Any, start: Start, say: Callable[[str
     source = start.source
     if source is None:
         return
-    for remark in load(engine, source, convert=prepared.settings.convert_state):
+    base = prepared.identity["model"].get("base", {}).get("sha256")
+    for remark in load(engine, source, convert=prepared.settings.convert_state, base=base):
         say(f"note: {remark}.")
     extra = source.extra(ranks.rank()) or source.extra(0)
     if extra is not None:
@@ -54,7 +55,7 @@ def make_saver(prepared: PreparedRun, engine: Any, start: Start, say: Callable[[
     # Those of the checkpoint that the run resumes from: what lies beside the model may have changed since.
     kept = start.source.model_files() if start.source is not None else {}
     files = {name: path.read_bytes() for name, path in kept.items()} or prepared.model_files
-    saver = Saver(engine, store, files)
+    saver = Saver(engine, store, files, base="base" in prepared.identity["model"])
     saver.begin(start.source)
     return saver
 

@@ -35,15 +35,19 @@ class Saver:
     Args:
         model_files: what goes into each checkpoint beside the weights, by name (`toolkit.checkpoint.model_files`),
             for `toolkit export`; rank 0's counts.
+        base: leave the frozen weights beside adapters out (`toolkit.zero.checkpoint.capture`).
     """
 
-    def __init__(self, engine: Any, store: Store, model_files: Mapping[str, bytes] | None = None) -> None:
+    def __init__(
+        self, engine: Any, store: Store, model_files: Mapping[str, bytes] | None = None, *, base: bool = False
+    ) -> None:
         from torch import distributed
 
         from toolkit.zero.checkpoint import sharding
 
         self._engine = engine
         self._store = store
+        self._base = base
         self._model_files = dict(model_files or {}) if ranks.rank() == 0 else {}
         self._sharding = sharding(engine)
         self._group = distributed.new_group(backend="gloo")
@@ -74,7 +78,15 @@ class Saver:
         began = time.perf_counter()
         draft = ranks.from_first(self._store.draft(step))
         copy = ranks.from_first(self._can_copy())
-        files = capture(self._engine, self._sharding.by_name, draft, step, {"random": random_states()}, copy=copy)
+        files = capture(
+            self._engine,
+            self._sharding.by_name,
+            draft,
+            step,
+            {"random": random_states()},
+            copy=copy,
+            base=self._base,
+        )
         files |= {draft / name_of(step) / name: content for name, content in self._model_files.items()}
         about = {"saved": datetime.now().astimezone().isoformat(timespec="seconds"), **facts, "versions": versions()}
         self._step = step

@@ -89,7 +89,7 @@ def newest_saved(settings: RunSettings, folder: Path) -> Saved | None:
     return None
 
 
-def find_start(settings: RunSettings, folder: Path, identity: Mapping[str, Any]) -> Start:
+def find_start(settings: RunSettings, folder: Path, identity: dict[str, dict[str, Any]]) -> Start:
     """Choose the checkpoint that a run begins with; every rank must call this.
 
     Checks files against their hashes, which the ranks divide among themselves.

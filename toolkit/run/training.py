@@ -12,6 +12,7 @@ from toolkit.records.run import CHECKPOINTS, METRICS, PLOT, strict
 from toolkit.run import bad_documents, compiling, deterministic, ranks
 from toolkit.run.engine import build_engine, open_batches, optimizer_step
 from toolkit.run.folder import RunFolder, plot_loss
+from toolkit.run.identity import note_base
 from toolkit.run.memory import Forecast, make_explainer, memory_now, watch_memory
 from toolkit.run.moment import Moment
 from toolkit.run.pace import Pace
@@ -54,6 +55,7 @@ def train_on_this_rank(
 
     screen.say(f"checking the settings, then reading {settings.data}")
     prepared = ranks.agreed(lambda: prepare(settings))
+    note_base(prepared.settings, prepared.identity)
     prepared.folder = ranks.from_first(prepared.folder)  # its default name holds the time
     folder = ranks.agreed(lambda: claim_folder(prepared, device))
     explainer: Explainer | None = None

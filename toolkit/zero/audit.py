@@ -170,7 +170,13 @@ class Audit:
             return f"{words}, moved by step {step}; optimizer {self._optimizer}"
         moved = self._tensors - len(self._missing) - len(idle) - len(held)
         words += f"; {moved} moved by step {step}"
-        for found, what in ((idle, "without a gradient"), (held, "with a gradient, but unchanged")):
+        never = [one for one in idle if one.gradients.largest is None]
+        zeros = [one for one in idle if one.gradients.largest is not None]
+        for found, what in (
+            (never, "without a gradient"),
+            (zeros, "whose gradient is zero"),
+            (held, "with a gradient, but unchanged"),
+        ):
             if found:
                 words += f"; {len(found)} {what} so far: {some([one.name for one in found], 3)}"
         return f"{words}; optimizer {self._optimizer}"

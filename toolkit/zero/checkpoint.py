@@ -14,7 +14,8 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from toolkit.checkpoint.content import OWN, PER_RANK, SCHEDULE
+from toolkit.checkpoint.base import in_base
+from toolkit.checkpoint.content import BASE, OWN, PER_RANK, SCHEDULE
 from toolkit.checkpoint.files import Staging, as_it_lies, on_host, plain
 from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.store import name_of
@@ -100,12 +101,19 @@ class _Capture(CheckpointEngine):
     engine's own."""
 
     def __init__(
-        self, engine: Any, untrained: Untrained, extra: Mapping[str, Any], per_rank: Mapping[str, Any], copy: bool
+        self,
+        engine: Any,
+        untrained: Untrained,
+        extra: Mapping[str, Any],
+        per_rank: Mapping[str, Any],
+        copy: bool,
+        based: Mapping[str, torch.Size],
     ) -> None:
         super().__init__()
         self.files: dict[Path, Any] = {}
         self._engine = engine
         self._untrained = untrained
+        self._based = based
         self._extra = dict(extra)
         self._per_rank = per_rank
         self._copy = copy
@@ -150,6 +158,7 @@ class _Capture(CheckpointEngine):
             "module": dict(content["module"]) | empty,
             "frozen_param_shapes": OrderedDict(self._untrained.shapes()),
             "frozen_param_fragments": OrderedDict(self._untrained.parts()),
+            **({BASE: {name: tuple(shape) for name, shape in self._based.items()}} if self._based else {}),
             SCHEDULE: None if scheduler is None else type(scheduler).__name__,
         }
 
@@ -194,6 +203,7 @@ def capture(
     per_rank: Mapping[str, Any],
     *,
     copy: bool = True,
+    base: bool = False,
 ) -> dict[Path, Any]:
     """What this rank writes of a checkpoint, by path below `draft`, in host memory; every rank must call this.
 
@@ -201,19 +211,23 @@ def capture(
         trained: names of the parameters that the optimizer holds.
         per_rank: plain values that go into this rank's file beside its state.
         copy: of what lies in host memory, too. Without, nothing may change it until it is written.
+        base: leave out the frozen weights of a model with adapters: the manifest says where they are.
     """
     untrained = Untrained(engine.module, trained)
     extra = untrained.extra_states()
     problem = untrained.unsaveable(extra)
     if problem is not None:  # what modules keep may have changed since the run began
         raise UserError(problem)
-    writer, engine.checkpoint_engine = engine.checkpoint_engine, _Capture(engine, untrained, extra, per_rank, copy)
+    based = {name: shape for name, shape in untrained.shapes().items() if base and in_base(name)}
+    untrained.leave(based)
+    capturing = _Capture(engine, untrained, extra, per_rank, copy, based)
+    writer, engine.checkpoint_engine = engine.checkpoint_engine, capturing
     engine._copy_recovery_script = lambda folder: None  # which would write at once; `RECOVERY_SCRIPT` is it
     try:
         # Frozen parameters are added by `_Capture`: DeepSpeed would have copies of them, or of some.
         engine.save_checkpoint(str(draft), tag=name_of(step), save_latest=False, exclude_frozen_parameters=True)
-        engine.checkpoint_engine.finish()
-        files: dict[Path, Any] = engine.checkpoint_engine.files
+        capturing.finish()
+        files = capturing.files
     finally:
         engine.checkpoint_engine = writer
         del engine._copy_recovery_script
@@ -224,7 +238,7 @@ def capture(
 
 
 @torch.no_grad()
-def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
+def load(engine: Any, source: Source, *, convert: bool = False, base: str | None = None) -> list[str]:
     """Take the whole model, optimizer state, schedule and counters over from `source`; every rank must call this.
 
     The number of ranks, the stage and offload may differ from those of the checkpoint. Every parameter group then has
@@ -232,6 +246,8 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
 
     Args:
         convert: whether formats, the optimizer and what is not trained may differ as well.
+        base: hash of the weights (`checkpoint.base`) that the engine's frozen parameters are, if they are those of
+            a base; where the checkpoint has the same, they stay.
 
     Returns:
         What was done to the state or the schedule, a sentence each; nothing where they are the very same.
@@ -260,7 +276,7 @@ def load(engine: Any, source: Source, *, convert: bool = False) -> list[str]:
         step = transfer.step_of(shard.number) if source.trained() else None
         _put(engine, shard.tensor, transfer.tensors(shard.number, dist.get_rank()), step)
     _show(zero)
-    untrained.restore(source)
+    untrained.restore(source, base)
     if target.stage == 3:
         zero.checkpoint_event_epilogue()
     _restore_rest(engine, source)

@@ -57,6 +57,10 @@ class Untrained:
         """Shapes of the frozen parameters."""
         return {name: whole_shape(param) for name, param in self.parameters.items()}
 
+    def leave(self, names: Collection[str]) -> None:
+        """Take these frozen parameters out of what there is: they are kept elsewhere."""
+        self.parameters = {name: param for name, param in self.parameters.items() if name not in names}
+
     def parts(self) -> dict[str, Tensor]:
         """Of each frozen parameter what this rank holds: its part at stage 3, else all of it."""
         return {name: getattr(param, "ds_tensor", param).detach() for name, param in self.parameters.items()}
@@ -103,14 +107,17 @@ class Untrained:
         return said
 
     @torch.no_grad()
-    def restore(self, source: Source) -> None:
+    def restore(self, source: Source, base: str | None) -> None:
         """Take all of it over from `source`, as far as that has it; every rank must call this.
+
+        `base`: hash of the weights that the frozen parameters were loaded from (`checkpoint.base`), if they were.
 
         With as many ranks as then, buffers and extra state are each rank's own; else they are rank 0's.
         """
         own = source.own(dist.get_rank()) if source.sharding.world_size == dist.get_world_size() else {}
+        there = source.based if source.base is not None and source.base.sha256 == base else ()
         for name, param in self.parameters.items():
-            if name not in source.frozen:
+            if name not in source.frozen or name in there:
                 continue
             # At stage 3 the first rank reads, and each gets its part, wherever that lies (device, host, file).
             with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=hasattr(param, "ds_shape")):
