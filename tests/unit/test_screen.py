@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import math
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from toolkit import console as console_of
 from toolkit.records.sizes import size_text
 from toolkit.run.screen import Screen
 
@@ -153,6 +155,18 @@ def test_the_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> Non
         screen.step(record(1))
         screen.summary(SUMMARY)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("terminal", "seconds", "said"), [("1", 0.3, True), ("1", 0.0, False), ("", 0.3, False)])
+def test_what_takes_long_says_so_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: str, seconds: float, said: bool
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", terminal)
+    monkeypatch.setattr(console_of, "PATIENCE_SECONDS", 0.1)
+    with console_of.waiting("predicting"):
+        time.sleep(seconds)
+    printed = capsys.readouterr()
+    assert ("predicting" in printed.err) is said and printed.out == ""
 
 
 def test_size_text() -> None:
