@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,3 +54,21 @@ def progress(words: str, total: int | None) -> Iterator[Callable[[int], None]]:
         yield advance
     finally:
         bar.stop()
+
+
+@contextlib.contextmanager
+def waiting(words: str) -> Iterator[None]:
+    """`words` on a terminal's stderr as long as what is within lasts, once it takes more than `PATIENCE_SECONDS`."""
+    console = PlainConsole(stderr=True)
+    status = console.status(words)
+    later = threading.Timer(PATIENCE_SECONDS, status.start)
+    later.daemon = True
+    if console.is_terminal:
+        later.start()
+    try:
+        yield
+    finally:
+        later.cancel()
+        if later.ident is not None:  # it may be starting the words just now
+            later.join()
+        status.stop()

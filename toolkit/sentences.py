@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ValidationError
 from typing_extensions import is_typeddict
 
-from toolkit.errors import nearest
+from toolkit.errors import nearest, stopped
 from toolkit.masking import MASK, is_secret, masked
 
 _LIST_AT_MOST = 12
@@ -46,6 +46,34 @@ def explain(error: ValidationError, schema: Any, path: tuple[str, ...] = ()) -> 
     message = re.sub(r", (\S+) or \1$", r" or \1", message)
     hint = nearest(given, re.findall(r"'([^']*)'", message)) if isinstance(given, str) else ""
     return f"{dotted(place)} is {shown(given)}, but {message}.{hint}"
+
+
+_RANGES = {
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+}
+"""What pydantic says in longer words, by the type of its error."""
+
+
+def refused(option: str, error: ValidationError) -> str:
+    """The first problem in `error`, which is of the value of a command's `option`."""
+    first = error.errors(include_url=False)[0]
+    given = MASK if is_secret(option.lstrip("-")) else repr(first["input"])
+    if (words := _RANGES.get(first["type"])) is not None:
+        if "parsing" not in first["type"]:
+            given = given.strip("'")  # a number as it was typed
+        return f"{option} is {given}, but must be {words.format(**first.get('ctx', {}))}."
+    problem = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if (allowed := problem.partition(" is not one of ")[2]) and isinstance(first["input"], str):
+        names = re.findall(r"'([^']*)'", allowed)
+        return f"{option} is {given}, but must be one of {', '.join(map(repr, names))}.{nearest(first['input'], names)}"
+    return f"{option} is {given}, but {'' if problem.startswith('must') else 'it '}{stopped(problem)}"
 
 
 def unknown_key(place: list[str], known: Iterable[str], kind: str = "key") -> str:

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import typer
+from pydantic import ValidationError
 
 from toolkit.errors import UserError, nearest
+from toolkit.sentences import refused
 
 # Typer's base of every complaint about the command line; its home has moved between versions.
 USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -130,9 +132,19 @@ def sentence(error: Any) -> str:
     if (name := getattr(error, "option_name", None)) is not None and type(error).__name__ == "NoSuchOption":
         return f"there is no option {name}{_instead(name, known)}"
     said = " ".join(error.format_message().split())
-    extra = said.partition("unexpected extra argument")[2]
-    if extra and ".json" in extra and "--config" in known:
-        said = f"{said.rstrip('.')}; a DeepSpeed JSON is given with --config"
+    parameter, kind = getattr(error, "param", None), type(error).__name__
+    if isinstance(error.__cause__, ValidationError) and parameter is not None:
+        said = refused(parameter.opts[0], error.__cause__)
+        if " at most " in said and _plain(parameter.opts[0]) in _ROW["ranks"] and "--nodes" in known:
+            return f"{said[:-1]}; machines are --nodes."
+    elif kind == "MissingParameter" and parameter is not None and parameter.help:
+        name = said.partition("'")[2].rpartition("'")[0].removesuffix("...")
+        return f"{name} is missing: {parameter.help[0].lower()}{parameter.help[1:]}"
+    elif extra := said.partition("unexpected extra argument")[2].partition("(s) ")[2].strip("()"):
+        hint = "a DeepSpeed JSON is given with --config" if ".json" in extra and "--config" in known else "see --help"
+        said = f"there is no place for {extra!r}; {hint}."
+    elif said.startswith("No such command") and (commands := getattr(error.ctx.command, "commands", None)):
+        said = said if said.endswith("?") else f"{said.rstrip('.')}; there are {', '.join(commands)}."
     return said if said.endswith((".", "?", ")")) else f"{said}."
 
 

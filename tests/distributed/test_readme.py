@@ -30,6 +30,22 @@ batches = [(torch.randint(0, 64, (4, 1)) + torch.arange(16)) % 64 for _ in range
 """
 
 
+SHOWN = re.findall(r"```text\n(.*?)```", README, flags=re.DOTALL)
+
+
+def shapes(text: str, folder: str) -> list[str]:
+    """The lines of `text` without their numbers, units and blanks; what a table breaks into lines is one."""
+    found: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if cells and not cells[0]:
+            found[-1] += cells[1]
+        elif line and line[0] not in "┌└":
+            found.append(" ".join(cells or [line]))
+    plain = ["".join(line.split()).replace(folder, "RUN") for line in found]
+    return [re.sub(r"#[kMGTP]?(B|FLOP/s)", r"#\1", re.sub(r"\d[\d,.:]*(e[-+]?\d+)?", "#", line)) for line in plain]
+
+
 def run(command: list[str], **kwargs: object) -> str:
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400, **kwargs)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
@@ -52,7 +68,9 @@ def test_make_train(tmp_path: Path) -> None:
         pytest.skip("needs the environment that `make install` sets up")
     options = f"--steps 4 --seq-len 32 --eval-every 2 --eval-sequences 4 --run-dir {tmp_path / 'run'}"
     shown = run(["make", "train", "RANKS=1", f"VENV={sys.prefix}", f"ARGS={options}"])
-    assert "validation loss" in shown and "bytes per parameter" in shown
+    [block] = SHOWN
+    printed = shapes(shown, str(tmp_path / "run"))
+    assert [line for line in shapes(block, "runs/one") if line not in printed] == [], printed
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 4
     assert 4.0 < summary["state_bytes_per_parameter"] < 4.1, "three states of 8 bits, 8 bits of remainder"

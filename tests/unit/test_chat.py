@@ -186,11 +186,12 @@ def test_conversations_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 def test_sequences_hold_whole_conversations_whose_answers_alone_are_predicted(tmp_path: Path) -> None:
     """Nothing is lost, but for what is longer than a sequence; the rest of a sequence is filled."""
     rng = np.random.default_rng(0)
-    chats = [said(*("x" * int(n) for n in rng.integers(1, 12, 2 * int(rng.integers(1, 3))))) for _ in range(40)]
+    chats = [said(*(f"{chat}" * int(n) for n in rng.integers(1, 7, 2 * int(rng.integers(1, 3))))) for chat in range(40)]
     stream = packed(written(tmp_path, [{"messages": chat} for chat in chats]), 63)
-    ids, mask, lengths = [], [], []
+    found, starts, lengths = [], [], []
     for block in stream.once():
         tokens, labels, places = block
+        starts.append(len(found))
         assert block.shape == (3, 64) and ((labels == IGNORED) | (labels == tokens)).all()
         edges = [*np.flatnonzero(places == 0), 64]
         for begin, end in zip(edges, edges[1:], strict=False):
@@ -198,16 +199,32 @@ def test_sequences_hold_whole_conversations_whose_answers_alone_are_predicted(tm
             if tokens[begin] == stream.tokenizer.eos_token_id:
                 assert end == 64 and (labels[begin:] == IGNORED).all()
                 continue
-            ids.append(tokens[begin:end].tolist())
-            mask.append((labels[begin:end] != IGNORED).tolist())
+            found.append((tokens[begin:end].tolist(), (labels[begin:end] != IGNORED).tolist()))
             lengths.append(end - begin)
-    wanted = [reference(chat) for chat in chats]
-    assert stream.position.cut == sum(len(tokens) > 64 for tokens, _ in wanted) > 0
-    assert ids == [tokens[:64] for tokens, _ in wanted]
-    assert mask == [one[:64] for _, one in wanted]
+    whole = [reference(chat) for chat in chats]
+    assert stream.position.cut == sum(len(tokens) > 64 for tokens, _ in whole) > 0
+    wanted = [(tokens[:64], mask[:64]) for tokens, mask in whole]
+    assert sorted(found) == sorted(wanted)
+    places = [wanted.index(found[start]) for start in starts]
+    assert places == sorted(places) and found[0] == wanted[0], "sequences come as their first conversations did"
+    mask = [one for _, one in found]
     answers = sum(len(m["content"].encode()) for chat in chats for m in chat if m["role"] == "assistant")
     predicted = sum(map(sum, mask))
     assert stream.text_bytes(predicted) <= answers and predicted - stream.text_bytes(predicted) <= 2 * len(chats)
+
+
+def test_little_of_the_sequences_is_filling(tmp_path: Path) -> None:
+    """Beside what is left where conversations are taken in their order, as long as they fit."""
+    rng = np.random.default_rng(0)
+    sizes = np.clip(rng.lognormal(4.5, 0.8, 600), 10, 230).astype(int)
+    stream = packed(written(tmp_path, [{"messages": said("q", "a" * int(size))} for size in sizes]), 255)
+    blocks = list(stream.once())
+    lengths = [int((block[0] != stream.tokenizer.eos_token_id).sum()) for block in blocks]
+    in_order, room = 1, 256
+    for _, _, tokens in islice(stream._tokenized(Position()), len(sizes)):
+        in_order, room = (in_order, room) if tokens.shape[1] <= room else (in_order + 1, 256)
+        room -= tokens.shape[1]
+    assert len(blocks) * 256 < 1.05 * sum(lengths) < 1.15 * sum(lengths) < in_order * 256
 
 
 def test_the_order_is_resumed_anywhere_and_the_same_at_every_number_of_ranks(tmp_path: Path) -> None:
@@ -223,7 +240,8 @@ def test_the_order_is_resumed_anywhere_and_the_same_at_every_number_of_ranks(tmp
         blocks.append(block)
         positions.append(Position(**json.loads(json.dumps(asdict(one.position)))))
     assert positions[-1].epoch >= 2 and positions[-1].skipped == 1
-    for number in (0, 5, 17, 30):
+    assert max(position.offset for position in positions) > 0, "some lie among sequences that are fitted together"
+    for number in (0, 1, 2, 3, 5, 17, 30):
         again = list(islice(stream().sequences(positions[number]), 9))
         assert np.array_equal(again, blocks[number + 1 : number + 10])
     two = [rank_batches(stream(), rank=rank, world_size=2, micro_batch=2) for rank in range(2)]

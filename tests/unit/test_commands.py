@@ -83,8 +83,8 @@ def test_what_if_lists_variants_and_changes(
         (["--activations", "tile"], "Did you mean 'tiled'?"),
         (["--activations", "offload", "--device", "cpu"], "on a CPU the host is the device"),
         (["--activation-checkpointing"], "that is --activations checkpoint, and without it --activations full"),
-        (["--gpus", "0"], "greater than or equal to 1"),
-        (["--gpus", "99999999999"], "less than or equal to 1024"),
+        (["--gpus", "0"], "--gpus is 0, but must be at least 1."),
+        (["--gpus", "99999999999"], "must be at most 1024; machines are --nodes."),
     ],
 )
 def test_what_is_typed_wrong_ends_with_status_2(

@@ -57,8 +57,10 @@ def test_help_has_all_options_of_a_run_and_the_launchers(
         ("--num_nodes 2", "--nodes is for several machines: name them with --hostfile"),
         ("--master_addr 10.0.0.1", "--master-addr is for several machines"),
         ("--batch-size 2", "Use --micro-batch"),
-        ("--ranks 0", "greater than or equal to 1."),
-        ("--steps 0", "--steps is 0, but it should be greater than 0."),
+        ("--ranks 0", "but must be at least 1."),
+        ("--model qwen3-tny", "Did you mean 'qwen3-tiny'?"),
+        ("--config amcs_zero22", "Did you mean 'amcs_zero2'?"),
+        ("--steps 0", "--steps is 0, but must be above 0."),
         ("--model ''", "--model is empty"),
     ],
 )

@@ -36,7 +36,7 @@ def test_words(given: str, meant: LoRA) -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("rank=16", "--lora is 'rank=16', but it must be some of r=16,alpha=32,targets=all-linear,dropout=0"),
+        ("rank=16", "--lora is 'rank=16', but must be some of r=16,alpha=32,targets=all-linear,dropout=0"),
         ("target=q_proj", "Did you mean 'targets'?"),
         ("r=0", "whole number from 1 on as r"),
         ("r=1.5", "whole number from 1 on as r"),

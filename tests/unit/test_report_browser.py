@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,21 @@ def test_a_page_opens_clean(
     assert background == ("rgb(20, 22, 26)" if dark else "rgb(255, 255, 255)")
 
 
+PHASES_WITHOUT_NAME = """
+[...document.querySelectorAll('svg.chart')].filter(e => e.querySelector('rect.phase')).map(chart => {
+  const shown = [...chart.querySelectorAll('text')].filter(e => e.getClientRects().length)
+    .map(e => e.textContent).join(', ').split(', ')
+  const phases = [...chart.querySelectorAll('rect.phase title')].map(e => e.textContent)
+  return phases.filter(name => !shown.includes(name)) })
+"""
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_every_phase_has_its_name(browser: chromium.Chromium, pages: dict[str, Path], width: int) -> None:
+    browser.open(pages["one"], width=width, dark=False)
+    assert browser.evaluate(PHASES_WITHOUT_NAME) == [[]]
+
+
 def test_paper_is_light_and_holds_whole_tables(browser: chromium.Chromium, pages: dict[str, Path]) -> None:
     a4 = 673  # pixels between the margins
     browser.open(pages["several"], width=a4, dark=True)
@@ -85,6 +101,10 @@ def test_paper_is_light_and_holds_whole_tables(browser: chromium.Chromium, pages
     )
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
+    browser.open(pages["one"], width=a4, dark=False)
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    browser.pdf(pages["one"].with_suffix(".pdf"))
+    assert len(re.findall(rb"/Type\s*/Page[^s]", pages["one"].with_suffix(".pdf").read_bytes())) <= 4
     # What the dark scheme gives must be taken back, colours of charts included.
     dark = browser.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--weights').trim()")
     browser.open(pages["several"], width=a4, dark=False)

@@ -14,14 +14,16 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_runs import out_of_memory, step, write_run, write_training
+from report_runs import PARAMETERS, measurement, out_of_memory, step, write_run, write_training
 from typer.testing import CliRunner
 
 from toolkit import cli
 from toolkit.records.categories import MEANING
-from toolkit.records.memory import Span, Timeline, write_record
+from toolkit.records.memory import LargeTensor, Span, Timeline, measured_name, write_record
 from toolkit.report import Report, build_report, render, report_paths, svg
+from toolkit.report.elements import Chart, Table
 from toolkit.report.markdown import to_markdown
+from toolkit.report.outline import outline
 from toolkit.report.words import number, signed, size
 
 STYLE = Path(svg.__file__).parent / "templates" / "style.css"
@@ -125,6 +127,39 @@ def test_the_page_needs_nothing_but_itself(two: Report) -> None:
     assert outside == [] and "url(" not in text and "@import" not in text and "http" not in text
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
+
+
+def test_bars_come_before_the_table_of_methods_and_all_curves_after_it(two: Report) -> None:
+    page = outline(two)
+    methods, curves = page.comparison
+    kinds = [type(item) for item in methods.items]
+    assert kinds.index(Chart) < kinds.index(Table)
+    captions = [item.caption.split(" over ")[0] for item in curves.items if isinstance(item, Chart)]
+    assert captions[0] == "Training loss"
+    assert captions[2:] == ["Learning rate", "Norm of the gradient", "Tokens per second"]
+
+
+def test_a_summary_on_a_cpu_begins_with_what_the_model_holds(tmp_path: Path) -> None:
+    resident = {"weights": 2 * PARAMETERS, "v": PARAMETERS, "other": 5}
+    of = {"peak": None, "peak_phase": None, "phases": [], "resident": resident, "timeline": None, "blocks": []}
+    write_record(tmp_path / "run", measured_name(0), measurement(ranks=1, level="summary", **of))
+    [run] = build_report([tmp_path / "run"]).runs
+    assert run.held_by == {"weights": 2 * PARAMETERS, "v": PARAMETERS} and run.held == 3 * PARAMETERS
+    assert run.headline.startswith("The model holds 402.32 MB between steps: 3.00 bytes for each of 134,107,392")
+    assert "resident set" not in run.headline
+
+
+def test_ten_tensors_are_seen_and_the_others_unfolded(tmp_path: Path) -> None:
+    tensors = [
+        LargeTensor(bytes=1000 - number, category="weights", what=f"w{number}", where="", phase="init")
+        for number in range(13)
+    ]
+    write_record(tmp_path / "run", measured_name(0), measurement(ranks=1, blocks=tensors))
+    report = build_report([tmp_path / "run"])
+    shown, _, folded = render(report, "html").partition("<details>")
+    assert [f">w{number}<" in shown for number in range(13)] == [True] * 10 + [False] * 3
+    assert "<summary>3 more</summary>" in folded and ">w12<" in folded
+    assert "3 more in the JSON." in render(report, "markdown")
 
 
 def test_every_drawing_is_xml_with_a_title_and_a_description(two: Report) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import math
+import shlex
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from toolkit import console as console_of
 from toolkit.records.sizes import size_text
 from toolkit.run.screen import Screen
 
@@ -32,7 +36,7 @@ SUMMARY: dict[str, Any] = {
     "data_seconds": 0.03,
     "peak_memory_bytes": 743_600_000,
     "memory_kind": "resident",
-    "memory_files": "runs/x/memory",
+    "predicted_peak_bytes": 740_000_000,
     "state_bytes_by_name": {"m_fast": 5_000_000, "v": 900},
     "state_bytes_per_parameter": 3.05,
     "state_bytes_per_parameter_per_rank": 1.525,
@@ -44,8 +48,12 @@ def record(step: int, **more: Any) -> dict[str, Any]:
         "step": step,
         "loss": 4.0,
         "lr": 1e-3,
+        "grad_norm": 1.5,
+        "tokens": 2048,
         "tokens_per_s": 5120.0,
         "flops_per_s": 2.5e9,
+        "mfu": 0.4,
+        "memory_bytes": 700_000_000,
         "skipped": False,
         **more,
     }
@@ -68,12 +76,15 @@ def test_screen_shows_progress_and_summary(terminal: bool) -> None:
         "5,120 tokens/s, 3.25 TFLOP/s (MFU 41.2%)",
         "0.25% of the time",
         "743.60 MB",
+        "740.00 MB",
+        "next:\n  toolkit report 'runs/[a]'\n",
         "3.05",
         "m_fast 5.00 MB, v 900 B",
     )
-    for expected in ("runs/[a]", "runs/x/memory", *figures):
+    for expected in ("runs/[a]", *figures):
         assert expected in shown
     assert "validation loss not finite" in shown and "the gradient is not finite" in shown
+    assert "toolkit sample" not in shown, "the folder has no checkpoint"
     if not terminal:
         assert sum(line.startswith("step") for line in shown.splitlines()) < 32
         assert "\x1b" not in shown
@@ -105,12 +116,57 @@ def test_time_left_is_that_of_the_later_steps(seconds: float) -> None:
         assert screen._bar.tasks[0].time_remaining == math.ceil(90 * seconds)
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_step_has_all_figures_and_a_resumed_run_counts_on(terminal: bool) -> None:
+    now = 0.0
+    out = io.StringIO()
+    console = Console(file=out, width=300, force_terminal=terminal, color_system=None, get_time=lambda: now)
+    screen = Screen(20, shown=True, console=console)
+    screen.go_on([record(step, loss=2.0) for step in range(1, 11)], 80_000_000_000)
+    with screen:
+        for step in range(11, 16):
+            now += 30.0
+            screen.step(record(step, loss=4.0))
+    shown = out.getvalue().splitlines()
+    figures = (
+        *("15/20", "0:02:30 < 0:02:30", "loss 4.0000 (last 10: 3.0000)", "grad norm 1.5000", "lr 1.00e-03"),
+        *("5,120 tok/s", "2.50 GFLOP/s (MFU 40.0%)", "memory 700.00 MB of 80.00 GB", f"{15 * 2048:,} tokens"),
+    )
+    last = "".join(shown[-3:])
+    assert [figure for figure in figures if figure not in last] == []
+
+
+def test_the_end_names_files_and_what_to_type_next(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "loss.png").touch()
+    out = io.StringIO()
+    Screen(1, shown=True, console=Console(file=out, width=300)).summary(SUMMARY | {"run_dir": str(folder)})
+    assert f"{folder}: loss.png, checkpoints" in out.getvalue()
+    commands = [line.strip() for line in out.getvalue().partition("next:\n")[2].splitlines()]
+    assert [shlex.split(line)[:3] for line in commands] == [
+        ["toolkit", command, str(folder)] for command in ("report", "sample", "eval", "export")
+    ]
+
+
 def test_the_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Screen(3, shown=False) as screen:
         screen.say("hello")
         screen.step(record(1))
         screen.summary(SUMMARY)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("terminal", "seconds", "said"), [("1", 0.3, True), ("1", 0.0, False), ("", 0.3, False)])
+def test_what_takes_long_says_so_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: str, seconds: float, said: bool
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", terminal)
+    monkeypatch.setattr(console_of, "PATIENCE_SECONDS", 0.1)
+    with console_of.waiting("predicting"):
+        time.sleep(seconds)
+    printed = capsys.readouterr()
+    assert ("predicting" in printed.err) is said and printed.out == ""
 
 
 def test_size_text() -> None:

@@ -44,6 +44,8 @@ def find(path: Path, step: int | None = None) -> Path:
     Raises:
         UserError: there is none.
     """
+    if not path.is_dir():
+        raise UserError(not_a_checkpoint(path))
     from toolkit.checkpoint.store import LATEST, Store, pointed
 
     for folder in (path / "checkpoints", path):
@@ -59,7 +61,7 @@ def find(path: Path, step: int | None = None) -> Path:
             if not is_checkpoint(named):
                 raise UserError(f"{folder / LATEST} names {named.name!r}, which is no checkpoint in {folder}.")
             return named
-    if not path.is_dir() or not is_checkpoint(path):
+    if not is_checkpoint(path):
         raise UserError(not_a_checkpoint(path))
     if step is not None:
         raise UserError(f"{path} is one checkpoint: --checkpoint is for a run, which has several.")

@@ -33,7 +33,7 @@ def doctor(
     ] = None,
     data: Annotated[str, typer.Option(help="With --parity: text to train on, as for a run.")] = "stdlib",
 ) -> None:
-    """Show what this machine offers a run, or whether a model trains alike in all ways; exit status 1 where not.
+    """Show what this machine offers a run, and what will not work; exit status 1 where something will not.
 
     \b
     toolkit doctor
@@ -43,7 +43,10 @@ def doctor(
     if parity is not None:
         _parity(parity, data, as_json)
         return
-    found = examine()
+    from toolkit.console import waiting
+
+    with waiting("looking at this machine"):
+        found = examine()
     if as_json:
         typer.echo(json.dumps({"facts": found.facts, "problems": found.problems}, indent=1))
     else:

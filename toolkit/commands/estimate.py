@@ -10,9 +10,12 @@ from typing import Annotated, Literal
 import typer
 
 from toolkit.completion import config_names, model_names
+from toolkit.config.files import load_config
 from toolkit.errors import UserError, nearest
+from toolkit.models.presets import check_name
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.records.activations import FLAG, HELP, parse_activations
+from toolkit.records.sizes import parse_size, size_text
 from toolkit.run.ranks import settle_accelerator
 from toolkit.run.settings import RunSettings, check_settings
 
@@ -26,7 +29,10 @@ Model = Annotated[
 Config = Annotated[
     str,
     typer.Option(
-        "--config", autocompletion=config_names, help="A shipped configuration's name or the path of a DeepSpeed JSON."
+        "--config",
+        metavar="NAME|FILE",
+        autocompletion=config_names,
+        help="A shipped configuration's name or the path of a DeepSpeed JSON.",
     ),
 ]
 # No machine or cluster has more; with them, bytes of the whole are numbers that other code can count.
@@ -89,45 +95,51 @@ def estimate(
     toolkit estimate --config soam_zero3 --gpus 8 --nodes 2 --what-if
     toolkit estimate --config mine.json --set zero_optimization.stage=3 --json
     """
-    settle_accelerator()
-    from toolkit import config as configs
-    from toolkit import models
-    from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, resolve_batch
-    from toolkit.console import PlainConsole
-    from toolkit.estimate.predict import Case, Estimator, variants
-    from toolkit.estimate.show import show_prediction
-    from toolkit.records.sizes import parse_size
+    from toolkit.console import PlainConsole, waiting
 
     memory = None if gpu_memory is None else parse_size(gpu_memory, where="--gpu-memory")
-    import_plugins(plugins)
-    config = configs.apply_overrides(configs.load_config(name), overrides or [])
-    configs.validate(config, origin=name)
-    models.check_length(models.load_config(model)[0], model, seq_len)
-    world_size = gpus * nodes
-    batch = resolve_batch({MICRO: micro_batch, ACCUMULATION: grad_accum, GLOBAL: global_batch}, config, world_size)
-    case = Case(
-        model,
-        config,
-        world_size,
-        batch.micro,
-        seq_len,
-        accumulation=batch.accumulation,
-        device=device,
-        activations=parse_activations(activations),
-        loss=loss,
-        attention={"flash": "sdpa", "eager": "eager", None: None}[attention],
-        lora=check_settings(lora=adapters).lora,
-        conversations=chat,
-    )
-    estimator = Estimator()
-    found = estimator.predict(case)
-    if what_if:
-        found.changes = estimator.changes(case, found.peak)
+    load_config(name)  # said before what takes seconds to import
+    check_name(model)
+    with waiting("predicting"):
+        settle_accelerator()
+        from toolkit import config as configs
+        from toolkit import models
+        from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, resolve_batch
+        from toolkit.estimate.predict import Case, Estimator, variants
+
+        import_plugins(plugins)
+        config = configs.apply_overrides(configs.load_config(name), overrides or [])
+        configs.validate(config, origin=name)
+        models.check_length(models.load_config(model)[0], model, seq_len)
+        world_size = gpus * nodes
+        batch = resolve_batch({MICRO: micro_batch, ACCUMULATION: grad_accum, GLOBAL: global_batch}, config, world_size)
+        case = Case(
+            model,
+            config,
+            world_size,
+            batch.micro,
+            seq_len,
+            accumulation=batch.accumulation,
+            device=device,
+            activations=parse_activations(activations),
+            loss=loss,
+            attention={"flash": "sdpa", "eager": "eager", None: None}[attention],
+            lora=check_settings(lora=adapters).lora,
+            conversations=chat,
+        )
+        estimator = Estimator()
+        found = estimator.predict(case)
+        if what_if:
+            found.changes = estimator.changes(case, found.peak)
+        blocks = variants(case) if what_if and not as_json else found.per_block
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
     else:
-        ranks = f"{gpus} GPU(s)" if nodes == 1 else f"{nodes} x {gpus} GPUs"
-        show_prediction(PlainConsole(), found, variants(case) if what_if else found.per_block, memory, ranks)
+        from toolkit.estimate.show import show_prediction
+
+        unit = "GPU" if device == "cuda" else "rank"
+        ranks = f"{gpus} {unit}{'s' if gpus > 1 else ''}" if nodes == 1 else f"{nodes} x {gpus} {unit}s"
+        show_prediction(PlainConsole(), found, blocks, memory, ranks)
     if memory is not None and found.needed > memory:
         raise typer.Exit(1)
 
@@ -169,44 +181,47 @@ def plan(
     toolkit plan --model qwen3-8b --gpu-memory 24GB --gpus 8 --state-format any
     toolkit plan --model folder --gpu-memory 40GB --json > mine.json
     """
-    settle_accelerator()
-    from toolkit import models
-    from toolkit.config import shipped_configs
-    from toolkit.console import PlainConsole
-    from toolkit.estimate.recommend import recommend
-    from toolkit.estimate.show import show_candidates
-    from toolkit.optim import RECOMMENDED, RULES
-    from toolkit.records.sizes import parse_size, size_text
+    from toolkit.console import PlainConsole, waiting
 
-    import_plugins(plugins)
-    optimizer = optimizer or RECOMMENDED
-    known = sorted({*RULES, *(shipped.optimizer for shipped in shipped_configs().values())})
-    chosen = next((name for name in known if name.lower() == optimizer.lower()), None)
-    if chosen is None:
-        raise UserError(f"--optimizer is {optimizer!r}, but must be {', '.join(known)}.{nearest(optimizer, known)}")
     memory = parse_size(gpu_memory, where="--gpu-memory")
-    host = _host_memory() if host_memory is None else parse_size(host_memory, where="--host-memory")
+    check_name(model)
     if not as_json and out is not None and out.exists():
         raise UserError(f"{out} is there already; name another file with --out.")
-    models.check_length(models.load_config(model)[0], model, seq_len)
-    lora = check_settings(lora=adapters).lora
-    found = recommend(
-        model,
-        gpu_memory=memory,
-        world_size=gpus * nodes,
-        seq_len=seq_len,
-        optimizer=chosen,
-        device=device,
-        loss=loss,
-        lora=lora,
-        conversations=chat,
-        state_format=state_format,
-        host_memory=host,
-        ranks_per_machine=gpus,
-    )
+    with waiting("looking for what fits"):
+        settle_accelerator()
+        from toolkit import models
+        from toolkit.config import shipped_configs
+        from toolkit.estimate.recommend import recommend
+        from toolkit.optim import RECOMMENDED, RULES
+
+        import_plugins(plugins)
+        optimizer = optimizer or RECOMMENDED
+        known = sorted({*RULES, *(shipped.optimizer for shipped in shipped_configs().values())})
+        chosen = next((name for name in known if name.lower() == optimizer.lower()), None)
+        if chosen is None:
+            raise UserError(f"--optimizer is {optimizer!r}, but must be {', '.join(known)}.{nearest(optimizer, known)}")
+        host = _host_memory() if host_memory is None else parse_size(host_memory, where="--host-memory")
+        models.check_length(models.load_config(model)[0], model, seq_len)
+        lora = check_settings(lora=adapters).lora
+        found = recommend(
+            model,
+            gpu_memory=memory,
+            world_size=gpus * nodes,
+            seq_len=seq_len,
+            optimizer=chosen,
+            device=device,
+            loss=loss,
+            lora=lora,
+            conversations=chat,
+            state_format=state_format,
+            host_memory=host,
+            ranks_per_machine=gpus,
+        )
     console = PlainConsole()
     best = found[0]
     if not as_json:
+        from toolkit.estimate.show import show_candidates
+
         about = f"{'this machine has' if host_memory is None else 'there are'} {size_text(host)}"
         show_candidates(console, found, memory, seq_len, chosen, about)
     if not (best.fits and best.asked):
@@ -224,7 +239,7 @@ def plan(
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
     kept = f"{FLAG} {best.activations}" + (f" --loss {loss}" if loss else "") + (f" --lora {lora}" if lora else "")
     console.print_line(
-        f"{path} written; train with: deepspeed --num_gpus {gpus} launch/train.py --model {model} --config {path} "
+        f"{path} written; train with: toolkit train --ranks {gpus} --model {model} --config {path} "
         f"--seq-len {seq_len} {kept}"
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from toolkit.models.loss import IGNORED
 if TYPE_CHECKING:
     from toolkit.data.documents import Documents
 
+TOGETHER = 64
+"""Sequences' worth of conversations that are fitted into sequences together."""
 TRIED = 100
 """Data whose first so many conversations all cannot be used are refused."""
 _PLANES = 3
@@ -27,10 +31,10 @@ class PackedConversations(PackedTokens):
 
     Shuffling, windows and epochs are those of `PackedTokens`. A sequence is int64 [3, seq_len + 1]: the tokens, the
     label of each (itself where it is part of an answer, else IGNORED) and its place in its conversation, which is what
-    keeps conversations apart: attention does not cross from one to the next. A sequence takes the next conversations as
-    long as they fit whole, and is filled with end-of-text tokens, which are not predicted; so is the last one of an
-    epoch. A conversation that is longer than a sequence is cut at its end, and counted. One without an answer, or
-    whose answers all lie behind the cut, is skipped and counted.
+    keeps conversations apart: attention does not cross from one to the next. As many conversations as `TOGETHER`
+    sequences can hold are fitted into sequences at a time, each whole; what is left of a sequence is end-of-text
+    tokens, which are not predicted. A conversation that is longer than a sequence is cut at its end, and counted. One
+    without an answer, or whose answers all lie behind the cut, is skipped and counted.
 
     Raises:
         UserError: as `PackedTokens`, and as `Chat`.
@@ -51,12 +55,13 @@ class PackedConversations(PackedTokens):
     def text_bytes(self, tokens: int) -> int:
         """Bytes in UTF-8 of the answers that the first `tokens` predicted tokens stand for."""
         covered = 0
-        for _, _, found in self._tokenized(Position()):
-            if tokens <= 0:
-                break
-            answers = found[0][found[1] != IGNORED]
-            covered += self._bytes(answers)
-            tokens -= len(answers)
+        for _, sequence in self._in_order(Position()):
+            for ids, labels, _ in np.split(sequence, np.flatnonzero(sequence[2] == 0)[1:], axis=1):
+                if tokens <= 0:
+                    return covered
+                answers = ids[labels != IGNORED]
+                covered += self._bytes(answers)
+                tokens -= len(answers)
         return covered
 
     def require(self, sequences: int) -> None:
@@ -75,21 +80,40 @@ class PackedConversations(PackedTokens):
                 )
 
     def _in_order(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
+        """As `PackedTokens`; the offset of a position counts sequences from the first of those fitted together on."""
+        begun, given, passed = start, start.offset, start
         held: list[np.ndarray] = []
-        room = self.seq_len + 1
-        passed, epoch = start, start.epoch
+        length = 0
         for place, document, tokens in self._tokenized(start):
-            if held and (place.epoch != epoch or tokens.shape[1] > room):
-                yield passed.at(place), self._filled(held, room)
-                held, room = [], self.seq_len + 1
-            epoch = place.epoch
-            if epoch == 0 and document.counted:
+            if held and (length >= TOGETHER * (self.seq_len + 1) or place.epoch != begun.epoch):
+                sequences = self._fitted(held)
+                for number, sequence in enumerate(sequences[given:], start=given + 1):
+                    last = number == len(sequences)
+                    yield passed.at(place if last else replace(begun, offset=number)), sequence
+                begun, given, held, length = place, 0, [], 0
+            if place.epoch == 0 and document.counted and not given:
                 passed = passed.after(document)
             if tokens.shape[1]:
                 held.append(tokens)
-                room -= tokens.shape[1]
+                length += tokens.shape[1]
 
-    def _filled(self, conversations: list[np.ndarray], room: int) -> np.ndarray:
+    def _fitted(self, conversations: list[np.ndarray]) -> list[np.ndarray]:
+        """Sequences of these: from the longest on, each goes where it leaves least room. As their first ones came."""
+        size = self.seq_len + 1
+        members: list[list[int]] = []
+        rooms: list[tuple[int, int]] = []  # (room, number of the sequence), sorted
+        for index in sorted(range(len(conversations)), key=lambda index: -conversations[index].shape[1]):
+            length = conversations[index].shape[1]
+            place = bisect_left(rooms, (length, 0))
+            room, number = rooms.pop(place) if place < len(rooms) else (size, len(members))
+            if number == len(members):
+                members.append([])
+            members[number].append(index)
+            insort(rooms, (room - length, number))
+        return [self._filled([conversations[index] for index in sorted(some)]) for some in sorted(members, key=min)]
+
+    def _filled(self, conversations: list[np.ndarray]) -> np.ndarray:
+        room = self.seq_len + 1 - sum(one.shape[1] for one in conversations)
         filling = np.stack([np.full(room, self.tokenizer.eos_token_id), np.full(room, IGNORED), np.arange(room)])
         return np.concatenate([*conversations, filling], axis=1)
 

@@ -159,6 +159,11 @@ class Explainer:
         """The largest share of a limit that the run is predicted to need."""
         return max((self._needed(what) / limit for what, limit in self.limits.items()), default=0.0)
 
+    @property
+    def predicted_peak(self) -> int | None:
+        """Bytes that the peak was predicted to be, as `watermark` counts it; None where nothing is predicted."""
+        return None if self._predicted is None else self._predicted.peak + self._at_start
+
     def warning(self) -> str | None:
         """One sentence where the prediction exceeds a limit; None where it fits or is not known."""
         for what, limit in self.limits.items():

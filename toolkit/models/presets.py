@@ -145,11 +145,24 @@ def load_config(name_or_folder: str) -> tuple[PretrainedConfig, Preset | None]:
         from transformers import AutoConfig
 
         return AutoConfig.for_model(preset.family, **preset.config), preset
+    return _config_of_folder(folder_of(name_or_folder)), None
+
+
+def check_name(name_or_folder: str) -> None:
+    """Raise UserError if there is no such model; `load_config` says more, and takes seconds to import transformers."""
+    if name_or_folder not in PRESETS:
+        folder_of(name_or_folder)
+
+
+def folder_of(name_or_folder: str) -> Path:
+    """The folder of a model that is no preset. Raises UserError if there is none."""
     folder = Path(name_or_folder).expanduser()
     if folder.name == "config.json" and folder.is_file():
         folder = folder.parent
     if folder.is_dir():
-        return _config_of_folder(folder), None
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model folder {str(folder)!r} holds no config.json.")
+        return folder
     if folder.exists():
         raise UserError(f"model {name_or_folder!r} is a file: give its config.json, or the folder that holds it.")
     if "/" in name_or_folder or "\\" in name_or_folder or name_or_folder.startswith((".", "~")):
@@ -174,8 +187,6 @@ def _config_of_folder(folder: Path) -> PretrainedConfig:
         MODEL_FOR_MASKED_LM_MAPPING,
     )
 
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model folder {str(folder)!r} holds no config.json.")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises a different type for each way a file can be wrong

@@ -58,10 +58,13 @@ class RunFacts(Record):
 
 
 class LossCurve(Record):
-    """Loss over steps; None where it was not finite."""
+    """Loss and what belongs to it over steps; None where it was not finite."""
 
     steps: list[int]
     loss: list[float | None]
+    lr: list[float | None] = []
+    grad_norm: list[float | None] = []
+    tokens_per_s: list[float | None] = []
     val_steps: list[int] = []
     val_loss: list[float | None] = []
 
@@ -251,6 +254,8 @@ class RunReport(Record):
     per_parameter: list[PerParameter]
     held: int | None
     """Weights, gradients and optimizer state of the rank that holds most of them, allocated between steps."""
+    held_by: dict[str, int]
+    """The same by category; empty where it was not measured."""
     resident_set: int | None
     """The largest of the ranks' processes, libraries included."""
     changes: list[Change]

@@ -40,7 +40,15 @@ class Preformatted:
     text: str
 
 
-Item = str | Table | Chart | Preformatted
+@dataclass(frozen=True)
+class Folded:
+    """A table that is seen when it is asked for, and on no paper."""
+
+    title: str
+    table: Table
+
+
+Item = str | Table | Chart | Preformatted | Folded
 
 
 @dataclass(frozen=True)

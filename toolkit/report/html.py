@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from toolkit.report import svg
 from toolkit.report.data import Report
-from toolkit.report.elements import Chart, Preformatted, Table
+from toolkit.report.elements import Chart, Folded, Preformatted, Table
 from toolkit.report.outline import Outline, outline
 
 
@@ -28,6 +28,7 @@ def page_html(page: Outline) -> str:
         lstrip_blocks=True,
     )
     environment.tests |= {"table": _is(Table), "chart": _is(Chart), "preformatted": _is(Preformatted)}
+    environment.tests["folded"] = _is(Folded)
     environment.filters["breakable"] = breakable
     swatches = {name: svg.swatch(colour) for name, colour in page.palette.items()}
     return environment.get_template("report.html.j2").render(page=page, swatches=swatches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from toolkit.report.data import Report
-from toolkit.report.elements import Preformatted, RunPart, Section, Table
+from toolkit.report.elements import Folded, Preformatted, RunPart, Section, Table
 from toolkit.report.outline import Outline, outline
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~&])")
@@ -50,6 +50,8 @@ def _section(section: Section, level: str) -> list[str]:
             blocks.append(escaped(item))
         elif isinstance(item, Table):
             blocks.append(_table(item))
+        elif isinstance(item, Folded):
+            blocks.append(f"{escaped(item.title)} in the JSON.")
         elif isinstance(item, Preformatted):
             blocks.append("\n".join(f"    {line}" for line in item.text.splitlines()))
     return blocks

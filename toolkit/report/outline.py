@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from toolkit.records.run import LAST_STEPS
 from toolkit.report import svg
+from toolkit.report.compare import HELD
 from toolkit.report.data import Report, RunReport
 from toolkit.report.elements import Chart, Item, Kind, RunPart, Section, Table, legend, table
 from toolkit.report.sections import run_part
 from toolkit.report.words import UNKNOWN, duration, listed, number, signed
 
+_BESIDE = {"lr": "Learning rate", "grad_norm": "Norm of the gradient", "tokens_per_s": "Tokens per second"}
+"""Of the curves of a training, what is drawn beside the loss."""
 _POINTS = 8
 """Rows of the table of losses."""
 
@@ -52,6 +55,7 @@ def _categories(run: RunReport) -> Iterable[str]:
     yield from (name for rank in run.ranks for name in rank.held)
     yield from (block.category for block in run.blocks)
     yield from run.host
+    yield from run.held_by
     for explained in run.out_of_memory:
         if explained.record is not None:
             yield from explained.record.held
@@ -98,20 +102,23 @@ def _compare(report: Report, palette: dict[str, str]) -> list[Section]:
         ("Run", "text"),
     ]
     first = report.runs[0].name
-    items: list[Item] = [
+    items: list[Item] = []
+    held = [(run.name, run.held_by if kind == HELD else run.peak.held if run.peak else {}) for run in report.runs]
+    held = [(name, sizes) for name, sizes in held if sizes]
+    if len(held) > 1:
+        names = {name for _, sizes in held for name in sizes}
+        title = f"Memory of each run by category, {kind}"
+        items.append(Chart(svg.bars(held, palette, title), legend(names, palette), f"{title}."))
+    items += [
         f"Loss is the mean of a run's last {LAST_STEPS} steps; memory is that {kind}, of the largest rank. "
         f"“Loss − first” is paired with {first} step by step, over the last {LAST_STEPS} steps that both made, ± its "
         "standard error.",
         table(columns, rows),
         *report.footnotes,
     ]
-    peaks = [(run.name, run.peak.held) for run in report.runs if run.peak is not None and run.peak.held]
-    if len(peaks) > 1:
-        names = {name for _, sizes in peaks for name in sizes}
-        items.append(Chart(svg.bars(peaks, palette, "Peak of each run by category"), legend(names, palette)))
     sections = [Section("Methods", items)]
     if curves := _curves(report):
-        sections.append(Section("Loss curves", curves))
+        sections.append(Section("Curves", curves))
     return sections
 
 
@@ -138,7 +145,16 @@ def _curves(report: Report) -> list[Item]:
     drawing = svg.lines(differences, "Difference in loss from the first run", about, zero=True)
     if drawing:
         items.append(Chart(drawing, [svg.dash(index, method.run) for index, method in paired], about))
-    return [*items, _loss_table(series)]
+    items.append(_loss_table(series))
+    for of, title in _BESIDE.items():
+        beside = [
+            svg.Series(run.name, run.training.curve.steps, getattr(run.training.curve, of), index)
+            for index, run in runs
+            if run.training is not None
+        ]
+        if drawing := svg.lines(beside, f"{title} of all runs over optimizer steps", about):
+            items.append(Chart(drawing, keys, f"{title} over optimizer steps."))
+    return items
 
 
 def _loss_table(series: list[svg.Series]) -> Table:

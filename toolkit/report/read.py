@@ -82,6 +82,8 @@ class StepLine(_Written):
     loss: float | None
     tokens_per_s: float | None = None
     step_time_s: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
     data_seconds: float | None = None
     flops_per_s: float | None = None
     mfu: float | None = None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from toolkit.printable import printable
-from toolkit.records.categories import PHASES, model_state, ordered
+from toolkit.records.categories import PHASES, in_order, model_state, ordered
 from toolkit.records.memory import Measurement, Prediction
 from toolkit.records.run import LAST_STEPS, METRICS
 from toolkit.report.data import (
@@ -51,6 +51,7 @@ def build_run(folder: Folder, name: str) -> RunReport:
         ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {listed([str(rank) for rank in missing])}"
         folder.note("measurement", f"{ranks.capitalize()} of {facts.world_size} left no measurement that can be read.")
     peak = _peak(folder, facts, largest)
+    held = _held_between_steps(measured)
     ranks_table = [_rank(rank, record) for rank, record in sorted(measured.items())]
     report = RunReport(
         name=name,
@@ -68,7 +69,8 @@ def build_run(folder: Folder, name: str) -> RunReport:
         imbalance=_imbalance(ranks_table),
         blocks=sorted(largest.blocks, key=lambda block: -block.bytes) if largest else [],
         per_parameter=_per_parameter(predicted, largest, facts.parameters),
-        held=_held_between_steps(measured),
+        held=sum(held.values()) or None,
+        held_by=held,
         resident_set=_resident_set(folder, facts),
         changes=sorted(predicted.changes, key=lambda change: -change.saves) if predicted else [],
         predicted_peak=predicted.peak if predicted else None,
@@ -124,6 +126,9 @@ def _training(folder: Folder, facts: RunFacts) -> Training | None:
         curve=LossCurve(
             steps=[line.step for line in steps],
             loss=[line.loss for line in steps],
+            lr=[line.lr for line in steps],
+            grad_norm=[line.grad_norm for line in steps],
+            tokens_per_s=[line.tokens_per_s for line in steps],
             val_steps=[line.step for line in validated],
             val_loss=[line.val_loss for line in validated],
         ),
@@ -151,9 +156,12 @@ def _batches(steps: list[StepLine], facts: RunFacts) -> list[BatchChange]:
     return found
 
 
-def _held_between_steps(measured: Mapping[int, Measurement]) -> int | None:
+def _held_between_steps(measured: Mapping[int, Measurement]) -> dict[str, int]:
     """The model state of the rank that holds most of it: what both levels of measuring know, on every device."""
-    return max((model_state(record.resident) for record in measured.values()), default=0) or None
+    states = [
+        {name: count for name, count in one.resident.items() if model_state({name: count})} for one in measured.values()
+    ]
+    return in_order(max(states, key=lambda state: sum(state.values()), default={}))
 
 
 def _resident_set(folder: Folder, facts: RunFacts) -> int | None:

@@ -12,7 +12,7 @@ from toolkit.records.memory import LargeTensor
 from toolkit.records.sizes import flops_text
 from toolkit.report import svg
 from toolkit.report.data import Explanation, RunReport, Topic
-from toolkit.report.elements import Chart, Item, Kind, Preformatted, RunPart, Section, Table, legend, table
+from toolkit.report.elements import Chart, Folded, Item, Kind, Preformatted, RunPart, Section, Table, legend, table
 from toolkit.report.words import (
     UNKNOWN,
     batch_words,
@@ -21,6 +21,7 @@ from toolkit.report.words import (
     imbalance_sentence,
     listed,
     number,
+    peak_sentence,
     share,
     signed,
     size,
@@ -28,6 +29,8 @@ from toolkit.report.words import (
 )
 
 _STATE_MEANING = "state of the optimizer"
+_TENSORS = 10
+"""Of the largest ones, those that are seen at once."""
 _MOST_RANKS = 32
 """More bars than this say less than the table under them."""
 
@@ -39,7 +42,7 @@ def run_part(run: RunReport, palette: dict[str, str]) -> RunPart:
         ("Predicted and measured", "prediction", _predicted_and_measured(run, palette)),
         ("Bytes per parameter", None, _per_parameter(run)),
         ("Ranks", "measurement", _ranks(run, palette)),
-        ("Largest tensors", None, [_largest_tensors(run.blocks)] if run.blocks else []),
+        ("Largest tensors", None, _largest_tensors(run.blocks) if run.blocks else []),
         ("What would change it", None, _changes(run)),
         ("Loss", "training", _loss(run)),
         ("The run", "run", _facts(run)),
@@ -57,9 +60,12 @@ def _figures(run: RunReport) -> list[tuple[str, str]]:
     figures = []
     if run.peak is not None:
         names = {"allocated": "peak memory", "resident set": "resident set", "predicted": "predicted peak"}
-        figures.append((names[run.peak.kind], size(run.peak.bytes)))
-        if run.peak.per_parameter is not None:
-            figures.append(("bytes per parameter", number(run.peak.per_parameter)))
+        name, count = names[run.peak.kind], run.peak.bytes
+        if run.peak.kind == "resident set" and run.held is not None:
+            name, count = "held by the model", run.held
+        figures.append((name, size(count)))
+        if run.facts.parameters and name != "resident set":
+            figures.append(("bytes per parameter", number(count / run.facts.parameters)))
     if run.predicted_peak is not None and run.peak is not None and run.peak.kind == "resident set":
         figures.append(("predicted peak", size(run.predicted_peak)))
     at_peak = [comparison for comparison in run.comparisons if comparison.moment == "at the peak"]
@@ -194,12 +200,14 @@ def _ranks(run: RunReport, palette: dict[str, str]) -> list[Item]:
     ]
     if rows:
         items.append(table(columns, rows))
+    if run.peak is not None and run.peak.kind == "resident set" and run.held is not None:
+        items.append(peak_sentence(run.peak, run.facts.parameters))
     if run.measuring:
         items.append(run.measuring)
     return items
 
 
-def _largest_tensors(tensors: Sequence[LargeTensor]) -> Table:
+def _largest_tensors(tensors: Sequence[LargeTensor]) -> list[Item]:
     # One operation in every layer makes as many tensors alike: they are one line.
     alike = Counter((size(one.bytes), one.category, one.what, one.where, one.phase) for one in tensors)
     rows = [[first, f"× {count}" if count > 1 else "", *rest] for (first, *rest), count in alike.items()]
@@ -211,7 +219,10 @@ def _largest_tensors(tensors: Sequence[LargeTensor]) -> Table:
         ("allocated in", "code"),
         ("phase", "text"),
     ]
-    return table(columns, rows)
+    whole = table(columns, rows)
+    rest = whole.rows[_TENSORS:]
+    first: list[Item] = [Table(whole.columns, whole.rows[:_TENSORS])]
+    return [*first, Folded(f"{len(rest)} more", Table(whole.columns, rest))] if rest else first
 
 
 def _changes(run: RunReport) -> list[Item]:
@@ -248,7 +259,7 @@ def _explained(explained: Explanation, palette: dict[str, str]) -> list[Item]:
         rows = [[name, size(count), share(count, total)] for name, count in held.items()]
         items.append(table([("Held", "category"), ("size", "number"), ("share", "number")], rows))
     if record.blocks:
-        items.append(_largest_tensors(record.blocks))
+        items += _largest_tensors(record.blocks)
     if record.changes:
         rows = [[change.change, size(change.saves)] for change in sorted(record.changes, key=lambda one: -one.saves)]
         items += ["What would save most:", table([("Setting", "code"), ("saves", "number")], rows)]
@@ -262,11 +273,11 @@ def _loss(run: RunReport) -> list[Item]:
     planned = f" of {run.facts.steps:,}" if run.facts.steps else ""
     tokens = f", {training.tokens:,} tokens" if training.tokens else ""
     compiling = f" after {duration(training.compile_s)} of compiling" if training.compile_s else ""
+    validated = "" if training.val_loss is None else f", validation loss {number(training.val_loss, 4)}"
     state = "" if training.complete else " The run did not finish."
     sentence = (
         f"{training.steps:,}{planned} steps{tokens} in {duration(training.seconds)}{compiling}; training loss "
-        f"{number(training.loss, 4)} (mean of the last {training.loss_steps}), validation loss "
-        f"{number(training.val_loss, 4)}.{state}"
+        f"{number(training.loss, 4)} (mean of the last {training.loss_steps}){validated}.{state}"
     )
     if training.skipped_steps:
         sentence += f" Skipped for a gradient that is not finite: {training.skipped_steps}."

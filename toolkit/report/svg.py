@@ -73,10 +73,17 @@ def timeline(timeline: Timeline, palette: Mapping[str, str], title: str, predict
         marks.insert(0, Markup('<line class="reference" x1="0" x2="100%" y1="{0}" y2="{0}"/>').format(f"{y:.1f}"))
     parts = [axis.grid(), _stretched(shapes, axis.height, "layers"), *marks, *labels]
     parts.append(_phases(across.phases, axis.height + 6))
+    more = 0
+    # Names that have no room in their phases: below them, on narrow pages more of them than on wide ones.
+    for page, fitting in (("narrow", ("",)), ("wide", ("", "wide"))):
+        if names := [name for name, left, right in across.phases if _fits(name, right - left) not in fitting]:
+            more = 16
+            text = Markup('<text class="tick across last {}" x="100%" y="{}">{}</text>')
+            parts.append(text.format(page, axis.height + 42, ", ".join(names)))
     if across.times is not None:
-        parts.append(_ticks_across(*across.times, axis.height + 46, " ms"))
+        parts.append(_ticks_across(*across.times, axis.height + 46 + more, " ms"))
     about = f"Stacked areas over one training step; the peak is {size(totals[peak])}. Tables have the sizes."
-    return _chart(parts, axis.height + (32 if across.times is None else 52), title, about)
+    return _chart(parts, axis.height + more + (32 if across.times is None else 52), title, about)
 
 
 def _steps(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:

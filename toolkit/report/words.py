@@ -87,9 +87,17 @@ def headline(run: RunReport) -> str:
     if run.peak is None:
         parts.append("How much memory this run took is not known.")
         return " ".join(parts)
-    parts.append(peak_sentence(run.peak, run.facts.parameters))
+    if run.peak.kind == "resident set" and run.held is not None:
+        per = (
+            f": {run.held / run.facts.parameters:.2f} bytes for each of {run.facts.parameters:,} parameters"
+            if run.facts.parameters
+            else ""
+        )
+        parts.append(f"The model holds {size(run.held)} between steps{per}.")
+    else:
+        parts.append(peak_sentence(run.peak, run.facts.parameters))
     if run.peak.kind == "resident set" and run.predicted_peak is not None:
-        parts.append(f"Predicted are {size(run.predicted_peak)} of allocations at the peak.")
+        parts.append(f"Predicted are {size(run.predicted_peak)} at the peak.")
     if run.peak.held:
         most = max(run.peak.held, key=lambda name: run.peak.held[name] if run.peak else 0)
         held = run.peak.held[most]

@@ -36,6 +36,8 @@ from toolkit.records.run import (
     strict,
 )
 
+# As style.css of the reports has them on paper.
+_LINES, _QUIET, _RULE = ("#17478a", "#c2570c"), "#5b626d", "#dfe2e7"
 LIBRARIES = ("leanstate", "torch", "deepspeed", "transformers", "datasets")
 
 
@@ -201,15 +203,19 @@ def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     losses = [math.nan if record["loss"] is None else record["loss"] for record in records]
-    axes.plot([record["step"] for record in records], losses, linewidth=1, label="training")
+    axes.plot([record["step"] for record in records], losses, linewidth=1.75, color=_LINES[0], label="training")
     validated = [record for record in records if record.get("val_loss") is not None]
     if validated:
         steps = [record["step"] for record in validated]
-        axes.plot(steps, [record["val_loss"] for record in validated], marker="o", label="validation")
-    axes.set_title(title, parse_math=False)  # a "$" in a name is no formula
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        marked: dict[str, Any] = {"marker": "o", "markerfacecolor": "white", "linestyle": "none", "markeredgewidth": 2}
+        axes.plot(steps, [record["val_loss"] for record in validated], color=_LINES[1], label="validation", **marked)
+    axes.set_title(title, parse_math=False, loc="left", weight="bold")  # a "$" in a name is no formula
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0, colors=_QUIET)
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(axis="y", color=_RULE)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+import shlex
+import statistics
+from collections import deque
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.columns import Columns
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from toolkit.console import PlainConsole
 from toolkit.printable import printable
+from toolkit.records.memory import FOLDER as MEMORY
+from toolkit.records.run import CHECKPOINTS, LAST_STEPS, METRICS, PLOT, tokens_of
 from toolkit.records.sizes import flops_text, size_text
 
 # Where there is no terminal for a progress bar: about so many lines, but one at least every so many steps.
@@ -21,43 +29,65 @@ PLAIN_LINES = 24
 PLAIN_STEPS = 50
 
 
+class _Bar(Progress):
+    """The bar, and below it the figures of the latest step: as many side by side as the terminal has room for."""
+
+    figures: tuple[str, ...] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Columns([Text(printable(figure)) for figure in self.figures], padding=(0, 2))
+
+
 class Screen:
     """Progress of a run of `steps` steps; `shown` is false on every rank but 0. Use as a context manager."""
 
     def __init__(self, steps: int, *, shown: bool, console: Console | None = None) -> None:
         self.console = console or PlainConsole(quiet=not shown)
-        self._bar: Progress | None = None
+        self._drawn = shown and self.console.is_terminal
+        # Where none is drawn, it still counts the time.
+        self._bar = _Bar(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            *(TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn()),
+            console=self.console,
+            disable=not self._drawn,
+            # From the mean of all steps but the first, which is slower than the others, and however long one takes.
+            speed_estimate_period=math.inf,
+        )
+        self._task = self._bar.add_task("train", total=steps, start=False)
+        self._losses: deque[float] = deque(maxlen=LAST_STEPS)
+        self._tokens = 0
+        self._limit: int | None = None
         self.expect(steps)
-        if shown and self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[figures]}", markup=False),
-                TimeRemainingColumn(),
-                console=self.console,
-                # From the mean of all steps but the first, which is slower than the others, and however long one takes.
-                speed_estimate_period=math.inf,
-            )
-            self._task = self._bar.add_task("train", total=steps, figures="")
 
     def expect(self, steps: int) -> None:
         """Before the first step: the run has `steps` steps, which where it is resumed may not be those asked for."""
         self._steps = steps
         self._every = min(max(1, steps // PLAIN_LINES), PLAIN_STEPS)
-        if self._bar is not None:
-            self._bar.update(self._task, total=steps)
+        self._bar.update(self._task, total=steps)
+
+    def go_on(self, records: Iterable[Mapping[str, Any]], limit: int | None) -> None:
+        """Before the first step: `records` of those made earlier, and how many bytes a rank may hold, where known."""
+        self._limit = limit
+        for record in records:
+            self._count(record)
+
+    def _count(self, record: Mapping[str, Any]) -> None:
+        self._tokens += tokens_of(record)
+        if record["loss"] is not None:
+            self._losses.append(record["loss"])
 
     def __enter__(self) -> Screen:
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.start_task(self._task)
+        self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def say(self, message: str) -> None:
         """One line above the progress bar."""
@@ -67,17 +97,33 @@ class Screen:
         """Show one line of the metrics; `reported` names what is in it from the rule."""
         step = record["step"]
         where = f"step {step:>{len(str(self._steps))}}/{self._steps}"
-        figures = f"loss {_figure(record['loss'])}  lr {record['lr']:.2e}  "
-        figures += "".join(f"{name} {_figure(record[name])}  " for name in reported)
-        figures += f"{record['tokens_per_s']:,.0f} tok/s  {_arithmetic(record)}"
-        if record.get("skipped"):
-            figures += "  (skipped: the gradient is not finite)"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=printable(figures))
-        elif step % self._every == 0 or step in (1, self._steps) or record.get("skipped"):
-            self.say(f"{where}  {figures}")
+        self._count(record)
+        figures = tuple(self._figures(record, reported))
+        self._bar.figures = figures
+        self._bar.update(self._task, completed=step)
+        plain = step % self._every == 0 or step in (1, self._steps) or record.get("skipped")
+        if plain and not self._drawn:
+            [task] = self._bar.tasks
+            took, left = (_clock(seconds) for seconds in (task.elapsed, task.time_remaining))
+            self.say("  ".join([where, f"{took} < {left}", *figures]))
         if "val_loss" in record:
             self.say(f"{where}  validation loss {_figure(record['val_loss'])}")
+
+    def _figures(self, record: Mapping[str, Any], reported: Iterable[str]) -> Iterable[str]:
+        smoothed = statistics.fmean(self._losses) if self._losses else None
+        yield f"loss {_figure(record['loss'])} (last {len(self._losses)}: {_figure(smoothed)})"
+        if "grad_norm" in record:
+            yield f"grad norm {_figure(record['grad_norm'])}"
+        yield f"lr {record['lr']:.2e}"
+        yield from (f"{name} {_figure(record[name])}" for name in reported)
+        yield f"{record['tokens_per_s']:,.0f} tok/s"
+        yield _arithmetic(record)
+        if "memory_bytes" in record:
+            of = f" of {size_text(self._limit)}" if self._limit is not None else ""
+            yield f"memory {size_text(record['memory_bytes'])}{of}"
+        yield f"{self._tokens:,} tokens"
+        if record.get("skipped"):
+            yield "(skipped: the gradient is not finite)"
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """The table at the end of a run; `summary` is what summary.json holds."""
@@ -88,17 +134,20 @@ class Screen:
         validation = summary["val_loss"]
         peak = size_text(summary["peak_memory_bytes"])
         more = ", Python and libraries included" if summary["memory_kind"] == "resident" else ""
+        predicted = summary["predicted_peak_bytes"]
+        folder = Path(summary["run_dir"])
+        files = [name for name in (METRICS, PLOT, MEMORY, CHECKPOINTS) if (folder / name).exists()]
         by_name = summary["state_bytes_by_name"].items()
         compiling = f", after {summary['compile_s']:.0f} s of compiling" if summary["compile_s"] else ""
         rows = {
-            "files": summary["run_dir"],
+            "files": ": ".join(filter(None, [summary["run_dir"], ", ".join(files)])),
             "steps": f"{summary['steps']} ({summary['tokens']:,} tokens in {summary['seconds']:.0f} s{compiling})",
             "training loss": f"{_figure(summary['loss'])} (mean of the last {summary['loss_steps']} steps)",
             "validation loss": "not measured" if validation is None else _figure(validation),
             "speed": f"{summary['tokens_per_s']:,.0f} tokens/s, {_arithmetic(summary)}",
             "  waiting for data": f"{summary['data_seconds'] / summary['seconds']:.2%} of the time",
             "peak memory": f"{peak} {summary['memory_kind']}, largest rank{more}",
-            "  records": summary["memory_files"] or "none: --memory-profile off",
+            "  predicted": "not known" if predicted is None else size_text(predicted),
             "optimizer state": f"{summary['state_bytes_per_parameter']:.2f} bytes per parameter, "
             f"{summary['state_bytes_per_parameter_per_rank']:.2f} of them on each rank",
             "  of rank 0": ", ".join(f"{name} {size_text(count)}" for name, count in by_name),
@@ -116,11 +165,23 @@ class Screen:
         for name, value in rows.items():
             table.add_row(name, Text(printable(value)))
         self.console.print(table)
+        run = shlex.quote(summary["run_dir"])
+        following = [f"toolkit report {run}"]
+        if CHECKPOINTS in files:
+            following += [f'toolkit sample {run} "The"', f"toolkit eval {run}", f"toolkit export {run} --to exported"]
+        if summary["interrupted"]:
+            self.say(f"to go on: the same command, with --run-dir {run}")
+        for line in ("next:", *(f"  {command}" for command in following)):
+            self.say(line)
 
 
 def _arithmetic(of: Mapping[str, Any]) -> str:
     mfu = f" (MFU {of['mfu']:.1%})" if of.get("mfu") is not None else ""
     return flops_text(of["flops_per_s"]) + mfu
+
+
+def _clock(seconds: float | None) -> str:
+    return "-:--:--" if seconds is None else str(timedelta(seconds=int(seconds)))
 
 
 def _figure(value: float | None) -> str:

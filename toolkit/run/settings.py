@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from toolkit.command import App
 from toolkit.completion import config_names, model_names
-from toolkit.errors import UserError, stopped
+from toolkit.errors import UserError
 from toolkit.plugins import PLUGIN
 from toolkit.records.activations import HELP, Written
 from toolkit.records.lora import Written as Adapters
+from toolkit.sentences import refused
 from toolkit.usage import USAGE_ERROR, check_given, sentence
 
 T = TypeVar("T")
@@ -197,10 +198,7 @@ def check_settings(**values: Any) -> RunSettings:
     try:
         return RunSettings(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        flag = flag_of(str(first["loc"][0]))
-        problem = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        raise UserError(f"{flag} is {first['input']!r}, but it {stopped(problem)}") from None
+        raise UserError(refused(flag_of(str(error.errors()[0]["loc"][0])), error)) from None
 
 
 def flag_of(name: str) -> str:

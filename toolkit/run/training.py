@@ -85,6 +85,7 @@ def train_on_this_rank(
                     folder.note({"lr_range_test": found.record()})
             torch.manual_seed(settings.seed)
             run = Run(prepared, start, folder, screen, stop)
+            screen.go_on(run.records, explainer.limit)
             run.compile(background)
         with stop, watch_memory(prepared, run.engine, explainer) as ledger:
             with screen:
@@ -93,7 +94,7 @@ def train_on_this_rank(
             if run.whole:
                 stop.step_boundary(last=True)
                 forecast.changes()  # for the report
-            summary = run.finish(ledger.largest)
+            summary = run.finish(ledger.largest, explainer.predicted_peak)
         screen.summary(summary)
         return summary
     except UserError:
@@ -315,9 +316,10 @@ class Run:
         elif ending:
             self.saver.now(step, checkpoint_facts(self.prepared, self.batches.position))
 
-    def finish(self, memory: int) -> dict[str, Any]:
-        """Write and return the summary; `memory`: bytes at this rank's peak."""
+    def finish(self, memory: int, predicted: int | None) -> dict[str, Any]:
+        """Write and return the summary; `memory`: bytes at this rank's peak, and what was `predicted` of them."""
         summary = summarize(self.prepared, self.engine, self.records, self.batches.read_to, memory)
+        summary["predicted_peak_bytes"] = predicted
         if self.batch.world_size > 1:
             summary["collective_bytes"] = self._sent
             alone = ranks.everyones(self._pace.median())
