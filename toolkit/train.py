@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryRanOut:
         abandon(OUT_OF_MEMORY)
     except AbsentError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if ranks.rank() == 0 or ranks.local_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         abandon(SILENT)
     except LeftBehind as error:
         print(f"note: {error}", file=sys.stderr)

@@ -39,7 +39,7 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
     """Skips where this process may not make them."""
     tools = ("unshare", "nsenter", "ip")
     if not all(map(shutil.which, tools)) or subprocess.run(["unshare", "-nu", "true"], capture_output=True).returncode:
-        pytest.skip("needs user namespaces, with networks")
+        pytest.skip("needs user namespaces, networks of its own and root")
     holders = [
         subprocess.Popen(["unshare", "-nu", "sh", "-c", f"hostname machine-{n}; echo; exec sleep 900"], stdout=-1)
         for n in range(2)

@@ -53,6 +53,37 @@ def test_a_port_that_is_taken_is_refused_in_a_sentence(place: str) -> None:
         Meeting()
 
 
+def test_a_meeting_of_a_start_before_this_one_is_not_joined(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose rank 0 is still there, though rank 1 has ended and is started again."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    port = int(place.partition(":")[2])
+    before = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    old = PrefixStore("leanstate/0/5", before)
+    for name in ("here/0", "here/1", "here/all"):
+        old.set(name, "")
+    waits: list[float] = []
+
+    def slept(seconds: float) -> None:
+        if seconds == 1.0 and not waits:  # the old run's store goes, as far as this rank can see
+            for name in ("here/0", "here/1", "here/all"):
+                old.delete_key(name)
+        waits.append(seconds)
+
+    monkeypatch.setattr(meeting, "_meetings", iter((5,)))
+    monkeypatch.setattr(meeting.time, "sleep", slept)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(AbsentError, match="rank 0 has not come"):
+        Meeting()
+    assert waits[0] == 1.0
+
+
+def test_a_missing_port_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, and MASTER_PORT is not set"):
+        Meeting()
+
+
 def test_two_ranks_meet_twice_and_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     """In threads, each of which is a rank; the second time as a run that follows in the same processes."""
     own = threading.local()

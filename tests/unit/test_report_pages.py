@@ -159,7 +159,7 @@ def test_ten_tensors_are_seen_and_the_others_unfolded(tmp_path: Path) -> None:
     shown, _, folded = render(report, "html").partition("<details>")
     assert [f">w{number}<" in shown for number in range(13)] == [True] * 10 + [False] * 3
     assert "<summary>3 more</summary>" in folded and ">w12<" in folded
-    assert "3 more in the JSON." in render(report, "markdown")
+    assert "3 more are not shown here." in render(report, "markdown")
 
 
 def test_every_drawing_is_xml_with_a_title_and_a_description(two: Report) -> None:

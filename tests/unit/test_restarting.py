@@ -77,3 +77,10 @@ def test_it_needs_a_folder() -> None:
     with pytest.raises(UserError, match="--restarts continues what is in the run's folder; name it with --run-dir."):
         Restarts(settings, 1)
     Restarts(settings, 0)
+
+
+def test_it_needs_checkpoints(tmp_path: Path) -> None:
+    settings = parse(["--steps", "3", "--run-dir", str(tmp_path), "--save-every", "0"])
+    assert settings is not None
+    with pytest.raises(UserError, match="--restarts continues from checkpoints, and --save-every is 0"):
+        Restarts(settings, 1)

@@ -51,7 +51,7 @@ def _section(section: Section, level: str) -> list[str]:
         elif isinstance(item, Table):
             blocks.append(_table(item))
         elif isinstance(item, Folded):
-            blocks.append(f"{escaped(item.title)} in the JSON.")
+            blocks.append(f"{escaped(item.title)} are not shown here.")
         elif isinstance(item, Preformatted):
             blocks.append("\n".join(f"    {line}" for line in item.text.splitlines()))
     return blocks

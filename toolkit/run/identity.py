@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.checkpoint.base import Base
 from toolkit.checkpoint.model_files import config_hash, tokenizer_hash
 from toolkit.errors import UserError
 from toolkit.run import ranks
@@ -49,6 +48,8 @@ def note_base(settings: RunSettings, here: dict[str, dict[str, Any]]) -> None:
     """
     if settings.lora is None or not settings.from_checkpoint:
         return
+    from toolkit.checkpoint.base import Base  # imports torch
+
     found = ranks.agreed(lambda: Base.of(Path(settings.model)) if ranks.rank() == 0 else None)
     here["model"]["base"] = ranks.from_first(found and found.facts)
 

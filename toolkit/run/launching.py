@@ -217,7 +217,8 @@ def _ranks(started: int) -> list[Any]:
 
 def _run_launcher(count: int | None, arguments: Sequence[str]) -> None:
     """DeepSpeed's launcher of `count` ranks, or its runner, with what it refuses as one sentence."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM's warning goes to all: it is for ranks, and would end others
+    # SLURM's warning goes to all. It is for ranks, and would end others; ranks do not inherit what only does nothing.
+    signal.signal(signal.SIGUSR1, lambda *_: None)
     ranks.settle_accelerator()
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher would take it for the numbers of CPU ranks

@@ -22,8 +22,8 @@ from toolkit.sentences import one_line
 
 LATE_SECONDS = 30.0
 """After how long ranks that have not come are named."""
-ABSENT_SECONDS = 600.0
-"""After how long the others end without them."""
+ABSENT_SECONDS = 60.0 * float(os.environ.get("DEEPSPEED_TIMEOUT", "30"))
+"""After how long the others end without them: as long as DeepSpeed would wait."""
 CONNECT_SECONDS = 30.0
 _meetings = itertools.count()
 T = TypeVar("T")
@@ -44,11 +44,20 @@ class Meeting:
     def __init__(self) -> None:
         from torch import distributed
 
-        self._where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "MASTER_PORT" not in os.environ:
+            raise UserError(
+                f"WORLD_SIZE is {ranks.world_size()}, and MASTER_PORT is not set; all ranks need the same one."
+            )
+        self._where = f"{os.environ.setdefault('MASTER_ADDR', '127.0.0.1')}:{os.environ['MASTER_PORT']}"
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which outlives a restart
-        store = self._opened(serves=ranks.rank() == 0 and not agent)
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = distributed.PrefixStore(f"leanstate/{restart}/{next(_meetings)}", store)
+        name = f"leanstate/{restart}/{next(_meetings)}"
+        while True:
+            store = self._opened(serves=ranks.rank() == 0 and not agent)
+            self._store = distributed.PrefixStore(name, store)
+            if not self.has(f"here/{ranks.rank()}"):
+                break
+            time.sleep(1.0)  # a start before this one has met here, and its rank 0 has not ended yet
         self.wait_for_all("here")
 
     def put(self, name: str, value: str) -> None:
@@ -124,6 +133,7 @@ class Meeting:
             if not told and ranks.local_rank() == 0:
                 told = True
                 self._note(f"rank {ranks.rank()} on {socket.gethostname()} does not reach rank 0 at {self._where}")
+            time.sleep(1.0)
 
     def _asked(self, ask: Callable[[], T]) -> T:
         from torch import distributed

@@ -15,8 +15,8 @@ from toolkit.run import ranks
 from toolkit.run.folder import RunFolder
 from toolkit.run.identity import identity
 from toolkit.run.resolve import ResolvedSettings, resolve
-from toolkit.run.settings import RunSettings
-from toolkit.run.start import NONE, newest_saved, run_of
+from toolkit.run.settings import NONE, RunSettings
+from toolkit.run.start import newest_saved, run_of
 from toolkit.run.terms import Saved
 from toolkit.run.texts import digest, open_text, texts
 

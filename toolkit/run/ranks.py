@@ -48,7 +48,7 @@ def rank() -> int:
 
 def local_rank() -> int:
     """This rank's place among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", rank()))
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
@@ -289,7 +289,7 @@ def mean_max_later(mean: Values, largest: Values, device: torch.device) -> Calla
 def report(error: UserError) -> None:
     """Print `error: <message>` once for the whole run; the caller exits with status 2."""
     # Before the ranks have joined, each machine speaks for itself.
-    if rank() == 0 or (local_rank() == 0 and not _joined()):
+    if rank() == 0 or (int(os.environ.get("LOCAL_RANK", rank())) == 0 and not _joined()):
         print(f"error: {error}", file=sys.stderr, flush=True)
         return
     time.sleep(GRACE_SECONDS)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from toolkit.errors import UserError
 from toolkit.records.run import CHECKPOINTS
-from toolkit.run.settings import RunSettings, line_of
-from toolkit.run.start import NONE
+from toolkit.run.settings import NONE, RunSettings, line_of
 from toolkit.run.stopping import DIVERGED, INTERRUPTED, OUT_OF_MEMORY
 
 FINAL = (0, 2, DIVERGED, OUT_OF_MEMORY, INTERRUPTED)
@@ -23,7 +22,7 @@ class Restarts:
     """A run with these `settings` is started again `at_most` so often.
 
     Raises:
-        UserError: it has no folder in which it would be found again.
+        UserError: it has no folder in which it would be found again, or saves nothing.
     """
 
     settings: RunSettings
@@ -32,13 +31,15 @@ class Restarts:
     def __post_init__(self) -> None:
         if self.at_most and self.settings.run_dir is None:
             raise UserError("--restarts continues what is in the run's folder; name it with --run-dir.")
+        if self.at_most and self.settings.save_every == 0:
+            raise UserError("--restarts continues from checkpoints, and --save-every is 0; give one of them up.")
 
     def until_the_end(self, start: Callable[[list[str]], tuple[int, bool]]) -> int:
         """Call `start` with the run's options, once or until nothing is left to do; returns its last status.
 
         `start` returns the status of the run and whether somebody has asked it to stop.
         """
-        newest, in_vain, made = self._newest(), 0, 0
+        newest, in_vain, made = self._newest() if self.at_most else 0, 0, 0
         while True:
             status, asked = start(self._line(newest if made else None))
             if asked or status in FINAL or not self.at_most:

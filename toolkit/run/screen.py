@@ -170,7 +170,7 @@ class Screen:
         if CHECKPOINTS in files:
             following += [f'toolkit sample {run} "The"', f"toolkit eval {run}", f"toolkit export {run} --to exported"]
         if summary["interrupted"]:
-            self.say(f"to go on: the same command, with --run-dir {run}")
+            self.say(f"to continue: the same command, with --run-dir {run}")
         for line in ("next:", *(f"  {command}" for command in following)):
             self.say(line)
 

@@ -21,7 +21,7 @@ from toolkit.sentences import refused
 from toolkit.usage import USAGE_ERROR, check_given, sentence
 
 T = TypeVar("T")
-AUTO = "auto"
+AUTO, NONE = "auto", "none"
 """The learning rate that `toolkit.run.range_test` finds."""
 
 

@@ -11,14 +11,12 @@ from toolkit.errors import UserError
 from toolkit.records.run import CHECKPOINTS, METRICS, read_metrics
 from toolkit.run import ranks
 from toolkit.run.identity import check_same
-from toolkit.run.settings import RunSettings
+from toolkit.run.settings import AUTO, NONE, RunSettings
 from toolkit.run.terms import Saved
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
     from toolkit.data import Position
-
-AUTO, NONE = "auto", "none"
 
 
 @dataclass
