@@ -31,6 +31,11 @@ def stopped(sentence: str) -> str:
     return sentence if sentence.endswith("?") else f"{sentence}."
 
 
+def but(problem: str) -> str:
+    """The end of a sentence whose beginning says what was given: "must be ..." or what it does wrong."""
+    return f"but {'' if problem.startswith('must') else 'it '}{stopped(problem)}"
+
+
 def some(names: Sequence[str], most: int) -> str:
     """The first `most` of `names`, with commas, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

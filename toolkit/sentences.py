@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ValidationError
 from typing_extensions import is_typeddict
 
-from toolkit.errors import nearest, stopped
+from toolkit.errors import but, nearest
 from toolkit.masking import MASK, is_secret, masked
 
 _LIST_AT_MOST = 12
@@ -73,7 +73,7 @@ def refused(option: str, error: ValidationError) -> str:
     if (allowed := problem.partition(" is not one of ")[2]) and isinstance(first["input"], str):
         names = re.findall(r"'([^']*)'", allowed)
         return f"{option} is {given}, but must be one of {', '.join(map(repr, names))}.{nearest(first['input'], names)}"
-    return f"{option} is {given}, but {'' if problem.startswith('must') else 'it '}{stopped(problem)}"
+    return f"{option} is {given}, {but(problem)}"
 
 
 def unknown_key(place: list[str], known: Iterable[str], kind: str = "key") -> str:

@@ -58,7 +58,7 @@ def test_words_have_one_meaning_in_any_order() -> None:
 def test_wrong_words_are_one_sentence(words: str, said: str) -> None:
     with pytest.raises(UserError) as of_command:
         parse_activations(words)
-    assert said in str(of_command.value) and str(of_command.value).startswith(f"--activations is {words!r}, but it ")
+    assert said in str(of_command.value) and str(of_command.value).startswith(f"--activations is {words!r}, but ")
     if words:  # an empty one is taken for a variable of the shell
         with pytest.raises(UserError) as of_training:
             parse(["--activations", words])

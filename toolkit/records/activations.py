@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from toolkit.errors import UserError, nearest, stopped
+from toolkit.errors import UserError, but, nearest
 
 FULL, CHECKPOINT, OFFLOAD, TILED = WORDS = ("full", "checkpoint", "offload", "tiled")
 FLAG = "--activations"
@@ -120,7 +120,7 @@ def parse_activations(text: str | None) -> Activations | None:
     try:
         return Activations.read(text)
     except ValueError as error:
-        raise UserError(f"{FLAG} is {text!r}, but it {stopped(str(error))}") from None
+        raise UserError(f"{FLAG} is {text!r}, {but(str(error))}") from None
 
 
 def renamed(values: Any) -> Any:
