@@ -46,12 +46,12 @@ def test_inputs_of_blocks_lie_on_the_host_of_a_gpu_and_two_of_them_on_it() -> No
 
 
 def test_what_is_offered_of_activations_fits_model_and_device(tmp_path: Path) -> None:
-    assert [str(one) for one in offered_activations(TINY, "cuda")] == [
+    assert [str(one) for one in offered_activations(TINY, "cuda", None)] == [
         *("full", "checkpoint", "checkpoint,tiled", "offload", "offload,tiled")
     ]
-    assert [str(one) for one in offered_activations(TINY, "cpu")] == ["full", "checkpoint", "checkpoint,tiled"]
+    assert [str(one) for one in offered_activations(TINY, "cpu", None)] == ["full", "checkpoint", "checkpoint,tiled"]
     transformers.GPT2Config().save_pretrained(tmp_path)
-    assert [str(one) for one in offered_activations(str(tmp_path), "cuda")] == ["full", "checkpoint", "offload"]
+    assert [str(one) for one in offered_activations(str(tmp_path), "cuda", None)] == ["full", "checkpoint", "offload"]
     start = case(tokens=1024, device="cuda", activations=Activations(checkpoint=True))
     words = [words for words, _ in alternatives(start)]
     assert {"--activations checkpoint,tiled", "--activations offload", "--activations offload,tiled"} <= set(words)

@@ -50,8 +50,15 @@ def failures(configs: Iterable[dict[str, Any]], monkeypatch: pytest.MonkeyPatch)
     return built, failed
 
 
+def compiles(config: dict[str, Any]) -> bool:
+    """DeepSpeed's own optimizers compile, most of them an extension for minutes."""
+    optimizer = config.get("optimizer", {})
+    own = optimizer.get("type") in ("Adam", "AdamW", "Lion", "Lamb", "Adagrad", "Muon")
+    return own and not optimizer.get("params", {}).get("torch_adam")
+
+
 def test_what_is_valid_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    built, failed = failures(sample(30, seed=1), monkeypatch)
+    built, failed = failures((config for config in sample(60, seed=1) if not compiles(config)), monkeypatch)
     assert not failed, "\n".join(failed)
     # A CPU without AVX-512 has no fp16 under DeepSpeed: what asks for it is refused there.
     assert built > (11 if get_accelerator().is_fp16_supported() else 6)

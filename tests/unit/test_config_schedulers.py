@@ -33,8 +33,14 @@ STEPS = 5
 LR = 1e-3
 
 
+OWN: dict[str, dict[str, Any]] = {
+    "AMCS": {"total_steps": 10, "compile": False},
+    "AdamW": {"torch_adam": True},  # DeepSpeed's own is compiled for two minutes
+}
+
+
 def config(stage: int, optimizer: str, scheduler: dict[str, Any] | None, **top: Any) -> dict[str, Any]:
-    params = {"lr": LR} | ({"total_steps": 10, "compile": False} if optimizer == "AMCS" else {})
+    params = {"lr": LR} | OWN.get(optimizer, {})
     made = BASE | {
         "zero_optimization": {"stage": stage, **top.pop("zero", {})},
         "optimizer": {"type": optimizer, "params": params},
@@ -100,7 +106,7 @@ def test_a_scheduler_of_torch_sets_the_rates_at_every_stage(kind: str, one_rank:
 def test_a_scheduler_of_torch_sets_the_rates_around_every_wrapper(
     one_rank: None, one_thread: None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """DeepSpeed's own optimizer, offload, fp16 at stage 0 and above, and the wrapper for fp32 gradients in bf16."""
+    """An optimizer of torch, offload, fp16 at stage 0 and above, and the wrapper for fp32 gradients in bf16."""
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)

@@ -31,10 +31,12 @@ def digest(hf, gathered=contextlib.nullcontext):
 WORKER = (
     DIGEST
     + """
-import json, os, sys
+import json, sys
 import deepspeed
 from toolkit.models import build_model
+from toolkit.zero import shared_memory
 
+shared_memory.leave_out()  # its extension is compiled for two minutes
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 world, rank = deepspeed.comm.get_world_size(), deepspeed.comm.get_rank()
 config = {"train_batch_size": world, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
@@ -52,9 +54,6 @@ if rank == world - 1:
     open(sys.argv[2], "w").write(json.dumps(results))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
-# Threads of DeepSpeed's shared-memory collectives outlive the interpreter and abort it now and then.
-sys.stdout.flush()
-os._exit(0)
 """
 )
 
@@ -69,8 +68,6 @@ def run_two_ranks(worker: Path, *arguments: str) -> None:
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
-        # Two versions of ninja would rebuild DeepSpeed's extension against each other.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }
     ranks = [
