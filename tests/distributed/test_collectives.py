@@ -69,6 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
         for rule, stage in (("Muon8", 2), ("NorMuon", 3))
         for way in ("held", "released")
     },
+    "delayed-Muon8-2": {"config": whole("Muon8", 2, True) | {"gradient_clipping": 0.0}, "delays": True},
     "plain": {"config": config(2, reduce_bucket_size="auto", overlap_comm="auto"), "plain": True, "steps": 1},
 }
 

@@ -83,9 +83,9 @@ class PackedConversations(PackedTokens):
         """As `PackedTokens`; the offset of a position counts sequences from the first of those fitted together on."""
         begun, given, passed = start, start.offset, start
         held: list[np.ndarray] = []
-        length = 0
+        length, epoch = 0, start.epoch  # of what is held: where a group begins, nothing of its epoch may be left
         for place, document, tokens in self._tokenized(start):
-            if held and (length >= TOGETHER * (self.seq_len + 1) or place.epoch != begun.epoch):
+            if held and (length >= TOGETHER * (self.seq_len + 1) or place.epoch != epoch):
                 sequences = self._fitted(held)
                 for number, sequence in enumerate(sequences[given:], start=given + 1):
                     last = number == len(sequences)
@@ -94,6 +94,7 @@ class PackedConversations(PackedTokens):
             if place.epoch == 0 and document.counted and not given:
                 passed = passed.after(document)
             if tokens.shape[1]:
+                epoch = place.epoch
                 held.append(tokens)
                 length += tokens.shape[1]
 

@@ -215,7 +215,8 @@ class _Simulation(Simulation):
                 if joined and made.bytes:
                     buffer.append(made)
         self.joined.append(buffer)
-        self._apply_later(unapplied, sum(self.own[number] for number in waiting), moment)
+        most = max(sum(numel for _, numel in found) for found in parts.values())  # all ranks use it at once
+        self._apply_later(unapplied, most, moment)
         if self.buckets.overlap:
             for lifetime in self.busy:
                 lifetime.freed_at = self.reduced

@@ -20,7 +20,7 @@ for. So on a device up to a bucket of gradients waits for their norms, with the 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,17 +50,15 @@ RELEASED_NORM = "released_norm"
 class _Measured:
     """A bucket on its way: this rank's pieces, and the squared norm of the whole gradient of each of `params`, fp64.
 
-    The last of `squares` is the sum over ranks of `order`, in which their gradients came.
+    The last of `squares` is the sum over ranks of `order`, in which their gradients came. `elements` are the most that
+    a rank holds of it: the same number on all ranks, which have to use a bucket at the same moment.
     """
 
     params: Sequence[Tensor]
     pieces: list[GradientFragment]
     squares: HostCopy
     order: Order
-
-    @property
-    def elements(self) -> int:
-        return sum(piece.gradient.numel() for piece in self.pieces)
+    elements: int
 
 
 class Releasing:
@@ -127,11 +125,20 @@ class Releasing:
                 )
             self._seen.add(id(param))
         order, self._order = self._order, Order()
-        self._measured.append(_Measured(params, pieces, HostCopy(self._squared_norms(params, pieces, order)), order))
+        squares = HostCopy(self._squared_norms(params, pieces, order))
+        self._measured.append(_Measured(params, pieces, squares, order, self._most(params)))
         if not self._delays:
             self._apply()
         while len(self._measured) > 1 and sum(bucket.elements for bucket in self._measured) > self.reduce_bucket_size:
             self._apply()
+
+    def _most(self, params: Sequence[Tensor]) -> int:
+        """Elements of these that one rank holds, at most."""
+        held = Counter[int]()
+        for param in params:
+            for part in self._placed[id(param)][1].fragments:
+                held[part.rank] += part.numel
+        return max(held.values(), default=0)
 
     def _squared_norms(self, params: Sequence[Tensor], pieces: list[GradientFragment], order: Order) -> Tensor:
         """Of the whole gradient of each parameter, and the sum of `order`; fp64, the same on every rank."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
@@ -96,8 +97,12 @@ class ReleasingZeroOptimizer3(Releasing, ShardedZeroOptimizer3):
     def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> None:
         """Called for each bucket that has been reduced, on the stream that reduced it."""
         pieces = []
+        buckets = [bucket.buffer for bucket in self.ipg_buckets.values() if bucket.buffer is not None]
+        overwritten = {buffer.untyped_storage().data_ptr() for buffer in buckets}
         for param, gradient in zip(params_to_release, grad_partitions, strict=True):
-            shared = gradient.untyped_storage().nbytes() > gradient.nbytes
+            storage = gradient.untyped_storage()
+            # One rank's only gradient of a bucket may be all of the bucket's buffer.
+            shared = storage.nbytes() > gradient.nbytes or storage.data_ptr() in overwritten
             own = gradient.clone() if self._delays and shared else gradient  # the next bucket overwrites this one
             member = self._placed[id(param)][1]
             pieces.append(GradientFragment(param, member.group, member.offset, own.view(-1)))
@@ -105,6 +110,15 @@ class ReleasingZeroOptimizer3(Releasing, ShardedZeroOptimizer3):
                 param.grad.record_stream(get_accelerator().current_stream())
             param.grad = None
         self._reduced(list(params_to_release), pieces)
+
+    def offload_states(self, include: Any = None, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, which would expect a buffer for all gradients when they come back."""
+        if include is None or OffloadStateTypeEnum.lp_grads in include:
+            raise UserError(
+                "engine.offload_states cannot move gradients, which optimizer.params.release_gradients frees as soon "
+                "as each has been used; give it an include without OffloadStateTypeEnum.lp_grads."
+            )
+        super().offload_states(include, *args, **kwargs)
 
     def _hold(self, pieces: list[GradientFragment]) -> None:
         for piece in pieces:
