@@ -17,7 +17,15 @@ import transformers
 from small_models import SHAPE
 from transformers import PreTrainedTokenizerFast
 
-from toolkit.data import BadDocument, PackedConversations, Position, open_documents, rank_batches, read_template
+from toolkit.data import (
+    BadDocument,
+    PackedConversations,
+    Position,
+    conversations,
+    open_documents,
+    rank_batches,
+    read_template,
+)
 from toolkit.data.chat import Chat, Unusable
 from toolkit.data.tokenizers import END_OF_TEXT, train_bytes_bpe
 from toolkit.errors import UserError
@@ -249,6 +257,23 @@ def test_the_order_is_resumed_anywhere_and_the_same_at_every_number_of_ranks(tmp
     assert dealt.dtype == torch.int64 and np.array_equal(dealt, blocks[:12])
     for batches in two:
         batches.close()
+
+
+def test_a_pass_ends_with_its_last_conversation_whatever_is_skipped_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that one fills a group."""
+    monkeypatch.setattr(conversations, "TOGETHER", 1)
+    rows = [{"messages": said(f"q{n}", "a" * 99)} for n in range(3)]
+    bad = [{"messages": said("no answer")}] * 2
+    plain, stream = packed(written(tmp_path, rows, "plain.jsonl"), 60), packed(written(tmp_path, rows + bad), 60)
+    assert len(list(plain.once())) == 3 and np.array_equal(list(stream.once()), list(plain.once()))
+    assert (stream.position.epoch, stream.position.skipped) == (1, 2)
+    assert np.array_equal(stream.first_pass(9), plain.first_pass(9))
+    wanted = list(islice(plain.sequences(), 8))
+    for number, block in enumerate(islice(stream.sequences(), 7), start=1):
+        assert np.array_equal(block, wanted[number - 1])
+        assert np.array_equal(next(packed(str(tmp_path / "chat.jsonl"), 60).sequences(stream.position)), wanted[number])
 
 
 def test_a_small_corpus_holds_out_whole_conversations(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_grad
 from engines import BASE, Net
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from toolkit.config import validate
 from toolkit.errors import UserError
 from toolkit.estimate.predict import Case, alternatives
 from toolkit.optim import RULES
+from toolkit.zero.release_stages import ReleasingZeroOptimizer3
 
 SEVERAL = {"alpha": "agreement"}
 """Of AMCS: it looks at the momenta of the whole model."""
@@ -93,3 +95,10 @@ def test_an_estimate_offers_it_where_it_works(stage: int, params: dict[str, Any]
     case = Case("qwen3-tiny", config("AMCS", stage, release_gradients=False, **params), 1, 1, 64, device="cpu")
     words = {said for said, _ in alternatives(case)}
     assert ("optimizer.params.release_gradients true" in words) == offered
+
+
+@pytest.mark.parametrize("include", [None, [OffloadStateTypeEnum.lp_grads]])
+def test_gradients_that_are_gone_cannot_be_offloaded(include: Any) -> None:
+    zero = object.__new__(ReleasingZeroOptimizer3)
+    with pytest.raises(UserError, match="release_gradients frees as soon as each"):
+        zero.offload_states(include)

@@ -83,9 +83,11 @@ class PackedConversations(PackedTokens):
         """As `PackedTokens`; the offset of a position counts sequences from the first of those fitted together on."""
         begun, given, passed = start, start.offset, start
         held: list[np.ndarray] = []
-        length, epoch = 0, start.epoch  # of what is held: where a group begins, nothing of its epoch may be left
+        length = 0
         for place, document, tokens in self._tokenized(start):
-            if held and (length >= TOGETHER * (self.seq_len + 1) or place.epoch != epoch):
+            # What is skipped belongs to the group before it: a group begins with a conversation of its epoch.
+            full = length >= TOGETHER * (self.seq_len + 1) and tokens.shape[1]
+            if held and (full or place.epoch != begun.epoch):
                 sequences = self._fitted(held)
                 for number, sequence in enumerate(sequences[given:], start=given + 1):
                     last = number == len(sequences)
@@ -94,7 +96,6 @@ class PackedConversations(PackedTokens):
             if place.epoch == 0 and document.counted and not given:
                 passed = passed.after(document)
             if tokens.shape[1]:
-                epoch = place.epoch
                 held.append(tokens)
                 length += tokens.shape[1]
 

@@ -215,7 +215,8 @@ class _Simulation(Simulation):
                 if joined and made.bytes:
                     buffer.append(made)
         self.joined.append(buffer)
-        most = max(sum(numel for _, numel in found) for found in parts.values())  # all ranks use it at once
+        held = [sum(numel for _, numel in found) for found in parts.values()]
+        most = max(held, default=0)  # all ranks use a bucket at the same moment
         self._apply_later(unapplied, most, moment)
         if self.buckets.overlap:
             for lifetime in self.busy:
