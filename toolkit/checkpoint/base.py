@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ class Base:
         """What the manifest says of it."""
         return {"path": self.path, "sha256": self.sha256}
 
-    def weights(self, dtype: torch.dtype, where: Path) -> dict[str, Tensor]:
-        """Its weights by the names of transformers' model, on the CPU, as a model of `dtype` has them.
+    def weights(self, dtypes: Iterable[torch.dtype], where: Path) -> dict[str, Tensor]:
+        """Its weights by the names of transformers' model, on the CPU, in the most common of `dtypes`.
 
         They are loaded once. Raises UserError, of the checkpoint `where`: it is not there, or not what it was.
         """
@@ -67,7 +67,8 @@ class Base:
                 raise UserError(f"{needed}, and the model beside them, {folder}, is not there; {again}")
             if weights_hash(folder) != self.sha256:
                 raise UserError(f"{needed}, and {folder} has other weights than the model beside them; {again}")
-            self._loaded.update(load_pretrained(folder, dtype, None).state_dict())
+            usual = Counter(dtypes).most_common(1)[0][0]
+            self._loaded.update(load_pretrained(folder, usual, None).state_dict())
         return self._loaded
 
 
@@ -79,18 +80,17 @@ def shapes_in_base(saved: Mapping[str, Any], folder: Path) -> dict[str, torch.Si
     return {name: torch.Size(shape) for name, shape in found.items()}
 
 
-def weight_in_base(base: Base | None, name: str, kept: Mapping[str, Tensor], folder: Path) -> Tensor:
-    """One of the parameters that the checkpoint in `folder` leaves to `base`, in the dtype of `kept`.
+def weight_in_base(base: Base | None, name: str, kept: Tensor, dtypes: Iterable[torch.dtype], folder: Path) -> Tensor:
+    """One of the parameters that the checkpoint in `folder` leaves to `base`, in the shape and dtype of `kept`.
 
-    `kept`: all of them, by name, without memory.
+    `dtypes`: of all of them.
     """
     if base is None:
         raise UserError(f"{folder} is damaged (it does not say which model its adapters were trained beside)")
-    usual = Counter(one.dtype for one in kept.values()).most_common(1)[0][0]
-    found = base.weights(usual, folder).get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
-    if found is None or found.shape != kept[name].shape:
+    found = base.weights(dtypes, folder).get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
+    if found is None or found.shape != kept.shape:
         raise UserError(f"{folder} is damaged ({name!r} is none of the weights in {base.path})")
-    return found.to(kept[name].dtype)
+    return found.to(kept.dtype)
 
 
 def weights_hash(folder: Path) -> str:

@@ -322,7 +322,8 @@ class Source:
         Raises UserError where it is `based`, and the base is gone or changed.
         """
         if name in self.based:
-            return weight_in_base(self.base, name, {one: self.frozen[one] for one in self.based}, self.folder)
+            dtypes = (self.frozen[one].dtype for one in self.based)
+            return weight_in_base(self.base, name, self.frozen[name], dtypes, self.folder)
         parts, kept = self._parts(name), self.frozen[name]
         flat = torch.cat([part.reshape(-1) for part in parts]) if len(parts) > 1 else parts[0].reshape(-1)
         return flat[: kept.numel()].view(kept.shape)

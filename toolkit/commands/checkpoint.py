@@ -27,7 +27,7 @@ TrustPickle = Annotated[
         help="Read objects of any class from a checkpoint without manifest: this runs whatever code its files name.",
     ),
 ]
-BaseModel = Annotated[
+BaseFolder = Annotated[
     Path | None,
     typer.Option("--model", metavar="FOLDER", help="Of a run with --lora: where the model that it began from is now."),
 ]
@@ -251,7 +251,7 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Of a run with --lora: the whole model, adapters merged into its weights.")
     ] = False,
-    model: BaseModel = None,
+    model: BaseFolder = None,
     trust_pickle: TrustPickle = False,
     plugins: Plugins = None,
     as_json: Json = False,

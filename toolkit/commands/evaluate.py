@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from toolkit.commands.checkpoint import BaseModel
+from toolkit.commands.checkpoint import BaseFolder
 from toolkit.commands.sample import Run, Step, opened_run
 from toolkit.errors import UserError
 from toolkit.plugins import Plugins
@@ -36,7 +36,7 @@ def evaluate(
         typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness instead; needs the package lm_eval."),
     ] = None,
     step: Step = None,
-    model: BaseModel = None,
+    model: BaseFolder = None,
     plugins: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
 ) -> None:

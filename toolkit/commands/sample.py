@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolkit.checkpoint.wrong import is_exported
-from toolkit.commands.checkpoint import BaseModel, find
+from toolkit.commands.checkpoint import BaseFolder, find
 from toolkit.errors import UserError
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.printable import printable
@@ -63,7 +63,7 @@ def sample(
         bool, typer.Option("--chat", help="Each TEXT is a user's message, and the model's answer is printed.")
     ] = False,
     step: Step = None,
-    model: BaseModel = None,
+    model: BaseFolder = None,
     plugins: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
 ) -> None:

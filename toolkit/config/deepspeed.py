@@ -175,13 +175,6 @@ class DeepSpeedSettings:
         return self.computed == "bf16" and self.stage > 0 and self.params.get("weights") != MASTER
 
     @property
-    def looks_at(self) -> str:
-        """What a rule looks at beside single elements, in some parameter group, for sentences; empty if at nothing."""
-        from toolkit.optim.rule import looks_at
-
-        return looks_at(self.rule.rule.variants(self.params)) if self.rule else ""
-
-    @property
     def waits_for(self) -> str:
         """The means over several parameters that a rule needs before it updates any; empty if none."""
         from toolkit.optim.rule import waits_for
