@@ -24,7 +24,7 @@ CUTTINGS: dict[str, list[int]] = {
     "large then small": [200_000, 257, 65_537, 1, 65_536, 255],
     "just above what is staged": [65_537],
     "just what is staged": [65_536],
-    "many small": [1] * 300 + [999],
+    "many small": [1] * 300 + [9_999],
 }
 """Sizes of pieces, over and over."""
 

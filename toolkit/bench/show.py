@@ -96,7 +96,7 @@ def table(rows: Sequence[Row]) -> Table:
         key for key in dict.fromkeys(key for row in rows for key in row.counted) if key not in _NOT_SHOWN[bool(places)]
     ]
     found = Table(box=None, pad_edge=False)
-    found.add_column("", no_wrap=True)
+    found.add_column("", overflow="fold")  # a long name is broken, no figure is cut
     for place in places:
         found.add_column(place, justify="right", no_wrap=True)
     for number, key in enumerate(timed):

@@ -141,7 +141,8 @@ def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest
     table = Table("config", "state, weights", "keeps", box=None, pad_edge=False)
     for heading in ("batch", "device", "host", "time", *(["error"] if rule else [])):
         table.add_column(heading, justify="right")
-    for column in table.columns:
+    table.columns[0].overflow = "fold"  # a long name is broken, no figure is cut
+    for column in table.columns[1:]:
         column.no_wrap = True
     for one in shown[:_SHOWN]:
         error = rule.rule.update_error.get(one.state_format) if rule else None
