@@ -94,8 +94,7 @@ def test_ranks_share_the_global_stream(
 
     expected = take(stream().sequences(), 12 * micro_batch)
     ranks = [
-        rank_batches(stream(), rank=rank, world_size=world_size, micro_batch=micro_batch)
-        for rank in range(world_size)
+        rank_batches(stream(), rank=rank, world_size=world_size, micro_batch=micro_batch) for rank in range(world_size)
     ]
     together: list[list[int]] = []
     for _ in range(12 // world_size):

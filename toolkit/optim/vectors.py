@@ -35,6 +35,11 @@ _CONVERT: dict[tuple[torch.dtype, torch.dtype], str] = {
     (_FP32, _FP16): "_mm256_castsi128_si256(at::vec::cvtfp32_fp16({x}))",
 }
 """Of _AVX2_LANES lanes, by the types from and to."""
+_UPPER_HALVES = (  # of each number of 32 bits: bf16, where the lower half is 0
+    "_mm256_permute4x64_epi64(_mm256_packus_epi32({x}, {x}), 0xd8)".format(
+        x="_mm256_srli_epi32(_mm256_castps_si256({x}), 16)"
+    )
+)
 
 _LOAD = {
     1: "_mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>({place})))",
@@ -89,6 +94,8 @@ def vector_code(*, avx2: bool) -> Iterator[None]:
         text = _CONVERT.get((src_dtype, dtype)) if src.is_vec and not rounding and in_registers(self) else None
         if text is None:
             return convert(self, src, dtype, src_dtype, rounding)
+        if dtype == _BF16 and _lower_half_is_zero(V.interpreter.current_node):
+            text = _UPPER_HALVES
         return f"{self._get_vec_type(dtype)}({text.format(x=src)})"
 
     def _get_vec_load_line(self: Any, var: Any, index: Any, dtype: Any, load_mask: Any = None) -> Any:
@@ -116,6 +123,18 @@ def vector_code(*, avx2: bool) -> Iterator[None]:
         ):
             stack.enter_context(_replaced(owner, value.__name__, value))
         yield
+
+
+def _lower_half_is_zero(conversion: torch.fx.Node) -> bool:
+    """Whether what is converted is a whole number shifted left by 16, seen as fp32: there is nothing to round."""
+    seen = conversion.args[1]
+    if not isinstance(seen, torch.fx.Node) or seen.target != "to_dtype_bitcast":
+        return False
+    shifted = seen.args[1]
+    if not isinstance(shifted, torch.fx.Node) or shifted.target != "bitwise_left_shift":
+        return False
+    by = shifted.args[2]
+    return isinstance(by, torch.fx.Node) and by.target == "constant" and by.args[1:2] == (16,)
 
 
 @contextmanager
