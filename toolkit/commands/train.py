@@ -93,12 +93,13 @@ def train(
     """
     from toolkit.config.files import load_config
     from toolkit.models.presets import check_name
-    from toolkit.run import launching
+    from toolkit.run import launching, tracking
 
     settings = given(ctx, values)
     if hostfile is None:  # with one, this machine need not be among them
         load_config(settings.config)  # said in a second here; ranks have torch and DeepSpeed to import first
         check_name(settings.model)
+        tracking.check(settings.tracker)
     given_to_it = {name: ctx.params[name] for name in _LAUNCHER}
     options = {name: value for name, value in given_to_it.items() if value is not None and value is not False}
     raise typer.Exit(launching.train(options, settings, restarts))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from toolkit.errors import UserError
+from toolkit.records.machine import local_size
 from toolkit.run import leftovers
 
 if TYPE_CHECKING:
@@ -74,12 +75,6 @@ def prepare_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if rank() != 0:
         warnings.simplefilter("ignore")
-
-
-def local_size() -> int:
-    """Ranks on this machine."""
-    # DeepSpeed's launcher sets the first, torchrun the second.
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
 
 
 def _cores() -> int:
