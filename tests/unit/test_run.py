@@ -19,6 +19,7 @@ from toolkit.models import flops_per_token, load_config
 from toolkit.plugins import import_plugin
 from toolkit.records.run import EVENTS, read_metrics
 from toolkit.run import ranks
+from toolkit.usage import SHELL_PATH
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -37,10 +38,12 @@ def test_rank_zero_prints_an_error_once(capsys: pytest.CaptureFixture[str], monk
 @pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
 def test_segments_can_grow_unless_the_user_says_otherwise(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {} if name is None else {name: "max_split_size_mb:512"}
+    path = os.environ["PATH"]
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"], **given})
     ranks.prepare_environment()
     found = {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")}
     assert found == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+    assert os.environ[SHELL_PATH] == path, "what is said to be typed next is for the user's shell"
 
 
 def test_the_allocator_is_set_before_torch_is_there() -> None:

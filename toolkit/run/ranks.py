@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from toolkit.errors import UserError
 from toolkit.records.machine import local_size
 from toolkit.run import leftovers
+from toolkit.usage import SHELL_PATH
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,7 @@ def prepare_environment() -> None:
     """
     scripts = sysconfig.get_path("scripts")
     path = os.environ.get("PATH", os.defpath)
+    os.environ.setdefault(SHELL_PATH, path)
     if path.split(os.pathsep)[0] != scripts:
         os.environ["PATH"] = os.pathsep.join([scripts, path])
     if not any(name in os.environ for name in _ALLOCATOR):
