@@ -182,8 +182,14 @@ class RunFolder:
                     place.rmdir()
         self._lock.close()
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        (self.folder / SUMMARY).write_text(_pretty(summary))
+    def write_end(self, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str | None:
+        """Write the summary and the loss curve of a run that has ended; returns what cannot be written, and why."""
+        try:
+            replace_text(self.folder / SUMMARY, _pretty(summary))
+            plot_loss(records, self.folder / PLOT, title=self.folder.name)
+        except OSError as error:  # of a full disk: the run is made, and its checkpoint saved
+            return f"the summary and the loss curve cannot all be written to {self.folder}: {error.strerror or error}."
+        return None
 
 
 def versions() -> dict[str, str]:

@@ -8,10 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
-from toolkit.records.run import CHECKPOINTS, METRICS, PLOT, strict
+from toolkit.records.run import CHECKPOINTS, METRICS, strict
 from toolkit.run import bad_documents, compiling, deterministic, ranks
 from toolkit.run.engine import build_engine, open_batches, optimizer_step
-from toolkit.run.folder import RunFolder, plot_loss
+from toolkit.run.folder import RunFolder
 from toolkit.run.identity import note_base
 from toolkit.run.memory import Forecast, make_explainer, memory_now, watch_memory
 from toolkit.run.moment import Moment
@@ -333,8 +333,9 @@ class Run:
             if None not in alone:
                 summary["forward_seconds"] = alone
         if self.folder is not None:
-            self.folder.write_summary(summary)
-            plot_loss(self.records, self.prepared.folder / PLOT, title=self.prepared.folder.name)
+            problem = self.folder.write_end(summary, self.records)
+            if problem is not None:
+                self.screen.say(f"note: {problem}")
         return summary
 
     def close(self) -> None:
