@@ -8,6 +8,8 @@ ARGS ?=
 WORKERS ?= 2
 
 BIN := $(abspath $(VENV))/bin
+# The commands that a run says to type next are for the shell that called make.
+export LEANSTATE_SHELL_PATH := $(PATH)
 # DeepSpeed's launcher and its just-in-time builds look for python and ninja on the PATH.
 export PATH := $(BIN):$(PATH)
 

@@ -42,6 +42,7 @@ _VALUES = {
     "path": "RUN",
     "plot": "FILE",
     "plugins": "FILE",
+    "push": "OWNER/NAME",
     "run_dir": "FOLDER",
     "text_column": "NAME",
     "to": "FOLDER",

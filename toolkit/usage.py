@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,6 +19,8 @@ from toolkit.sentences import refused
 # Typer's base of every complaint about the command line; its home has moved between versions.
 USAGE_ERROR: Any = typer.BadParameter.__base__
 
+SHELL_PATH = "LEANSTATE_SHELL_PATH"
+"""The variable with the PATH of the user's shell, from what runs with another one: `make train`."""
 _LAUNCHER = (
     "--local_rank",
     "that is an option of the launcher and goes before the script: deepspeed --num_gpus N [...] launch/train.py [...]; "
@@ -62,6 +69,8 @@ _SAME: tuple[tuple[str, ...], ...] = (
     ("gpu-memory", "gpu-mem", "vram", "gpu-memory-gb"),
     ("host-memory", "cpu-memory", "host-mem", "ram"),
     ("to", "out", "output"),
+    ("push", "push-to-hub", "hub-model-id"),
+    ("track", "report-to", "tracker", "log-with"),
 )
 _ROW = {name: row for row in _SAME for name in row}
 
@@ -183,3 +192,14 @@ def check_given(arguments: Iterable[str]) -> None:
             where = f"{name} is empty" if name.startswith("-") else "an argument is empty"
             raise UserError(f"{where}; is a variable of the shell not set?")
         before = argument
+
+
+def to_type(command: str) -> str:
+    """`command`, of `toolkit`, as it can be typed here: with the program's path where the shell would not find it."""
+    own = Path(sys.executable).with_name("toolkit")
+    found = shutil.which("toolkit", path=os.environ.get(SHELL_PATH))
+    if not own.exists() or (found is not None and os.path.samefile(found, own)):
+        return command
+    here = Path.cwd()
+    path = str(own.relative_to(here) if own.is_relative_to(here) else own)
+    return shlex.quote(path) + command.removeprefix("toolkit")

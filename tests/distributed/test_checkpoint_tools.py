@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import hub
 from safetensors.torch import load_file
 from test_checkpoints import COMPACT, WAYS, World, model, steps_of
 from torch import Tensor
@@ -245,7 +246,7 @@ def test_universal_layout_there_and_back(runs: World) -> None:
 # ---- the command line ----
 
 
-def test_commands(runs: World, tmp_path: Path) -> None:
+def test_commands(runs: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(*words: object) -> Any:
         return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
 
@@ -259,6 +260,12 @@ def test_commands(runs: World, tmp_path: Path) -> None:
     assert call("checkpoint", "convert", run, "--to", tmp_path / "u" / "x", "--universal").exit_code == 0
     assert runs.digest("main") == open_checkpoint(find(tmp_path / "u" / "x")).digest()
     assert "step 5 as trained, 1 file(s)" in call("export", run, "--to", tmp_path / "hf").output
+    with hub(monkeypatch) as server:
+        pushed = call("export", run, "--to", tmp_path / "pushed", "--push_to_hub", "owner/name")
+        assert f"1 file(s); uploaded to {server.url}/owner/name" in pushed.output
+        assert server.files["owner/name"].keys() == {path.name for path in (tmp_path / "hf").iterdir()}
+        assert server.private == {"owner/name": True}
+    assert "--public is for --push" in str(call("export", run, "--to", tmp_path / "x", "--public").exception)
     assert "--dtype is 'fp8'" in str(call("export", run, "--to", tmp_path / "x", "--dtype", "fp8").exception)
     file = next((tmp_path / "one" / "global_step5").glob("*optim*"))
     file.write_bytes(file.read_bytes()[:-1])

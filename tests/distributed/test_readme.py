@@ -67,8 +67,10 @@ def test_make_train(tmp_path: Path) -> None:
     if not (Path(sys.prefix) / ".installed").exists():
         pytest.skip("needs the environment that `make install` sets up")
     options = f"--steps 4 --seq-len 32 --eval-every 2 --eval-sequences 4 --run-dir {tmp_path / 'run'}"
-    shown = run(["make", "train", "RANKS=1", f"VENV={sys.prefix}", f"ARGS={options}"])
+    shell = "LEANSTATE_SHELL_PATH=/nowhere"  # as of a user who has not activated the environment
+    shown = run(["make", "train", "RANKS=1", f"VENV={sys.prefix}", shell, f"ARGS={options}"])
     [block] = SHOWN
+    shown = shown.replace(f"{sys.prefix}/bin/", ".venv/bin/")  # where it is not in this folder
     printed = shapes(shown, str(tmp_path / "run"))
     assert [line for line in shapes(block, "runs/one") if line not in printed] == [], printed
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -64,6 +65,15 @@ def test_a_limit_on_address_space_is_found() -> None:
     run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert f"'{RESERVED_SPACE}': {40 << 30}" in run.stdout, run.stderr
     assert min(limits(CPU).values()) > 1 << 28
+
+
+def test_ranks_of_one_machine_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = psutil.virtual_memory().total
+    assert limits(CPU)["this machine, all processes"] == machine
+    assert limits(CPU, 4)["this machine, shared by 4 ranks"] == machine // 4
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    share = Explainer(tmp_path, 0, CPU).limit
+    assert share is not None and share <= machine // 4
 
 
 # What is held

@@ -48,6 +48,14 @@ def test_importing_the_optimizers_loads_no_deepspeed() -> None:
     assert shown.strip() == "False"
 
 
+def test_what_a_run_is_refused_for_at_once_is_found_without_torch() -> None:
+    code = (
+        "import sys, toolkit.config.validate, toolkit.data.stream, toolkit.run.tracking; print('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert shown.strip() == "False"
+
+
 def test_constraints_pin_what_the_project_needs() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from toolkit.errors import UserError
 from toolkit.models import flops_per_token, load_config
 from toolkit.plugins import import_plugin
-from toolkit.records.run import read_metrics
+from toolkit.records.run import EVENTS, read_metrics
 from toolkit.run import ranks
+from toolkit.usage import SHELL_PATH
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -36,10 +38,12 @@ def test_rank_zero_prints_an_error_once(capsys: pytest.CaptureFixture[str], monk
 @pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
 def test_segments_can_grow_unless_the_user_says_otherwise(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {} if name is None else {name: "max_split_size_mb:512"}
+    path = os.environ["PATH"]
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"], **given})
     ranks.prepare_environment()
     found = {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")}
     assert found == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+    assert os.environ[SHELL_PATH] == path, "what is said to be typed next is for the user's shell"
 
 
 def test_the_allocator_is_set_before_torch_is_there() -> None:
@@ -107,7 +111,7 @@ def test_one_process_without_a_launcher_trains(small_text: Path, tmp_path: Path)
     folder = tmp_path / "run"
     arguments = small_run(small_text, folder, "--steps", "4", "--eval-every", "2", "--eval-sequences", "3")
     monitor = f'csv_monitor={{"enabled": true, "output_path": "{tmp_path}/monitor", "job_name": "csv"}}'
-    process = start(*arguments, "--set", monitor)
+    process = start(*arguments, "--set", monitor, "--track", "tensorboard")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     records = read_metrics(folder / "metrics.jsonl")
@@ -132,6 +136,11 @@ def test_one_process_without_a_launcher_trains(small_text: Path, tmp_path: Path)
     assert (folder / "loss.png").stat().st_size > 1000
     assert "Run finished" in out and str(summary["steps"]) in out
     assert list((tmp_path / "monitor" / "csv").glob("*loss*.csv"))
+    curves = EventAccumulator(str(folder / EVENTS))
+    curves.Reload()
+    for name, key in (("Train/loss", "loss"), ("Train/lr", "lr"), ("Validation/loss", "val_loss")):
+        drawn = [(event.step, event.value) for event in curves.Scalars(name)]
+        assert drawn == [(one["step"], pytest.approx(one[key])) for one in records if key in one]
 
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for more, status, said in (("none", 2, "already holds a run"), ("auto", 0, "nothing to do")):

@@ -18,6 +18,19 @@ from toolkit.run.settings import RunSettings
 JSON: dict[str, Any] = {"optimizer": {"type": "AMCS"}}
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_disk_that_is_full_at_the_end_is_said(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {}, JSON)
+    folder.write_step({"step": 1, "loss": 2.5, "skipped": False})
+    (tmp_path / "run" / "loss.png").symlink_to("/dev/full")
+    problem = folder.write_end({"loss": 2.5}, [{"step": 1, "loss": 2.5}])
+    assert problem == (
+        f"the summary and the loss curve cannot all be written to {tmp_path / 'run'}: No space left on device."
+    )
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"loss": 2.5}
+    folder.close()
+
+
 def test_run_folder_keeps_strict_json_lines(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", {"seed": 1}, JSON)
     records = [
@@ -37,7 +50,8 @@ def test_run_folder_keeps_strict_json_lines(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match="not JSON compliant"):
         folder.write_step({"loss": math.nan})
-    folder.write_summary({"loss": 2.5})
+    assert folder.write_end({"loss": 2.5}, records) is None
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
     folder.close()
     assert json.loads((tmp_path / "run" / "ds_config.json").read_text()) == JSON
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == {"seed": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.console import Console
 from toolkit import console as console_of
 from toolkit.records.sizes import size_text
 from toolkit.run.screen import Screen
+from toolkit.usage import SHELL_PATH, to_type
 
 SUMMARY: dict[str, Any] = {
     "run_dir": "runs/[a]",
@@ -36,7 +38,8 @@ SUMMARY: dict[str, Any] = {
     "data_seconds": 0.03,
     "peak_memory_bytes": 743_600_000,
     "memory_kind": "resident",
-    "predicted_peak_bytes": 740_000_000,
+    "process_bytes": 603_000_000,
+    "predicted_peak_bytes": 140_000_000,
     "state_bytes_by_name": {"m_fast": 5_000_000, "v": 900},
     "state_bytes_per_parameter": 3.05,
     "state_bytes_per_parameter_per_rank": 1.525,
@@ -60,7 +63,8 @@ def record(step: int, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_screen_shows_progress_and_summary(terminal: bool) -> None:
+def test_screen_shows_progress_and_summary(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SHELL_PATH, str(program_folder(tmp_path / "bin", monkeypatch)))
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=terminal, highlight=False)
     with Screen(240, shown=True, console=console) as screen:
@@ -76,7 +80,9 @@ def test_screen_shows_progress_and_summary(terminal: bool) -> None:
         "5,120 tokens/s, 3.25 TFLOP/s (MFU 41.2%)",
         "0.25% of the time",
         "743.60 MB",
-        "740.00 MB",
+        "603.00 MB of it before there was a model",
+        "predicted peak",
+        "140.00 MB, held by the model and its steps",
         "next:\n  toolkit report 'runs/[a]'\n",
         "3.05",
         "m_fast 5.00 MB, v 900 B",
@@ -136,7 +142,8 @@ def test_a_step_has_all_figures_and_a_resumed_run_counts_on(terminal: bool) -> N
     assert [figure for figure in figures if figure not in last] == []
 
 
-def test_the_end_names_files_and_what_to_type_next(tmp_path: Path) -> None:
+def test_the_end_names_files_and_what_to_type_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SHELL_PATH, str(program_folder(tmp_path / "bin", monkeypatch)))
     folder = tmp_path / "a run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "loss.png").touch()
@@ -147,6 +154,33 @@ def test_the_end_names_files_and_what_to_type_next(tmp_path: Path) -> None:
     assert [shlex.split(line)[:3] for line in commands] == [
         ["toolkit", command, str(folder)] for command in ("report", "sample", "eval", "export")
     ]
+
+
+def program_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of an environment: where Python and the program are."""
+    folder.mkdir(parents=True)
+    (folder / "toolkit").touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    return folder
+
+
+def test_a_command_is_shown_as_the_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = program_folder(tmp_path / "my env" / "bin", monkeypatch), tmp_path / "other"
+    monkeypatch.setenv(SHELL_PATH, "/nowhere")
+    assert to_type("toolkit report r") == f"'{own}/toolkit' report r"
+    monkeypatch.chdir(tmp_path)
+    assert to_type("toolkit report r") == "'my env/bin/toolkit' report r"
+    other.mkdir()
+    (other / "toolkit").touch(0o755)
+    for found, shown in ((other, "'my env/bin/toolkit'"), (own, "toolkit")):
+        monkeypatch.setenv(SHELL_PATH, str(found))
+        assert to_type("toolkit report r") == f"{shown} report r"
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "toolkit").symlink_to(own / "toolkit")  # as pipx installs a program
+    monkeypatch.setenv(SHELL_PATH, str(tmp_path / "links"))
+    assert to_type("toolkit report r") == "toolkit report r"
+    (own / "toolkit").unlink()
+    assert to_type("toolkit report r") == "toolkit report r", "it is not installed there"
 
 
 def test_the_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:

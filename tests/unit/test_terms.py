@@ -145,6 +145,7 @@ OTHER = {
     "activations": "--activations checkpoint:2",
     "loss": "--loss chunked",
     "lora": "--lora r=4,targets=q_proj",
+    "track": "--track wandb",
 }
 
 
@@ -178,6 +179,7 @@ def test_what_is_not_typed_stays_and_what_is_typed_is_said(name: str, monkeypatc
         "loss": "--loss plain",
         "activations": "--activations full",
         "lora": "--lora r=8",
+        "track": "--track none",
     }
     line = back.get(name) or f"{OTHER[name].split()[0]} {getattr(RunSettings(), name)}"
     changed = settled(line, saved)

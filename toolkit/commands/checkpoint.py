@@ -11,6 +11,7 @@ import typer
 
 from toolkit.checkpoint.wrong import is_checkpoint, not_a_checkpoint
 from toolkit.command import App
+from toolkit.console import waiting
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.printable import echo
@@ -251,6 +252,12 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Of a run with --lora: the whole model, adapters merged into its weights.")
     ] = False,
+    push: Annotated[
+        str | None, typer.Option(help="Upload the folder to this repository of the Hugging Face hub, a private one.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: the repository is for everybody to see.")
+    ] = False,
     model: BaseFolder = None,
     trust_pickle: TrustPickle = False,
     plugins: Plugins = None,
@@ -261,19 +268,29 @@ def export(
     \b
     toolkit export runs/first --to exported
     toolkit export runs/first --to exported --dtype fp32
+    toolkit export runs/first --to exported --push owner/name
     """
     from toolkit.checkpoint.export import DTYPES, moved
     from toolkit.checkpoint.export import export as write
+    from toolkit.checkpoint.hub import Push
 
     wanted = None if dtype is None else dtype.lower().removeprefix("torch.")
     if wanted is not None and wanted not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}, but must be bf16, fp16 or fp32.{nearest(wanted, DTYPES)}")
+    if public and push is None:
+        raise UserError("--public is for --push.")
     source = _open(path, trust_pickle, plugins)
     moved(source, model)
+    pushed = Push.checked(push, to, public=public) if push is not None else None
+    step = source.manifest.step
     files = write(source, to, dtype=wanted, merge=merge)
-    kept = f"in {wanted}" if wanted is not None else "as trained"
-    said = f"{to}: step {source.manifest.step} {kept}, {len(files)} file(s)"
-    _say(said, as_json, folder=to, step=source.manifest.step, dtype=wanted, files=[str(file) for file in files])
+    said = f"{to}: step {step} {f'in {wanted}' if wanted is not None else 'as trained'}, {len(files)} file(s)"
+    facts: dict[str, Any] = {"folder": to, "step": step, "dtype": wanted, "files": [str(file) for file in files]}
+    if pushed is not None:
+        with waiting(f"uploading to {push}"):
+            facts["url"] = pushed.upload(to, f"Step {step}")
+        said += f"; uploaded to {facts['url']}"
+    _say(said, as_json, **facts)
 
 
 def _say(words: str, as_json: bool, **facts: Any) -> None:

@@ -18,6 +18,7 @@ from toolkit.records.activations import FLAG, HELP, parse_activations
 from toolkit.records.sizes import parse_size, size_text
 from toolkit.run.ranks import settle_accelerator
 from toolkit.run.settings import RunSettings, check_settings
+from toolkit.usage import to_type
 
 Device = Literal["cuda", "cpu"]
 Model = Annotated[
@@ -238,10 +239,8 @@ def plan(
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
     kept = f"{FLAG} {best.activations}" + (f" --loss {loss}" if loss else "") + (f" --lora {lora}" if lora else "")
-    console.print_line(
-        f"{path} written; train with: toolkit train --ranks {gpus} --model {model} --config {path} "
-        f"--seq-len {seq_len} {kept}"
-    )
+    following = f"toolkit train --ranks {gpus} --model {model} --config {path} --seq-len {seq_len} {kept}"
+    console.print_line(f"{path} written; train with: {to_type(following)}")
 
 
 def _unused(path: Path) -> Path:

@@ -91,14 +91,22 @@ def train(
     toolkit train --ranks 2 --data 'text/*.jsonl' --config soam_zero3
     toolkit train --hostfile hosts --model qwen3-8b --config amcs_zero3
     """
-    from toolkit.config.files import load_config
+    from toolkit.config.files import apply_overrides, load_config
+    from toolkit.config.validate import check_keys
+    from toolkit.data.stream import check_source
     from toolkit.models.presets import check_name
-    from toolkit.run import launching
+    from toolkit.run import launching, tracking
 
     settings = given(ctx, values)
     if hostfile is None:  # with one, this machine need not be among them
-        load_config(settings.config)  # said in a second here; ranks have torch and DeepSpeed to import first
+        # Said in a second here; ranks have torch and DeepSpeed to import first.
+        config = apply_overrides(load_config(settings.config), settings.overrides)
+        check_keys(config, origin=settings.config)
         check_name(settings.model)
+        for data in (settings.data, settings.val_data):
+            if data is not None:
+                check_source(data)
+        tracking.check(settings.tracker)
     given_to_it = {name: ctx.params[name] for name in _LAUNCHER}
     options = {name: value for name, value in given_to_it.items() if value is not None and value is not False}
     raise typer.Exit(launching.train(options, settings, restarts))

@@ -57,6 +57,21 @@ def validate(
         raise UserError(f"{origin}: {error}") from None
 
 
+def check_keys(config: Mapping[str, Any], *, origin: str) -> None:
+    """What `validate` finds without DeepSpeed, which takes seconds to import: the keys and the types of their values.
+
+    Raises:
+        UserError: as `validate`.
+    """
+    try:
+        _JSON.validate_python(without_auto(without_comments(config)))
+    except ValidationError as error:
+        if error.errors(include_url=False)[0]["type"] == "extra_forbidden":
+            validate(config, origin=origin)  # it knows where in DeepSpeed's sections such a key belongs
+        else:
+            raise UserError(f"{origin}: {explain(error, DeepSpeedJson)}") from None
+
+
 def remarks(config: Mapping[str, Any]) -> list[str]:
     """Sentences about what a valid config allows and hardly anybody wants."""
     ds = DeepSpeedSettings.read(config)

@@ -84,6 +84,12 @@ def open_documents(
     return documents
 
 
+def check_source(spec: str) -> None:
+    """Raise UserError where there is nothing called `spec`, as `open_documents`. No file is opened."""
+    if spec not in NAMES:
+        _find_files(spec)
+
+
 def _state(files: Iterable[Path], column: Column) -> tuple[object, ...]:
     """What changes with the texts of `files`: of each, where it is and when it was changed, by whatever means."""
     about = ((str(file.absolute()), file.stat()) for file in files)

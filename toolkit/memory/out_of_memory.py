@@ -25,6 +25,7 @@ from toolkit.memory.saved_tensors import reachable_tensors
 from toolkit.memory.watermarks import RESERVED_SPACE, address_space, limits, watermark
 from toolkit.records import categories as c
 from toolkit.records.by_category import Named, by_category
+from toolkit.records.machine import local_size
 from toolkit.records.memory import (
     FOLDER,
     Change,
@@ -120,11 +121,11 @@ class Explainer:
         self.inventory: Callable[[], Iterable[Named]] = tuple
         self.vocabulary: int | None = None
         self.written: Path | None = None
-        self._predicted = predicted
+        self.predicted = predicted
         self._changes: list[Change] = []
-        self.limits = limits(device)
+        self.limits = limits(device, local_size())
         self._watermark = watermark(device)
-        self._at_start = 0 if device.type == "cuda" else max(0, self._watermark.now() - named_already)
+        self.at_start = 0 if device.type == "cuda" else max(0, self._watermark.now() - named_already)
         self._reserve: mmap.mmap | None = None
         with contextlib.suppress(OSError):
             self._reserve = mmap.mmap(-1, RESERVE)
@@ -149,20 +150,15 @@ class Explainer:
 
     def _needed(self, limit: str) -> int:
         """Bytes that are predicted to count against `limit`; 0 where nothing is predicted."""
-        if self._predicted is None:
+        if self.predicted is None:
             return 0
         # The limit on address space also counts what the libraries have mapped.
-        before = address_space() if limit == RESERVED_SPACE else self._at_start
-        return self._predicted.needed + (0 if self.device.type == "cuda" else before or 0)
+        before = address_space() if limit == RESERVED_SPACE else self.at_start
+        return self.predicted.needed + (0 if self.device.type == "cuda" else before or 0)
 
     def share(self) -> float:
         """The largest share of a limit that the run is predicted to need."""
         return max((self._needed(what) / limit for what, limit in self.limits.items()), default=0.0)
-
-    @property
-    def predicted_peak(self) -> int | None:
-        """Bytes that the peak was predicted to be, as `watermark` counts it; None where nothing is predicted."""
-        return None if self._predicted is None else self._predicted.peak + self._at_start
 
     def warning(self) -> str | None:
         """One sentence where the prediction exceeds a limit; None where it fits or is not known."""
@@ -177,8 +173,8 @@ class Explainer:
     def words(self) -> str:
         """The limits in one line, and what is predicted of them."""
         text = "memory: " + ", ".join(f"at most {size_text(size)} ({what})" for what, size in self.limits.items())
-        if self._predicted is not None:
-            predicted = self._predicted
+        if self.predicted is not None:
+            predicted = self.predicted
             text += f"; predicted peak {size_text(predicted.peak)}, in {predicted.peak_phase}"
         return text
 
@@ -202,7 +198,7 @@ class Explainer:
         message = str(cause).strip().splitlines()
         try:
             record = OutOfMemoryRecord(
-                setup=self.setup or (self._predicted.setup if self._predicted is not None else None),
+                setup=self.setup or (self.predicted.setup if self.predicted is not None else None),
                 rank=self.rank,
                 phase=self.phase,
                 step=None if self.phase == c.INIT else self.step,
@@ -245,7 +241,7 @@ class Explainer:
 
     def _fill(self, record: OutOfMemoryRecord, named: Iterable[Named]) -> list[LargeTensor]:
         found, _, tensors = by_category(named, self.device.type)
-        rest = self._watermark.now() - self._at_start - sum(found.values())
+        rest = self._watermark.now() - self.at_start - sum(found.values())
         record.held = found | {c.OTHER: rest} if rest > 0 else found
         record.blocks = tensors
         return tensors
@@ -282,7 +278,7 @@ class Explainer:
         return "\n".join(lines) + "\n"
 
     def _table(self, record: OutOfMemoryRecord) -> list[str]:
-        phases: Iterable[Phase] = self._predicted.phases if self._predicted is not None else ()
+        phases: Iterable[Phase] = self.predicted.phases if self.predicted is not None else ()
         expected = next((phase for phase in phases if phase.name == record.phase), None)
         head = "| category | held, bytes |" + (" predicted at this phase's peak |" if expected else "")
         lines = ["", "## What was held", "", head, "|---|---:|" + ("---:|" if expected else "")]

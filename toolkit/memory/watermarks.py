@@ -136,8 +136,11 @@ def host() -> str:
     return socket.gethostname()
 
 
-def limits(device: torch.device) -> dict[str, int]:
-    """Bytes that this process may have, by what sets the limit; only what limits it."""
+def limits(device: torch.device, ranks: int = 1) -> dict[str, int]:
+    """Bytes that this process may have, by what sets the limit; only what limits it.
+
+    Of what all processes of the machine have together it is an equal share of the `ranks` on it.
+    """
     found: dict[str, int] = {}
     if device.type == "cuda":
         found["GPU"] = torch.cuda.get_device_properties(device).total_memory
@@ -147,9 +150,10 @@ def limits(device: torch.device) -> dict[str, int]:
         found[RESERVED_SPACE] = soft
     machine = psutil.virtual_memory().total
     group = _control_group()
+    shared = f", shared by {ranks} ranks" if ranks > 1 else ""
     if group is not None and group < machine:
-        found["control group"] = group
-    found["this machine, all processes"] = machine
+        found[f"control group{shared}"] = group // ranks
+    found[f"this machine{shared or ', all processes'}"] = machine // ranks
     return found
 
 

@@ -21,6 +21,7 @@ RUN, CONFIG, METRICS, SUMMARY, PLOT = (
     "loss.png",
 )
 CHECKPOINTS = "checkpoints"
+EVENTS = "tensorboard"
 LAST_STEPS = 10
 """Steps whose mean is the final training loss: a single batch is too noisy to report."""
 METRICS_LIMIT = 1 << 30

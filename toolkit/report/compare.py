@@ -105,7 +105,7 @@ def gaps(runs: Sequence[RunReport]) -> list[str]:
 ALLOCATED, HELD, PREDICTED, PROCESS = (
     "allocated at the peak",
     "held by the model between steps",
-    "predicted for the peak",
+    "at the predicted peak",
     "of resident set, libraries included",
 )
 

@@ -97,7 +97,7 @@ def headline(run: RunReport) -> str:
     else:
         parts.append(peak_sentence(run.peak, run.facts.parameters))
     if run.peak.kind == "resident set" and run.predicted_peak is not None:
-        parts.append(f"Predicted are {size(run.predicted_peak)} at the peak.")
+        parts.append(f"The predicted peak is {size(run.predicted_peak)}.")
     if run.peak.held:
         most = max(run.peak.held, key=lambda name: run.peak.held[name] if run.peak else 0)
         held = run.peak.held[most]

@@ -21,12 +21,13 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.masking import masked
-from toolkit.paths import check_writable, replace_text
+from toolkit.paths import check_writable, read_text, replace_text
 from toolkit.records.memory import FOLDER as MEMORY
 from toolkit.records.run import (
     CHECKPOINTS,
     CONFIG,
     CUT,
+    EVENTS,
     METRICS,
     PLOT,
     RUN,
@@ -121,12 +122,19 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be written: {error.strerror}.") from None
 
+    def noted(self) -> dict[str, Any]:
+        """What run.json says."""
+        text = read_text(self.folder, RUN)
+        try:
+            return dict(json.loads(text)) if text else {}
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"{self.folder / RUN} is not the JSON that a run writes; give another --run-dir.") from None
+
     def note(self, facts: Mapping[str, Any]) -> None:
         """Add `facts` to run.json, which stays the file that is locked."""
-        path = self.folder / RUN
-        known = json.loads(path.read_text()) if path.stat().st_size else {}
+        text = _pretty({**self.noted(), **facts})
         self._lock.seek(0)
-        self._lock.write(_pretty({**known, **facts}))
+        self._lock.write(text)
         self._lock.truncate()
         self._lock.flush()
 
@@ -165,15 +173,23 @@ class RunFolder:
             self._metrics.close()
         memory = self.folder / MEMORY
         if self._new and self._lines == 0 and not any(memory.glob("rank*-out-of-memory.json")):
-            for path in (*(self.folder / name for name in (METRICS, RUN, CONFIG)), *memory.glob("*.json")):
+            events = self.folder / EVENTS
+            own = (self.folder / name for name in (METRICS, RUN, CONFIG))
+            for path in (*own, *memory.glob("*.json"), *events.glob("events.*")):
                 path.unlink(missing_ok=True)
-            for place in (self.folder / CHECKPOINTS, memory, self.folder):
+            for place in (self.folder / CHECKPOINTS, memory, events, self.folder):
                 if place.is_dir() and not any(place.iterdir()):
                     place.rmdir()
         self._lock.close()
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        (self.folder / SUMMARY).write_text(_pretty(summary))
+    def write_end(self, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str | None:
+        """Write the summary and the loss curve of a run that has ended; returns what cannot be written, and why."""
+        try:
+            replace_text(self.folder / SUMMARY, _pretty(summary))
+            plot_loss(records, self.folder / PLOT, title=self.folder.name)
+        except OSError as error:  # of a full disk: the run is made, and its checkpoint saved
+            return f"the summary and the loss curve cannot all be written to {self.folder}: {error.strerror or error}."
+        return None
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from toolkit.errors import UserError
+from toolkit.records.machine import local_size
 from toolkit.run import leftovers
+from toolkit.usage import SHELL_PATH
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +67,7 @@ def prepare_environment() -> None:
     """
     scripts = sysconfig.get_path("scripts")
     path = os.environ.get("PATH", os.defpath)
+    os.environ.setdefault(SHELL_PATH, path)
     if path.split(os.pathsep)[0] != scripts:
         os.environ["PATH"] = os.pathsep.join([scripts, path])
     if not any(name in os.environ for name in _ALLOCATOR):
@@ -74,12 +77,6 @@ def prepare_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if rank() != 0:
         warnings.simplefilter("ignore")
-
-
-def local_size() -> int:
-    """Ranks on this machine."""
-    # DeepSpeed's launcher sets the first, torchrun the second.
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1")
 
 
 def _cores() -> int:

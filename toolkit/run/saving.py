@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
 from toolkit.printable import warn_once
+from toolkit.records.machine import local_size
 from toolkit.run import ranks
 from toolkit.run.folder import versions
 
@@ -104,7 +105,7 @@ class Saver:
 
         if self._engine.device.type != "cpu":
             return True
-        copies, room = copied_bytes(self._engine) * ranks.local_size(), unused()
+        copies, room = copied_bytes(self._engine) * local_size(), unused()
         if 2 * copies <= room:
             return True
         if not self._told:

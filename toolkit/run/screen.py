@@ -21,8 +21,9 @@ from rich.text import Text
 from toolkit.console import PlainConsole
 from toolkit.printable import printable
 from toolkit.records.memory import FOLDER as MEMORY
-from toolkit.records.run import CHECKPOINTS, LAST_STEPS, METRICS, PLOT, tokens_of
+from toolkit.records.run import CHECKPOINTS, EVENTS, LAST_STEPS, METRICS, PLOT, tokens_of
 from toolkit.records.sizes import flops_text, size_text
+from toolkit.usage import to_type
 
 # Where there is no terminal for a progress bar: about so many lines, but one at least every so many steps.
 PLAIN_LINES = 24
@@ -133,10 +134,12 @@ class Screen:
         table.add_column(overflow="fold")
         validation = summary["val_loss"]
         peak = size_text(summary["peak_memory_bytes"])
-        more = ", Python and libraries included" if summary["memory_kind"] == "resident" else ""
+        process = summary["process_bytes"]
+        more = f"; {size_text(process)} of it before there was a model" if process else ""
+        apart = ", held by the model and its steps" if process else ""
         predicted = summary["predicted_peak_bytes"]
         folder = Path(summary["run_dir"])
-        files = [name for name in (METRICS, PLOT, MEMORY, CHECKPOINTS) if (folder / name).exists()]
+        files = [name for name in (METRICS, PLOT, MEMORY, CHECKPOINTS, EVENTS) if (folder / name).exists()]
         by_name = summary["state_bytes_by_name"].items()
         compiling = f", after {summary['compile_s']:.0f} s of compiling" if summary["compile_s"] else ""
         rows = {
@@ -147,7 +150,7 @@ class Screen:
             "speed": f"{summary['tokens_per_s']:,.0f} tokens/s, {_arithmetic(summary)}",
             "  waiting for data": f"{summary['data_seconds'] / summary['seconds']:.2%} of the time",
             "peak memory": f"{peak} {summary['memory_kind']}, largest rank{more}",
-            "  predicted": "not known" if predicted is None else size_text(predicted),
+            "  predicted peak": "not known" if predicted is None else f"{size_text(predicted)}{apart}",
             "optimizer state": f"{summary['state_bytes_per_parameter']:.2f} bytes per parameter, "
             f"{summary['state_bytes_per_parameter_per_rank']:.2f} of them on each rank",
             "  of rank 0": ", ".join(f"{name} {size_text(count)}" for name, count in by_name),
@@ -171,7 +174,7 @@ class Screen:
             following += [f'toolkit sample {run} "The"', f"toolkit eval {run}", f"toolkit export {run} --to exported"]
         if summary["interrupted"]:
             self.say(f"to continue: the same command, with --run-dir {run}")
-        for line in ("next:", *(f"  {command}" for command in following)):
+        for line in ("next:", *(f"  {to_type(command)}" for command in following)):
             self.say(line)
 
 

@@ -17,6 +17,7 @@ from toolkit.errors import UserError
 from toolkit.plugins import PLUGIN
 from toolkit.records.activations import HELP, Written
 from toolkit.records.lora import Written as Adapters
+from toolkit.run.tracking import Tracker
 from toolkit.sentences import refused
 from toolkit.usage import USAGE_ERROR, check_given, sentence
 
@@ -162,6 +163,11 @@ class RunSettings(BaseModel):
         typer.Option(help="What is measured of memory; full traces every allocation of step 3."),
     ] = "summary"
 
+    track: Annotated[
+        Literal["none", "tensorboard", "wandb"] | None,
+        typer.Option(help="Curves of all steps, by one of these packages, beside metrics.jsonl. (default: none)"),
+    ] = None
+
     @field_validator("lr", mode="before")
     @classmethod
     def _rate(cls, value: Any) -> Any:
@@ -172,12 +178,21 @@ class RunSettings(BaseModel):
         except ValueError:
             raise ValueError(f"must be a rate, as in 1e-3, or {AUTO}") from None
 
+    @field_validator("track")
+    @classmethod
+    def _no_tracker(cls, value: Any) -> Any:
+        return None if value == NONE else value
+
     @field_validator("warmup")
     @classmethod
     def _whole_steps(cls, value: float | None) -> float | None:
         if value is not None and value >= 1 and value != int(value):
             raise ValueError("must be a fraction below 1 or a whole number of steps")
         return value
+
+    @property
+    def tracker(self) -> Tracker | None:
+        return self.track  # type: ignore[return-value]
 
     @property
     def rate(self) -> float | None:

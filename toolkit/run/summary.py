@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def summarize(
-    prepared: PreparedRun, engine: Any, records: list[dict[str, Any]], read_to: Position, memory: int
+    prepared: PreparedRun, engine: Any, records: list[dict[str, Any]], read_to: Position, memory: int, process: int
 ) -> dict[str, Any]:
     """What summary.json says of a run that has ended; every rank must call this.
 
@@ -26,6 +26,7 @@ def summarize(
         records: the lines of metrics.jsonl, those of earlier starts of the run among them.
         read_to: how far the data have been read for the steps that were made.
         memory: bytes at this rank's peak.
+        process: bytes of them that this rank held before there was a model: Python and libraries, on a CPU.
     """
     import torch
 
@@ -33,7 +34,7 @@ def summarize(
 
     states = optimizer_state_bytes(engine)
     mine, whole = sum(states.values()), replicated_bytes(engine)
-    [mean], [largest, peak] = ranks.mean_max([mine - whole], [mine, memory], engine.device)
+    [mean], [largest, peak, before] = ranks.mean_max([mine - whole], [mine, memory, process], engine.device)
     final = [record["loss"] for record in records[-LAST_STEPS:]]
     validated = [record["val_loss"] for record in records if "val_loss" in record]
     seconds = [record["step_time_s"] for record in records]
@@ -56,6 +57,7 @@ def summarize(
         "mfu": statistics.median(mfu) if mfu else None,
         "data_seconds": sum(record.get("data_seconds", 0.0) for record in records),
         "peak_memory_bytes": int(peak),
+        "process_bytes": int(before),
         "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
         "memory_files": str(prepared.folder / MEMORY_FOLDER) if prepared.settings.memory_profile != "off" else None,
         "parameters": prepared.parameters,

@@ -28,6 +28,7 @@ KEPT: dict[str, tuple[str, ...]] = {
     "activations": (),
     "loss": (),
     "lora": (),
+    "track": (),
 }
 
 # Keys and sections of the JSON whose change is reported. Nothing that could hold a secret is among them.

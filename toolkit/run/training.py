@@ -8,10 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import UserError
-from toolkit.records.run import CHECKPOINTS, METRICS, PLOT, strict
+from toolkit.records.run import CHECKPOINTS, METRICS, strict
 from toolkit.run import bad_documents, compiling, deterministic, ranks
 from toolkit.run.engine import build_engine, open_batches, optimizer_step
-from toolkit.run.folder import RunFolder, plot_loss
+from toolkit.run.folder import RunFolder
 from toolkit.run.identity import note_base
 from toolkit.run.memory import Forecast, make_explainer, memory_now, watch_memory
 from toolkit.run.moment import Moment
@@ -24,6 +24,7 @@ from toolkit.run.settings import AUTO, RunSettings
 from toolkit.run.start import Start, find_start
 from toolkit.run.stopping import MemoryRanOut, StopRequest
 from toolkit.run.summary import peak_of_ranks, summarize
+from toolkit.run.tracking import Tracking, scalars
 from toolkit.run.weighing import check_apart
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def train_on_this_rank(
             if run.whole:
                 stop.step_boundary(last=True)
                 forecast.changes()  # for the report
-            summary = run.finish(ledger.largest, explainer.predicted_peak)
+            summary = run.finish(ledger.largest, explainer)
         screen.summary(summary)
         return summary
     except UserError:
@@ -145,6 +146,7 @@ class Run:
         """The records of metrics.jsonl."""
         if folder is not None and folder.dropped:
             screen.say(f"note: {folder.dropped} line(s) of {METRICS} were no steps and are dropped.")
+        self._tracking = ranks.agreed(lambda: self._track(folder))
         self.batches = open_batches(prepared, prepared.data, start.position)
         self._notes = bad_documents.Notes(self.batches, screen.say)
         self._rule = rule_optimizer(self.engine)
@@ -287,13 +289,17 @@ class Run:
         self.records.append(record)
         if self.folder is not None:
             self.folder.write_step(record)
-        if self.engine.monitor.enabled:  # what DeepSpeed does not write itself (it writes the rate)
-            names = {name: f"Train/{name}" for name in ("loss", *self._names, "grad_norm", "tokens_per_s", "mfu")}
-            names["val_loss"] = "Validation/loss"
-            events = [(name, record[key], record["step"]) for key, name in names.items() if record.get(key) is not None]
-            self.engine.monitor.write_events(events)
+        if self.engine.monitor.enabled:
+            self.engine.monitor.write_events([(name, value, record["step"]) for name, value in scalars(record).items()])
+        if self._tracking is not None:
+            self._tracking.write(record)
         self.screen.step(record, self._names)
         self._notes.say_new()
+
+    def _track(self, folder: RunFolder | None) -> Tracking | None:
+        if folder is None or self.settings.tracker is None:
+            return None
+        return Tracking(self.settings.tracker, folder, self.start.step, self.records, self.screen.say)
 
     def _reported(self) -> dict[str, float]:
         """What the rule says of the latest step; empty for other optimizers."""
@@ -316,18 +322,20 @@ class Run:
         elif ending:
             self.saver.now(step, checkpoint_facts(self.prepared, self.batches.position))
 
-    def finish(self, memory: int, predicted: int | None) -> dict[str, Any]:
-        """Write and return the summary; `memory`: bytes at this rank's peak, and what was `predicted` of them."""
-        summary = summarize(self.prepared, self.engine, self.records, self.batches.read_to, memory)
-        summary["predicted_peak_bytes"] = predicted
+    def finish(self, memory: int, explainer: Explainer) -> dict[str, Any]:
+        """Write and return the summary; `memory`: bytes at this rank's peak."""
+        process, predicted = explainer.at_start, explainer.predicted
+        summary = summarize(self.prepared, self.engine, self.records, self.batches.read_to, memory, process)
+        summary["predicted_peak_bytes"] = predicted.peak if predicted is not None else None
         if self.batch.world_size > 1:
             summary["collective_bytes"] = self._sent
             alone = ranks.everyones(self._pace.median())
             if None not in alone:
                 summary["forward_seconds"] = alone
         if self.folder is not None:
-            self.folder.write_summary(summary)
-            plot_loss(self.records, self.prepared.folder / PLOT, title=self.prepared.folder.name)
+            problem = self.folder.write_end(summary, self.records)
+            if problem is not None:
+                self.screen.say(f"note: {problem}")
         return summary
 
     def close(self) -> None:
@@ -335,6 +343,8 @@ class Run:
         self.batches.close()
         if self.saver is not None:
             self.saver.close()
+        if self._tracking is not None:
+            self._tracking.close()
 
     def _save_after(self, step: int, position: Position) -> None:
         """Save the state after `step`, which was the last one, unless it is where the run began."""

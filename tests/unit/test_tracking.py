@@ -1,0 +1,173 @@
+"""`--track`: the curves of a run in TensorBoard and in Weights & Biases, also after a resume."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.cli import main
+from toolkit.errors import UserError
+from toolkit.records.run import EVENTS
+from toolkit.run.folder import RunFolder
+from toolkit.run.tracking import Tracking, check, scalars
+
+WANDB = '''
+"""What a run uses of wandb, with its rules: a run that exists is continued, and takes no step twice."""
+import json, os, pathlib
+
+class Run:
+    offline = False
+
+    def __init__(self, id, options):
+        self._file = pathlib.Path(os.environ["WANDB_KEPT"]) / id
+        known = self._file.read_text().splitlines() if self._file.exists() else []
+        self.starting_step = json.loads(known[-1])[0] + 1 if known else 0
+        self._next, self.url, self.dir = self.starting_step, "https://wandb.example/" + id, "."
+        (self._file.parent / "options.json").write_text(json.dumps(options))
+
+    def log(self, values, step):
+        assert step >= self._next, "wandb drops a step that is not the next"
+        self._next = step + 1
+        with open(self._file, "a") as file:
+            file.write(json.dumps([step, values]) + "\\n")
+
+    def finish(self):
+        pass
+
+def init(*, id, resume, **options):
+    assert resume == "allow"
+    if "WANDB_KEPT" not in os.environ:
+        raise RuntimeError("No API key configured. Use `wandb login` to log in.")
+    return Run(id, options)
+'''
+
+
+def record(step: int, loss: float) -> dict[str, Any]:
+    figures = {"step": step, "loss": loss, "lr": 1e-3, "grad_norm": 1.0, "tokens": 64, "tokens_per_s": 50.0, "mfu": 0.4}
+    return {
+        **figures,
+        "step_time_s": 1.5,
+        "memory_bytes": 1000,
+        "skipped": False,
+        **({"val_loss": 3.0} if step == 4 else {}),
+    }
+
+
+def start(folder: Path, tracker: Any, first: int, last: int, loss: float, said: list[str]) -> None:
+    """A start of a run, as it continues after the step before `first`."""
+    kept = RunFolder(folder, {"model": "m"}, {}, checkpoints=True, resuming=True)
+    earlier = kept.continue_after(first - 1, {})
+    tracking = Tracking(tracker, kept, first - 1, earlier, said.append)
+    for step in range(first, last + 1):
+        kept.write_step(record(step, loss))
+        tracking.write(record(step, loss))
+    tracking.close()
+    kept.close()
+
+
+def test_the_curves_are_the_figures_of_a_step() -> None:
+    assert scalars(record(4, 2.0)) == {
+        **{f"Train/{name}": value for name, value in (("loss", 2.0), ("lr", 1e-3), ("grad_norm", 1.0))},
+        **{"Train/tokens_per_s": 50.0, "Train/mfu": 0.4, "Train/step_time_s": 1.5, "Train/memory_bytes": 1000},
+        "Validation/loss": 3.0,
+    }
+    assert "Train/loss" not in scalars({"step": 1, "loss": None, "nonfinite": ["loss"]})
+
+
+def read_tensorboard(folder: Path) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(folder / EVENTS))
+    shown.Reload()
+    points = [(event.step, event.value) for event in shown.Scalars("Train/loss")]
+    assert len({step for step, _ in points}) == len(points), "a point is doubled"
+    assert [event.step for event in shown.Scalars("Validation/loss")] == [4]
+    return {step: round(value, 6) for step, value in points}
+
+
+def read_wandb(folder: Path) -> dict[int, float]:
+    (run,) = (path for path in folder.parent.glob("kept/*") if path.suffix != ".json")
+    points = [json.loads(line) for line in run.read_text().splitlines()]
+    return {step: values["Train/loss"] for step, values in points}
+
+
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of wandb's interface, which is imported in its place."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "wandb.py").write_text(WANDB)
+    (tmp_path / "kept").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setenv("WANDB_KEPT", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+@pytest.mark.parametrize(("tracker", "read"), [("tensorboard", read_tensorboard), ("wandb", read_wandb)])
+def test_a_resumed_run_goes_on_at_its_step_and_doubles_no_point(
+    tracker: str, read: Callable[[Path], dict[int, float]], wandb: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    folder = tmp_path / "run"
+    start(folder, tracker, 1, 6, 2.0, said)  # it ends here; its last checkpoint is of step 4
+    start(folder, tracker, 5, 8, 1.0, said)
+    curve = read(folder)
+    assert sorted(curve) == list(range(1, 9))
+    assert [curve[step] for step in (4, 7, 8)] == [2.0, 1.0, 1.0]
+    assert len(said) == 2 and all(line.startswith("curves in ") for line in said)
+    if tracker == "wandb":
+        options = json.loads((wandb / "options.json").read_text())
+        assert (options["name"], options["project"], options["config"]) == ("run", "leanstate", {"model": "m"})
+
+
+def test_a_tracker_that_is_asked_for_later_gets_the_steps_before(tmp_path: Path) -> None:
+    kept = RunFolder(tmp_path / "run", {}, {}, checkpoints=True, resuming=True)
+    for step in range(1, 5):
+        kept.write_step(record(step, 2.0))
+    kept.close()
+    start(tmp_path / "run", "tensorboard", 5, 6, 1.0, [])
+    assert read_tensorboard(tmp_path / "run") == {1: 2.0, 2: 2.0, 3: 2.0, 4: 2.0, 5: 1.0, 6: 1.0}
+
+
+def test_what_does_not_start_is_a_sentence_and_what_fails_later_a_note(
+    wandb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = RunFolder(tmp_path / "run", {}, {}, checkpoints=True, resuming=True)
+    said: list[str] = []
+    tracking = Tracking("wandb", kept, 0, [], said.append)
+    tracking.write(record(5, 2.0))
+    tracking._writer._next = 0  # type: ignore[union-attr]
+    tracking.write(record(3, 2.0))
+    tracking.write(record(2, 2.0))
+    tracking.close()
+    assert said[1:] == [
+        "note: --track wandb: wandb drops a step that is not the next; nothing more is written there, and the run goes "
+        "on. metrics.jsonl has every step."
+    ]
+    monkeypatch.delenv("WANDB_KEPT")
+    with pytest.raises(UserError, match=r"--track wandb: No API key configured.*WANDB_MODE=offline .* later\.$"):
+        Tracking("wandb", kept, 0, [], said.append)
+    kept.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_package_that_is_missing_is_said_before_ranks_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else found(name, *more)
+    )
+    monkeypatch.setattr(sys, "argv", ["toolkit", "train", "--report_to", "wandb"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = "error: --track wandb needs a package that is not installed: pip install wandb.\n"
+    assert capsys.readouterr().err == said
+    check(None)
