@@ -71,6 +71,8 @@ CASES: dict[str, tuple[dict[str, Any], bool, str | None]] = {
     "SOAM 8bit, fp32 weights": (ours("SOAM", "8bit", "fp32"), True, None),
     "SOAM 8bit, bf16+8": (ours("SOAM", "8bit", "bf16+8"), True, None),
     "SOAM compact, bf16+4": (ours("SOAM", "compact", "bf16+4"), True, None),
+    "AMCS 8bit, bf16+8, released": (ours("AMCS", "8bit", "bf16+8", release_gradients=True), True, None),
+    "AMCS minimal, bf16+4, released": (ours("AMCS", "minimal", "bf16+4", release_gradients=True), True, None),
     "AMCS compact, bf16+4, released": (ours("AMCS", "compact", "bf16+4", release_gradients=True), True, None),
     "AMCS factored, bf16+8, released": (ours("AMCS", "factored", "bf16+8", release_gradients=True), True, None),
     "AMCS lean, bf16, released": (ours("AMCS", "lean", "bf16", release_gradients=True), True, None),

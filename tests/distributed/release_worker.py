@@ -1,4 +1,4 @@
-"""One rank of two steps with released gradients, the first of which is skipped half-way.
+"""One rank of two steps with released gradients, the first of which is skipped half-way; or of other `factors`.
 
 Started by `ranks.launch` from `test_release.py`.
 """
@@ -36,8 +36,10 @@ def main() -> None:
     for name, config in settings["cases"].items():
         torch.manual_seed(0)
         engine, *_ = toolkit.initialize(model=Model(), config=config)
+        if name == "delayed":
+            engine.optimizer._delays = True  # as on a device
         allocated, after = [], []
-        for factor in (float("nan"), 1.0):
+        for factor in settings.get("factors", (float("nan"), 1.0)):
             loss = engine(1.0) * factor if name == "lost" else engine(factor)
             engine.backward(loss)
             # At stage 3 they wait in a buffer.

@@ -30,8 +30,6 @@ class _InFlight:
 
     numbers: list[int]
     buffer: Lifetime
-    own: Lifetime | None
-    """gloo's buffer."""
     left: set[int] = field(default_factory=set)
     arrived: bool = False
 
@@ -44,7 +42,6 @@ def gather(
     allocate: Allocate,
     *,
     copies: bool,
-    gloo: bool,
 ) -> list[int]:
     """Allocate the weights that are gathered, for as long as they are.
 
@@ -52,7 +49,6 @@ def gather(
         sizes: bytes of each whole parameter, `elements` their numels.
         allocate: called for every buffer.
         copies: weights that are gathered together are cut out of one buffer, each as a copy (more than one rank).
-        gloo: it gathers into a buffer of its own, which it keeps until it is done: before the next one begins.
 
     Returns:
         The numbers of the weights that a pass gathers, as often as it does. Those that stay whole are none of them.
@@ -68,11 +64,10 @@ def gather(
     fetched_for = dict.fromkeys(range(len(elements)), -1)
     in_flight: dict[int, _InFlight] = {}
     live = 0
-    own: Lifetime | None = None
     asked: list[int] = []
 
     def submit(numbers: list[int], moment: int) -> None:
-        nonlocal live, own
+        nonlocal live
         asked.extend(numbers)
         live += sum(elements[number] for number in numbers)
         if not copies:
@@ -80,10 +75,7 @@ def gather(
             return
         size = sum(sizes[number] for number in numbers)
         what = "weights gathered together" if len(numbers) > 1 else dry_run.parameters[numbers[0]].name
-        if own is not None:
-            own.freed_at = min(own.freed_at or moment, moment)
-        own = allocate(size, c.TRANSIENTS, f"{what}, gloo's copy", moment, None) if gloo else None
-        flight = _InFlight(numbers, allocate(size, c.GATHERED, what, moment, None), own, set(numbers))
+        flight = _InFlight(numbers, allocate(size, c.GATHERED, what, moment, None), set(numbers))
         in_flight.update(dict.fromkeys(numbers, flight))
 
     def wait(number: int, moment: int) -> None:
@@ -96,13 +88,9 @@ def gather(
         if flight.arrived:
             return
         flight.arrived = True
-        if flight.own is not None:
-            done = max(moment, flight.own.allocated_at + 1)
-            flight.own.freed_at = min(flight.own.freed_at or done, done)
         if len(flight.numbers) == 1:
             available[number] = flight.buffer
         else:
-            # After the transfer, whose own buffer is gone by then.
             available.update({other: gathered(other, moment + 1) for other in flight.numbers})
 
     for step, use in enumerate(uses):
@@ -142,9 +130,8 @@ def gather(
             lifetime.freed_at = max(closed, lifetime.allocated_at + 1)
             live -= elements[number]
     for flight in in_flight.values():
-        for left in (flight.buffer, flight.own):
-            if left is not None and left.freed_at is None:
-                left.freed_at = dry_run.storages.now
+        if flight.buffer.freed_at is None:
+            flight.buffer.freed_at = dry_run.storages.now
     return asked
 
 

@@ -18,7 +18,7 @@ from toolkit.estimate.simulation import Simulation
 from toolkit.memory.storages import Curve, Lifetime, curve
 from toolkit.records import categories as c
 from toolkit.state.sharding import Fragment, fragments, shard_size, share_of
-from toolkit.zero.wire import ALL_GATHER, ALL_REDUCE, REDUCE, REDUCE_SCATTER
+from toolkit.zero.wire import ALL_GATHER, ALL_REDUCE, BROADCAST, REDUCE, REDUCE_SCATTER
 
 _UNSHARDED_REDUCTION = 500_000_000
 """Elements that DeepSpeed's engine flattens at a time without ZeRO (engine.py, MEMORY_OPT_ALLREDUCE_SIZE)."""
@@ -86,14 +86,16 @@ class _Simulation(Simulation):
         if self.ds.stage == 0:
             return {ALL_REDUCE: self.width * self.total}
         padded = sum(self.group_share(group) for group in self.optimizer.groups) * self.world_size
+        # toolkit/zero/lending.py
+        gather, scatter = (ALL_GATHER, REDUCE_SCATTER) if self.on_gpu else (BROADCAST, ALL_REDUCE)
         if self.ds.stage == 3:
             whole = [share_of(one.shape, self.world_size) * self.world_size for one in self.dry_run.parameters]
             again = sum(whole[number] for number in self.gathered) * self.accumulation
             kept = sum(size for size, numel in zip(whole, self.numels, strict=True) if numel <= self.buckets.persistent)
             passed = padded * self.accumulation
-            return {ALL_GATHER: self.width * (again + kept), REDUCE_SCATTER: self.width * passed}
+            return {gather: self.width * (again + kept), scatter: self.width * passed}
         often = self.accumulation if self.ds.stage == 2 else 1
-        return {ALL_GATHER: self.width * padded, REDUCE: self.width * self.total * often}
+        return {gather: self.width * padded, REDUCE: self.width * self.total * often}
 
     def _model_state(self) -> None:
         group_of = {}
@@ -329,7 +331,6 @@ class _Simulation(Simulation):
                 self.buckets,
                 self.allocate,
                 copies=self.world_size > 1,
-                gloo=not self.on_gpu,
             )
         waiting: list[int] = []
         for number, moment in self.dry_run.arrivals:
@@ -358,16 +359,13 @@ class _Simulation(Simulation):
             self.allocate(size, c.BUCKETS, "gradients that are reduced together", moment, moment + 1)
         if self.on_gpu:
             self.allocate(size / self.world_size, c.BUCKETS, "result of the reduction", moment, moment + 1)
-        else:
-            # gloo has no reduce-scatter: it sums a copy of everything.
-            self.allocate(size, c.TRANSIENTS, "gradients that are reduced together, gloo's copy", moment, moment + 1)
         for number in waiting:
             if self.gradients[number].freed_at == self.step:  # too large for the bucket
                 self.gradients[number].freed_at = moment + 1
         if used := [number for number in waiting if number in self.optimizer.released]:
-            # By then gloo's copy is gone.
-            self.use_released(moment, used, beside=0.0 if self.on_gpu else size)
+            self.use_released(moment, used)
             own = sum(self.own[number] for number in used)
+            self.staging(max(self.own[number] for number in used), moment)
             if self.on_gpu:
                 kept = self.allocate(self.width * own, c.GRADIENTS, "gradients to be used", moment, moment + 1)
                 self._apply_later([kept], own, moment)

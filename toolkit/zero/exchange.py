@@ -21,6 +21,7 @@ from toolkit.optim import RuleOptimizer
 from toolkit.optim.statistics import Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep
 from toolkit.state.sharding import Fragment
+from toolkit.zero.lending import lend
 from toolkit.zero.shards import Shard
 
 
@@ -48,7 +49,10 @@ class DataParallel:
         device, wire = sent.device, get_accelerator().current_device_name()
         sent = sent.to(wire)
         arriving = sent.new_empty(sum(received))
-        work = dist.all_to_all_single(arriving, sent, list(received), list(given), group=self._group, async_op=True)
+        sizes = list(received), list(given)
+        work = lend(
+            lambda to, here: dist.all_to_all_single(to, here, *sizes, group=self._group, async_op=True), arriving, sent
+        )
 
         def arrived() -> Tensor:
             work.wait()

@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.distributed.distributed_c10d import _coalescing_manager
 
+from toolkit.zero.lending import lend
 from toolkit.zero.shards import Member
 
 NORM_CHUNK = 2**17
@@ -112,9 +113,13 @@ class Reducer:
                 buffer = buffer.div_(self.divisor).to(self.dtype)
                 root = dist.get_global_rank(process_group, owner)
                 waits = self.overlap or grouped is not None
-                works.append(dist.reduce(buffer, root, group=process_group, async_op=waits))
+                work = lend(lambda part, root=root: dist.reduce(part, root, group=process_group, async_op=True), buffer)
                 if waits:
+                    works.append(work)
                     buffers.append(buffer)
+                else:
+                    work.wait()
+                del work
                 if owner == rank:
                     mine = pieces
                     # A view of a whole gradient would keep the parts of other ranks alive.

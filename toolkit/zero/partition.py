@@ -3,7 +3,7 @@
 DeepSpeed 0.19 cuts partitions anywhere. Stages 1 and 2 flatten each parameter group and split it evenly:
 `stage12.ShardedZeroOptimizer` pads the group to blocks times world size. Stage 3 splits each parameter: `install()`
 pads parameters likewise, which takes four small replacements in DeepSpeed's modules, since each of them works out a
-partition's size for itself.
+partition's size for itself; a fifth is for memory (`lending.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import deepspeed.runtime.comm.coalesced_collectives as ds_collectives
 import deepspeed.runtime.zero.partition_parameters as ds_parameters
 import deepspeed.runtime.zero.stage3 as ds_stage3
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from toolkit.errors import UserError
 from toolkit.state.sharding import share_of
 from toolkit.zero.agreement import check_first_gathers
+from toolkit.zero.lending import add_in_place, gather_in_place
 from toolkit.zero.shards import members
 
 
@@ -38,6 +40,16 @@ def _padding_size(self: Any, param: Any) -> int:
 _allgather = ds_parameters._dist_allgather_fn
 
 
+def _gather(input_tensor: Tensor, whole: Tensor, group: Any) -> Any:
+    if not whole.is_cpu:
+        return _allgather(input_tensor, whole, group)
+    parts = whole.chunk(torch.distributed.get_world_size(group))
+    own = parts[torch.distributed.get_rank(group)]
+    if own.data_ptr() != input_tensor.data_ptr():
+        own.copy_(input_tensor)
+    return gather_in_place(parts, group)
+
+
 def _allgather_whole_blocks(input_tensor: Tensor, output_tensor: Tensor, group: Any = None) -> Any:
     """partition_parameters._dist_allgather_fn, into a buffer that may lack room for the padding.
 
@@ -45,9 +57,9 @@ def _allgather_whole_blocks(input_tensor: Tensor, output_tensor: Tensor, group: 
     """
     full = input_tensor.numel() * torch.distributed.get_world_size(group)
     if full <= output_tensor.numel():
-        return _allgather(input_tensor, output_tensor, group)
+        return _gather(input_tensor, output_tensor, group)
     gathered = output_tensor.new_empty(full)
-    return _CopyAfterwards(_allgather(input_tensor, gathered, group), gathered, output_tensor)
+    return _CopyAfterwards(_gather(input_tensor, gathered, group), gathered, output_tensor)
 
 
 class _CopyAfterwards:
@@ -62,7 +74,17 @@ class _CopyAfterwards:
 
 
 _reduce_scatter = ds_stage3.reduce_scatter_coalesced
+_sum_and_scatter = ds_collectives._torch_reduce_scatter_fn
 _no_gather = ds_parameters._no_gather_coalesced
+
+
+def _sum_in_place(input_tensor: Tensor, output_tensor: Tensor, group: Any = None, **kwargs: Any) -> Any:
+    """coalesced_collectives._torch_reduce_scatter_fn, whose output is this rank's part of its input."""
+    if not input_tensor.is_cpu:
+        return _sum_and_scatter(input_tensor, output_tensor, group=group, **kwargs)
+    own = input_tensor.chunk(torch.distributed.get_world_size(group))[torch.distributed.get_rank(group)]
+    assert own.data_ptr() == output_tensor.data_ptr()
+    return add_in_place(input_tensor, group)
 
 
 def _reduce_scatter_whole_blocks(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
@@ -116,6 +138,7 @@ def install() -> None:
     ds_parameters._dist_allgather_fn = _allgather_whole_blocks
     ds_parameters._no_gather_coalesced = _no_gather_on_stream
     ds_stage3.reduce_scatter_coalesced = _reduce_scatter_whole_blocks
+    ds_collectives._torch_reduce_scatter_fn = _sum_in_place
     check_first_gathers()
 
 

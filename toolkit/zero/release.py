@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -244,9 +245,12 @@ class Releasing:
             self.optimizer.found = {**self._numbers, **self.optimizer.found}
             self.optimizer.param_groups[0][RELEASED_NORM] = norm
         else:
-            with self.optimizer.allocating():  # a checkpoint has the state of all groups, or of none
+            # A checkpoint has the state of all groups, or of none, and one count of steps: another number of ranks
+            # puts the parameters of one tensor together from those of several. So all are counted if one has been.
+            with nullcontext() if self._steps else self.optimizer.allocating():
                 for shard in self._shards:
-                    self._begin(shard)
+                    if shard.number not in self._steps:
+                        self._begin(shard)
                     with_small(self.optimizer, shard)
         settle([factors for member in self._left() for factors in member.factors.values()], self._ranks)
 

@@ -27,6 +27,7 @@ from toolkit.printable import warn_once
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import GradientFragment, HostCopy, Reducer, clip_scale, squared_norm, takes_mean
+from toolkit.zero.lending import gather_in_place
 from toolkit.zero.master import MasterWeights
 from toolkit.zero.shards import Shard, latest, model_weights, shards
 from toolkit.zero.turns import OrderedZeroOptimizer
@@ -41,13 +42,18 @@ def gather_weights(zero: DeepSpeedZeroOptimizer, placed: Sequence[Shard]) -> Non
         zero: DeepSpeed's optimizer of stages 1 and 2, or ours.
         placed: its `shards`.
     """
-    all_gather_dp_groups(
-        groups_flat=zero.bit16_groups_flat,
-        partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
-        dp_process_group=zero.real_dp_process_group,
-        start_alignment_factor=zero.nccl_start_alignment_factor,
-        allgather_bucket_size=zero.allgather_bucket_size,
-    )
+    if zero.bit16_groups_flat[0].is_cpu:
+        for parts, group in zip(zero.parallel_partitioned_bit16_groups, zero.real_dp_process_group, strict=True):
+            if len(parts) > 1:
+                gather_in_place(parts, group).wait()
+    else:
+        all_gather_dp_groups(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
     for shard in placed:
         # Parameters are views of `flat` already, and binding them anew takes the host longer than looking.
         flat = zero.bit16_groups_flat[shard.number]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 ALL_GATHER, ALL_REDUCE, REDUCE, REDUCE_SCATTER = "all-gather", "all-reduce", "reduce", "reduce-scatter"
+BROADCAST = "broadcast"
 
 _KINDS = {
     ALL_GATHER: "all_gather_single all_gather_single_coalesced allgather allgather_coalesced _allgather_base "
@@ -23,7 +24,7 @@ _KINDS = {
     REDUCE: "reduce",
     REDUCE_SCATTER: "reduce_scatter reduce_scatter_single reduce_scatter_single_coalesced _reduce_scatter_base "
     "reduce_scatter_tensor_coalesced",
-    "broadcast": "broadcast",
+    BROADCAST: "broadcast",
     "all-to-all": "all_to_all_single alltoall alltoall_base",
     "other": "gather scatter send",
 }
