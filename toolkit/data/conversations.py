@@ -40,6 +40,9 @@ class PackedConversations(PackedTokens):
         UserError: as `PackedTokens`, and as `Chat`.
     """
 
+    packing = 2
+    """To be raised with every change of the sequences. Of those before 2 checkpoints note nothing."""
+
     def __init__(self, documents: Documents, tokenizer: Any, seq_len: int, **options: Any) -> None:
         super().__init__(documents, tokenizer, seq_len, **options)
         self.chat = Chat(tokenizer, f"data {documents.name!r}")

@@ -107,6 +107,9 @@ class PackedTokens:
         UserError: a number out of range; while reading, a part without any text, or a document that stops the stream.
     """
 
+    packing: int | None = None
+    """Version of how sequences are made of what checkpoints note of the data; None where there has been one alone."""
+
     def __init__(
         self,
         documents: Iterable[str],

@@ -76,7 +76,10 @@ def own_text(opened: Opened, sequences: int | None, seq_len: int | None) -> Sequ
     remarks = []
     same = (length, sequences or text["sequences"]) == (trained["seq_len"], text["sequences"])
     if same and digest(found) != text["sha256"]:
-        remarks.append("the text has changed since the run: the loss is not that of its validation.")
+        why = "the text has changed since the run"
+        if text.get("packing") != packed.packing:
+            why = "another version of this package fitted the run's conversations into sequences"
+        remarks.append(f"{why}: the loss is not that of its validation.")
     size = _micro_batch(opened, length)
     # As `Run.validate` deals them out: in another grouping the last digits would differ.
     shares = (found[rank :: opened.ranks] for rank in range(opened.ranks))
