@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from toolkit import __version__
 from toolkit.checkpoint.schema import ManifestFile, claimed_bytes, disagreement
 from toolkit.errors import UserError
 from toolkit.masking import masked
@@ -123,8 +122,8 @@ def _check_format(path: Path, body: Mapping[str, Any]) -> None:
     newer = isinstance(written, int | float) and not isinstance(written, bool) and written > FORMAT
     if newer or (isinstance(written, str) and written):
         raise NotUnderstood(
-            f"{path} is of format {shown(written)}, which a newer version wrote; this one, leanstate {__version__}, "
-            f"reads formats up to {FORMAT}: update it (pip install --upgrade leanstate)"
+            f"{path} is of format {shown(written)}, which a newer version wrote; this one reads formats up to "
+            f"{FORMAT}: update it (pip install --upgrade leanstate)"
         )
     if written not in range(1, FORMAT + 1):
         raise ValueError(f"its format is {shown(written)}")

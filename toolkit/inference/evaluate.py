@@ -140,5 +140,5 @@ def evaluate(opened: Opened, text: Sequences, done: Callable[[int], None]) -> Ev
         done(len(rows))
     if not tokens:
         raise UserError(f"the text {text.name!r} is a single token: there is nothing to predict.")
-    covered = text.packed.text_bytes(tokens)
+    covered = text.packed.text_bytes()
     return Evaluation(text.name, sequences, text.seq_len, tokens, covered, float(total) / tokens)

@@ -106,10 +106,10 @@ def check_same(saved: Mapping[str, Any] | None, here: dict[str, dict[str, Any]],
         raise UserError(
             f"the checkpoint {where} was trained with another chat template: give the --chat-template of that run."
         )
-    if (old := saved["data"].get("packing")) != (new := here["data"].get("packing")):
+    if (packing := saved["data"].get("packing")) != (own := here["data"].get("packing")):
         raise UserError(
             f"the checkpoint {where} was trained on conversations that another version of this package fitted into "
-            f"sequences (packing {old or 'older than 2'}, this one's is {new}): the data would differ; resume with "
+            f"sequences (packing {packing or 'older than 2'}, this one's is {own}): the data would differ; resume with "
             "that version, or begin a new run from its weights (toolkit export, --from-checkpoint)."
         )
     if saved["data"]["part"] != here["data"]["part"]:
