@@ -57,13 +57,16 @@ def progress(words: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def waiting(words: str) -> Iterator[None]:
-    """`words` on a terminal's stderr as long as what is within lasts, once it takes more than `PATIENCE_SECONDS`."""
+def waiting(words: str, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """`words` on a terminal's stderr as long as what is within lasts, once it takes more than `PATIENCE_SECONDS`.
+
+    `say`: gets them once, in place of a terminal.
+    """
     console = PlainConsole(stderr=True)
     status = console.status(words)
-    later = threading.Timer(PATIENCE_SECONDS, status.start)
+    later = threading.Timer(PATIENCE_SECONDS, status.start if say is None else lambda: say(words))
     later.daemon = True
-    if console.is_terminal:
+    if console.is_terminal or say is not None:
         later.start()
     try:
         yield

@@ -5,7 +5,7 @@ Started by `ranks.launch` with the path of a JSON of settings as only argument; 
 * {"run": [arguments], "stop_at": step, "poison": [steps], "rates": number}: a run, asked by SIGTERM to stop after a
   step, with gradients of NaN in others, and a range test of so many rates at most;
 * {"carry": [arguments], "source": folder, "to": folder, "convert": bool}: an engine of a run takes a checkpoint over
-  and saves it again, without a step between;
+  and saves it again, without a step between; "beside": where the model beside its adapters is;
 * {"stock": [arguments], "to": folder}: three steps, saved by DeepSpeed alone;
 * {"universal": [arguments], "source": folder, "tag": name}: DeepSpeed's own loader reads its universal layout.
 
@@ -61,7 +61,8 @@ def run(
         training.optimizer_step = step
 
 
-def carry(arguments: list[str], source: str, to: str, convert: bool = False) -> Any:
+def carry(arguments: list[str], source: str, to: str, convert: bool = False, beside: str | None = None) -> Any:
+    from toolkit.checkpoint.export import moved
     from toolkit.checkpoint.store import Store
     from toolkit.checkpoint.universal import open_checkpoint
     from toolkit.commands.checkpoint import find
@@ -71,6 +72,7 @@ def carry(arguments: list[str], source: str, to: str, convert: bool = False) -> 
 
     _, engine = _engine(arguments)
     found = open_checkpoint(find(Path(source)))
+    moved(found, None if beside is None else Path(beside))
     held = sharding(engine)
     assert reshard(held, stage=held.stage, world_size=held.world_size) == held, "what is computed offline is what is"
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -68,6 +69,8 @@ class Tuning:
         for seed, folder in enumerate((self.base, self.other)):
             torch.manual_seed(seed)
             AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+        self.adapted = Path(shutil.copytree(self.base, root / "adapted"))
+        (self.adapted / "adapter_config.json").write_text("{}")
         rng = np.random.default_rng(0)
         rows = []
         for n in range(120):
@@ -106,8 +109,21 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> Tuning:
         {"run": found.arguments("cut", 2, ["--config", "amcs_zero2"], "--lora", "r=2")},
         {"run": found.arguments("cut", 2, ["--config", "amcs_zero2"], "--model", str(found.other))},
         {"run": [one for one in found.arguments("cut", 2, ["--config", "amcs_zero2"]) if one != PRETRAINED]},
+        {"run": found.arguments("adapted", 2, ["--config", "amcs_zero2"], "--model", str(found.adapted))},
+        {
+            "carry": found.arguments("carried", 2, ["--config", "amcs_zero3"], *LORA),
+            "source": str(found.root / "lora-3"),
+            "to": str(found.root / "carried"),
+            "beside": str(found.other),
+        },
     ]
-    refusals = ("with --lora r=4,.* --lora r=2", f"beside the weights in {found.base},.* in {found.other}", "random")
+    refusals = (
+        "with --lora r=4,.* --lora r=2",
+        f"beside the weights in {found.base},.* in {found.other}",
+        "random",
+        r"adapted holds adapters beside its weights \(adapter_config.json\)",
+        f"{found.other} has other weights than the model beside them",  # found by the first rank alone, in a gather
+    )
     random = found.arguments("random", 1, ["--config", "amcs_zero1"], *LORA)
     one = [
         {"run": found.arguments("one", 1, FP32)},
@@ -116,12 +132,13 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> Tuning:
         {"run": random},
     ]
     for number, steps in ((2, two), (1, one)):
-        said = launch(found.root / f"ranks-{number}", number, WORKER, {"steps": steps})[0]
+        said, *others = launch(found.root / f"ranks-{number}", number, WORKER, {"steps": steps})
         for place, answer in enumerate(said):
             refused = number == 2 and place >= len(steps) - len(refusals)
             assert isinstance(answer, str) == refused, answer
             if refused:
                 assert re.search(refusals[place - len(steps)], answer), answer
+                assert all(other[place] == answer for other in others), "every rank says the same"
             else:
                 found.said.append(answer["said"])
     return found
@@ -170,6 +187,8 @@ def test_under_lora_the_base_is_unchanged_to_the_bit_and_not_in_checkpoints(tuni
         assert source.based.keys() == source.frozen.keys()
         saved = source.model_states()
         assert not saved["frozen_param_fragments"] and not any(saved["module"][name].numel() for name in source.based)
+    noted = json.loads((source.folder / "manifest.json").read_text())
+    assert noted["format"] == (2 if run == "random" else 3)
     assert frozen.keys() == base.keys()
     for name, kept in frozen.items():
         assert torch.equal(source.frozen_weight(kept), base[name]), name

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from test_pack import BYTES, END
 
 from toolkit.data import BadDocument, Documents, PackedTokens, Position, documents, open_documents, rank_batches
-from toolkit.data.pack import NAMED
+from toolkit.data.passes import NAMED
 from toolkit.errors import UserError
 
 GOOD = json.dumps({"text": "good", "n": 1})

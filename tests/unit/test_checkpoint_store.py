@@ -88,11 +88,22 @@ def test_every_damage_is_seen(tmp_path: Path, at: float) -> None:
 
 
 def test_a_newer_format_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "FORMAT", 3)
-    save(Store(tmp_path), 1)
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="of format 3, which a newer version wrote; this one reads formats up to 2"):
-        manifest.read(tmp_path / name_of(1))
+    monkeypatch.setattr(manifest, "_WHOLE", 4)
+    with pytest.raises(OSError, match="of format 4"):  # what could not be read is not put in place
+        save(Store(tmp_path), 1)
+    [draft] = tmp_path.glob(f".saving-*/{name_of(1)}")
+    with pytest.raises(UserError, match=r"format 4, which a newer .* up to 3: update it \(pip install --upgrade"):
+        manifest.read(draft)
+
+
+def test_only_a_checkpoint_without_its_base_is_of_the_format_that_older_versions_refuse(tmp_path: Path) -> None:
+    for base, number in ((None, 2), ({"path": "/models/base", "sha256": "a" * 64}, 3)):
+        model = {"name": "base", "sha256": "b" * 64} | ({"base": base} if base else {})
+        data = {"name": "d", "sha256": "c", "part": "all", "seq_len": 8, "seed": 0, "windows": [4, 4]}
+        facts = {"identity": {"model": model, "tokenizer": {"name": "t", "sha256": "d"}, "data": data}}
+        manifest.write(tmp_path, Manifest(1, EMPTY, facts))
+        assert json.loads((tmp_path / manifest.NAME).read_text())["format"] == number
+        assert manifest.read(tmp_path).facts == facts
 
 
 class Colour(enum.Enum):

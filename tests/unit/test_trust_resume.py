@@ -24,7 +24,7 @@ from toolkit.run.start import Start, find_start
 # ---- what is not understood -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("newer", [3, 10**9, 2.5, "2", "v3"])
+@pytest.mark.parametrize("newer", [4, 10**9, 3.5, "2", "v3"])
 @pytest.mark.parametrize("other_shape", [True, False])
 def test_a_checkpoint_of_a_newer_format_is_never_replaced_or_pruned(
     tmp_path: Path, newer: Any, other_shape: bool
@@ -162,7 +162,7 @@ def test_resume_refuses_to_continue_past_a_newer_format(tmp_path: Path, alone: N
     run = tmp_path / "run"
     whole(run / "checkpoints", step=4)
     store = whole(run / "checkpoints")
-    (store.path(STEP) / manifests.NAME).write_text('{"format": 3}')
+    (store.path(STEP) / manifests.NAME).write_text('{"format": 4}')
     for where, resume in ((run, "auto"), (tmp_path / "new", str(run)), (tmp_path / "new", str(store.path(STEP)))):
         with pytest.raises(UserError, match="newer version wrote.*resume with that version"):
             begin(where, resume)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,24 @@ import torch
 from torch import Tensor
 
 from toolkit.checkpoint.content import BASE
+from toolkit.checkpoint.model_files import CONFIG
+from toolkit.console import waiting
 from toolkit.errors import UserError
-from toolkit.models.presets import first_line
-from toolkit.sentences import value_at
+from toolkit.models.lora import refuse_adapters
+from toolkit.models.presets import first_line, load_config
+from toolkit.paths import inside
+from toolkit.sentences import shown, value_at
 
 PREFIX = "hf."
 """The transformers model is this part of the module that was trained."""
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+_NAMED = "transformers_weights"
+"""Key of a config.json that names other weights than these."""
+_DISTRIBUTED = "shard-*-model-*-of-*.safetensors"
+"""Files that transformers prefers to all others, and reads together with whatever lies beside them."""
+_known: dict[tuple[Path, int, int], bytes] = {}
+"""Digests of files by path, size and time: in one process each is read once."""
 
 
 def in_base(name: str) -> bool:
@@ -38,9 +48,9 @@ class Base:
     _loaded: dict[str, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
-    def of(cls, folder: Path) -> Base:
-        """Reads all weights. Raises UserError."""
-        return cls(str(folder.expanduser().resolve()), weights_hash(folder.expanduser()))
+    def of(cls, folder: Path, say: Callable[[str], None] | None = None) -> Base:
+        """Reads all weights, as `weights_hash` does. Raises UserError."""
+        return cls(str(folder.expanduser().resolve()), weights_hash(folder.expanduser(), say))
 
     @classmethod
     def noted(cls, facts: Mapping[str, Any]) -> Base | None:
@@ -56,7 +66,8 @@ class Base:
     def weights(self, dtypes: Iterable[torch.dtype], where: Path) -> dict[str, Tensor]:
         """Its weights by the names of transformers' model, on the CPU, in the most common of `dtypes`.
 
-        They are loaded once. Raises UserError, of the checkpoint `where`: it is not there, or not what it was.
+        They are loaded once, as the model that the checkpoint `where` is of: its own config.json counts, whatever that
+        of the folder says by now. Raises UserError, of `where`: it is not there, or not what it was.
         """
         from toolkit.models.build import load_pretrained
 
@@ -68,7 +79,10 @@ class Base:
             if weights_hash(folder) != self.sha256:
                 raise UserError(f"{needed}, and {folder} has other weights than the model beside them; {again}")
             usual = Counter(dtypes).most_common(1)[0][0]
-            self._loaded.update(load_pretrained(folder, usual, None).state_dict())
+            config = load_config(str(where))[0] if (where / CONFIG).is_file() else None
+            if config is not None and (named := _named(folder)) is not None:
+                setattr(config, _NAMED, named)  # which no copy of a configuration keeps
+            self._loaded.update(load_pretrained(folder, usual, None, config).state_dict())
         return self._loaded
 
 
@@ -93,26 +107,67 @@ def weight_in_base(base: Base | None, name: str, kept: Tensor, dtypes: Iterable[
     return found.to(kept.dtype)
 
 
-def weights_hash(folder: Path) -> str:
-    """SHA-256, in hex, of the weight files in `folder`, in the order of their names. Raises UserError."""
+def weights_hash(folder: Path, say: Callable[[str], None] | None = None) -> str:
+    """SHA-256, in hex, of the weight files in `folder`, in the order of their names.
+
+    `say` is told what is read where that takes a while; None: only a terminal is.
+
+    Raises:
+        UserError: a file cannot be read, or transformers would load more than these.
+    """
     found = hashlib.sha256()
     try:
-        for name in _files(folder):
-            with (folder / name).open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
+        with waiting(f"reading the weights in {folder}, to note which they are", say):
+            for name in _files(folder):
+                found.update(_digest(folder / name))
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror or error}.") from None
     return found.hexdigest()
 
 
+def _digest(path: Path) -> bytes:
+    about = path.stat()
+    key = path.resolve(), about.st_size, about.st_mtime_ns
+    if key not in _known:
+        with path.open("rb") as file:
+            _known[key] = hashlib.file_digest(file, "sha256").digest()
+    return _known[key]
+
+
 def _files(folder: Path) -> list[str]:
-    """As transformers looks for them."""
+    """As transformers looks for them. What it would load beside them is refused."""
+    refuse_adapters(folder)
+    if (other := min(folder.glob(_DISTRIBUTED), default=None)) is not None:
+        raise UserError(
+            f"{folder} holds a distributed checkpoint ({other.name}), beside which no adapters are trained; load it "
+            "with transformers, save_pretrained it elsewhere, and name that folder."
+        )
+    named = _named(folder)
+    if named is not None:
+        inside(folder, named)
+        return _listed(folder / named) if named.endswith(".index.json") else [named]
     for single, index in zip(_SINGLE, _INDICES, strict=True):
         if (folder / single).exists():
             return [single]
         if (folder / index).exists():
-            try:
-                return sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise UserError(f"{folder / index} is damaged ({first_line(error)}).") from None
+            return _listed(folder / index)
     raise UserError(f"{folder} holds no weights: none of {', '.join((*_SINGLE, *_INDICES))}.")
+
+
+def _named(folder: Path) -> str | None:
+    """The weights that the folder's config.json names, if it does."""
+    path = folder / CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get(_NAMED)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}).") from None
+    if found is not None and not isinstance(found, str):
+        raise UserError(f"{path}: {_NAMED} is {shown(found)}, and must be the name of a file.")
+    return found
+
+
+def _listed(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({first_line(error)}).") from None

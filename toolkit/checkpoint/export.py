@@ -21,7 +21,7 @@ from toolkit.checkpoint.files import new_file_mode, synced
 from toolkit.checkpoint.model_files import CONFIG, GENERATION, config_hash, model_files, tokenizer_hash
 from toolkit.checkpoint.source import Source
 from toolkit.errors import UserError
-from toolkit.models.lora import ADAPTER, adapt, adapted, merged, peft_config
+from toolkit.models.lora import ADAPTER, ADAPTER_CONFIG, adapt, adapted, merged, peft_config
 from toolkit.records.lora import LoRA
 from toolkit.sentences import value_at
 from toolkit.state.layout import dtype_name
@@ -36,7 +36,7 @@ DTYPES = (
 )
 """By what people call them."""
 SHARD_BYTES = 2 * 10**9
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _DRAFT = ".exporting-"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 

@@ -16,13 +16,15 @@ from toolkit.checkpoint.schema import ManifestFile, claimed_bytes, disagreement
 from toolkit.errors import UserError
 from toolkit.masking import masked
 from toolkit.paths import read_text, regular, replace_text
-from toolkit.sentences import explain, shown
+from toolkit.sentences import explain, shown, value_at
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import Sharding
 
 NAME = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 """Version of the format. Readers refuse a newer one by name; `_update` says what an older one lacks."""
+_WHOLE = 2
+"""That of checkpoints with all weights: 3 leaves out those beside adapters, which a reader of 2 would not miss."""
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """As it is written; `sha256` is the hash of all the rest."""
         body = {
-            "format": FORMAT,
+            "format": _WHOLE if value_at(self.facts, "identity.model.base") is None else FORMAT,
             "step": self.step,
             "block": BLOCK,
             **masked(self.facts),
@@ -120,7 +122,8 @@ def _check_format(path: Path, body: Mapping[str, Any]) -> None:
     newer = isinstance(written, int | float) and not isinstance(written, bool) and written > FORMAT
     if newer or (isinstance(written, str) and written):
         raise NotUnderstood(
-            f"{path} is of format {shown(written)}, which a newer version wrote; this one reads formats up to {FORMAT}"
+            f"{path} is of format {shown(written)}, which a newer version wrote; this one reads formats up to "
+            f"{FORMAT}: update it (pip install --upgrade leanstate)"
         )
     if written not in range(1, FORMAT + 1):
         raise ValueError(f"its format is {shown(written)}")

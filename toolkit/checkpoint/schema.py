@@ -120,6 +120,7 @@ class _Data(_Part):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     windows: list[Count]
     template: str | None = None
+    packing: Count | None = None
 
 
 class _Identity(_Facts):
@@ -135,6 +136,7 @@ class _Validation(_Part):
     subset: str | None
     text_column: str
     sequences: Annotated[int, Field(ge=1)]
+    packing: Count | None = None
 
 
 class ManifestFile(_Facts):

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from toolkit.data.batches import Batches, rank_batches
     from toolkit.data.chat import read_template
     from toolkit.data.conversations import PackedConversations
-    from toolkit.data.pack import PackedTokens, Position
+    from toolkit.data.pack import PackedTokens
+    from toolkit.data.passes import Position
     from toolkit.data.token_cache import TokenCache, open_cache
     from toolkit.data.tokenizers import TOKENIZERS, load_tokenizer
 
@@ -33,7 +34,7 @@ __all__ = [
 ]
 _LATER = {
     **dict.fromkeys(("Batches", "rank_batches"), "batches"),
-    **dict.fromkeys(("PackedTokens", "Position"), "pack"),
+    **{"PackedTokens": "pack", "Position": "passes"},
     **dict.fromkeys(("TokenCache", "open_cache"), "token_cache"),
     **dict.fromkeys(("TOKENIZERS", "load_tokenizer"), "tokenizers"),
     **{"read_template": "chat", "PackedConversations": "conversations"},

@@ -13,7 +13,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from toolkit.data.pack import Group, PackedTokens, Position
+from toolkit.data.pack import Group, PackedTokens
+from toolkit.data.passes import Position
 from toolkit.data.token_cache import TokenCache
 
 BATCHES_AHEAD = 4

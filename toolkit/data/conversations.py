@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from toolkit.data.chat import Chat, Unusable
 from toolkit.data.documents import BadDocument, Document
 from toolkit.data.files import first_line
-from toolkit.data.pack import HELD_OUT_TAIL, PackedTokens, Position
+from toolkit.data.pack import HELD_OUT_TAIL, PackedTokens
+from toolkit.data.passes import Placed, Position
 from toolkit.errors import UserError
 from toolkit.models.loss import IGNORED
 
@@ -40,29 +42,21 @@ class PackedConversations(PackedTokens):
         UserError: as `PackedTokens`, and as `Chat`.
     """
 
+    packing = 2
+    """To be raised with every change of the sequences. Of those before 2 checkpoints note nothing."""
+
     def __init__(self, documents: Documents, tokenizer: Any, seq_len: int, **options: Any) -> None:
         super().__init__(documents, tokenizer, seq_len, **options)
         self.chat = Chat(tokenizer, f"data {documents.name!r}")
         self._problem: str | None = None
 
-    def once(self) -> Iterator[np.ndarray]:
-        for following, sequence in self._in_order(Position()):
-            yield sequence
-            self.position = following
-            if following.epoch > 0:
-                break
+    def _hand_out(self, sequence: np.ndarray) -> None:
+        for ids, labels, _ in np.split(sequence, np.flatnonzero(sequence[2] == 0)[1:], axis=1):
+            self._pass.answers += self._bytes(ids[labels != IGNORED])
 
-    def text_bytes(self, tokens: int) -> int:
-        """Bytes in UTF-8 of the answers that the first `tokens` predicted tokens stand for."""
-        covered = 0
-        for _, sequence in self._in_order(Position()):
-            for ids, labels, _ in np.split(sequence, np.flatnonzero(sequence[2] == 0)[1:], axis=1):
-                if tokens <= 0:
-                    return covered
-                answers = ids[labels != IGNORED]
-                covered += self._bytes(answers)
-                tokens -= len(answers)
-        return covered
+    def text_bytes(self) -> int:
+        """As `PackedTokens`, of the answers."""
+        return self._pass.answers
 
     def require(self, sequences: int) -> None:
         for number, (_, document, _) in enumerate(self._tokenized(Position()), start=1):
@@ -79,12 +73,15 @@ class PackedConversations(PackedTokens):
                     f"{self.seq_len} tokens, the global batch needs {sequences}; lower --global-batch or --seq-len."
                 )
 
-    def _in_order(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
+    def _in_order(
+        self, start: Position, documents: Iterator[Placed] | None = None
+    ) -> Iterator[tuple[Position, np.ndarray]]:
         """As `PackedTokens`; the offset of a position counts sequences from the first of those fitted together on."""
         begun, given, passed = start, start.offset, start
         held: list[np.ndarray] = []
         length = 0
-        for place, document, tokens in self._tokenized(start):
+        end = Placed(Position(start.epoch + 1), Document("", ""), np.empty((_PLANES, 0), np.int64))
+        for place, document, tokens in chain(documents or self._tokenized(start), [end]):
             # What is skipped belongs to the group before it: a group begins with a conversation of its epoch.
             full = length >= TOGETHER * (self.seq_len + 1) and tokens.shape[1]
             if held and (full or place.epoch != begun.epoch):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain, count, islice
+from dataclasses import replace
+from itertools import chain, count, islice, takewhile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from toolkit.data.documents import BadDocument, Document, Documents
 from toolkit.data.files import first_line
+from toolkit.data.passes import Pass, Placed, Position
 from toolkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,54 +21,9 @@ if TYPE_CHECKING:
 HELD_OUT_EVERY = 100
 # Of a corpus that has fewer, the tail: a tenth of its characters.
 HELD_OUT_TAIL = 10
-NAMED = 5
-"""Documents that are skipped and named; further ones are counted."""
 ENCODE_TOGETHER = 64
 
 Part = Literal["all", "train", "validation"]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Sequence number `mixed` of the group that starts at token `offset` of document `index` of `window`.
-
-    Document and sequence are counted after shuffling. Together with the documents, the tokenizer and the seed
-    it fixes everything that follows.
-
-    The rest tells what came before that group in the first pass over the documents: how many were skipped because
-    they cannot be used, what is wrong with the first of them (`named`), how many characters stand for bytes that
-    are none, and how many conversations were cut.
-    """
-
-    epoch: int = 0
-    window: int = 0
-    index: int = 0
-    offset: int = 0
-    mixed: int = 0
-    skipped: int = 0
-    named: tuple[str, ...] = ()
-    replaced: int = 0
-    cut: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "named", tuple(self.named))  # JSON makes a list of it
-
-    @property
-    def place(self) -> tuple[int, int, int, int]:
-        return self.epoch, self.window, self.index, self.offset
-
-    def after(self, document: Document) -> Position:
-        """This position, with `document` counted."""
-        named = (*self.named, document.problem) if document.problem and self.skipped < NAMED else self.named
-        skipped = self.skipped + bool(document.problem)
-        return replace(
-            self, skipped=skipped, named=named, replaced=self.replaced + document.replaced, cut=self.cut + document.cut
-        )
-
-    def at(self, place: Position) -> Position:
-        """These counts, where `place` is."""
-        epoch, window, index, offset = place.place
-        return replace(self, epoch=epoch, window=window, index=index, offset=offset, mixed=0)
 
 
 class Group(NamedTuple):
@@ -107,6 +63,9 @@ class PackedTokens:
         UserError: a number out of range; while reading, a part without any text, or a document that stops the stream.
     """
 
+    packing: int | None = None
+    """Version of how sequences are made of what checkpoints note of the data; None where there has been one alone."""
+
     def __init__(
         self,
         documents: Iterable[str],
@@ -136,6 +95,7 @@ class PackedTokens:
         self.shuffle_window = shuffle_window
         self.sequence_window = sequence_window
         self.position = Position()
+        self._pass = Pass()
         self.read_to = Position()
         """The end of the group that `position` is in, up to which documents have been read and counted."""
 
@@ -173,10 +133,9 @@ class PackedTokens:
         `position` is then the end of the last one.
         """
         found: list[np.ndarray] = []
-        for following, sequence in self._in_order(Position()):
+        for sequence in self._from_the_beginning(self._tokenized(Position())):
             found.append(sequence)
-            self.position = following
-            if len(found) == most or following.epoch > 0:
+            if len(found) == most or self.position.epoch > 0:
                 break
         return found
 
@@ -185,45 +144,48 @@ class PackedTokens:
 
         `position` then tells how many documents have been skipped.
         """
-        left = np.empty(0, np.int64)
-        for place, document, tokens in self._tokenized(Position()):
-            if place.epoch > 0:
-                break
-            if document.counted:
-                self.position = self.position.after(document)
-            left = np.concatenate([left, tokens])
-            while len(left) > self.seq_len:
-                yield left[: self.seq_len + 1]
-                left = left[self.seq_len :]
-        if len(left) > 1:
-            yield left
+        return self._from_the_beginning(takewhile(lambda found: found[0].epoch == 0, self._tokenized(Position())))
 
-    def text_bytes(self, tokens: int) -> int:
-        """Bytes in UTF-8 of the text that `tokens` tokens stand for, from the second one on; ends of text are none.
+    def _from_the_beginning(self, documents: Iterator[Placed]) -> Iterator[np.ndarray]:
+        """The sequences of `documents`, in their order; `text_bytes` is then of those that were handed out."""
+        self._pass = Pass()
+        for following, sequence in self._in_order(Position(), self._pass.noted(documents)):
+            self.position = following
+            if sequence.shape[-1] > 1:
+                self._hand_out(sequence)
+                yield sequence
 
-        Tokenizes again. A character that is cut at the end does not count.
+    def _hand_out(self, sequence: np.ndarray) -> None:
+        self._pass.predicted += len(sequence) - 1
+
+    def text_bytes(self) -> int:
+        """Bytes in UTF-8 of the text that the sequences predict which `once` or `first_pass` has last handed out.
+
+        Ends of text are none, and neither is a character that is cut at the end.
         """
-        covered, left = 0, tokens + 1
-        for _, document, ids in self._tokenized(Position()):
-            if left == tokens + 1 and len(ids):
-                covered -= self._bytes(ids[:1])
-            covered += len(document.text.encode()) if len(ids) <= left + 1 else self._bytes(ids[:left])
-            left -= len(ids)
-            if left <= 0:
-                break
-        return covered
+        found = self._pass
+        assert found.first is not None and found.latest is not None, "nothing was handed out"
+        (document, ids), left = found.latest, found.predicted + 1 - found.tokens
+        latest = len(document.text.encode()) if len(ids) <= left + 1 else self._bytes(ids[:left])
+        return found.bytes + latest - self._bytes(found.first)
 
     def _bytes(self, ids: np.ndarray) -> int:
         text: Any = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return len(str(text).rstrip("\N{REPLACEMENT CHARACTER}").encode())
 
-    def _in_order(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
-        """The sequences before they are mixed, each with where the one after it starts."""
+    def _in_order(
+        self, start: Position, documents: Iterator[Placed] | None = None
+    ) -> Iterator[tuple[Position, np.ndarray]]:
+        """The sequences before they are mixed, each with where the one after it starts.
+
+        `documents`: from `start` on, if not all that there are, without end; the last sequence is then what is left,
+        one token that another one ended with at least.
+        """
         size = self.seq_len + 1
         block = np.empty(size, np.int64)
         filled = 0
         passed = start
-        for place, document, tokens in self._tokenized(start):
+        for place, document, tokens in documents or self._tokenized(start):
             first = place.place[:3] == start.place[:3]
             # A stream that resumes in the middle of a document has counted that one.
             counted = place.epoch > 0 or (first and start.place != Position().place)
@@ -239,6 +201,7 @@ class PackedTokens:
                     yield passed.at(replace(place, offset=taken - 1)), block.copy()
                     block[0] = block[-1]
                     filled = 1
+        yield passed.at(Position(start.epoch + 1)), block[:filled].copy()
 
     def require(self, sequences: int) -> None:
         """Check that one pass over the documents fills `sequences` sequences; tokenizes only until it does.
@@ -265,11 +228,8 @@ class PackedTokens:
     def _name(self) -> str:
         return repr(self.documents.name)
 
-    def _tokenized(self, start: Position) -> Iterator[tuple[Position, Document, np.ndarray]]:
-        """Each document with its place and tokens, end of text included, from that of `start` on.
-
-        One that is skipped has a place, too, and no tokens.
-        """
+    def _tokenized(self, start: Position) -> Iterator[Placed]:
+        """Each document from that of `start` on, without end."""
         for epoch in count(start.epoch):
             source = self._documents()
             found = (epoch, 0, 0) < start.place[:3]  # what is left of an epoch may well be nothing
@@ -285,7 +245,7 @@ class PackedTokens:
                     some = [documents[i] for i in order[index : index + ENCODE_TOGETHER]]
                     for offset, (document, tokens) in enumerate(self._encode(some)):
                         found = found or not document.problem
-                        yield Position(epoch, window, index + offset), document, tokens
+                        yield Placed(Position(epoch, window, index + offset), document, tokens)
             if not found:
                 raise UserError(self._nothing())
 

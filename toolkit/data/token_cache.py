@@ -28,7 +28,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from toolkit.data.pack import Group, PackedTokens, Position
+from toolkit.data.pack import Group, PackedTokens
+from toolkit.data.passes import Position
 from toolkit.paths import cache_folder, draft_of
 
 logger = logging.getLogger("toolkit")

@@ -76,7 +76,10 @@ def own_text(opened: Opened, sequences: int | None, seq_len: int | None) -> Sequ
     remarks = []
     same = (length, sequences or text["sequences"]) == (trained["seq_len"], text["sequences"])
     if same and digest(found) != text["sha256"]:
-        remarks.append("the text has changed since the run: the loss is not that of its validation.")
+        why = "the text has changed since the run"
+        if text.get("packing") != packed.packing:
+            why = "another version of this package fitted the run's conversations into sequences"
+        remarks.append(f"{why}: the loss is not that of its validation.")
     size = _micro_batch(opened, length)
     # As `Run.validate` deals them out: in another grouping the last digits would differ.
     shares = (found[rank :: opened.ranks] for rank in range(opened.ranks))
@@ -137,5 +140,5 @@ def evaluate(opened: Opened, text: Sequences, done: Callable[[int], None]) -> Ev
         done(len(rows))
     if not tokens:
         raise UserError(f"the text {text.name!r} is a single token: there is nothing to predict.")
-    covered = text.packed.text_bytes(tokens)
+    covered = text.packed.text_bytes()
     return Evaluation(text.name, sequences, text.seq_len, tokens, covered, float(total) / tokens)

@@ -249,17 +249,21 @@ def _draw(hf: PreTrainedModel, name: str, block: nn.Module, seed: int) -> None:
     generator.set_state(state)
 
 
-def load_pretrained(folder: Path, dtype: torch.dtype, zero3_config: dict[str, Any] | None) -> PreTrainedModel:
-    """The model in `folder` with its weights; partitioned while loading if `zero3_config` is given."""
+def load_pretrained(
+    folder: Path, dtype: torch.dtype, zero3_config: dict[str, Any] | None, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """The model in `folder` with its weights; partitioned while loading if `zero3_config` is given.
+
+    `config`: what it is a model of, if not of the config.json there.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers partitions as long as such an object is alive, and only then.
     zero3 = HfDeepSpeedConfig(copy.deepcopy(zero3_config)) if zero3_config is not None else None
+    fixed = {"local_files_only": True, "output_loading_info": True, "trust_remote_code": False}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **fixed)
     except Exception as error:  # transformers and safetensors raise a different type for each kind of damage
         raise UserError(f"the weights in {str(folder)!r} cannot be loaded: {first_line(error)}") from error
     finally:

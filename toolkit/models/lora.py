@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 """peft's name of a model's only adapter, which is part of its parameters' names and not of those in its files."""
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Raise UserError where adapters lie beside the weights in `folder`: transformers would put them into the model.
+
+    To train that model means to train nothing, and with --lora its adapters would make room for others.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds adapters beside its weights ({ADAPTER_CONFIG}), which transformers loads into the model; "
+            "merge them into the weights (peft's merge_and_unload), or take the file out of that folder."
+        )
 
 
 def peft_config(lora: LoRA, base: str | None = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,11 @@ def additive_masks() -> Iterator[None]:
     """While a model's forward pass runs, masks for torch's attention are made as its kernels take them.
 
     transformers makes one of booleans, of which torch makes another in every layer, [micro_batch, 1, seq_len, seq_len]
-    of the queries' type, and keeps it until the layer's backward pass. The same numbers are made once here.
+    of the queries' type, and keeps it until the layer's backward pass. The same numbers are made once here. Under
+    torch.autocast that is the type which attention is cast to: a mask of another one would be cast in every layer.
+
+    What makes masks may be somebody else's, registered for this package's transformers alone: it is wrapped, and back
+    in its place afterwards.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as FUNCTIONS
 
@@ -25,10 +29,18 @@ def additive_masks() -> Iterator[None]:
         mask = make(*args, dtype=dtype, **kwargs)
         if mask is None or mask.dtype != torch.bool:
             return mask
-        return torch.where(mask, 0.0, torch.full((), -math.inf, dtype=dtype, device=mask.device))
+        kind = mask.device.type
+        computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        return torch.where(mask, 0.0, torch.full((), -math.inf, dtype=computed, device=mask.device))
 
+    registered = False
+    with suppress(KeyError):  # what transformers itself brings is not there to be removed
+        del FUNCTIONS["sdpa"]
+        registered = True
     FUNCTIONS["sdpa"] = additive
     try:
         yield
     finally:
         del FUNCTIONS["sdpa"]
+        if registered:
+            FUNCTIONS["sdpa"] = make

@@ -23,7 +23,7 @@ class Notes:
         self._cut = batches.position.cut > 0
 
     def say_new(self) -> None:
-        from toolkit.data.pack import NAMED
+        from toolkit.data.passes import NAMED
 
         found = self._batches.read_to
         for problem in found.named[self._told :]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +34,15 @@ def identity(
             "seed": training.seed,
             "windows": [training.shuffle_window, training.sequence_window],
             **({"template": template} if (template := template_hash(training)) is not None else {}),
+            **packing_fact(training),
         },
     }
 
 
-def note_base(settings: RunSettings, here: dict[str, dict[str, Any]]) -> None:
+def note_base(settings: RunSettings, here: dict[str, dict[str, Any]], say: Callable[[str], None]) -> None:
     """Add to this run's identity which weights adapters are trained beside; every rank must call this.
 
-    Random ones are noted nowhere: only checkpoints have them.
+    Random ones are noted nowhere: only checkpoints have them. `say` is told what takes a while.
 
     Raises:
         UserError: they cannot be read.
@@ -50,7 +51,7 @@ def note_base(settings: RunSettings, here: dict[str, dict[str, Any]]) -> None:
         return
     from toolkit.checkpoint.base import Base  # imports torch
 
-    found = ranks.agreed(lambda: Base.of(Path(settings.model)) if ranks.rank() == 0 else None)
+    found = ranks.agreed(lambda: Base.of(Path(settings.model), say) if ranks.rank() == 0 else None)
     here["model"]["base"] = ranks.from_first(found and found.facts)
 
 
@@ -61,6 +62,11 @@ def template_hash(training: PackedTokens) -> str | None:
     if not isinstance(training, PackedConversations):
         return None
     return hashlib.sha256(repr(training.chat.identity).encode()).hexdigest()
+
+
+def packing_fact(text: PackedTokens) -> dict[str, int]:
+    """What checkpoints note of how sequences are made of a text; nothing of plain text."""
+    return {} if text.packing is None else {"packing": text.packing}
 
 
 def check_same(saved: Mapping[str, Any] | None, here: dict[str, dict[str, Any]], where: Path) -> None:
@@ -99,6 +105,12 @@ def check_same(saved: Mapping[str, Any] | None, here: dict[str, dict[str, Any]],
     if saved["data"].get("template") != here["data"].get("template"):
         raise UserError(
             f"the checkpoint {where} was trained with another chat template: give the --chat-template of that run."
+        )
+    if (packing := saved["data"].get("packing")) != (own := here["data"].get("packing")):
+        raise UserError(
+            f"the checkpoint {where} was trained on conversations that another version of this package fitted into "
+            f"sequences (packing {packing or 'older than 2'}, this one's is {own}): the data would differ; resume with "
+            "that version, or begin a new run from its weights (toolkit export, --from-checkpoint)."
         )
     if saved["data"]["part"] != here["data"]["part"]:
         raise UserError(

@@ -13,7 +13,7 @@ from toolkit.plugins import import_plugins
 from toolkit.run import folder as run_folder
 from toolkit.run import ranks, tracking
 from toolkit.run.folder import RunFolder
-from toolkit.run.identity import identity
+from toolkit.run.identity import identity, packing_fact
 from toolkit.run.resolve import ResolvedSettings, resolve
 from toolkit.run.settings import NONE, RunSettings
 from toolkit.run.start import newest_saved, run_of
@@ -101,11 +101,15 @@ def prepare(settings: RunSettings) -> PreparedRun:
     from toolkit import config as configs
     from toolkit import data, models
     from toolkit.models.build import skeleton
+    from toolkit.models.lora import refuse_adapters
+    from toolkit.models.presets import folder_of
 
     import_plugins(settings.plugins)
     config = configs.apply_overrides(configs.load_config(settings.config), settings.overrides)
     configs.validate(config, origin=settings.config)
     model_config, preset = models.load_config(settings.model)
+    if settings.from_checkpoint and preset is None:
+        refuse_adapters(folder_of(settings.model))
     config = configs.settle(
         config,
         lambda: configs.Shape.of(skeleton(model_config)),
@@ -143,7 +147,7 @@ def prepare(settings: RunSettings) -> PreparedRun:
         source = open_text(held_out, tokenizer, settings.seq_len, settings.seed, bad=settings.bad_documents)
         source.require(1)
         sequences = source.first_pass(held_out["sequences"])
-        held_out["sha256"] = digest(sequences)
+        held_out |= {"sha256": digest(sequences), **packing_fact(source)}
         remarks += [f"skipped in the validation text: {problem}" for problem in source.position.named]
     return PreparedRun(
         resolved=resolved,

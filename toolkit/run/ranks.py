@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from toolkit.agreed import AgreedError as AgreedError
+from toolkit.agreed import agreed as agreed
+from toolkit.agreed import everyones as everyones
 from toolkit.errors import UserError
 from toolkit.records.machine import local_size
 from toolkit.run import leftovers
@@ -38,10 +41,6 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLO
 _OF_MPI = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """In which MPI says how many processes it has started."""
 _PROBE = "198.51.100.1"  # kept for documents: nobody has it, and the way to it is the way to everywhere
-
-
-class AgreedError(UserError):
-    """An error that every rank raises at the same point, so that one rank's word is enough."""
 
 
 def rank() -> int:
@@ -214,25 +213,6 @@ def launch_command(module: str, options: Sequence[str], count: int, port: int) -
     return [sys.executable, launcher, *master, "--module", module, *options]
 
 
-def agreed(check: Callable[[], T]) -> T:
-    """`check()` on every rank; if any rank finds the user in error, every rank raises the first one's.
-
-    Without this one rank would stop while the others wait for it in a collective.
-    """
-    result: T | None = None
-    problem: str | None = None
-    try:
-        result = check()
-    except UserError as error:
-        problem = str(error)
-    except OSError as error:  # what the file system refuses while we look is the user's to mend
-        problem = f"{error.filename or type(error).__name__}: {error.strerror or error}."
-    for found in everyones(problem):
-        if found is not None:
-            raise AgreedError(found)
-    return result  # type: ignore[return-value]
-
-
 def from_first(value: T) -> T:
     """Rank 0's `value`, on every rank."""
     from torch import distributed
@@ -240,15 +220,6 @@ def from_first(value: T) -> T:
     box = [value]
     distributed.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def everyones(value: T) -> list[T]:
-    """The `value` of every rank, in their order, on every rank."""
-    from torch import distributed
-
-    box = [value] * world_size()
-    distributed.all_gather_object(box, value)
-    return box
 
 
 def mean_max(mean: Values, largest: Values, device: torch.device) -> tuple[list[float], list[float]]:

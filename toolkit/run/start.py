@@ -102,11 +102,22 @@ def find_start(settings: RunSettings, folder: Path, identity: dict[str, dict[str
     return start
 
 
-def _choose(settings: RunSettings, folder: Path) -> Start:
-    from toolkit.checkpoint.source import Source
-    from toolkit.checkpoint.store import Store, pointed
-    from toolkit.checkpoint.universal import open_checkpoint
+def _checkpoint_named(given: Path) -> Path:
+    """The checkpoint that is `given`, or that the file `latest` in it names. Raises UserError where it is none."""
+    from toolkit.checkpoint.store import pointed
     from toolkit.checkpoint.wrong import is_checkpoint, not_a_checkpoint
+
+    path = pointed(given) or given
+    if not path.is_dir() or not is_checkpoint(path):
+        raise UserError(f"--resume {given}: {not_a_checkpoint(given)}")
+    return path
+
+
+def _choose(settings: RunSettings, folder: Path) -> Start:
+    from toolkit.checkpoint import manifest as manifests
+    from toolkit.checkpoint.source import Source
+    from toolkit.checkpoint.store import Store
+    from toolkit.checkpoint.universal import open_checkpoint
 
     if settings.resume == NONE:
         return Start()
@@ -114,7 +125,7 @@ def _choose(settings: RunSettings, folder: Path) -> Start:
     if named is not None:
         store = Store(named / CHECKPOINTS)
         damaged: list[str] = []
-        for step in ranks.from_first(store.steps()):
+        for step in ranks.from_first(ranks.agreed(store.steps)):
             problem = _problem(store.path(step), step)
             if problem is None:
                 remark = [f"{'; '.join(damaged)}; taken is {store.path(step).name}."] if damaged else []
@@ -125,11 +136,8 @@ def _choose(settings: RunSettings, folder: Path) -> Start:
         if settings.resume != AUTO:
             raise UserError(f"--resume {settings.resume}: the run there has no checkpoint yet.")
         return _from_the_start(settings, folder)
-    path = Path(settings.resume)
-    path = pointed(path) or path
-    if not path.is_dir() or not is_checkpoint(path):
-        raise UserError(f"--resume {settings.resume}: {not_a_checkpoint(Path(settings.resume))}")
-    problem = _problem(path) if (path / "manifest.json").exists() else None
+    path = ranks.agreed(lambda: _checkpoint_named(Path(settings.resume)))
+    problem = _problem(path) if ranks.from_first((path / manifests.NAME).exists()) else None
     if problem is not None:
         raise UserError(f"--resume {settings.resume}: {problem}.")
     source = ranks.agreed(lambda: open_checkpoint(path, trust_pickle=settings.trust_pickle))

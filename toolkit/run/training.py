@@ -56,7 +56,7 @@ def train_on_this_rank(
 
     screen.say(f"checking the settings, then reading {settings.data}")
     prepared = ranks.agreed(lambda: prepare(settings))
-    note_base(prepared.settings, prepared.identity)
+    note_base(prepared.settings, prepared.identity, screen.say)
     prepared.folder = ranks.from_first(prepared.folder)  # its default name holds the time
     folder = ranks.agreed(lambda: claim_folder(prepared, device))
     explainer: Explainer | None = None
@@ -141,7 +141,7 @@ class Run:
             ranks.agreed(lambda: check_apart(self.engine))
         ranks.agreed(lambda: restore(prepared, self.engine, start, screen.say))
         self.records: list[dict[str, Any]] = ranks.from_first(
-            folder.continue_after(start.step, prepared.config) if folder is not None else []
+            ranks.agreed(lambda: folder.continue_after(start.step, prepared.config) if folder is not None else [])
         )
         """The records of metrics.jsonl."""
         if folder is not None and folder.dropped:

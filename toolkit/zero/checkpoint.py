@@ -14,6 +14,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from toolkit.agreed import AgreedError, agreed, everyones
 from toolkit.checkpoint.base import in_base
 from toolkit.checkpoint.content import BASE, OWN, PER_RANK, SCHEDULE
 from toolkit.checkpoint.files import Staging, as_it_lies, on_host, plain
@@ -215,9 +216,9 @@ def capture(
     """
     untrained = Untrained(engine.module, trained)
     extra = untrained.extra_states()
-    problem = untrained.unsaveable(extra)
-    if problem is not None:  # what modules keep may have changed since the run began
-        raise UserError(problem)
+    for problem in everyones(untrained.unsaveable(extra)):
+        if problem is not None:  # what modules keep may have changed since the run began
+            raise AgreedError(problem)
     based = {name: shape for name, shape in untrained.shapes().items() if base and in_base(name)}
     untrained.leave(based)
     capturing = _Capture(engine, untrained, extra, per_rank, copy, based)
@@ -253,12 +254,30 @@ def load(engine: Any, source: Source, *, convert: bool = False, base: str | None
         What was done to the state or the schedule, a sentence each; nothing where they are the very same.
 
     Raises:
-        UserError: another model, or other parameters are frozen; without `convert`: another format or optimizer, frozen
-            parameters or buffers that the checkpoint lacks or that lose digits here.
+        UserError: raised by every rank: another model, or other parameters are frozen; a file is damaged; without
+            `convert`: another format or optimizer, frozen parameters or buffers that the checkpoint lacks or that
+            lose digits here.
     """
     target = sharding(engine)
     untrained = Untrained(engine.module, target.by_name)
     transfer = Transfer(source, target)
+    converted = agreed(lambda: _fitting(engine, transfer, untrained, convert))  # until here nothing has changed
+    zero = engine.optimizer
+    if target.stage == 3:
+        zero.checkpoint_event_prologue()  # small parameters may be whole, and would stay what they are
+    agreed(lambda: _take_over(engine, transfer))
+    _show(zero)
+    untrained.restore(source, base)
+    if target.stage == 3:
+        zero.checkpoint_event_epilogue()
+    _restore_rest(engine, source)
+    weights_were_loaded(engine)
+    return converted
+
+
+def _fitting(engine: Any, transfer: Transfer, untrained: Untrained, convert: bool) -> list[str]:
+    """Set the schedule, if the checkpoint fits; what is converted, a sentence each. Raises UserError as `load`."""
+    source = transfer.source
     problem = transfer.mismatch(untrained.parameters) or untrained.mismatch(source)
     if problem is not None:
         raise UserError(f"{source.folder} does not fit this model: {problem}")
@@ -268,20 +287,14 @@ def load(engine: Any, source: Source, *, convert: bool = False, base: str | None
             f"{source.folder} cannot be taken over as it is: {converted[0]}; --convert-state (convert=True) takes over "
             "what it can, and encodes state anew"
         )
-    converted += schedule.resume(engine, source)  # which may refuse: until here nothing has changed
-    zero = engine.optimizer
-    if target.stage == 3:
-        zero.checkpoint_event_prologue()  # small parameters may be whole, and would stay what they are
-    for shard in shards(zero):
-        step = transfer.step_of(shard.number) if source.trained() else None
+    return converted + schedule.resume(engine, source)
+
+
+def _take_over(engine: Any, transfer: Transfer) -> None:
+    """Set this rank's flat tensors and their state."""
+    for shard in shards(engine.optimizer):
+        step = transfer.step_of(shard.number) if transfer.source.trained() else None
         _put(engine, shard.tensor, transfer.tensors(shard.number, dist.get_rank()), step)
-    _show(zero)
-    untrained.restore(source, base)
-    if target.stage == 3:
-        zero.checkpoint_event_epilogue()
-    _restore_rest(engine, source)
-    weights_were_loaded(engine)
-    return converted
 
 
 def _put(engine: Any, flat: Tensor, made: dict[str, Tensor], step: int | None) -> None:

@@ -11,6 +11,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
+from toolkit.agreed import agreed
 from toolkit.checkpoint.files import is_plain
 from toolkit.checkpoint.source import Source
 from toolkit.state.layout import dtype_name
@@ -113,15 +114,26 @@ class Untrained:
         `base`: hash of the weights that the frozen parameters were loaded from (`checkpoint.base`), if they were.
 
         With as many ranks as then, buffers and extra state are each rank's own; else they are rank 0's.
+
+        Raises:
+            UserError: the weights beside adapters cannot be read; raised by every rank.
         """
         own = source.own(dist.get_rank()) if source.sharding.world_size == dist.get_world_size() else {}
         there = source.based if source.base is not None and source.base.sha256 == base else ()
-        for name, param in self.parameters.items():
-            if name not in source.frozen or name in there:
-                continue
-            # At stage 3 the first rank reads, and each gets its part, wherever that lies (device, host, file).
+        taken = [name for name in self.parameters if name in source.frozen and name not in there]
+        # At stage 3 the first rank reads, and each gets its part, wherever that lies (device, host, file).
+        read = [name for name in taken if not hasattr(self.parameters[name], "ds_shape") or dist.get_rank() == 0]
+
+        def look() -> None:
+            for name in read:
+                if name in source.based:
+                    source.frozen_weight(name)
+
+        agreed(look)  # a rank that found the base gone, or another, below would leave the others in a gather
+        for name in taken:
+            param = self.parameters[name]
             with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=hasattr(param, "ds_shape")):
-                if not hasattr(param, "ds_shape") or dist.get_rank() == 0:
+                if name in read:
                     param.data.copy_(source.frozen_weight(name))
         for name, value in source.buffers().items():
             self.buffers[name].copy_(own.get(name, value))
