@@ -151,7 +151,13 @@ def test_gradients_cut_by_another_layout_are_refused_at_stage_3(name: str) -> No
 
 @pytest.mark.parametrize("name", ["amcs_zero2", "adamw_zero2", "amcs_zero3", "adamw_zero3"])
 @pytest.mark.parametrize(
-    "assignment", ["zero_hpz_partition_size=2", "zero_quantized_weights=true", "zero_quantized_gradients=true"]
+    "assignment",
+    [
+        "zero_hpz_partition_size=2",
+        "zero_quantized_weights=true",
+        "zero_quantized_nontrainable_weights=true",
+        "zero_quantized_gradients=true",
+    ],
 )
 def test_parts_of_zero_plus_plus_are_taken_where_they_are_tested_and_else_refused(name: str, assignment: str) -> None:
     config, setting = changed(name, f"zero_optimization.{assignment}"), assignment.split("=")[0]

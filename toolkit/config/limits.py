@@ -271,8 +271,9 @@ def _experts(facts: Facts) -> Iterator[str]:
         )
 
 
-_ZERO_PP = ("zero_quantized_weights", "zero_quantized_gradients")
-"""Parts of ZeRO++ that change numbers; its third, zero_hpz_partition_size, keeps them."""
+_QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+_ZERO_PP = (*_QUANTIZED, "zero_quantized_gradients")
+"""Parts of ZeRO++ that change numbers; another, zero_hpz_partition_size, keeps them."""
 
 
 def _zero_plus_plus(facts: Facts) -> Iterator[str]:
@@ -283,11 +284,12 @@ def _zero_plus_plus(facts: Facts) -> Iterator[str]:
     for name in asked:
         if stage != 3:
             yield f"zero_optimization.{name} acts at stage 3 alone, and stage is {stage}; leave it out."
-    if zero.zero_quantized_weights:
-        yield (
-            "zero_optimization.zero_quantized_weights is not tested with shards of whole blocks, as they are here with "
-            "every optimizer; leave it out."
-        )
+    for name in _QUANTIZED:
+        if getattr(zero, name):
+            yield (
+                f"zero_optimization.{name} is not tested with shards of whole blocks, as they are here with every "
+                "optimizer; leave it out."
+            )
 
 
 def _whole_blocks(facts: Facts) -> Iterator[str]:

@@ -107,11 +107,6 @@ def _extensions(facts: Facts) -> Iterator[str]:
     for place, builder, wanted in (
         ("optimizer.type 'Lamb'", "FusedLambBuilder", kind == "lamb"),
         ("optimizer.type 'Lion'", "CPULionBuilder" if offloaded else "FusedLionBuilder", kind == "lion"),
-        (
-            "zero_optimization.zero_quantized_nontrainable_weights",
-            "QuantizerBuilder",
-            zero.zero_quantized_nontrainable_weights,
-        ),
         ("zero_optimization offload to 'nvme'", "AsyncIOBuilder", nvme),
         ("hybrid_engine.enabled", "InferenceBuilder", facts.enabled("hybrid_engine")),
         ("compile.deepcompile", "DeepCompileBuilder", facts.models["compile"].deepcompile),
