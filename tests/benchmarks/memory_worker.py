@@ -24,6 +24,8 @@ from toolkit.records.activations import Activations
 def build(settings: dict[str, Any]) -> Any:
     import toolkit
     from toolkit import models
+    from toolkit.config import DeepSpeedSettings
+    from toolkit.zero.places import places
 
     config = settings["config"]
     toolkit.register()
@@ -34,6 +36,7 @@ def build(settings: dict[str, Any]) -> Any:
         zero3_config=config if config["zero_optimization"]["stage"] == 3 else None,
         loss=settings["loss"],
         activations=Activations.read(settings["activations"]),
+        place=places(DeepSpeedSettings.read(config)) if settings["optimizer"] is None else None,
     )
     if settings["optimizer"] is None:
         return toolkit.initialize(model=model, config=config, total_steps=1000)[0]

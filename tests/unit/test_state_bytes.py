@@ -12,7 +12,6 @@ from torch import nn
 import toolkit
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.engine import optimizer_state_bytes, replicated_bytes
-from toolkit.zero.stage12 import ShardedZeroOptimizer
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -43,23 +42,6 @@ def test_what_stands_for_a_factored_state_is_whole_on_every_rank(stage: int) -> 
     held = optimizer_state_bytes(engine)
     assert replicated_bytes(engine) == 4 * (40 + 24 + 8 + 40), "rows and columns of the two matrices"
     assert held["v"] - replicated_bytes(engine) == 4 * 2 * BLOCK, "1-D parameters, 128 elements in all, are exact"
-
-
-def test_while_groups_are_laid_out_no_second_model_piles_up(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed clones each group's weights as master weights; a clone goes before the next group is laid out."""
-    seen = []
-    original = ShardedZeroOptimizer.get_partition_info
-
-    def looking(zero: Any, *args: Any, **kwargs: Any) -> Any:
-        found = original(zero, *args, **kwargs)
-        masters = [tensor.data_ptr() for tensor in zero.single_partition_of_fp32_groups]
-        seen.append(masters == [parts[0].data_ptr() for parts in zero.parallel_partitioned_bit16_groups])
-        return found
-
-    monkeypatch.setattr(ShardedZeroOptimizer, "get_partition_info", looking)
-    params = {"lr": 1e-3, "alpha": 0.5, "compile": False}
-    build(BASE | {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AMCS", "params": params}}).destroy()
-    assert len(seen) > 1 and all(seen)
 
 
 def test_a_matrix_without_elements_has_factors_of_none(one_rank: None) -> None:

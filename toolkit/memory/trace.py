@@ -118,7 +118,7 @@ class StepTrace:
         if self._on_gpu:
             self._add_other()
             return
-        events = list(_allocations(self._profile.profiler.kineto_results.experimental_event_tree()))
+        events = list(allocations(self._profile))
         self._join(sorted(events, key=lambda event: event.start_time_ns))
 
     def _add_other(self) -> None:
@@ -169,8 +169,9 @@ class StepTrace:
         self.curve = Curve(named.by_category | {c.OTHER: other}, named.total + other, phases)
 
 
-def _allocations(roots: Iterable[Any]) -> Iterable[Any]:
-    waiting = list(roots)
+def allocations(profiled: Any) -> Iterable[Any]:
+    """The events of torch's CPU allocator, in no order, of a profile that has ended and was made with its memory."""
+    waiting = list(profiled.profiler.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
         waiting.extend(event.children)

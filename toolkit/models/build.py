@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+Place = Callable[[nn.Module], Callable[[Tensor], Tensor]]
+"""Of a model on the meta device: memory for each of its parameters, uninitialised, in its shape and dtype."""
 
 
 class CausalLM(nn.Module):
@@ -77,6 +81,7 @@ def build_model(
     activations: Activations | None = None,
     loss: str | None = None,
     lora: LoRA | None = None,
+    place: Place | None = None,
 ) -> CausalLM:
     """Build the model of a preset or of a folder with a ``config.json``, on the CPU, in `dtype`.
 
@@ -88,7 +93,8 @@ def build_model(
     `vocab_size` replaces the configuration's (random weights only). `activations` and `loss`
     ("chunked": full logits are never built; "plain") default to the preset's choice, and for a folder to all
     and "chunked". An architecture that "chunked" is not known to be right for gets a warning and "plain". With `lora`
-    adapters alone are trained, drawn from `seed`.
+    adapters alone are trained, drawn from `seed`. `place` says where random weights of a model without adapters go;
+    it is called with the model on the meta device.
 
     Raises UserError for what `load_config` rejects, an unknown loss, weights that are missing or do not fit, and
     activations that the architecture cannot do without.
@@ -110,7 +116,7 @@ def build_model(
     else:
         config.vocab_size = vocab_size or config.vocab_size
         hf = skeleton(config, dtype)
-        _initialise(hf, seed, zero3_config)
+        _initialise(hf, seed, zero3_config, place if lora is None else None)
     return complete(hf, preset, activations, loss, lora, seed)
 
 
@@ -183,12 +189,13 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Pr
 
 
 @torch.no_grad()
-def _initialise(hf: PreTrainedModel, seed: int, zero3_config: dict[str, Any] | None) -> None:
+def _initialise(hf: PreTrainedModel, seed: int, zero3_config: dict[str, Any] | None, place: Place | None) -> None:
     """Give every parameter of a skeleton its first value, largest block first.
 
     The order keeps the peak at one copy of the model: the fp32 draw of a block lives beside what is already
     made, and for the largest blocks that is little.
     """
+    room = place(CausalLM(hf)) if place is not None else partial(torch.empty_like, device="cpu")
     partition: AbstractContextManager[Any] = nullcontext()
     draws = True
     if zero3_config is not None:
@@ -213,7 +220,7 @@ def _initialise(hf: PreTrainedModel, seed: int, zero3_config: dict[str, Any] | N
             _draw(hf, name, block, seed)
         for module, key, placeholder in slots:
             if placeholder not in made:
-                value = torch.empty_like(placeholder, device="cpu")
+                value = room(placeholder)
                 if draws:
                     value.copy_(module.get_parameter(key))
                 made[placeholder] = nn.Parameter(value, placeholder.requires_grad)

@@ -149,6 +149,6 @@ def imbalance_sentence(imbalance: Imbalance) -> str:
 
 def slowest_sentence(slowest: Slowest) -> str:
     return (
-        f"Rank {slowest.rank} is the slowest: its forward passes, with the waiting for their data, take "
+        f"Rank {slowest.rank} is the slowest: what it does alone, forward passes and the waiting for their data, takes "
         f"{slowest.percent:.0f} % longer than the median of the others', which wait for it."
     )

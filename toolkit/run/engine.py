@@ -23,6 +23,7 @@ def build_engine(prepared: PreparedRun, config: Mapping[str, Any] | None = None)
 
     import toolkit
     from toolkit import memory, models
+    from toolkit.zero.places import places
 
     settings, config = prepared.settings, dict(config or prepared.config)
     if settings.memory_profile == "full" and not torch.accelerator.is_available():
@@ -38,6 +39,7 @@ def build_engine(prepared: PreparedRun, config: Mapping[str, Any] | None = None)
         activations=settings.activations,
         loss=settings.loss,
         lora=settings.lora,
+        place=places(prepared.ds),
     )
     engine, *_ = toolkit.initialize(model=model, config=config, total_steps=settings.steps)
     return engine

@@ -13,6 +13,7 @@ for that later, as it can be at stages 1 and 2 (`turns.py`), so a run stops with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -67,14 +68,21 @@ def check_first_gathers() -> None:
     def fetch_sub_module(self: Any, current_submodule: nn.Module, forward: bool) -> None:
         # Known on one rank, it is known on all: they found it out in the same pass.
         self.leanstate_order_known = getattr(self, "leanstate_order_known", False) or self.is_complete_trace()
-        params = iter_params(current_submodule, recurse=z3_leaf_module(current_submodule))
+        params = list(iter_params(current_submodule, recurse=z3_leaf_module(current_submodule)))
         absent = [param for param in params if param.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         have_nothing(absent)
         if absent and not self.leanstate_order_known:
             _compare(current_submodule, absent[0].ds_process_group)
-        fetch(self, current_submodule, forward)
+        around = getattr(self, "leanstate_around_gathers", nullcontext)
+        with around() if any(param.ds_status != ZeroParamStatus.AVAILABLE for param in params) else nullcontext():
+            fetch(self, current_submodule, forward)
 
     PartitionedParameterCoordinator.fetch_sub_module = fetch_sub_module
+
+
+def watch_gathers(engine: Any, around: Callable[[], AbstractContextManager[None]]) -> None:
+    """Let `around` enclose, at stage 3, what makes a module's weights whole: its stream waits for all ranks there."""
+    engine.optimizer.parameter_offload.get_param_coordinator().leanstate_around_gathers = around
 
 
 def have_nothing(params: Iterable[Any]) -> None:

@@ -22,7 +22,7 @@ from toolkit.zero import shared_memory
 
 # What `turns.py`, `stage12.py`, `stage3.py`, `release_stages.py` and `shards.py` override, call or read.
 _METHODS_1_AND_2 = (
-    "_configure_master_weights flatten_dense_tensors_aligned get_partition_info initialize_optimizer_states "
+    "_configure_master_weights flatten_dense_tensors_aligned get_data_parallel_partitions initialize_optimizer_states "
     "setup_buckets process_gradients get_gradient_for_reduction reduce_independent_p_g_buckets_and_remove_grads "
     "reduce_ipg_grads reduce_gradients independent_gradient_partition_epilogue finalize_gradient_accumulation_boundary "
     "_get_offload_gradient_dict _maybe_reduce_autoep_folding_tp_gradient _update_model_bit16_weights _update_scale "
@@ -87,6 +87,9 @@ def incompatibilities() -> list[str]:
             list(inspect.signature(DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned).parameters)[1:3]
             == ["tensor_list", "alignment"]
         ),
+        "stage_1_and_2: a clone of this rank's part becomes master weights": (
+            "parallel_partitioned_bit16_groups[i][partition_id].detach().clone().to(" in _source(DeepSpeedZeroOptimizer)
+        ),
         "zero.Init._padding_size(param)": (
             hasattr(ds_parameters.Init, "_padding_size")
             and list(inspect.signature(ds_parameters.Init._padding_size).parameters) == ["self", "param"]
@@ -111,6 +114,10 @@ def incompatibilities() -> list[str]:
         "stage3.partition_grads(params_to_release, grad_partitions), and a buffer for gradients on `device`": (
             "self.partition_grads(params_in_bucket, grad_partitions)" in inspect.getsource(ds_stage3)
             and "device=self.device)\n        if self.offload_optimizer_pin_memory" in inspect.getsource(ds_stage3)
+        ),
+        "stage3: weights that are master weights are not copied where `device` is a device": (
+            ".dtype == self.master_weights_and_grads_dtype and" in _source(DeepSpeedZeroOptimizer_Stage3)
+            and "self.fp16_partitioned_groups_flat[i].device == self.device" in _source(DeepSpeedZeroOptimizer_Stage3)
         ),
         "stage3.reduce_scatter_coalesced(tensors, group)": (
             "reduce_scatter_coalesced(full_grads_for_rank, process_group)" in inspect.getsource(ds_stage3)

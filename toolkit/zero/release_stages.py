@@ -58,8 +58,6 @@ class ReleasingZeroOptimizer(Releasing, ShardedZeroOptimizer):
 class ReleasingZeroOptimizer3(Releasing, ShardedZeroOptimizer3):
     """Stage 3 with `release_gradients`: shards are stepped on the stream that reduces gradients."""
 
-    device: Any
-
     def __init__(self, module: nn.Module, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
         super().__init__(module, init_optimizer, *args, **kwargs)
         if not self._one_group:

@@ -130,11 +130,17 @@ def model_weights(zero: Any, shard: Shard) -> Any:
     return zero.parallel_partitioned_bit16_groups[shard.number][shard.members[0].rank]
 
 
-def latest(zero: Any) -> tuple[Tensor, Tensor]:
-    """While stages 1 and 2 lay out groups: the master weights of the latest one, and the weights that they are of."""
-    number = len(zero.single_partition_of_fp32_groups) - 1
-    rank = dist.get_rank(group=zero.real_dp_process_group[number])
-    return zero.single_partition_of_fp32_groups[number], zero.parallel_partitioned_bit16_groups[number][rank]
+def part_masters(zero: Any) -> None:
+    """While stage 3 lays out groups: where weights are their own master weights, make two tensors of one memory.
+
+    DeepSpeed uses one, and makes it require gradients.
+    """
+    masters = zero.fp32_partitioned_groups_flat
+    for i, (master, own) in enumerate(zip(masters, zero.fp16_partitioned_groups_flat, strict=True)):
+        if master is own:
+            masters[i] = own.data.requires_grad_()
+            masters[i].ds_id = own.ds_id
+            own.requires_grad_(False)
 
 
 def _is_stage_3(zero: Any) -> bool:

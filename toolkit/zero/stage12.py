@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups, is_invalid_grad_norm
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
@@ -28,7 +29,8 @@ from toolkit.state.codecs import BLOCK
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import GradientFragment, HostCopy, Reducer, clip_scale, squared_norm, takes_mean
 from toolkit.zero.master import MasterWeights
-from toolkit.zero.shards import Shard, latest, model_weights, shards
+from toolkit.zero.places import laid_out
+from toolkit.zero.shards import Shard, model_weights, shards
 from toolkit.zero.turns import OrderedZeroOptimizer
 
 logger = logging.getLogger("toolkit")
@@ -54,6 +56,17 @@ def gather_weights(zero: DeepSpeedZeroOptimizer, placed: Sequence[Shard]) -> Non
         start, width = flat.data_ptr(), flat.element_size()
         if any(one.param.data_ptr() != start + one.offset * width for one in shard.members if one.param.numel()):
             zero._update_model_bit16_weights(shard.number)
+
+
+class _Uncloned(Tensor):
+    """This rank's part of a group's weights, while DeepSpeed converts a clone of it to master weights.
+
+    The clones of all groups would be a second model. Where the weights are the master weights they are shared, and what
+    is converted is copied by that.
+    """
+
+    def clone(self, **_: Any) -> Tensor:
+        return self.data.as_subclass(Tensor)
 
 
 class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
@@ -98,26 +111,30 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
     # ---- layout -------------------------------------------------------------------------------------------------
 
     def flatten_dense_tensors_aligned(
-        self, tensor_list: list[Tensor], alignment: int, *args: Any, **kwargs: Any
+        self, tensor_list: list[Tensor], alignment: int, use_cpu_data: bool = False, **kwargs: Any
     ) -> Tensor:
         """Called to lay groups out; `alignment` is twice the world size, of which blocks are a multiple."""
         if self._laying_out:
-            world_size = alignment // self.nccl_start_alignment_factor
-            alignment = BLOCK * world_size
-        return super().flatten_dense_tensors_aligned(tensor_list, alignment, *args, **kwargs)
+            ranks = alignment // self.nccl_start_alignment_factor
+            if not (use_cpu_data or any(kwargs.get("param_padding") or ()) or len({x.dtype for x in tensor_list}) > 1):
+                return laid_out(tensor_list, ranks)
+            alignment = BLOCK * ranks
+        return super().flatten_dense_tensors_aligned(tensor_list, alignment, use_cpu_data, **kwargs)
 
-    def get_partition_info(self, *args: Any, **kwargs: Any) -> Any:
-        """Called for each group that is laid out, just after DeepSpeed has cloned this rank's part as master weights.
-
-        Let the optimizer's tensor be the model's own weights: the clones of all groups would be a second model.
-        """
-        if self._laying_out and self.holds_weights and not self.cpu_offload:
-            masters, own = latest(self)
-            masters.data = own.data
-        return super().get_partition_info(*args, **kwargs)
+    def get_data_parallel_partitions(self, tensor: Tensor, group_id: int) -> list[Tensor]:
+        """Called for each group that is laid out, just before this rank's part becomes master weights."""
+        parts: list[Tensor] = super().get_data_parallel_partitions(tensor, group_id)
+        if self._laying_out:
+            wanted = torch.device(self.device).type, self.master_weights_and_grads_dtype
+            if (tensor.device.type, tensor.dtype) != wanted or (self.holds_weights and not self.cpu_offload):
+                rank = dist.get_rank(group=self.real_dp_process_group[group_id])
+                parts[rank] = parts[rank].as_subclass(_Uncloned)
+        return parts
 
     def initialize_optimizer_states(self) -> None:
         """With offload, make room on the host. Called once all groups are laid out."""
+        for parts in self.parallel_partitioned_bit16_groups:
+            parts[:] = [part.as_subclass(Tensor) for part in parts]
         self._shards = shards(self)
         if self.holds_weights and not self.cpu_offload:
             assert all(shard.tensor.data_ptr() == model_weights(self, shard).data_ptr() for shard in self._shards)

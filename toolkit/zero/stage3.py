@@ -1,8 +1,9 @@
 """ZeRO stage 3 without a second copy of weights and without transients in the step.
 
 DeepSpeed 0.19.8 (stage3.py) means to let the optimizer work on this rank's shards of the model where both have one
-dtype, and compares a device with its name, so that it never does. Its step flattens and casts the gradients of one
-sub-group after the other; they lie in one flat buffer in just that order, so here they are used where they are.
+dtype, and compares a device with its name, so that it never does. Here it is given the device. Its step flattens and
+casts the gradients of one sub-group after the other; they lie in one flat buffer in just that order, so here they are
+used where they are.
 
 Three streams of the device touch the same memory: the current one computes and steps, a second gathers weights ahead of
 their use, a third reduces gradients. DeepSpeed orders them by making the host wait for the device, after each backward
@@ -37,7 +38,7 @@ from toolkit.zero.agreement import Order, have_nothing
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mean
 from toolkit.zero.master import MasterWeights
-from toolkit.zero.shards import Shard, model_weights, shards
+from toolkit.zero.shards import Shard, model_weights, part_masters, shards
 
 logger = logging.getLogger("toolkit")
 
@@ -46,6 +47,7 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
     """DeepSpeed's stage 3 optimizer around a `RuleOptimizer`."""
 
     offload_optimizer: bool
+    device: Any
 
     def __init__(self, module: nn.Module, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
         self._order = Order()
@@ -74,7 +76,13 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
             )
 
     def _create_fp32_partitions(self) -> None:
+        name = self.device
+        if self.holds_weights:
+            # DeepSpeed compares it with tensors' devices, and a name is none: it would copy all weights first.
+            self.device = torch.device(name)
         super()._create_fp32_partitions()
+        self.device = name
+        part_masters(self)
         self._shards = shards(self)
         if self.holds_weights:
             for shard in self._shards:

@@ -1,0 +1,66 @@
+"""Memory while a model and its engine are made, against what a run holds between its steps.
+
+    python tests/benchmarks/init.py                                        # qwen3-134m, one and two ranks
+    python tests/benchmarks/init.py --model qwen3-1.7b --ranks 2 --stages 2 3
+
+Every allocation of real CPU ranks is counted by torch's profiler, and the resident set by the kernel; of several ranks
+the largest number counts. "above" is what the peak has on top of what is held between steps, in shares of the largest
+layer or embedding as it is drawn: fp32, and the bf16 weights that it becomes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from memory import CASES, Launcher, by_deepspeed, configuration
+
+WORKER = Path(__file__).with_name("init_worker.py")
+LEAN = "AMCS lean, bf16, released"
+SETS = ("resident_set", "steady_set")
+
+
+def launch(
+    config: dict[str, Any], world_size: int, model: str, steps: int = 1, launcher: Launcher = by_deepspeed
+) -> list[dict[str, Any]]:
+    """What each rank held, as init_worker.py has it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "settings.json"
+        path.write_text(json.dumps({"config": config, "model": model, "steps": steps, "out": folder}))
+        status, printed = launcher(Path(folder), world_size, WORKER, str(path))
+        if status:
+            raise SystemExit(f"{config}, {world_size} rank(s):\n{printed}")
+        return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen3-134m")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--cases", nargs="+", default=[LEAN], choices=CASES)
+    parser.add_argument("--steps", type=int, default=1, help="0: against what is held when the engine is there")
+    options = parser.parse_args()
+    columns = ("case", "stage", "ranks", "peak", "engine made", "between steps", "above", "resident: peak", "and then")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for name in options.cases:
+        for stage in options.stages:
+            for ranks in options.ranks:
+                found = launch(configuration(name, stage), ranks, options.model, options.steps)
+                for one in found:
+                    if not options.steps:
+                        one |= {"steady": one["held"], "steady_set": one["resident_set"]}
+                held = {key: max(one[key] for one in found) for key in found[0]}
+                above = max((one["peak"] - one["steady"]) / one["largest"] for one in found)
+                sizes = [f"{held[key] / 1e6:,.0f} MB" for key in ("peak", "held", "steady")]
+                # Without Python and libraries, which were there before.
+                sets = [f"{max(one[key] - one['before'] for one in found) / 1e6:,.0f} MB" for key in SETS]
+                cells = (name, str(stage), str(ranks), *sizes, f"{above:+.2f}", *sets)
+                print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The first weights of a model are those of its seed, to the last bit, at every number of ranks and ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from initial_worker import digest
+from ranks import launch
+from small_models import SHAPE, qwen3
+
+from toolkit.models import PRESETS, build_model
+from toolkit.state.codecs import BLOCK
+
+WORKER = Path(__file__).with_name("initial_worker.py")
+STAGES = (2, 3)
+SECONDS = 0.1
+
+GATHERED = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+"""Every weight, when it is needed."""
+
+Results = list[list[dict[str, Any]]]
+
+
+def config(stage: int) -> dict[str, Any]:
+    params = {"lr": 1e-3, "state_format": "lean", "weights": "bf16", "compile": False}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AMCS", "params": params},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1024, **(GATHERED if stage == 3 else {})},
+    }
+
+
+def experts(folder: Path) -> str:
+    """The mixture-of-experts preset in miniature."""
+    preset = PRESETS["qwen3-30b-a3b"]
+    few = {"vocab_size": 96, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    small = transformers.AutoConfig.for_model(preset.family, **(dict(preset.config) | SHAPE | few))
+    small.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, bool]]:
+    """Folders by name, and whether weights are read from them."""
+    root = tmp_path_factory.mktemp("models")
+    tied = qwen3(root / "tied", tie_word_embeddings=True)
+    build_model(tied, dtype=torch.bfloat16, seed=3).hf.save_pretrained(tied)
+    untied = qwen3(root / "untied")
+    return {"tied": (tied, False), "untied": (untied, False), "experts": (experts(root / "experts"), False)} | {
+        "loaded": (tied, True)
+    }
+
+
+@pytest.fixture(scope="module")
+def started(models: dict[str, tuple[str, bool]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Results]:
+    """By a number of ranks what each found, of each model at each stage, and of its pace."""
+    asleep = {"seconds": SECONDS, "pace": models["untied"][0]}
+
+    @cache
+    def found(ranks: int) -> Results:
+        builds = [
+            {"build": folder, "config": config(stage), "load": load}
+            for folder, load in models.values()
+            for stage in STAGES
+        ]
+        paces = [asleep | {"config": config(stage)} for stage in STAGES] if ranks == 2 else []
+        return launch(tmp_path_factory.mktemp("ranks"), ranks, WORKER, {"steps": builds + paces})
+
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
+def test_weights_are_the_seeds_on_every_rank(
+    ranks: int, models: dict[str, tuple[str, bool]], started: Callable[[int], Results]
+) -> None:
+    cases = [(name, stage) for name in models for stage in STAGES]
+    seen = set()
+    for case, (name, stage) in enumerate(cases):
+        folder, load = models[name]
+        plain = build_model(folder, dtype=torch.bfloat16, seed=11, from_checkpoint=load)
+        expected = digest(plain.hf)
+        seen.add(expected["model.embed_tokens.weight"])
+        for rank in range(ranks):
+            found = started(ranks)[rank][case]
+            assert found["model"] == expected and found["engine"] == expected, (name, stage, rank)
+            assert found["tied"] == (folder == models["tied"][0])
+            if stage == 3:
+                total = sum(parameter.numel() for parameter in plain.parameters())
+                padding = BLOCK * len(expected)  # each parameter's part is whole blocks
+                assert total / ranks <= found["held"] <= total / ranks + padding
+    assert len(seen) == 2  # of the seed, and those that were loaded
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_slow_rank_is_told_from_those_that_wait_for_it(stage: int, started: Callable[[int], Results]) -> None:
+    quick, slow = (rank[STAGES.index(stage) - len(STAGES)] for rank in started(2))
+    assert slow["alone"] > quick["alone"] + 0.8 * SECONDS
+    assert stage == 2 or quick["passes"] > 0.8 * SECONDS, "it does not wait for the other in its forward pass"
