@@ -131,7 +131,7 @@ def model_weights(zero: Any, shard: Shard) -> Any:
 
 
 def part_masters(zero: Any) -> None:
-    """While stage 3 lays out groups: where weights are their own master weights, let there be two tensors of one memory.
+    """While stage 3 lays out groups: where weights are their own master weights, make two tensors of one memory.
 
     DeepSpeed uses one, and makes it require gradients.
     """
