@@ -117,6 +117,15 @@ def test_nan_stays_nan(kind: Remainder) -> None:
 
 
 @each
+def test_a_weight_that_was_set_to_zero_is_a_number_whatever_remainder_it_had(kind: Remainder) -> None:
+    x = torch.linspace(-1, 1, 4 * BLOCK).view(4, BLOCK)
+    weight, *rest = kind.split(x)
+    for zero in (0.0, -0.0):
+        joined = kind.join(torch.full_like(weight, zero), *rest)
+        assert (joined.abs() < torch.finfo(torch.bfloat16).tiny).all(), "not NaN, which compares as false"
+
+
+@each
 def test_no_remainder_means_the_bf16_weight_itself(kind: Remainder) -> None:
     weight = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     fresh = [torch.zeros(2**16 // BLOCK, spec.per_block, dtype=spec.dtype) for spec in kind.specs()]

@@ -68,7 +68,10 @@ class Remainder:
             low = (low ^ 8) - 8  # two's complement of 4 bits
         elif self.bits == 16:
             low = (low << 8) + stored[1].to(torch.int32)
-        return (weight.to(torch.float32).view(torch.int32) + (low << (16 - self.bits))).view(torch.float32)
+        bits = weight.to(torch.float32).view(torch.int32)
+        # A weight that was set to zero by hand, beside an old remainder: below zero's pattern are those of NaN.
+        low = torch.where((bits << 1) == 0, low.clamp(min=0), low)
+        return (bits + (low << (16 - self.bits))).view(torch.float32)
 
     def split(self, theta: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, ...]:
         """fp32 to (bf16 weight, *remainder), the inverse of `join` as far as the bits go.
