@@ -48,7 +48,7 @@ _FIELDS_3 = (
     "fp16_groups fp32_partitioned_groups_flat fp16_partitioned_groups_flat sub_group_to_group_id grad_position "
     "grad_partitions_flat_buffer __param_id_to_grad_partition _offload_boundary_param_ids "
     "params_already_reduced ipg_buckets persistent_parameters parameter_offload "
-    "reduce_and_partition_stream _epilogue_ran_this_backward __reduce_and_partition_ipg_grads"
+    "micro_step_id reduce_and_partition_stream _epilogue_ran_this_backward __reduce_and_partition_ipg_grads"
 )
 # What `checkpoint.py` replaces or sets while it saves and loads, and `engine.py` for good.
 _METHODS_ENGINE = (

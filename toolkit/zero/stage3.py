@@ -99,6 +99,24 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
         self._order.note(param.ds_id)
         super().reduce_independent_p_g_buckets_and_remove_grads(param)
 
+    def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> None:
+        """Called for each bucket: a step's first gradient of a parameter replaces what is there, the next are added.
+
+        DeepSpeed decides that by the number of forward passes, for all parameters alike: a layer that was skipped in
+        the first micro-batch would add to an earlier step's gradient, a second backward pass would replace the first.
+        """
+        both = list(zip(params_to_release, grad_partitions, strict=True))
+        added = [param.ds_id in self._offload_boundary_param_ids for param in params_to_release]
+        kept = self.micro_step_id
+        for self.micro_step_id in (0, 1):
+            some = [one for one, adds in zip(both, added, strict=True) if adds == self.micro_step_id]
+            super().partition_grads([param for param, _ in some], [gradient for _, gradient in some])
+        self.micro_step_id = kept
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._offload_boundary_param_ids = set()
+
     def _offload_grad_partition_at_boundary(self, *args: Any) -> None:
         """The gradient is on the host already."""
 
