@@ -77,6 +77,7 @@ def route(case: dict[str, Any], step: int, micro: int, rank: int) -> tuple[int, 
         "same": 0,
         "step": (step + micro + rank) % 3,
         "even": 2 * rank,
+        "back": (step - micro) % 3,
     }[case["route"]]
     return expert, bool(rank) if case["turned"] else False
 
@@ -113,6 +114,10 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         for micro in range(micro_batches):
             x = batch(step, micro, rank)
             loss = engine(x.bfloat16() if half else x, *route(case, step, micro, rank))
+            if case.get("twice"):  # two forward passes, then two backward passes
+                second = engine(x, *route(case, step, micro, rank)) * 0.0
+                engine.backward(loss)
+                loss = second
             engine.backward(loss)
             engine.step()
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=engine.zero_optimization_stage() == 3):
@@ -136,12 +141,19 @@ def said(caught: list[str], config: dict[str, Any], change: Any, steps: int = 2)
     return list(caught)
 
 
+def scale(model: Experts) -> None:
+    weight: Any = model.inp.weight
+    with deepspeed.zero.GatheredParameters(weight, modifier_rank=0, enabled=hasattr(weight, "ds_id")):
+        weight.data.mul_(0.5)
+
+
 def changes(case: dict[str, Any], caught: list[str]) -> dict[str, Any]:
     config = case["config"]
     found = {
         "thawed": said(caught, config, lambda model: model.frozen.requires_grad_(True)),
         "frozen": said(caught, config, lambda model: model.routed.experts[0].requires_grad_(False)),
         "written": said(caught, config, lambda model: model.load_state_dict(model.state_dict())),
+        "scaled": said(caught, config, scale),
         "nothing": said(caught, config, lambda model: None),
     }
     if config["zero_optimization"]["stage"] < 3:  # where DeepSpeed fails on what it has not partitioned

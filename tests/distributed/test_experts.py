@@ -61,6 +61,9 @@ CASES |= {
     ),
     "8bit": case(route="step", params={"state_format": "8bit"}) | {"reference": {"state_format": "8bit"}},
 }
+# In a step's second micro-batch the expert of the step before, and two forward passes before two backward passes.
+CASES |= {"3-accumulation": case(stage=3, route="back", gradient_accumulation_steps=2)}
+CASES |= {f"{stage}-twice": case(stage=stage, route="same") | {"twice": True} for stage in (2, 3)}
 SPLIT = {"stage3_param_persistence_threshold": 0}  # small weights are cut like large ones
 CHECKS: dict[str, dict[str, Any]] = {
     f"{check}-{stage}": case(stage=stage) | {"check": check}
@@ -114,6 +117,8 @@ def test_what_changes_after_the_engine_was_made_is_named(runs: Results, stage: i
         assert "routed.experts.3.up.weight" in found["replaced"][0]
         # At stage 0 in fp32 the optimizer steps the model's own weights; at stage 3 none are there to write to.
         assert any("inp.weight" in text and "written to" in text for text in found["written"]) == (stage == 1)
+    # Through `data`, of which torch counts no versions, and at stage 3 gathered.
+    assert [text.split(":")[0] for text in found["scaled"]] == ([] if stage == 0 else ["inp.weight"])
     assert not found["nothing"]
     assert not any(other.values()), "one rank says it"
 

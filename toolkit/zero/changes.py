@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from toolkit.errors import some
 from toolkit.printable import warn_once
+from toolkit.zero.gradients import HostCopy
+from toolkit.zero.stage3 import ShardedZeroOptimizer3
+from toolkit.zero.stage12 import ShardedZeroOptimizer
 
 logger = logging.getLogger("toolkit")
+
+SAMPLED = 64
+"""Elements of each parameter that are looked at for what `param.data` wrote, which no version counts."""
+
+
+def steps_copies(engine: Any) -> bool:
+    """Whether the optimizer's tensors are others than the model's weights."""
+    zero = engine.optimizer
+    if isinstance(zero, ShardedZeroOptimizer):
+        return not zero.holds_weights or bool(zero.cpu_offload)
+    if isinstance(zero, ShardedZeroOptimizer3):
+        return not zero.holds_weights or bool(zero.offload_optimizer)
+    return zero is not engine.basic_optimizer
+
+
+def steps_alone(engine: Any) -> bool:
+    """Whether weights change in the step only: not known of DeepSpeed's own optimizers, and of weights on NVMe."""
+    zero = engine.optimizer
+    ours = isinstance(zero, ShardedZeroOptimizer | ShardedZeroOptimizer3)
+    return ours and not getattr(zero, "params_in_nvme_and_cpu", False)
 
 
 class ChangeDetector:
@@ -21,10 +46,13 @@ class ChangeDetector:
         zero: whether the engine is at a ZeRO stage from 1 on.
         copies: whether the optimizer steps copies of the weights (fp32 masters, weights on the host) and writes the
             model's from them.
+        sampled: whether weights change in the step only, so that they themselves can be compared.
     """
 
-    def __init__(self, model: nn.Module, *, zero: bool, copies: bool) -> None:
+    def __init__(self, model: nn.Module, *, zero: bool, copies: bool, sampled: bool) -> None:
         self._model, self._zero, self._copies, self._first = model, zero, copies, True
+        self._sampled = sampled
+        self._differs: list[tuple[tuple[torch.device, torch.dtype], HostCopy]] = []
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.accept()
@@ -32,6 +60,31 @@ class ChangeDetector:
     def accept(self) -> None:
         """Weights are the optimizer's own: after a step, or when both were loaded."""
         self._versions = {name: param._version for name, param in self._trained.items()} if self._copies else {}
+        self._weights = self._sample() if self._copies and self._sampled else {}
+
+    def stepped(self) -> None:
+        """To be called after each step, which is queued by now, so that no device stands still for the answer."""
+        differs, self._differs = self._differs, []
+        written = []
+        for kind, mask in differs:
+            parts = mask.wait().split(self._lengths(kind))
+            written += [name for (name, _), part in zip(self._held()[kind], parts, strict=True) if part.any()]
+        self._say_written(written)
+        self.accept()
+
+    def _held(self) -> dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]]:
+        """The first elements of what this rank holds of each parameter; those of one device and type are one tensor."""
+        found: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
+        for name, param in self._trained.items():
+            part = getattr(param, "ds_tensor", param).detach().view(-1)[:SAMPLED]
+            found.setdefault((part.device, part.dtype), []).append((name, part))
+        return found
+
+    def _lengths(self, kind: tuple[torch.device, torch.dtype]) -> list[int]:
+        return [part.numel() for _, part in self._held()[kind]]
+
+    def _sample(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {kind: torch.cat([part for _, part in parts]) for kind, parts in self._held().items()}
 
     def look(self) -> None:
         """To be called before each step."""
@@ -53,12 +106,20 @@ class ChangeDetector:
             if new:
                 _warn(new, "added or replaced after the engine was made and will not be trained: make the engine last")
         written = [name for name, version in self._versions.items() if version != self._trained[name]._version]
+        if not written and self._weights:
+            now = self._sample()
+            same = [kind for kind, old in self._weights.items() if kind in now and now[kind].shape == old.shape]
+            masks = {kind: (now[kind] != self._weights[kind]) & ~self._weights[kind].isnan() for kind in same}
+            self._differs = [(kind, HostCopy(mask)) for kind, mask in masks.items()]
+        self._say_written(written)
+
+    def _say_written(self, written: list[str]) -> None:
         if written:
             self._copies = False
             _warn(
                 written,
                 "written to from outside, but the optimizer steps its own copy and replaces what was written: load "
-                "weights before the engine is made, or a checkpoint through it",
+                "weights before the engine is made, or a checkpoint through it, or call safe_set_full_fp32_param",
             )
 
 

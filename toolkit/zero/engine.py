@@ -32,7 +32,7 @@ from toolkit.sentences import shown
 from toolkit.state.layout import check_dtype
 from toolkit.zero import compatibility, partition, shared_memory
 from toolkit.zero.audit import Audit
-from toolkit.zero.changes import ChangeDetector
+from toolkit.zero.changes import ChangeDetector, steps_alone, steps_copies
 from toolkit.zero.release_stages import ReleasingZeroOptimizer, ReleasingZeroOptimizer3
 from toolkit.zero.shards import shards
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
@@ -169,8 +169,8 @@ def register() -> None:
         with RuleOptimizer.allocating():
             configure(self, client_optimizer, model_parameters)
         _finish(self)
-        copies = _steps_copies(self)
-        self.leanstate_changes = ChangeDetector(self.module, zero=bool(self.zero_optimization()), copies=copies)
+        zero, copies = bool(self.zero_optimization()), steps_copies(self)
+        self.leanstate_changes = ChangeDetector(self.module, zero=zero, copies=copies, sampled=steps_alone(self))
         self.leanstate_audit = Audit(self, client_optimizer)
 
     def take_model_step(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -179,7 +179,7 @@ def register() -> None:
         self.leanstate_changes.look()
         rates = [group.get("lr", 1.0) for group in self.basic_optimizer.param_groups]
         take(self, *args, **kwargs)
-        self.leanstate_changes.accept()
+        self.leanstate_changes.stepped()
         self.leanstate_audit.look(self, rates)
 
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -284,16 +284,6 @@ def _check_model(engine: Any, client_optimizer: Any) -> None:
         weight = getattr(module, "weight", None)
         if getattr(module, "sparse", False) and isinstance(weight, Tensor) and weight.requires_grad:
             raise UserError(f"module {name!r} makes sparse gradients, which are not supported; give it sparse=False")
-
-
-def _steps_copies(engine: Any) -> bool:
-    """Whether the optimizer's tensors are others than the model's weights."""
-    zero = engine.optimizer
-    if isinstance(zero, ShardedZeroOptimizer):
-        return not zero.holds_weights or bool(zero.cpu_offload)
-    if isinstance(zero, ShardedZeroOptimizer3):
-        return not zero.holds_weights or bool(zero.offload_optimizer)
-    return zero is not engine.basic_optimizer
 
 
 def _finish(engine: Any) -> None:
