@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import toolkit
 from toolkit.config import DeepSpeedSettings
+from toolkit.errors import UserError
 from toolkit.memory.trace import allocations
 from toolkit.models import build_model
 from toolkit.models.build import blocks
@@ -142,3 +143,42 @@ def test_what_is_laid_out_otherwise_is_moved_one_by_one(how: str) -> None:
     storage = flat.untyped_storage().data_ptr()
     assert all(p.untyped_storage().data_ptr() == storage for p in params)
     assert all(torch.equal(p, value) for p, value in zip(params, values, strict=True))
+
+
+def test_memory_of_several_processes_is_not_stepped_in_place() -> None:
+    shared = nn.Parameter(torch.ones(BLOCK).share_memory_())
+    assert not laid_out([shared], ranks=1).is_shared()
+
+
+def test_where_there_is_no_room_for_another_group_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "available_memory", lambda *_: 0)
+    folder = qwen3(tmp_path, **WIDE)
+    with counted() as sizes:
+        engine = made(folder, 2)
+    largest = max(shard.tensor.nbytes for shard in engine.optimizer._shards)
+    assert sum(size == largest for size in sizes) == 1, "where its weights were drawn"
+    expected = dict(build_model(folder, dtype=torch.bfloat16, seed=1).named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in engine.module.named_parameters())
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_groups_of_two_dtypes_are_their_own_weights(offload: bool) -> None:
+    """Norms in fp32 beside bf16 matrices, and no section of the JSON that makes them one."""
+    model = nn.Sequential(nn.Linear(16, 64, bias=False).bfloat16(), nn.LayerNorm(64))
+    given = config(2) | {"bf16": {"enabled": False}}
+    given["optimizer"]["params"] |= {"release_gradients": False}
+    del given["optimizer"]["params"]["weights"]
+    if offload:
+        given["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        with pytest.raises(UserError, match="a parameter group is float32 and others are bfloat16: with offload_optimizer"):
+            toolkit.initialize(model=model, config=given, total_steps=4)
+        return
+    engine = toolkit.initialize(model=model, config=given, total_steps=4)[0]
+    for shard in engine.optimizer._shards:
+        own = model_weights(engine.optimizer, shard)
+        assert shard.tensor.data_ptr() == own.data_ptr() and shard.tensor.dtype == own.dtype
+    assert {shard.tensor.dtype for shard in engine.optimizer._shards} == {torch.bfloat16, torch.float32}

@@ -126,12 +126,10 @@ class Simulation:
         if not self.on_gpu:
             self.allocate(4 * min(NORM_CHUNK, numel), c.TRANSIENTS, "pieces of gradients", moment, moment + 1)
 
-    def use_released(self, moment: int, numbers: list[int], beside: float | None = None) -> None:
-        """Gradients that are released are used, `beside` so many bytes that are gone by then; None: a norm's pieces."""
-        if beside is None:
-            largest = max((self.numels[number] for number in numbers), default=0)
-            beside = 0.0 if self.on_gpu else 4.0 * min(NORM_CHUNK, largest)
-        self.used.append((moment, numbers, beside))
+    def use_released(self, moment: int, numbers: list[int]) -> None:
+        """Gradients that are released are used; the pieces of which their norm was taken are gone by then."""
+        largest = max((self.numels[number] for number in numbers), default=0)
+        self.used.append((moment, numbers, 0.0 if self.on_gpu else 4.0 * min(NORM_CHUNK, largest)))
 
     def opening(self) -> None:
         """What released groups hold when their gradients are used: of whole parameters, or of factored states what a

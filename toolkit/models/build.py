@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Place = Callable[[nn.Module], Callable[[Tensor], Tensor]]
-"""Of a model on the meta device: memory for each of its parameters, uninitialised, in its shape and dtype."""
+"""Of a model on the meta device: memory for each of its parameters, uninitialised, in its shape and dtype, on whatever
+device it will be trained."""
 
 
 class CausalLM(nn.Module):
@@ -83,7 +84,7 @@ def build_model(
     lora: LoRA | None = None,
     place: Place | None = None,
 ) -> CausalLM:
-    """Build the model of a preset or of a folder with a ``config.json``, on the CPU, in `dtype`.
+    """Build the model of a preset or of a folder with a ``config.json``, in `dtype`, on the CPU unless `place` differs.
 
     Weights are random: drawn in fp32 by the architecture's own rule from `seed` and the name of each module
     alone, then rounded to `dtype`. With `from_checkpoint` they are the ones that the folder holds. With

@@ -30,7 +30,8 @@ def additive_masks() -> Iterator[None]:
         if mask is None or mask.dtype != torch.bool:
             return mask
         kind = mask.device.type
-        computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on "meta"
+        computed = torch.get_autocast_dtype(kind) if autocast else dtype
         return torch.where(mask, 0.0, torch.full((), -math.inf, dtype=computed, device=mask.device))
 
     registered = False

@@ -258,10 +258,10 @@ def load(engine: Any, source: Source, *, convert: bool = False, base: str | None
             `convert`: another format or optimizer, frozen parameters or buffers that the checkpoint lacks or that
             lose digits here.
     """
-    target = sharding(engine)
+    target = agreed(lambda: sharding(engine))
     untrained = Untrained(engine.module, target.by_name)
     transfer = Transfer(source, target)
-    converted = agreed(lambda: _fitting(engine, transfer, untrained, convert))  # until here nothing has changed
+    converted = agreed(lambda: _fitting(engine, transfer, untrained, convert))  # until here no weight has changed
     zero = engine.optimizer
     if target.stage == 3:
         zero.checkpoint_event_prologue()  # small parameters may be whole, and would stay what they are

@@ -8,12 +8,14 @@ from __future__ import annotations
 import inspect
 import sys
 
+import deepspeed.runtime.comm.coalesced_collectives as ds_collectives
 import deepspeed.runtime.config as ds_config
 import deepspeed.runtime.engine as ds_engine
 import deepspeed.runtime.zero.parameter_offload as ds_offload
 import deepspeed.runtime.zero.partition_parameters as ds_parameters
 import deepspeed.runtime.zero.stage3 as ds_stage3
 import deepspeed.utils as ds_utils
+import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -83,9 +85,17 @@ def incompatibilities() -> list[str]:
             f"self.{name} = " in inspect.getsource(ds_config)
             for name in ("_param_dict", "zero_config", "timers_config", "scheduler_params")
         ),
-        "DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned(tensor_list, alignment, ...)": (
-            list(inspect.signature(DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned).parameters)[1:3]
-            == ["tensor_list", "alignment"]
+        "DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned(tensor_list, alignment, use_cpu_data, ...)": (
+            list(inspect.signature(DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned).parameters)[1:4]
+            == ["tensor_list", "alignment", "use_cpu_data"]
+        ),
+        "torch.Tensor._use_count()": hasattr(torch.Tensor, "_use_count"),
+        "coalesced_collectives._torch_reduce_scatter_fn(input, output), of which the output is this rank's part": (
+            hasattr(ds_collectives, "_torch_reduce_scatter_fn")
+            and " tensor_partition_buffer_for_each_rank[this_rank],\n" in inspect.getsource(ds_collectives)
+        ),
+        "DeepSpeedZeRoOffload.get_param_coordinator()": hasattr(
+            ds_offload.DeepSpeedZeRoOffload, "get_param_coordinator"
         ),
         "stage_1_and_2: a clone of this rank's part becomes master weights": (
             "parallel_partitioned_bit16_groups[i][partition_id].detach().clone().to(" in _source(DeepSpeedZeroOptimizer)

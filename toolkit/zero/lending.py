@@ -10,6 +10,7 @@ other adds up a copy. A broadcast by each rank and an all-reduce, in place, send
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,11 +18,18 @@ from typing import Any
 from deepspeed import comm as dist
 from torch import Tensor
 
+from toolkit.printable import warn_once
+
+logger = logging.getLogger("toolkit")
+
 _LOOK, _LONGEST = 2e-5, 1.0  # seconds
 
 
 class _Lent:
     """The handle of a collective that is over once nobody else holds its tensors."""
+
+    kept = False
+    """Whether somebody was seen to hold them for good."""
 
     def __init__(self, start: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
         views = [tensor.detach() for tensor in tensors]
@@ -35,9 +43,15 @@ class _Lent:
         work.wait(**kwargs)
         del work  # which holds them, too
         held, self._held = self._held, []
-        latest = time.monotonic() + _LONGEST  # it is about memory only: no reason to stand still
+        latest = time.monotonic() + _LONGEST
         for view, count in held:
-            while _holders(view) > count and time.monotonic() < latest:
+            while _holders(view) > count and not _Lent.kept:
+                if time.monotonic() > latest:  # it is about memory only: no reason to stand still, now or again
+                    _Lent.kept = True
+                    warn_once(
+                        logger, "something keeps the tensors of collectives: peaks of memory are above the estimate"
+                    )
+                    break
                 time.sleep(_LOOK)
 
 

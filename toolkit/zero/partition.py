@@ -2,8 +2,8 @@
 
 DeepSpeed 0.19 cuts partitions anywhere. Stages 1 and 2 flatten each parameter group and split it evenly:
 `stage12.ShardedZeroOptimizer` pads the group to blocks times world size. Stage 3 splits each parameter: `install()`
-pads parameters likewise, which takes four small replacements in DeepSpeed's modules, since each of them works out a
-partition's size for itself; a fifth is for memory (`lending.py`).
+pads parameters likewise, which takes small replacements in DeepSpeed's modules, since each of them works out a
+partition's size for itself; on CPUs some are for memory, too (`lending.py`).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _CopyAfterwards:
 
 
 _reduce_scatter = ds_stage3.reduce_scatter_coalesced
-_sum_and_scatter = ds_collectives._torch_reduce_scatter_fn
+_sum_and_scatter: Any = getattr(ds_collectives, "_torch_reduce_scatter_fn", None)  # `compatibility.py` looks for it
 _no_gather = ds_parameters._no_gather_coalesced
 
 

@@ -64,7 +64,7 @@ def laid_out(params: Sequence[Tensor], ranks: int) -> Tensor:
     """The flat tensor of `params`, detached: the memory that they fill, or a new one that they are moved into."""
     first, size = params[0], padded(params, ranks)
     storage, start = first.untyped_storage(), 0
-    if storage.nbytes() == size * first.element_size():
+    if storage.nbytes() == size * first.element_size() and not first.is_shared():  # by processes
         for param in params:
             if param.untyped_storage()._cdata != storage._cdata or param.storage_offset() != start:
                 break
@@ -75,7 +75,7 @@ def laid_out(params: Sequence[Tensor], ranks: int) -> Tensor:
                 return flat
     flat = torch.empty(size, dtype=first.dtype, device=first.device)
     for param, part in zip(params, _parts(flat, params), strict=True):
-        param.data = part.copy_(param.data)  # frees what it was, so that no more than one is there twice
+        param.data = part.copy_(param.data)  # on a CPU no more than one is there twice
     return flat
 
 

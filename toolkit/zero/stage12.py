@@ -19,6 +19,7 @@ from deepspeed.runtime.utils import all_gather_dp_groups, is_invalid_grad_norm
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
 from toolkit.optim.scalars import KnownScalars
 from toolkit.optim.statistics import Member
@@ -26,6 +27,7 @@ from toolkit.optim.streaming import TensorStep
 from toolkit.optim.together import step_together
 from toolkit.printable import warn_once
 from toolkit.state.codecs import BLOCK
+from toolkit.state.layout import dtype_name
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import GradientFragment, HostCopy, Reducer, clip_scale, squared_norm, takes_mean
 from toolkit.zero.lending import gather_in_place
@@ -122,6 +124,11 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
         """Called to lay groups out; `alignment` is twice the world size, of which blocks are a multiple."""
         if self._laying_out:
             ranks = alignment // self.nccl_start_alignment_factor
+            if use_cpu_data and get_accelerator().device_name() == "cpu":
+                # Set aside, since there is no room for another group: on a CPU that is where they were.
+                for param in tensor_list:
+                    param.data = param.cpu_data  # type: ignore[attr-defined]
+                use_cpu_data = False
             if not (use_cpu_data or any(kwargs.get("param_padding") or ()) or len({x.dtype for x in tensor_list}) > 1):
                 return laid_out(tensor_list, ranks)
             alignment = BLOCK * ranks
@@ -142,6 +149,15 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
         for parts in self.parallel_partitioned_bit16_groups:
             parts[:] = [part.as_subclass(Tensor) for part in parts]
         self._shards = shards(self)
+        for shard in self._shards if self.holds_weights else ():
+            own = model_weights(self, shard)
+            if own.dtype != shard.tensor.dtype and self.cpu_offload:
+                raise UserError(
+                    f"a parameter group is {dtype_name(own.dtype)} and others are {dtype_name(shard.tensor.dtype)}: "
+                    "with offload_optimizer all parameters must have one dtype, to which DeepSpeed would round them."
+                )
+            if not self.cpu_offload:
+                shard.tensor.data = own.data  # of another dtype than the rest of the model DeepSpeed has made a copy
         if self.holds_weights and not self.cpu_offload:
             assert all(shard.tensor.data_ptr() == model_weights(self, shard).data_ptr() for shard in self._shards)
         if self.cpu_offload:

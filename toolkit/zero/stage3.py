@@ -48,6 +48,7 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
 
     offload_optimizer: bool
     device: Any
+    micro_step_id: int
 
     def __init__(self, module: nn.Module, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
         self._order = Order()
@@ -115,7 +116,7 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._offload_boundary_param_ids = set()
+        self._offload_boundary_param_ids.clear()
 
     def _offload_grad_partition_at_boundary(self, *args: Any) -> None:
         """The gradient is on the host already."""
