@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -111,7 +112,7 @@ def train_on_this_rank(
         raise
     finally:
         if run is not None:
-            run.close()
+            run.close(failed=sys.exc_info()[0] is not None)
         if folder is not None:
             folder.close()
 
@@ -338,13 +339,13 @@ class Run:
                 self.screen.say(f"note: {problem}")
         return summary
 
-    def close(self) -> None:
-        """End the threads that read and save."""
+    def close(self, *, failed: bool) -> None:
+        """End the threads that read and save, and the curves; `failed`: with an error."""
         self.batches.close()
         if self.saver is not None:
             self.saver.close()
         if self._tracking is not None:
-            self._tracking.close()
+            self._tracking.close(failed=failed)
 
     def _save_after(self, step: int, position: Position) -> None:
         """Save the state after `step`, which was the last one, unless it is where the run began."""
