@@ -177,7 +177,7 @@ def test_stages_1_and_2_reduce_a_bucket_to_each_owner_and_gather_each_group_once
         assert without_scalars(found["step"]) == ["allreduce 1", *GATHERED], name
 
 
-def test_stage_3_gathers_what_stays_whole_in_one_collective(runs: Results) -> None:
+def test_stage_3_gathers_what_stays_whole_at_once(runs: Results) -> None:
     found = runs["stage-3"][0]
     assert all(what.startswith("allreduce") for what in without_scalars(found["backward"]))
     # One norm, one gather of all parameters below the persistence threshold (here all): a half from each rank.

@@ -19,7 +19,7 @@ from toolkit.state.codecs import BLOCK
 
 WORKER = Path(__file__).with_name("initial_worker.py")
 STAGES = (2, 3)
-SECONDS = 0.1
+SECONDS = 0.25
 
 GATHERED = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
 """Every weight, when it is needed."""
@@ -101,5 +101,5 @@ def test_weights_are_the_seeds_on_every_rank(
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_slow_rank_is_told_from_those_that_wait_for_it(stage: int, started: Callable[[int], Results]) -> None:
     quick, slow = (rank[STAGES.index(stage) - len(STAGES)] for rank in started(2))
-    assert slow["alone"] > quick["alone"] + 0.8 * SECONDS
-    assert stage == 2 or quick["passes"] > 0.8 * SECONDS, "it does not wait for the other in its forward pass"
+    assert slow["alone"] > quick["alone"] + 0.5 * SECONDS
+    assert stage == 2 or quick["passes"] > 0.5 * SECONDS, "it does not wait for the other in its forward pass"

@@ -23,11 +23,14 @@ class Hub:
         self.files: dict[str, dict[str, bytes]] = {}
         self.full = False
         """Whether uploads are refused."""
+        self.role = "write"
+        """What the token may do."""
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
         words = path.partition("?")[0].strip("/").split("/")
         if words[1:] == ["whoami-v2"]:
-            return 200, {"name": "owner", "type": "user"}, {}
+            token = {"displayName": "mine", "role": self.role}
+            return 200, {"name": "owner", "type": "user", "auth": {"type": "access_token", "accessToken": token}}, {}
         if words[1:] == ["repos", "create"]:
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
@@ -44,12 +47,17 @@ class Hub:
                 {"files": [dict(path=one["path"], uploadMode="regular", shouldIgnore=False) for one in asked]},
                 {},
             )
+        if "tree" in words:
+            kept = self.files.get(name, {})
+            return 200, [dict(type="file", path=path, size=len(kept[path]), oid="0" * 40) for path in kept], {}
         if "commit" in words:
             if self.full:
                 return 403, {"error": "storage limit reached"}, {}
             for line in map(json.loads, body.splitlines()):
+                kept = self.files.setdefault(name, {})
+                if line["key"] == "deletedFile":
+                    del kept[line["value"]["path"]]
                 if line["key"] == "file":
-                    kept = self.files.setdefault(name, {})
                     kept[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             return 200, {"commitUrl": f"{self.url}/{name}/commit/c0ffee", "commitOid": "c0ffee"}, {}
         return 200, {"id": name, "private": self.private[name], "sha": "c0ffee", "siblings": []}, {}
@@ -92,6 +100,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         monkeypatch.setattr(constants, "ENDPOINT", kept.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         try:
             yield kept

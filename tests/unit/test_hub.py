@@ -42,15 +42,33 @@ def test_a_folder_gets_to_a_new_repository_private_unless_asked(server: Hub, fol
 
 def test_nothing_is_uploaded_for_everybody_by_mistake(server: Hub, folder: Path) -> None:
     server.private |= {"owner/name": False, "owner/mine": True}
-    with pytest.raises(UserError, match="--push owner/name: the repository is there and public; --public uploads"):
+    with pytest.raises(UserError, match="--push owner/name: the repository is there and public; give --public"):
         Push.checked("owner/name", folder, public=False)
     Push.checked("owner/name", folder, public=True)
     Push.checked("owner/mine", folder, public=False)
+    with pytest.raises(UserError, match="--push owner/mine: the repository is there and private, which --public does"):
+        Push.checked("owner/mine", folder, public=True)
     write(folder)
     with pytest.raises(
         UserError, match=r"all of .*exported would be uploaded, and it is not empty; give another --to\.$"
     ):
         Push.checked("owner/mine", folder, public=False)
+
+
+def test_a_model_takes_the_place_of_the_one_that_was_there(server: Hub, folder: Path, tmp_path: Path) -> None:
+    push = Push.checked("owner/name", folder, public=False)
+    write(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    push.upload(folder, "Step 5")
+    server.files["owner/name"] |= {"README.md": b"mine", "plots/model.png": b"mine"}
+    later = tmp_path / "later"
+    later.mkdir()
+    new = ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    for name in (*new, "model.safetensors.index.json"):
+        (later / name).write_text("new")
+    Push.checked("owner/name", tmp_path / "none", public=False).upload(later, "Step 6")
+    kept = {"README.md": b"mine", "plots/model.png": b"mine"}
+    assert server.files["owner/name"] == kept | {path.name: b"new" for path in later.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -66,6 +84,9 @@ def test_a_wrong_name_is_a_sentence(server: Hub, folder: Path, name: str, words:
 def test_what_is_in_the_way_is_said_before_anything_is_written(
     server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    server.role = "read"
+    with pytest.raises(UserError, match="--push owner/name: the token may only read; make one that may write"):
+        Push.checked("owner/name", folder, public=False)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(UserError, match="--push owner/name: the hub refuses the token: .*HF_TOKEN"):
         Push.checked("owner/name", folder, public=False)
@@ -82,11 +103,14 @@ def test_what_is_in_the_way_is_said_before_anything_is_written(
     assert not folder.exists()
 
 
-def test_an_upload_that_fails_leaves_the_folder_and_says_how_to_go_on(server: Hub, folder: Path) -> None:
+def test_an_upload_that_fails_leaves_the_folder_and_says_how_to_go_on(server: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "my model"
     push = Push.checked("owner/name", folder, public=False)
     write(folder)
     server.full = True
     with pytest.raises(UserError, match="is written, and its upload failed: .*storage limit") as told:
         push.upload(folder, "Step 5")
-    assert str(told.value).endswith(f"try it again with `hf upload owner/name {folder} --private`.")
+    assert f"try it again with `hf upload owner/name '{folder}' --private --delete 'model.safetensors*'" in str(
+        told.value
+    )
     assert "\n" not in str(told.value) and len(list(folder.iterdir())) == 2

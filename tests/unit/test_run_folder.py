@@ -19,15 +19,20 @@ JSON: dict[str, Any] = {"optimizer": {"type": "AMCS"}}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
-def test_a_disk_that_is_full_at_the_end_is_said(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_the_end_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder(tmp_path / "run", {}, JSON)
     folder.write_step({"step": 1, "loss": 2.5, "skipped": False})
     (tmp_path / "run" / "loss.png").symlink_to("/dev/full")
     problem = folder.write_end({"loss": 2.5}, [{"step": 1, "loss": 2.5}])
     assert problem == (
-        f"the summary and the loss curve cannot all be written to {tmp_path / 'run'}: No space left on device."
+        f"the run has ended, and its summary and loss curve cannot all be written to {tmp_path / 'run'}: No space left "
+        "on device; metrics.jsonl has every step."
     )
+    assert not (tmp_path / "run" / "loss.png").is_symlink()
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"loss": 2.5}
+    monkeypatch.setattr("toolkit.run.folder.replace_text", lambda path, text: Path("/dev/full").write_text(text))
+    assert folder.write_end({"loss": 1.5}, [{"step": 1, "loss": 2.5}]) == problem
+    assert not (tmp_path / "run" / "summary.json").exists(), "an earlier one would be taken for that of this run"
     folder.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from toolkit.cli import main
 from toolkit.errors import UserError
 from toolkit.records.run import EVENTS
 from toolkit.run.folder import RunFolder
-from toolkit.run.tracking import Tracking, check, scalars
+from toolkit.run.restarting import Restarts
+from toolkit.run.settings import parse
+from toolkit.run.terms import Saved, kept_settings
+from toolkit.run.tracking import Tracking, check, check_monitors, scalars
 
 WANDB = '''
 """What a run uses of wandb, with its rules: a run that exists is continued, and takes no step twice."""
@@ -37,8 +41,8 @@ class Run:
         with open(self._file, "a") as file:
             file.write(json.dumps([step, values]) + "\\n")
 
-    def finish(self):
-        pass
+    def finish(self, exit_code=None):
+        (self._file.parent / "ended.json").write_text(json.dumps(exit_code))
 
 def init(*, id, resume, **options):
     assert resume == "allow"
@@ -54,6 +58,7 @@ def record(step: int, loss: float) -> dict[str, Any]:
         **figures,
         "step_time_s": 1.5,
         "memory_bytes": 1000,
+        "sequences": 8,
         "skipped": False,
         **({"val_loss": 3.0} if step == 4 else {}),
     }
@@ -77,7 +82,7 @@ def test_the_curves_are_the_figures_of_a_step() -> None:
         **{"Train/tokens_per_s": 50.0, "Train/mfu": 0.4, "Train/step_time_s": 1.5, "Train/memory_bytes": 1000},
         "Validation/loss": 3.0,
     }
-    assert "Train/loss" not in scalars({"step": 1, "loss": None, "nonfinite": ["loss"]})
+    assert scalars({"step": 1, "loss": None, "nonfinite": ["loss"], "rank": 3}) == {"Train/rank": 3}  # a rule's
 
 
 def read_tensorboard(folder: Path) -> dict[int, float]:
@@ -135,6 +140,57 @@ def test_a_tracker_that_is_asked_for_later_gets_the_steps_before(tmp_path: Path)
     assert read_tensorboard(tmp_path / "run") == {1: 2.0, 2: 2.0, 3: 2.0, 4: 2.0, 5: 1.0, 6: 1.0}
 
 
+def test_steps_that_were_made_without_it_get_to_wandb_later(wandb: Path, tmp_path: Path) -> None:
+    start(tmp_path / "run", "wandb", 1, 2, 2.0, [])
+    kept = RunFolder(tmp_path / "run", {}, {}, checkpoints=True, resuming=True)
+    for step in (3, 4):
+        kept.write_step(record(step, 3.0))
+    kept.close()
+    start(tmp_path / "run", "wandb", 5, 5, 1.0, [])
+    assert read_wandb(tmp_path / "run") == {1: 2.0, 2: 2.0, 3: 3.0, 4: 3.0, 5: 1.0}
+
+
+def test_the_end_of_a_run_waits_for_the_network_no_longer_than_it_says(
+    wandb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = RunFolder(tmp_path / "run", {}, {}, checkpoints=True, resuming=True)
+    said: list[str] = []
+    Tracking("wandb", kept, 0, [], said.append).close(failed=True)
+    assert json.loads((wandb / "ended.json").read_text()) == 1
+    tracking = Tracking("wandb", kept, 0, [], said.append)
+    back = threading.Event()
+    monkeypatch.setattr(tracking._writer._run, "finish", lambda exit_code: back.wait(60))  # type: ignore[union-attr]
+    monkeypatch.setattr("toolkit.run.tracking._FAILED_SECONDS", 0.01)
+    tracking.close(failed=True)
+    back.set()
+    kept.close()
+    assert said[2:] == ["note: --track wandb: it has not ended within 0 s; metrics.jsonl has every step."]
+
+
+def test_deepspeeds_own_monitor_of_wandb_is_refused_beside_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["toolkit", "train", "--track", "wandb", "--set", 'wandb={"enabled": true}']
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "--track wandb and wandb.enabled in the DeepSpeed JSON would write to one" in capsys.readouterr().err
+    check_monitors("tensorboard", {"wandb": {"enabled": True}})
+    check_monitors("wandb", {"wandb": {"enabled": False}})
+
+
+def test_none_ends_what_a_checkpoint_has_also_through_the_launcher() -> None:
+    asked = parse(["--track", "none", "--run-dir", "r"])
+    assert asked is not None
+    again = parse(Restarts(asked, 1)._line(None))
+    assert again is not None and again.track == "none" and again.tracker is None
+    assert kept_settings(again, Saved(settings={"track": "wandb"}), {})[0].tracker is None
+    opened = parse([])
+    assert opened is not None
+    assert kept_settings(opened, Saved(settings={"track": "wandb"}), {})[0].tracker == "wandb"
+
+
 def test_what_does_not_start_is_a_sentence_and_what_fails_later_a_note(
     wandb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,12 +203,16 @@ def test_what_does_not_start_is_a_sentence_and_what_fails_later_a_note(
     tracking.write(record(2, 2.0))
     tracking.close()
     assert said[1:] == [
-        "note: --track wandb: wandb drops a step that is not the next; nothing more is written there, and the run goes "
-        "on. metrics.jsonl has every step."
+        "note: --track wandb: wandb drops a step that is not the next; nothing more is written there, and the run "
+        "continues. metrics.jsonl has every step, and --track none does without."
     ]
     monkeypatch.delenv("WANDB_KEPT")
-    with pytest.raises(UserError, match=r"--track wandb: No API key configured.*WANDB_MODE=offline .* later\.$"):
+    with pytest.raises(
+        UserError, match=r": No API key configured.*WANDB_MODE=offline .*; --track none does without\.$"
+    ):
         Tracking("wandb", kept, 0, [], said.append)
+    Tracking("wandb", kept, 3, [record(3, 2.0)], said.append).write(record(4, 2.0))  # a run that is resumed continues
+    assert len(said) == 3 and said[-1].startswith("note: --track wandb: No API key configured.")
     kept.close()
     assert not (tmp_path / "run").exists()
 
@@ -168,6 +228,6 @@ def test_a_package_that_is_missing_is_said_before_ranks_start(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    said = "error: --track wandb needs a package that is not installed: pip install wandb.\n"
+    said = "error: --track wandb needs a package that is not installed: pip install wandb, or give --track none.\n"
     assert capsys.readouterr().err == said
     check(None)

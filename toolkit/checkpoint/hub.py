@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.sentences import one_line
+
+_OF_A_MODEL = (
+    *("model.safetensors*", "model-0*", "pytorch_model*", "adapter_model.*", "adapter_config.json"),
+    *("config.json", "generation_config.json", "chat_template.jinja"),
+)
+"""Files of a model that was there before: what loads the repository could take them for the one that is uploaded."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,16 @@ class Push:
         if not get_token():
             raise UserError(f"{named} needs a token of the hub: `hf auth login`, or set HF_TOKEN.")
         try:
-            _api().whoami()
-            if _api().repo_info(repository).private is False and not public:
-                raise UserError(f"{named}: the repository is there and public; --public uploads to it all the same.")
+            if _role(_api().whoami()) == "read":
+                raise UserError(f"{named}: the token may only read; make one that may write, and `hf auth login`.")
+            private = _api().repo_info(repository).private
+            if private is False and not public:
+                raise UserError(f"{named}: the repository is there and public; give --public to upload to it.")
+            if private is True and public:
+                raise UserError(
+                    f"{named}: the repository is there and private, which --public does not change; make it public in "
+                    "its settings, or leave --public out."
+                )
         except RepositoryNotFoundError:
             pass
         except HfHubHTTPError as error:
@@ -60,21 +74,35 @@ class Push:
         return cls(repository, public)
 
     def upload(self, folder: Path, message: str) -> str:
-        """Upload `folder`, which has been written; returns the address of the repository.
+        """Upload `folder`, which has been written, in the place of a model that is there; returns the repository's
+        address.
 
         Raises:
             UserError: it did not get there. The folder stays as it is.
         """
         try:
             made = _api().create_repo(self.repository, private=not self.public, exist_ok=True)
-            _api().upload_folder(repo_id=self.repository, folder_path=folder, commit_message=message)
+            _api().upload_folder(
+                repo_id=self.repository,
+                folder_path=folder,
+                commit_message=message,
+                delete_patterns=list(_OF_A_MODEL),
+            )
         except Exception as error:
             flag = "" if self.public else " --private"
+            left = "".join(f" --delete {shlex.quote(pattern)}" for pattern in _OF_A_MODEL)
             raise UserError(
                 f"{folder} is written, and its upload failed: {one_line(error).rstrip('.')}; try it again with "
-                f"`hf upload {self.repository} {folder}{flag}`."
+                f"`hf upload {self.repository} {shlex.quote(str(folder))}{flag}{left}`."
             ) from None
         return str(made)
+
+
+def _role(user: Any) -> Any:
+    """What a token may do, as the hub says it: "read", "write", ...; None where it does not."""
+    for key in ("auth", "accessToken", "role"):
+        user = user.get(key) if isinstance(user, dict) else None
+    return user
 
 
 def _api() -> Any:

@@ -98,10 +98,11 @@ def train(
     from toolkit.run import launching, tracking
 
     settings = given(ctx, values)
-    if hostfile is None:  # with one, this machine need not be among them
+    if not launching.several_machines(hostfile):  # this one need not be among them
         # Said in a second here; ranks have torch and DeepSpeed to import first.
         config = apply_overrides(load_config(settings.config), settings.overrides)
         check_keys(config, origin=settings.config)
+        tracking.check_monitors(settings.tracker, config)
         check_name(settings.model)
         for data in (settings.data, settings.val_data):
             if data is not None:

@@ -1,4 +1,4 @@
-"""Places in a corpus, and what a pass over it has come by."""
+"""Places in a corpus, and what a pass over it has met."""
 
 from __future__ import annotations
 

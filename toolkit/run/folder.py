@@ -183,13 +183,25 @@ class RunFolder:
         self._lock.close()
 
     def write_end(self, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str | None:
-        """Write the summary and the loss curve of a run that has ended; returns what cannot be written, and why."""
-        try:
-            replace_text(self.folder / SUMMARY, _pretty(summary))
-            plot_loss(records, self.folder / PLOT, title=self.folder.name)
-        except OSError as error:  # of a full disk: the run is made, and its checkpoint saved
-            return f"the summary and the loss curve cannot all be written to {self.folder}: {error.strerror or error}."
-        return None
+        """Write the summary and the loss curve of a run that has ended; returns what cannot be written, and why.
+
+        Those of an earlier start of the run do not stay in their place.
+        """
+        problem = None
+        for name, write in (
+            (SUMMARY, lambda path: replace_text(path, _pretty(summary))),
+            (PLOT, lambda path: plot_loss(records, path, title=self.folder.name)),
+        ):
+            try:
+                write(self.folder / name)
+            except OSError as error:  # of a full disk: the run is made, and its checkpoint saved
+                with contextlib.suppress(OSError):
+                    (self.folder / name).unlink(missing_ok=True)
+                problem = (
+                    f"the run has ended, and its summary and loss curve cannot all be written to {self.folder}: "
+                    f"{error.strerror or error}; {METRICS} has every step."
+                )
+        return problem
 
 
 def versions() -> dict[str, str]:

@@ -88,7 +88,7 @@ def check_same(saved: Mapping[str, Any] | None, here: dict[str, dict[str, Any]],
         raise UserError(f"the checkpoint {where} was trained with {words[0]}, and this run trains {words[1]}.")
     beside, weights = (part["model"].get("base") for part in (saved, here))
     if beside is None:
-        here["model"].pop("base", None)  # it holds all weights, as this run's go on to do
+        here["model"].pop("base", None)  # it holds all weights, as those of this run will
     elif weights is None or weights["sha256"] != beside["sha256"]:
         given = f"other weights, those in {weights['path']}" if weights else "random weights, without --from-checkpoint"
         raise UserError(

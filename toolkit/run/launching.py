@@ -71,7 +71,7 @@ def train(options: Mapping[str, Any], settings: RunSettings, restarts: int = 0) 
     check(options)
     again = Restarts(settings, restarts)
     environment = os.environ | {"PYTHONSAFEPATH": "1"}  # nothing is imported that happens to lie in the working folder
-    local = "hostfile" not in options and not HOSTFILE.is_file()
+    local = not several_machines(options.get("hostfile"))
     simple = local and not options.keys() - {"num_gpus", "master_port"}
     count = (options["num_gpus"] if "num_gpus" in options else _devices()) if simple else 0
 
@@ -90,6 +90,11 @@ def train(options: Mapping[str, Any], settings: RunSettings, restarts: int = 0) 
         return _pass_on([*launching, *line, "--module", MODULE, *arguments], environment)
 
     return again.until_the_end(start)
+
+
+def several_machines(hostfile: Path | None) -> bool:
+    """Whether the ranks are those of a hostfile: the one that is named, or the one that DeepSpeed finds."""
+    return hostfile is not None or HOSTFILE.is_file()
 
 
 def check(options: Mapping[str, Any]) -> None:
@@ -112,7 +117,7 @@ def check(options: Mapping[str, Any]) -> None:
         raise UserError("--no-ssh and --node-rank, this machine's place in the hostfile, go together.")
     if "no_ssh" in options and "master_addr" not in options:  # the launcher would ask for it, by ssh
         raise UserError("--no-ssh needs --master-addr, the address of the first machine, the same on all of them.")
-    if hostfile is None and not HOSTFILE.is_file():
+    if not several_machines(hostfile):
         several = next((name for name in _OF_SEVERAL if name in options), None)
         if several is not None:
             raise UserError(

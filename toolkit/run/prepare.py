@@ -120,7 +120,8 @@ def prepare(settings: RunSettings) -> PreparedRun:
     run_folder.check_free(folder, resuming=settings.resume != NONE)
     resolved = resolve(settings, config, newest_saved(settings, folder))
     settings, batch, remarks = resolved.settings, resolved.batch, list(resolved.remarks)
-    tracking.check(settings.tracker)
+    if ranks.rank() == 0:  # the others draw nothing
+        tracking.check(resolved.asked.tracker)
     if settings.activations is not None:
         settings.activations.check_device(get_accelerator().device_name())
     if resolved.ds.computed == "bf16" and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():

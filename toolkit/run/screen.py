@@ -136,7 +136,7 @@ class Screen:
         peak = size_text(summary["peak_memory_bytes"])
         process = summary["process_bytes"]
         more = f"; {size_text(process)} of it before there was a model" if process else ""
-        apart = ", held by the model and its steps" if process else ""
+        apart = ", held by the model and its steps; without libraries and allocators that load later" if process else ""
         predicted = summary["predicted_peak_bytes"]
         folder = Path(summary["run_dir"])
         files = [name for name in (METRICS, PLOT, MEMORY, CHECKPOINTS, EVENTS) if (folder / name).exists()]

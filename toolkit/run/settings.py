@@ -164,7 +164,7 @@ class RunSettings(BaseModel):
     ] = "summary"
 
     track: Annotated[
-        Literal["none", "tensorboard", "wandb"] | None,
+        Tracker | None,
         typer.Option(help="Curves of all steps, by one of these packages, beside metrics.jsonl. (default: none)"),
     ] = None
 
@@ -178,11 +178,6 @@ class RunSettings(BaseModel):
         except ValueError:
             raise ValueError(f"must be a rate, as in 1e-3, or {AUTO}") from None
 
-    @field_validator("track")
-    @classmethod
-    def _no_tracker(cls, value: Any) -> Any:
-        return None if value == NONE else value
-
     @field_validator("warmup")
     @classmethod
     def _whole_steps(cls, value: float | None) -> float | None:
@@ -192,7 +187,8 @@ class RunSettings(BaseModel):
 
     @property
     def tracker(self) -> Tracker | None:
-        return self.track  # type: ignore[return-value]
+        """What draws curves; "none", which a resumed run is told apart from what is left open by, is None."""
+        return None if self.track == NONE else self.track
 
     @property
     def rate(self) -> float | None:

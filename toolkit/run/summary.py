@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from toolkit.agreed import everyones
 from toolkit.records.memory import FOLDER as MEMORY_FOLDER
 from toolkit.records.run import LAST_STEPS, tokens_of
 from toolkit.run import ranks
@@ -34,7 +35,8 @@ def summarize(
 
     states = optimizer_state_bytes(engine)
     mine, whole = sum(states.values()), replicated_bytes(engine)
-    [mean], [largest, peak, before] = ranks.mean_max([mine - whole], [mine, memory, process], engine.device)
+    [mean], [largest] = ranks.mean_max([mine - whole], [mine], engine.device)
+    peak, before = max(everyones((memory, process)))  # both of the rank that has the peak
     final = [record["loss"] for record in records[-LAST_STEPS:]]
     validated = [record["val_loss"] for record in records if "val_loss" in record]
     seconds = [record["step_time_s"] for record in records]
@@ -56,8 +58,8 @@ def summarize(
         "flops_per_s": statistics.median(flops),
         "mfu": statistics.median(mfu) if mfu else None,
         "data_seconds": sum(record.get("data_seconds", 0.0) for record in records),
-        "peak_memory_bytes": int(peak),
-        "process_bytes": int(before),
+        "peak_memory_bytes": peak,
+        "process_bytes": before,
         "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
         "memory_files": str(prepared.folder / MEMORY_FOLDER) if prepared.settings.memory_profile != "off" else None,
         "parameters": prepared.parameters,

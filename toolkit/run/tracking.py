@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
@@ -14,35 +16,51 @@ from typing import Any, Literal, Protocol
 from toolkit.errors import UserError
 from toolkit.records.run import EVENTS
 from toolkit.run.folder import RunFolder
-from toolkit.sentences import one_line
+from toolkit.sentences import one_line, value_at
 
-Tracker = Literal["tensorboard", "wandb"]
-_WHOLE = ("memory_bytes",)
-"""Figures that are whole numbers; the others are the same in every step."""
+Tracker = Literal["none", "tensorboard", "wandb"]
+_NO_CURVES = ("step", "sequences", "tokens")
+"""Whole numbers that are the axis, or the same in every step."""
 _OFFLINE = "; with WANDB_MODE=offline no key and no network is needed, and `wandb sync` sends the run later"
+_CLOSING_SECONDS, _FAILED_SECONDS = 60.0, 5.0
+"""How long the end of a run waits for what draws it. After an error other ranks wait as long to hear of it."""
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The figures in a line of metrics.jsonl, by the name of their curve."""
-    known = {name: value for name, value in record.items() if isinstance(value, float) or name in _WHOLE}
-    return {"Validation/loss" if name == "val_loss" else f"Train/{name}": value for name, value in known.items()}
+    return {
+        "Validation/loss" if name == "val_loss" else f"Train/{name}": value
+        for name, value in record.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in _NO_CURVES
+    }
 
 
 def check(tracker: Tracker | None) -> None:
     """Raise UserError where its package is missing."""
     if tracker is not None and importlib.util.find_spec(tracker) is None:
-        raise UserError(f"--track {tracker} needs a package that is not installed: pip install {tracker}.")
+        raise UserError(
+            f"--track {tracker} needs a package that is not installed: pip install {tracker}, or give --track none."
+        )
+
+
+def check_monitors(tracker: Tracker | None, config: Mapping[str, Any]) -> None:
+    """Raise UserError where DeepSpeed's monitor of the JSON has the one W&B run that a process can write to."""
+    if tracker == "wandb" and value_at(config, "wandb.enabled"):
+        raise UserError(
+            "--track wandb and wandb.enabled in the DeepSpeed JSON would write to one W&B run, which takes no step "
+            "twice; give --track none, or --set wandb.enabled=false."
+        )
 
 
 class _Writer(Protocol):
-    begun: bool
-    """Whether it has the steps before the one that it is opened for."""
+    has: int
+    """The last step that it has of those before the one that it is opened for; 0: none."""
     told: str
     """Where its curves are."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class _TensorBoard:
@@ -50,8 +68,8 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         place = folder.folder / EVENTS
-        self.begun = any(place.glob("*"))
-        self.told = f"curves in {place}: tensorboard --logdir {folder.folder.parent}"
+        self.has = after if any(place.glob("*")) else 0
+        self.told = f"curves in {place}: tensorboard --logdir {shlex.quote(str(folder.folder.parent))}"
         # Of steps that are made again, since the run ended before its next checkpoint, the later ones are shown.
         self._writer = SummaryWriter(str(place), purge_step=after + 1)
 
@@ -60,7 +78,7 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 
@@ -70,8 +88,9 @@ class _Wandb:
 
         facts = folder.noted()
         known = facts.pop("wandb_run", None)
-        self.begun = known is not None
         name = known if isinstance(known, str) else uuid.uuid4().hex
+        # Only newer versions know it; of the others the process may wait for the network once the run has ended.
+        bounded = "finish_timeout" in getattr(getattr(wandb, "Settings", None), "model_fields", {})
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "leanstate"),
             name=os.environ.get("WANDB_NAME", folder.folder.name),
@@ -79,32 +98,34 @@ class _Wandb:
             resume="allow",
             dir=str(folder.folder),
             config=facts,
-            settings={"console": "off"},
+            settings={"console": "off", **({"finish_timeout": _CLOSING_SECONDS} if bounded else {})},
         )
         folder.note({"wandb_run": name})
         self.told = f"curves in {self._run.dir if self._run.offline else self._run.url}"
         self._next = self._run.starting_step
+        # Offline it does not know what its files have.
+        self.has = after if self._run.offline and known is not None else self._next - 1
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if step >= self._next:  # it takes no step twice: those that are made again are there already
             self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class Tracking:
-    """Writes the figures of steps; what fails on the way is said once, and the run goes on without.
+    """Writes the figures of steps; what fails on the way is said once, and the run continues without.
 
     Args:
         tracker: what writes them.
         folder: of the run.
         after: the step that the run continues after; 0 from the start.
-        earlier: lines of metrics.jsonl of the steps that were made before; a tracker that is new gets them, too.
+        earlier: lines of metrics.jsonl of the steps that were made before; a tracker that lacks them gets them, too.
         say: shows a line.
 
     Raises:
-        UserError: it does not start.
+        UserError: it does not start, and nor has the run.
     """
 
     def __init__(
@@ -120,11 +141,18 @@ class Tracking:
         try:
             self._writer = (_TensorBoard if tracker == "tensorboard" else _Wandb)(folder, after)
         except Exception as error:  # of the network, a key, a package that does not fit the others
+            if after > 0:  # a run that has made steps is not lost for its curves
+                self._give_up(error)
+                return
             hint = _OFFLINE if tracker == "wandb" else ""
-            raise UserError(f"--track {tracker}: {one_line(error).rstrip('.')}{hint}.") from None
+            raise UserError(
+                f"--track {tracker}: {one_line(error).rstrip('.')}{hint}; --track none does without."
+            ) from None
         say(self._writer.told)
-        for record in () if self._writer.begun else earlier:
-            self.write(record)
+        has = self._writer.has
+        for record in earlier:
+            if record["step"] > has:
+                self.write(record)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """`record`: a line of metrics.jsonl."""
@@ -133,15 +161,31 @@ class Tracking:
         try:
             self._writer.write(record["step"], scalars(record))
         except Exception as error:
-            self._writer = None
-            self._say(
-                f"note: --track {self._name}: {one_line(error)}; nothing more is written there, and the run goes on. "
-                "metrics.jsonl has every step."
-            )
+            self._give_up(error)
 
-    def close(self) -> None:
-        if self._writer is not None:
+    def _give_up(self, error: Exception) -> None:
+        self._writer = None
+        self._say(
+            f"note: --track {self._name}: {one_line(error).rstrip('.')}; nothing more is written there, and the run "
+            "continues. metrics.jsonl has every step, and --track none does without."
+        )
+
+    def close(self, *, failed: bool = False) -> None:
+        """`failed`: the run ends with an error. It waits for a limited time, since the network may be gone."""
+        if self._writer is None:
+            return
+        writer, problems = self._writer, list[Exception]()
+        self._writer = None
+
+        def end() -> None:
             try:
-                self._writer.close()
+                writer.close(failed)
             except Exception as error:
-                self._say(f"note: --track {self._name}: {one_line(error)}.")
+                problems.append(error)
+
+        ending = threading.Thread(target=end, name="tracking", daemon=True)
+        ending.start()
+        ending.join(seconds := _FAILED_SECONDS if failed else _CLOSING_SECONDS)
+        said = one_line(problems[0]).rstrip(".") if problems else f"it has not ended within {seconds:.0f} s"
+        if problems or ending.is_alive():
+            self._say(f"note: --track {self._name}: {said}; metrics.jsonl has every step.")

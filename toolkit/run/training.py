@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from toolkit.agreed import AgreedError
 from toolkit.errors import UserError
 from toolkit.records.run import CHECKPOINTS, METRICS, strict
 from toolkit.run import bad_documents, compiling, deterministic, ranks
@@ -97,6 +99,8 @@ def train_on_this_rank(
                 forecast.changes()  # for the report
             summary = run.finish(ledger.largest, explainer)
         screen.summary(summary)
+        if (problem := ranks.from_first(run.unwritten)) is not None:
+            raise AgreedError(problem)
         return summary
     except UserError:
         raise
@@ -111,7 +115,7 @@ def train_on_this_rank(
         raise
     finally:
         if run is not None:
-            run.close()
+            run.close(failed=sys.exc_info()[0] is not None)
         if folder is not None:
             folder.close()
 
@@ -146,6 +150,8 @@ class Run:
         """The records of metrics.jsonl."""
         if folder is not None and folder.dropped:
             screen.say(f"note: {folder.dropped} line(s) of {METRICS} were no steps and are dropped.")
+        self.unwritten: str | None = None
+        """What `finish` could not write, and why; on rank 0."""
         self._tracking = ranks.agreed(lambda: self._track(folder))
         self.batches = open_batches(prepared, prepared.data, start.position)
         self._notes = bad_documents.Notes(self.batches, screen.say)
@@ -333,18 +339,16 @@ class Run:
             if None not in alone:
                 summary["forward_seconds"] = alone
         if self.folder is not None:
-            problem = self.folder.write_end(summary, self.records)
-            if problem is not None:
-                self.screen.say(f"note: {problem}")
+            self.unwritten = self.folder.write_end(summary, self.records)
         return summary
 
-    def close(self) -> None:
-        """End the threads that read and save."""
+    def close(self, *, failed: bool) -> None:
+        """End the threads that read and save, and the curves; `failed`: with an error."""
         self.batches.close()
         if self.saver is not None:
             self.saver.close()
         if self._tracking is not None:
-            self._tracking.close()
+            self._tracking.close(failed=failed)
 
     def _save_after(self, step: int, position: Position) -> None:
         """Save the state after `step`, which was the last one, unless it is where the run began."""
