@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from toolkit.agreed import AgreedError
 from toolkit.errors import UserError
 from toolkit.models import flops_per_token, load_config
 from toolkit.plugins import import_plugin
@@ -31,7 +32,7 @@ def test_rank_zero_prints_an_error_once(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.0)
     for rank in ("1", "0", "2"):
         monkeypatch.setenv("RANK", rank)
-        ranks.report(ranks.AgreedError("the sentence."))
+        ranks.report(AgreedError("the sentence."))
     assert capsys.readouterr().err == "error: the sentence.\n"
 
 

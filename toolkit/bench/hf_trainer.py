@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from toolkit.agreed import everyones
 from toolkit.run import leftovers, ranks
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Tokens(), callbacks=[clock])
     trainer.train()
     peak = torch.cuda.max_memory_allocated() if gpu else resident.read()[1]
-    peaks = ranks.everyones(peak)
+    peaks = everyones(peak)
     if ranks.rank() == 0:
         seconds = [begin.until(end) for begin, end in zip(clock.ends, clock.ends[1:], strict=False)]
         Path(settings["out"]).write_text(json.dumps({"seconds": seconds, "peak_bytes": max(peaks)}), encoding="utf-8")

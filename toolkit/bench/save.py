@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from toolkit.agreed import agreed
 from toolkit.bench.record import Row, Spread
 from toolkit.bench.step import Measured
 from toolkit.bench.train import finish
@@ -90,7 +91,7 @@ def main() -> None:
     from toolkit.run.settings import check_settings
 
     asked = json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))
-    prepared = ranks.agreed(lambda: prepare(check_settings(**asked["run"])))
+    prepared = agreed(lambda: prepare(check_settings(**asked["run"])))
     engine, batch = build_engine(prepared), prepared.batch
     batches = data.rank_batches(
         prepared.data, rank=ranks.rank(), world_size=ranks.world_size(), micro_batch=batch.micro

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from toolkit.run import ranks
+from toolkit.agreed import AgreedError
 
 if TYPE_CHECKING:
     from toolkit.data import Batches, Position
@@ -48,7 +48,7 @@ def saved_before(save: Callable[[], None]) -> Iterator[None]:
         yield
     except BadDocument as error:
         save()
-        raise ranks.AgreedError(str(error)) from None
+        raise AgreedError(str(error)) from None
 
 
 def document_counts(read_to: Position) -> dict[str, Any]:

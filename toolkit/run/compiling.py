@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.agreed import everyones
 from toolkit.run import ranks
 from toolkit.run.merge import merge_flags
 from toolkit.run.settings import RunSettings
@@ -100,7 +101,7 @@ def step_compiled(engine: Any, background: Background | None, say: Callable[[str
     began = time.perf_counter()
     if background is not None:
         background.wait(say)
-    ranks.everyones(None)  # they wait for rank 0 of their machine
+    everyones(None)  # they wait for rank 0 of their machine
     compile_step(engine)
     _, [seconds] = ranks.mean_max([], [time.perf_counter() - began], engine.device)
     return seconds

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.agreed import agreed
 from toolkit.checkpoint.model_files import config_hash, tokenizer_hash
 from toolkit.errors import UserError
 from toolkit.run import ranks
@@ -51,7 +52,7 @@ def note_base(settings: RunSettings, here: dict[str, dict[str, Any]], say: Calla
         return
     from toolkit.checkpoint.base import Base  # imports torch
 
-    found = ranks.agreed(lambda: Base.of(Path(settings.model), say) if ranks.rank() == 0 else None)
+    found = agreed(lambda: Base.of(Path(settings.model), say) if ranks.rank() == 0 else None)
     here["model"]["base"] = ranks.from_first(found and found.facts)
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from toolkit.agreed import everyones
 from toolkit.errors import UserError
 from toolkit.run import ranks
 from toolkit.run.prepare import PreparedRun
@@ -85,9 +86,9 @@ def make_explainer(prepared: PreparedRun, device: torch.device, forecast: Foreca
     predicted = ranks.from_first(forecast.prediction)
     explainer = Explainer(prepared.folder, ranks.rank(), device, predicted=predicted)
     # A limit may be on one rank only, and only rank 0 is heard.
-    warnings = ranks.everyones(explainer.warning())
+    warnings = everyones(explainer.warning())
     prepared.remarks += [f"rank {rank}: {warning}" for rank, warning in enumerate(warnings) if warning][:1]
-    if any(ranks.everyones(explainer.share() > _RISKY)):
+    if any(everyones(explainer.share() > _RISKY)):
         explainer.take_changes(forecast.changes())
     return explainer
 

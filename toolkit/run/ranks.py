@@ -1,4 +1,4 @@
-"""Ranks: starting them, agreeing on errors, averaging."""
+"""Ranks: starting them, reporting errors, averaging."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from toolkit.agreed import AgreedError as AgreedError
-from toolkit.agreed import agreed as agreed
-from toolkit.agreed import everyones as everyones
+from toolkit.agreed import AgreedError
 from toolkit.errors import UserError
 from toolkit.records.machine import local_size
 from toolkit.run import leftovers

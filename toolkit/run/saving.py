@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.agreed import AgreedError
 from toolkit.errors import UserError
 from toolkit.printable import warn_once
 from toolkit.records.machine import local_size
@@ -145,7 +146,7 @@ class Saver:
             self.start(step, facts)
             problem = self.wait()
             if problem is not None:
-                raise ranks.AgreedError(problem)
+                raise AgreedError(problem)
 
     def close(self) -> None:
         """End the thread."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.agreed import agreed, everyones
 from toolkit.errors import UserError
 from toolkit.records.run import CHECKPOINTS, METRICS, read_metrics
 from toolkit.run import ranks
@@ -125,7 +126,7 @@ def _choose(settings: RunSettings, folder: Path) -> Start:
     if named is not None:
         store = Store(named / CHECKPOINTS)
         damaged: list[str] = []
-        for step in ranks.from_first(ranks.agreed(store.steps)):
+        for step in ranks.from_first(agreed(store.steps)):
             problem = _problem(store.path(step), step)
             if problem is None:
                 remark = [f"{'; '.join(damaged)}; taken is {store.path(step).name}."] if damaged else []
@@ -136,11 +137,11 @@ def _choose(settings: RunSettings, folder: Path) -> Start:
         if settings.resume != AUTO:
             raise UserError(f"--resume {settings.resume}: the run there has no checkpoint yet.")
         return _from_the_start(settings, folder)
-    path = ranks.agreed(lambda: _checkpoint_named(Path(settings.resume)))
+    path = agreed(lambda: _checkpoint_named(Path(settings.resume)))
     problem = _problem(path) if ranks.from_first((path / manifests.NAME).exists()) else None
     if problem is not None:
         raise UserError(f"--resume {settings.resume}: {problem}.")
-    source = ranks.agreed(lambda: open_checkpoint(path, trust_pickle=settings.trust_pickle))
+    source = agreed(lambda: open_checkpoint(path, trust_pickle=settings.trust_pickle))
     return _begin(source, folder, [])
 
 
@@ -193,7 +194,7 @@ def _problem(path: Path, step: int | None = None) -> str | None:
         foreign = f"{error}; resume with that version"
     except UserError as error:
         mine = str(error)
-    everyone = ranks.everyones((mine, foreign))
+    everyone = everyones((mine, foreign))
     for _, found in everyone:
         if found is not None:
             raise UserError(f"{found}, or give another --run-dir.")

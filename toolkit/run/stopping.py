@@ -18,6 +18,7 @@ import time
 from types import FrameType, TracebackType
 from typing import NoReturn
 
+from toolkit.agreed import AgreedError
 from toolkit.errors import UserError
 from toolkit.run import leftovers, meeting, ranks
 
@@ -97,7 +98,7 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if value is None or isinstance(value, ranks.AgreedError):
+        if value is None or isinstance(value, AgreedError):
             self._close(0)
         elif isinstance(value, UserError):
             self._close(2)

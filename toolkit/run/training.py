@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from toolkit.agreed import AgreedError
+from toolkit.agreed import AgreedError, agreed, everyones
 from toolkit.errors import UserError
 from toolkit.records.run import CHECKPOINTS, METRICS, strict
 from toolkit.run import bad_documents, compiling, deterministic, ranks
@@ -57,15 +57,15 @@ def train_on_this_rank(
     import toolkit.memory.out_of_memory  # noqa: F401 (when it is needed, there is no memory to import it)
 
     screen.say(f"checking the settings, then reading {settings.data}")
-    prepared = ranks.agreed(lambda: prepare(settings))
+    prepared = agreed(lambda: prepare(settings))
     note_base(prepared.settings, prepared.identity, screen.say)
     prepared.folder = ranks.from_first(prepared.folder)  # its default name holds the time
-    folder = ranks.agreed(lambda: claim_folder(prepared, device))
+    folder = agreed(lambda: claim_folder(prepared, device))
     explainer: Explainer | None = None
     run: Run | None = None
     try:
-        start = ranks.agreed(lambda: find_start(prepared.settings, prepared.folder, prepared.identity))
-        ranks.agreed(lambda: prepared.resolve_again(start.saved))
+        start = agreed(lambda: find_start(prepared.settings, prepared.folder, prepared.identity))
+        agreed(lambda: prepared.resolve_again(start.saved))
         settings = prepared.settings
         screen.expect(settings.steps)
         if start.step >= settings.steps:
@@ -82,7 +82,7 @@ def train_on_this_rank(
         with explainer:
             if settings.lr == AUTO:
                 found = find_rate(prepared, background, screen.say)
-                ranks.agreed(lambda: prepared.resolve_rate(found.lr))
+                agreed(lambda: prepared.resolve_rate(found.lr))
                 screen.say(found.words())
                 if folder is not None:
                     folder.note({"lr_range_test": found.record()})
@@ -142,17 +142,17 @@ class Run:
         self.settings, self.batch = prepared.settings, prepared.batch
         self.engine = build_engine(prepared)
         if prepared.data.documents.conversations:
-            ranks.agreed(lambda: check_apart(self.engine))
-        ranks.agreed(lambda: restore(prepared, self.engine, start, screen.say))
+            agreed(lambda: check_apart(self.engine))
+        agreed(lambda: restore(prepared, self.engine, start, screen.say))
         self.records: list[dict[str, Any]] = ranks.from_first(
-            ranks.agreed(lambda: folder.continue_after(start.step, prepared.config) if folder is not None else [])
+            agreed(lambda: folder.continue_after(start.step, prepared.config) if folder is not None else [])
         )
         """The records of metrics.jsonl."""
         if folder is not None and folder.dropped:
             screen.say(f"note: {folder.dropped} line(s) of {METRICS} were no steps and are dropped.")
         self.unwritten: str | None = None
         """What `finish` could not write, and why; on rank 0."""
-        self._tracking = ranks.agreed(lambda: self._track(folder))
+        self._tracking = agreed(lambda: self._track(folder))
         self.batches = open_batches(prepared, prepared.data, start.position)
         self._notes = bad_documents.Notes(self.batches, screen.say)
         self._rule = rule_optimizer(self.engine)
@@ -335,7 +335,7 @@ class Run:
         summary["predicted_peak_bytes"] = predicted.peak if predicted is not None else None
         if self.batch.world_size > 1:
             summary["collective_bytes"] = self._sent
-            alone = ranks.everyones(self._pace.median())
+            alone = everyones(self._pace.median())
             if None not in alone:
                 summary["forward_seconds"] = alone
         if self.folder is not None:
