@@ -174,7 +174,9 @@ def test_groups_of_two_dtypes_are_their_own_weights(offload: bool) -> None:
     del given["optimizer"]["params"]["weights"]
     if offload:
         given["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        with pytest.raises(UserError, match="a parameter group is float32 and others are bfloat16: with offload_optimizer"):
+        with pytest.raises(
+            UserError, match="a parameter group is float32 and others are bfloat16: with offload_optimizer"
+        ):
             toolkit.initialize(model=model, config=given, total_steps=4)
         return
     engine = toolkit.initialize(model=model, config=given, total_steps=4)[0]
