@@ -269,9 +269,9 @@ def load_pretrained(
 
     # transformers partitions as long as such an object is alive, and only then.
     zero3 = HfDeepSpeedConfig(copy.deepcopy(zero3_config)) if zero3_config is not None else None
-    fixed = {"local_files_only": True, "output_loading_info": True, "trust_remote_code": False}
+    given = {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **fixed)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **given)
     except Exception as error:  # transformers and safetensors raise a different type for each kind of damage
         raise UserError(f"the weights in {str(folder)!r} cannot be loaded: {first_line(error)}") from error
     finally:
