@@ -65,10 +65,10 @@ class ChangeDetector:
     def stepped(self) -> None:
         """To be called after each step, which is queued by now, so that no device stands still for the answer."""
         differs, self._differs = self._differs, []
-        written = []
+        held, written = self._held() if differs else {}, []
         for kind, mask in differs:
-            parts = mask.wait().split(self._lengths(kind))
-            written += [name for (name, _), part in zip(self._held()[kind], parts, strict=True) if part.any()]
+            parts = mask.wait().split([part.numel() for _, part in held[kind]])
+            written += [name for (name, _), part in zip(held[kind], parts, strict=True) if part.any()]
         self._say_written(written)
         self.accept()
 
@@ -79,9 +79,6 @@ class ChangeDetector:
             part = getattr(param, "ds_tensor", param).detach().view(-1)[:SAMPLED]
             found.setdefault((part.device, part.dtype), []).append((name, part))
         return found
-
-    def _lengths(self, kind: tuple[torch.device, torch.dtype]) -> list[int]:
-        return [part.numel() for _, part in self._held()[kind]]
 
     def _sample(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
         return {kind: torch.cat([part for _, part in parts]) for kind, parts in self._held().items()}
