@@ -31,6 +31,10 @@ import psutil
 
 IMPORTS = (
     "torch._inductor.compile_fx",
+    "torch._inductor.codegen.memory_planning",
+    "torch._inductor.select_algorithm",
+    "torch._inductor.standalone_compile",
+    "torch._functorch._aot_autograd.aot_autograd_result",
     "torch.fx.experimental.proxy_tensor",
     "torch._export",
     "deepspeed",
@@ -326,14 +330,16 @@ def _serve() -> NoReturn | None:
     os.dup2(2, 1)  # what is printed while modules are imported is no answer
     for name in IMPORTS:
         importlib.import_module(name)
-    # What Inductor looks up once in every process: the hash of its own source, and what this processor can do.
-    from torch._inductor.codecache import torch_key
+    # What Inductor looks up once in every process: the hash of its own source, what this processor can do, and the text
+    # of PyTorch's headers, which it asks the compiler for before it loads a kernel.
+    from torch._inductor.codecache import CppPythonBindingsCodeCache, torch_key
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     from toolkit.zero import shared_memory
 
     torch_key()
     pick_vec_isa()
+    CppPythonBindingsCodeCache.load_pybinding([], 'extern "C" void kernel() {}  // as those that use at::vec::')
     shared_memory.leave_out()  # as runs do; for scripts that join a process group by themselves it takes two minutes
     gc.collect()
     gc.freeze()  # DeepSpeed collects garbage whenever it builds stage 3: half a second for all that is imported

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from toolkit.optim import AMCSRule, SOAMRule
+from toolkit.optim import inductor as of_steps
 from toolkit.optim.inductor import Launch, compile_blocks
 from toolkit.optim.kernel import StepFunction
 from toolkit.optim.rule import Rule
+from toolkit.optim.rules.lomo import LOMORule
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import layout, state_formats
 
@@ -98,6 +101,14 @@ def test_a_step_is_one_loop_in_vector_registers(case: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == good
+
+
+def test_a_value_that_is_written_once_gives_the_same_code() -> None:
+    """In halves of blocks, where what is used twice is written the most often."""
+    case = (LOMORule, "8bit", "bf16+4")
+    [_, *once] = write(*case).splitlines()  # the first line counts the modules of this process
+    with mock.patch.object(of_steps, "_each_value_once", nullcontext):
+        assert write(*case).splitlines()[1:] == once
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from toolkit.optim import vectors
+from toolkit.optim import kept, vectors
 from toolkit.optim.vectors import vector_code
 
 if TYPE_CHECKING:
@@ -128,8 +129,12 @@ def first_of_all(work: str) -> Iterator[None]:
         yield
 
 
-def compile_blocks(function: BlockStep, inputs: Halves, rest: Sequence[Tensor | None], launch: Launch) -> BlockStep:
+def compile_blocks(
+    function: BlockStep, inputs: Halves, rest: Sequence[Tensor | None], launch: Launch, name: str | None = None
+) -> BlockStep:
     """`function(*inputs, *rest)` compiled for tensors of these types, strides and device and any number of blocks.
+
+    `name` says which of this package's functions it is, and nothing else could go by it; then it is kept on disk.
 
     Whatever it raises, nothing has run: tensors are read for their properties only. Scales may begin at any address
     (a slice of them does, whose first block is no multiple of four); all else is best at multiples of 16 bytes, and is
@@ -149,10 +154,18 @@ def compile_blocks(function: BlockStep, inputs: Halves, rest: Sequence[Tensor | 
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch.no_grad(), _disable_current_modes(), settings.patch(compile_threads=1):
-        tensors = _without_data(flat, mode)
-        with mode:
-            graph = make_fx(run)(*tensors)
-        compiled = _compile(graph, tensors, mode, launch if flat[0].device.type != "cpu" else None)
+        on_gpu = launch if flat[0].device.type != "cpu" else None
+        options = _options(on_gpu)
+        file = kept.place(name, flat) if name is not None else None
+        compiled = kept.load(file, options) if file is not None else None
+        if compiled is None:
+            tensors = _without_data(flat, mode)
+            with mode:
+                graph = make_fx(run)(*tensors)
+            with kept.writable(file):
+                compiled = _compile(graph, tensors, mode, on_gpu, options)
+            if file is not None:
+                kept.store(file, compiled)
 
     count = len(inputs)  # what `call` refers to lives as long as it does: no tensors
 
@@ -184,28 +197,75 @@ def _without_data(flat: Sequence[Any], mode: Any) -> list[Any]:
         return [stand_in(x) if isinstance(x, Tensor) else x for x in flat]
 
 
-def _compile(graph: Any, tensors: list[Any], mode: Any, launch: Launch | None) -> BlockStep:
+def _options(launch: Launch | None) -> dict[str, Any]:
+    """Inductor's, for this process's processor, or for a GPU's `launch`."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    if launch is None:
+        # Part of the cache's key, which lacks the instruction set: code for one is wrong when built for another.
+        return _OPTIONS | {"cpp.simdlen": pick_vec_isa().bit_width(), "inductor_choices_class": _usual_choices}
+    # Constants would be folded by running them on the device.
+    return _OPTIONS | {"inductor_choices_class": launch, "joint_graph_constant_folding": False}
+
+
+def _compile(graph: Any, tensors: list[Any], mode: Any, launch: Launch | None, options: dict[str, Any]) -> BlockStep:
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.cpu_vec_isa import VecAVX2, pick_vec_isa
     from torch._inductor.virtualized import V
 
-    options = dict(_OPTIONS)
     with ExitStack() as stack:
         if launch is None:
-            # Part of the cache's key, which lacks the instruction set: code for one is wrong when built for another.
-            isa = pick_vec_isa()
-            options["cpp.simdlen"] = isa.bit_width()
-            options["inductor_choices_class"] = _usual_choices
-            stack.enter_context(vector_code(avx2=isinstance(isa, VecAVX2)))
-        stack.enter_context(tracing(TracingContext(mode)))
-        if launch is not None:
-            options["inductor_choices_class"] = launch
-            options["joint_graph_constant_folding"] = False  # it would run the step's constants on the device
+            stack.enter_context(vector_code(avx2=isinstance(pick_vec_isa(), VecAVX2)))
+        else:
             stack.enter_context(V.set_choices_handler(launch()))
             stack.enter_context(_short_instructions())
+        stack.enter_context(_each_value_once())
+        stack.enter_context(tracing(TracingContext(mode)))
         compiled: Any = compile_fx(graph, tensors, config_patches=options)
         return compiled
+
+
+@contextmanager
+def _each_value_once() -> Iterator[None]:
+    """Let Inductor write the same code in a fraction of the time.
+
+    In one loop a value that is used twice is written twice, with all that it is made of, and the copies are found
+    equal and dropped only at the end: a step of 700 operations with halves of blocks takes 12,000, half a minute. Here
+    a loop asks for each value once. What Inductor looks up about types for every operation, it looks up once.
+    """
+    from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
+    from torch._inductor.ir import Pointwise
+    from torch._inductor.virtualized import V
+
+    load, look_up = Pointwise.make_loader, DtypePropagationOpsHandler.__init__
+    loops: dict[
+        int, tuple[Pointwise, Any, dict[Any, Any]]
+    ] = {}  # with what each had, by index, in the loop just written
+
+    def make_loader(self: Pointwise) -> Callable[[Sequence[Any]], Any]:
+        loader = load(self)
+
+        def once(index: Sequence[Any]) -> Any:
+            loop = V.get_ops_handler()
+            if id(self) not in loops or loops[id(self)][1] is not loop:
+                loops[id(self)] = (self, loop, {})
+            values, place = loops[id(self)][2], tuple(index)
+            if place not in values:
+                values[place] = loader(index)
+            return values[place]
+
+        return once
+
+    def look_up_once(self: DtypePropagationOpsHandler) -> None:
+        if not vars(self):
+            look_up(self)
+
+    with (
+        mock.patch.object(Pointwise, "make_loader", make_loader),
+        mock.patch.object(DtypePropagationOpsHandler, "__init__", look_up_once),
+    ):
+        yield
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from toolkit.optim.inductor import BlockStep, Launch, compile_blocks, first_of_all
+from toolkit.optim.kept import ours
 from toolkit.optim.rule import Rule
 from toolkit.state.codecs import BLOCK, decode_halves, encode_halves, pack, unpack
 from toolkit.state.layout import Layout
@@ -87,6 +88,10 @@ class StepFunction:
         self._launch = LAUNCH
         self._compiled: dict[tuple[torch.device, torch.dtype, torch.dtype], BlockStep | None] = {}
         self.fallback_reason: str | None = None
+        self._key: str | None = None  # of one that others could have changed, nothing is kept on disk
+        if ours(rule, *(type(codec) for codec in layout.codecs)):
+            codecs = [(type(codec), vars(codec)) for codec in layout.codecs]
+            self._key = f"{rule} {function} {names} {layout} {codecs}"
 
     def __call__(
         self,
@@ -136,7 +141,7 @@ class StepFunction:
                 rest = (scalars, scale, self._phase(theta, (0, 0, 0)))
                 with _patience(self.name), first_of_all(f"{self.name} {kind}"):
                     inputs = self._inputs(theta, g, parts)
-                    self._compiled[kind] = compile_blocks(self.eager, inputs, rest, self._launch)
+                    self._compiled[kind] = compile_blocks(self.eager, inputs, rest, self._launch, self._key)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # the compilers below raise many kinds

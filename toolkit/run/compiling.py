@@ -144,12 +144,12 @@ def _mark(order: Mapping[str, Any]) -> Path:
     import torch
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    package = Path(__file__).parent.parent
-    sources = sorted([*package.glob("optim/**/*.py"), *package.glob("state/*.py"), *map(Path, order["plugins"])])
+    from toolkit.optim.kept import SOURCES
+
     params = {key: value for key, value in order["params"].items() if type(value) not in (int, float)}
     facts = [
         {**order, "params": params, "total_steps": None},
-        [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
+        [SOURCES, *(hashlib.sha256(Path(plugin).read_bytes()).hexdigest() for plugin in order["plugins"])],
         [sys.version, torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
         torch.cuda.get_device_name() if order["device"] == "cuda" else "",
     ]
