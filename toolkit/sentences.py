@@ -85,7 +85,9 @@ def unknown_key(place: list[str], known: Iterable[str], kind: str = "key") -> st
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, or, where it says nothing, its class."""
+    """What an exception says, or, where it says nothing, its class; of the file system the file and why."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 

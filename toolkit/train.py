@@ -11,9 +11,10 @@ from typing import Any
 
 from toolkit.errors import UserError
 from toolkit.run import compiling, deterministic, ranks, stopping
+from toolkit.run.folder import pretty
 from toolkit.run.meeting import AbsentError
 from toolkit.run.memory import end_if_out_of_memory
-from toolkit.run.output import outliving
+from toolkit.run.output import outliving, quiet
 from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings, parse
 from toolkit.run.stopping import (
@@ -70,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = parse(arguments)
         if settings is None:
             return 0
-        summary = train(settings)
+        with quiet(settings.print_json):
+            summary = train(settings)
+        if settings.print_json and ranks.rank() == 0:
+            print(pretty(summary), end="", flush=True)
         status = DIVERGED if summary["diverged"] else INTERRUPTED if summary["interrupted"] else 0
     except UserError as error:
         ranks.report(error)

@@ -52,7 +52,7 @@ GPU to 1,024. **Everything in these tables is predicted**, by
 
 from `toolkit.estimate`; nothing of it was measured on a GPU. What could be checked on CPU ranks was: memory
 ([below](#checked)), and the bytes of collectives at stages 1, 2 and 3, which a test counts in real steps of two ranks
-(`tests/distributed/test_collectives.py`). `toolkit estimate --gpus 8 --nodes 128` says the same of any other case, and
+(`tests/distributed/test_collectives.py`). `toolkit estimate --ranks 8 --nodes 128` says the same of any other case, and
 `summary.json` of a run has what it counted (`collective_bytes`).
 
 ## Assumptions

@@ -76,7 +76,7 @@ def predictions(folder: Path) -> dict[str, Any]:
         # The batch is the run's.
         config.pop("train_micro_batch_size_per_gpu", None)
         path.write_text(json.dumps(config))
-        arguments = ["estimate", "--model", run.model, "--config", str(path), "--gpus", str(run.ranks), "--json"]
+        arguments = ["estimate", "--model", run.model, "--config", str(path), "--ranks", str(run.ranks), "--json"]
         arguments += ["--micro-batch", str(run.micro_batch), "--grad-accum", str(run.accumulation)]
         arguments += ["--seq-len", str(run.seq_len), "--loss", run.loss, "--device", "cpu"]
         arguments += ["--activations", run.activations]

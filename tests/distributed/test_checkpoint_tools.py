@@ -255,18 +255,18 @@ def test_commands(runs: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for expected in ("2 at ZeRO stage 2", "AMCS: m_fast, m_slow, v", "m_fast=8bit", runs.digest("main")):
         assert expected in shown
     assert "global_step4: intact" in call("checkpoint", "verify", run).output
-    assert call("checkpoint", "convert", run, "--to", tmp_path / "one", "--stage", "1").exit_code == 0
+    assert call("checkpoint", "convert", run, "--out", tmp_path / "one", "--zero-stage", "1").exit_code == 0
     assert runs.digest("main") == open_checkpoint(find(tmp_path / "one")).digest()
-    assert call("checkpoint", "convert", run, "--to", tmp_path / "u" / "x", "--universal").exit_code == 0
+    assert call("checkpoint", "convert", run, "--out", tmp_path / "u" / "x", "--universal").exit_code == 0
     assert runs.digest("main") == open_checkpoint(find(tmp_path / "u" / "x")).digest()
-    assert "step 5 as trained, 1 file(s)" in call("export", run, "--to", tmp_path / "hf").output
+    assert "step 5 as trained, 1 file(s)" in call("export", run, "--out", tmp_path / "hf").output
     with hub(monkeypatch) as server:
-        pushed = call("export", run, "--to", tmp_path / "pushed", "--push_to_hub", "owner/name")
+        pushed = call("export", run, "--out", tmp_path / "pushed", "--push_to_hub", "owner/name")
         assert f"1 file(s); uploaded to {server.url}/owner/name" in pushed.output
         assert server.files["owner/name"].keys() == {path.name for path in (tmp_path / "hf").iterdir()}
         assert server.private == {"owner/name": True}
-    assert "--public is for --push" in str(call("export", run, "--to", tmp_path / "x", "--public").exception)
-    assert "--dtype is 'fp8'" in str(call("export", run, "--to", tmp_path / "x", "--dtype", "fp8").exception)
+    assert "--public is for --push" in str(call("export", run, "--out", tmp_path / "x", "--public").exception)
+    assert "--dtype is 'fp8'" in str(call("export", run, "--out", tmp_path / "x", "--dtype", "fp8").exception)
     file = next((tmp_path / "one" / "global_step5").glob("*optim*"))
     file.write_bytes(file.read_bytes()[:-1])
     verified = call("checkpoint", "verify", tmp_path / "one")

@@ -233,7 +233,7 @@ def test_peft_loads_the_adapters_and_anything_the_merged_model(
     source = open_checkpoint(find(tuning.root / "lora-3"))
     tokens = torch.arange(30)[None] * 7
     own: Any = load_model(source).eval()
-    call("export", tuning.root / "lora-3", "--to", tmp_path / "adapter")
+    call("export", tuning.root / "lora-3", "--out", tmp_path / "adapter")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir())[:2] == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -263,8 +263,8 @@ def test_a_base_is_found_where_it_was_moved_to_and_no_other_is_taken(
         with pytest.raises(UserError, match="beside them, .*, is not there; --model names the folder"):
             load_model(open_checkpoint(find(tuning.root / "lora-2")))
         assert json.loads(call(*line, "--model", there)) == before
-        call("export", tuning.root / "lora-2", "--to", tmp_path / "merged", "--merge", "--model", there)
-        call("export", tuning.root / "lora-2", "--to", tmp_path / "adapter")
+        call("export", tuning.root / "lora-2", "--out", tmp_path / "merged", "--merge", "--model", there)
+        call("export", tuning.root / "lora-2", "--out", tmp_path / "adapter")
         source = open_checkpoint(find(tuning.root / "lora-2"))
         moved(source, tuning.other)
         with pytest.raises(UserError, match="has other weights"):

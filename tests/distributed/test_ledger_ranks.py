@@ -96,7 +96,12 @@ def test_snapshots_prediction_and_summary_are_there(full: Path) -> None:
     assert setup == predicted.setup
     summary = json.loads((full / SUMMARY).read_text())
     assert summary["memory_files"] == str(full / FOLDER)
-    assert summary["peak_memory_bytes"] >= max(record.largest_resident_set or 0 for record in measured(full))
+    # Of several ranks both are those of one rank; the records are of its last step, the summary of what followed.
+    [largest] = [one for one in measured(full) if one.process == summary["process_bytes"]]
+    assert largest.largest_resident_set == max(one.largest_resident_set or 0 for one in measured(full))
+    assert largest.largest_resident_set <= summary["peak_memory_bytes"] < 1.2 * largest.largest_resident_set
+    assert 100e6 < summary["process_bytes"] < summary["peak_memory_bytes"]
+    assert summary["counted_peak_bytes"] == max(one.peak or 0 for one in measured(full))
     assert all(line["memory_bytes"] > 0 for line in read_metrics(full / METRICS))
 
 

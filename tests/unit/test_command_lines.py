@@ -82,7 +82,7 @@ def test_what_a_wrong_folder_is(
 ) -> None:
     before = hashes(world(tmp_path))
     monkeypatch.chdir(tmp_path)
-    more = [] if "inspect" in command or "verify" in command else ["--to", "new"]
+    more = [] if "inspect" in command or "verify" in command else ["--out", "new"]
     assert run(monkeypatch, *command.split(), path, *more) == 2
     printed = capsys.readouterr().err
     assert words in printed and printed.startswith("error: ") and printed.count("\n") == 1
@@ -99,7 +99,7 @@ def test_a_latest_that_names_nothing_is_said(tmp_path: Path) -> None:
 def test_dtypes_go_by_their_usual_names(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "export", str(tmp_path), "--to", str(tmp_path / "new"), "--dtype", name) == 2
+    assert run(monkeypatch, "export", str(tmp_path), "--out", str(tmp_path / "new"), "--dtype", name) == 2
     assert "is an empty folder" in capsys.readouterr().err  # the dtype was taken
 
 
@@ -107,7 +107,7 @@ def test_dtypes_go_by_their_usual_names(
 def test_other_dtypes_are_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "export", str(tmp_path), "--to", "new", "--dtype", name) == 2
+    assert run(monkeypatch, "export", str(tmp_path), "--out", "new", "--dtype", name) == 2
     assert f"--dtype is '{name}', but must be bf16, fp16 or fp32" in capsys.readouterr().err
 
 
@@ -196,20 +196,27 @@ COMMANDS: dict[str, tuple[tuple[list[str], ...], dict[str, list[str]]]] = {
     "configs": ((CONFIGS,), {"--nmae": [""]}),
     "estimate": (
         (),
-        {"--model": NAMES, "--config": CONFIGS, "--set": SETS, "--plugin": PATHS, "--gpus": NUMBERS, "--nodes": NUMBERS}
+        {
+            "--model": NAMES,
+            "--config": CONFIGS,
+            "--set": SETS,
+            "--plugin": PATHS,
+            "--ranks": NUMBERS,
+            "--nodes": NUMBERS,
+        }
         | {"--micro-batch": NUMBERS, "--seq-len": NUMBERS, "--loss": WORDS, "--attention": WORDS, "--device": WORDS}
         | {"--gpu-memory": SIZES, "--optimizer": WORDS, "--batch-size": NUMBERS, "--global-batch": NUMBERS},
     ),
     "plan": (
         (),
-        {"--model": NAMES[1:], "--gpu-memory": SIZES, "--host-memory": SIZES, "--gpus": NUMBERS, "--optimizer": WORDS}
+        {"--model": NAMES[1:], "--gpu-memory": SIZES, "--host-memory": SIZES, "--ranks": NUMBERS, "--optimizer": WORDS}
         | {"--state-format": WORDS, "--seq-len": NUMBERS, "--out": OUTS},
     ),
     "report": ((PATHS, PATHS), {"--out": OUTS, "--format": WORDS, "--runs": PATHS}),
-    "export": ((PATHS,), {"--to": OUTS, "--dtype": [*WORDS, "float32"], "--output": PATHS}),
+    "export": ((PATHS,), {"--out": OUTS, "--dtype": [*WORDS, "float32"], "--output": PATHS}),
     "checkpoint inspect": ((PATHS,), {"--digest": [], "--json": []}),
     "checkpoint verify": ((PATHS,), {"--all": []}),
-    "checkpoint convert": ((PATHS,), {"--to": OUTS, "--ranks": NUMBERS, "--stage": NUMBERS, "--universal": []}),
+    "checkpoint convert": ((PATHS,), {"--out": OUTS, "--ranks": NUMBERS, "--zero-stage": NUMBERS, "--universal": []}),
     "checkpoint": ((WORDS,), {}),
     "": ((WORDS,), {"--version": WORDS, "--verbose": []}),
 }

@@ -27,7 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_json_is_the_whole_prediction(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", "qwen3-tiny", "--config", "soam_zero3", "--gpus", "2", "--nodes", "3", "--grad-accum", "2"]
+    arguments = ["--model", "qwen3-tiny", "--config", "soam_zero3", "--ranks", "2", "--nodes", "3", "--grad-accum", "2"]
     assert run(monkeypatch, "estimate", *arguments, "--json") == 0
     found = Prediction.model_validate_json(capsys.readouterr().out)
     assert (found.setup.optimizer, found.setup.stage, found.setup.world_size) == ("SOAM", 3, 6)
@@ -63,7 +63,7 @@ def test_eight_billion_parameters_on_one_gpu(
 def test_what_if_lists_variants_and_changes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "estimate", "--gpus", "2", "--what-if") == 0
+    assert run(monkeypatch, "estimate", "--ranks", "2", "--what-if") == 0
     printed = capsys.readouterr().out
     for words in ("kept, eager attention", "logits, chunked loss", "optimizer.params.state_format compact", "--micro-"):
         assert words in printed
@@ -83,8 +83,8 @@ def test_what_if_lists_variants_and_changes(
         (["--activations", "tile"], "Did you mean 'tiled'?"),
         (["--activations", "offload", "--device", "cpu"], "on a CPU the host is the device"),
         (["--activation-checkpointing"], "that is --activations checkpoint, and without it --activations full"),
-        (["--gpus", "0"], "--gpus is 0, but must be at least 1."),
-        (["--gpus", "99999999999"], "must be at most 1024; machines are --nodes."),
+        (["--ranks", "0"], "--ranks is 0, but must be at least 1."),
+        (["--ranks", "99999999999"], "must be at most 1024; machines are --nodes."),
     ],
 )
 def test_what_is_typed_wrong_ends_with_status_2(
@@ -99,7 +99,7 @@ def test_a_plan_writes_a_config_that_fits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "plan.json"
-    arguments = ["plan", "--model", "qwen3-tiny", "--gpus", "2", "--gpu-memory", "1.6GB", "--seq-len", "128"]
+    arguments = ["plan", "--model", "qwen3-tiny", "--ranks", "2", "--gpu-memory", "1.6GB", "--seq-len", "128"]
     assert run(monkeypatch, *arguments, "--out", str(path)) == 0
     printed = capsys.readouterr().out
     assert "the fastest first" in printed and "does not fit" not in printed.split("fits in")[0]
@@ -107,7 +107,7 @@ def test_a_plan_writes_a_config_that_fits(
     validate(written, origin="plan")
     micro_batch = written["train_micro_batch_size_per_gpu"]
     kept = printed.split("--activations ")[-1].split()[0]
-    again = ["estimate", "--model", "qwen3-tiny", "--config", str(path), "--gpus", "2", "--seq-len", "128"]
+    again = ["estimate", "--model", "qwen3-tiny", "--config", str(path), "--ranks", "2", "--seq-len", "128"]
     assert run(monkeypatch, *again, "--activations", kept, "--gpu-memory", "1.6GB") == 0
     doubled = ["--micro-batch", str(2 * micro_batch), "--gpu-memory", "1.6GB"]
     assert run(monkeypatch, *again, "--activations", kept, *doubled) == (0 if micro_batch == 64 else 1)

@@ -159,7 +159,7 @@ def test_a_checkpoint_in_the_format_of_a_plugin(registered: None, tmp_path: Path
     plugin.write_text(section.split("```python\n")[1].split("```")[0])
     shown = call("checkpoint", "inspect", folder, "--plugin", plugin)
     assert shown.exit_code == 0 and "m_slow=linear8" in shown.output
-    for line in (("checkpoint", "verify", folder), ("checkpoint", "convert", folder, "--to", tmp_path / "new")):
+    for line in (("checkpoint", "verify", folder), ("checkpoint", "convert", folder, "--out", tmp_path / "new")):
         done = call(*line, "--plugin", plugin)
         assert done.exit_code == 0, done.output
 

@@ -50,7 +50,7 @@ def test_nothing_is_uploaded_for_everybody_by_mistake(server: Hub, folder: Path)
         Push.checked("owner/mine", folder, public=True)
     write(folder)
     with pytest.raises(
-        UserError, match=r"all of .*exported would be uploaded, and it is not empty; give another --to\.$"
+        UserError, match=r"all of .*exported would be uploaded, and it is not empty; give another --out\.$"
     ):
         Push.checked("owner/mine", folder, public=False)
 

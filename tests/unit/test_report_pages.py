@@ -21,10 +21,11 @@ from toolkit import cli
 from toolkit.records.categories import MEANING
 from toolkit.records.memory import LargeTensor, Span, Timeline, measured_name, write_record
 from toolkit.report import Report, build_report, render, report_paths, svg
+from toolkit.report.data import Peak
 from toolkit.report.elements import Chart, Table
 from toolkit.report.markdown import to_markdown
 from toolkit.report.outline import outline
-from toolkit.report.words import number, signed, size
+from toolkit.report.words import number, peak_sentence, signed, size
 
 STYLE = Path(svg.__file__).parent / "templates" / "style.css"
 HOSTILE = 'x <script>alert("1")</script> & `|*_ ünï'
@@ -357,3 +358,13 @@ def test_speed_and_waiting_are_shown_where_the_steps_have_them(tmp_path: Path) -
     page = to_markdown(report)
     assert "2.00 TFLOP/s of the model's own arithmetic, 37.5% of what the devices can do" in page
     assert "Waiting for data took 0.25% of the steps' time." in page
+
+
+def test_a_resident_set_is_told_apart_from_what_is_predicted() -> None:
+    peak = Peak(bytes=829_000_000, kind="resident set", source="resident set", rank=1)
+    assert peak_sentence(peak, None).endswith("829.00 MB on rank 1: the whole process, libraries included.")
+    peak.before = 551_000_000
+    assert peak_sentence(peak, None).endswith(
+        "551.00 MB of it were there before the model; the 278.00 MB since then are the model and its steps, libraries "
+        "that load later, and freed memory that the C library keeps."
+    )

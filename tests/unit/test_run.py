@@ -144,11 +144,19 @@ def test_one_process_without_a_launcher_trains(small_text: Path, tmp_path: Path)
         assert drawn == [(one["step"], pytest.approx(one[key])) for one in records if key in one]
 
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in ("summary.json", "loss.png"):  # as if the disk had been full in the end
+        (folder / name).unlink()
     for more, status, said in (("none", 2, "already holds a run"), ("auto", 0, "nothing to do")):
-        again = start(*arguments, "--resume", more)
+        again = start(*arguments, "--resume", more, "--json")
         out, err = again.communicate(timeout=120)
-        assert (again.returncode, said in out + err) == (status, True), out + err
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        assert (again.returncode, said in err) == (status, True), out + err
+    assert "and are now." in err and "Run finished" in err
+    assert json.loads(out) == json.loads((folder / "summary.json").read_text()), "nothing else is on stdout"
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    first, second = (json.loads(files.pop(folder / "summary.json")) for files in (before, after))
+    assert after == before
+    assert second.pop("peak_memory_bytes") <= first.pop("peak_memory_bytes")  # the last checkpoint knows no later one
+    assert second == first and first["predicted_peak_bytes"] > 0
 
 
 def test_an_interrupted_run_stops_with_a_summary(small_text: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from toolkit.records.run import read_metrics, strict
 from toolkit.run import start as starts
 from toolkit.run.folder import RunFolder, check_free, default_folder, plot_loss
 from toolkit.run.settings import RunSettings
+from toolkit.run.summary import written_again
 
 JSON: dict[str, Any] = {"optimizer": {"type": "AMCS"}}
 
@@ -33,6 +35,33 @@ def test_a_disk_that_is_full_at_the_end_is_said(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("toolkit.run.folder.replace_text", lambda path, text: Path("/dev/full").write_text(text))
     assert folder.write_end({"loss": 1.5}, [{"step": 1, "loss": 2.5}]) == problem
     assert not (tmp_path / "run" / "summary.json").exists(), "an earlier one would be taken for that of this run"
+    folder.close()
+
+
+def test_a_summary_is_written_again_only_where_it_is_missing_or_of_an_earlier_end(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {}, JSON, checkpoints=True)
+    line = {"loss": 1.0, "tokens_per_s": 1.0, "step_time_s": 1.0, "skipped": False}
+    for step in (1, 2):
+        folder.write_step({"step": step, **line})
+    records, dropped = folder.records(2)
+    assert (len(records), dropped) == (2, 0)
+    said: list[str] = []
+    checkpoint = tmp_path / "run" / "checkpoints" / "global_step2"
+    source: Any = SimpleNamespace(folder=checkpoint, manifest=SimpleNamespace(facts={}))
+
+    def again() -> dict[str, Any] | None:
+        return written_again(None, folder, starts.Start(2, source), SimpleNamespace(say=said.append))  # type: ignore[arg-type]
+
+    assert folder.write_end({"steps": 2, "interrupted": False}, records) is None
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert again() == {"steps": 2, "interrupted": False} and not said
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+    for earlier in ({"steps": 1, "interrupted": False}, {"steps": 2, "interrupted": True}):
+        assert folder.write_end(earlier, records) is None
+        assert again() is None, "the checkpoint, of an older version, has nothing to make it of"
+    assert len(said) == 2 and said[0].endswith("and the checkpoint does not say what was measured.")
+    source.folder = tmp_path / "other" / "checkpoints" / "global_step2"
+    assert again() is None and len(said) == 2, "of another run"
     folder.close()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import resource
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -19,11 +21,15 @@ from toolkit.run.folder import RunFolder
 from toolkit.run.restarting import Restarts
 from toolkit.run.settings import parse
 from toolkit.run.terms import Saved, kept_settings
-from toolkit.run.tracking import Tracking, check, check_monitors, scalars
+from toolkit.run.tracking import Tracking, check, check_monitors, outlive, scalars
 
 WANDB = '''
 """What a run uses of wandb, with its rules: a run that exists is continued, and takes no step twice."""
 import json, os, pathlib
+
+class UsageError(Exception): ...
+
+class CommError(Exception): ...
 
 class Run:
     offline = False
@@ -46,8 +52,10 @@ class Run:
 
 def init(*, id, resume, **options):
     assert resume == "allow"
+    if os.environ.get("WANDB_NETWORK") == "down":
+        raise CommError("Run initialization has timed out after 90.0 sec.")
     if "WANDB_KEPT" not in os.environ:
-        raise RuntimeError("No API key configured. Use `wandb login` to log in.")
+        raise UsageError("No API key configured. Use `wandb login` to log in.")
     return Run(id, options)
 '''
 
@@ -204,7 +212,7 @@ def test_what_does_not_start_is_a_sentence_and_what_fails_later_a_note(
     tracking.close()
     assert said[1:] == [
         "note: --track wandb: wandb drops a step that is not the next; nothing more is written there, and the run "
-        "continues. metrics.jsonl has every step, and --track none does without."
+        "continues: metrics.jsonl has every step, and the next start of the run brings them there."
     ]
     monkeypatch.delenv("WANDB_KEPT")
     with pytest.raises(
@@ -215,6 +223,69 @@ def test_what_does_not_start_is_a_sentence_and_what_fails_later_a_note(
     assert len(said) == 3 and said[-1].startswith("note: --track wandb: No API key configured.")
     kept.close()
     assert not (tmp_path / "run").exists()
+
+
+def test_an_outage_when_a_run_begins_is_a_note_and_the_next_start_has_all_steps(
+    wandb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, said = tmp_path / "run", list[str]()
+    folder.mkdir()
+    (folder / EVENTS).touch()  # nothing can be written there
+    start(folder, "tensorboard", 1, 4, 2.0, said)
+    monkeypatch.setenv("WANDB_NETWORK", "down")
+    start(tmp_path / "other", "wandb", 1, 4, 2.0, said)
+    assert [line.partition(";")[0] for line in said] == [
+        f"note: --track tensorboard: {folder / EVENTS}: File exists",
+        "note: --track wandb: Run initialization has timed out after 90.0 sec",
+    ]
+    (folder / EVENTS).unlink()
+    monkeypatch.delenv("WANDB_NETWORK")
+    start(folder, "tensorboard", 5, 6, 1.0, said)
+    start(tmp_path / "other", "wandb", 5, 6, 1.0, said)
+    whole = {**dict.fromkeys(range(1, 5), 2.0), 5: 1.0, 6: 1.0}
+    assert read_tensorboard(folder) == whole and read_wandb(tmp_path / "other") == whole
+
+
+def test_steps_that_a_full_disk_broke_off_are_made_up_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, said = tmp_path / "run", list[str]()
+    kept = RunFolder(folder, {}, {}, checkpoints=True, resuming=True)
+    tracking = Tracking("tensorboard", kept, 0, [], said.append)
+    tracking.write(record(1, 2.0))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (events,) = (folder / EVENTS).iterdir()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size + 700, before[1]))
+    try:
+        for step in range(2, 7):  # the file ends in the middle of one of them
+            tracking.write(record(step, 2.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    tracking.close()
+    for step in range(1, 7):
+        kept.write_step(record(step, 2.0))
+    kept.close()
+    assert len(said) == 2 and said[1].startswith("note: --track tensorboard: ")
+    assert "File too large; nothing more is written there" in said[1]
+    assert "Traceback" not in capsys.readouterr().err, "TensorBoard's thread says the same, at length"
+    start(folder, "tensorboard", 7, 8, 1.0, said)
+    assert read_tensorboard(folder) == {**dict.fromkeys(range(1, 7), 2.0), 7: 1.0, 8: 1.0}
+
+
+def test_a_monitor_of_the_json_that_fails_ends_no_run(one_rank: None, tmp_path: Path) -> None:
+    from deepspeed.monitor.config import CSVConfig
+    from deepspeed.monitor.csv_monitor import csvMonitor
+
+    said: list[str] = []
+    monitor = csvMonitor(CSVConfig(enabled=True, output_path=str(tmp_path), job_name="csv"))
+    outlive(monitor, said.append)
+    monitor.write_events([("Train/loss", 2.0, 1)])
+    shutil.rmtree(tmp_path / "csv")
+    (tmp_path / "csv").touch()  # nothing can be written there
+    for step in (2, 3):
+        monitor.write_events([("Train/loss", 2.0, step)])
+    assert len(said) == 1 and said[0].startswith("note: the monitors of the DeepSpeed JSON: ")
+    assert said[0].endswith(
+        "Not a directory; nothing more is written there, and the run continues: metrics.jsonl has every step."
+    )
 
 
 def test_a_package_that_is_missing_is_said_before_ranks_start(

@@ -113,12 +113,12 @@ def test_deepspeeds_own_checkpoints_are_read_without_running_what_they_name(
         folder = Path(shutil.copytree(good, tmp_path / file / "folder"))
         content = torch.load(good / file, weights_only=False)
         torch.save(content | {"extra": [payloads(mark)[name]]}, folder / file)
-        for command in (["inspect"], ["convert", "--to", str(tmp_path / "to")], ["verify"]):
+        for command in (["inspect"], ["convert", "--out", str(tmp_path / "to")], ["verify"]):
             result = call("checkpoint", *command, folder)
             assert isinstance(result.exception, UserError) and not mark.exists(), command
         problem = str(call("checkpoint", "inspect", folder, "--digest").exception)
         assert "holds more than plain data" in problem and "--trust-pickle" in problem, problem
-        assert isinstance(call("export", folder, "--to", tmp_path / "to").exception, UserError) and not mark.exists()
+        assert isinstance(call("export", folder, "--out", tmp_path / "to").exception, UserError) and not mark.exists()
     if name == "os.system":
         assert call("checkpoint", "inspect", folder, "--digest", "--trust-pickle").exit_code == 0 and mark.exists()
 

@@ -48,7 +48,7 @@ class Push:
         if repository.count("/") != 1:
             raise UserError(f"{named}: say whose it is, as in --push owner/{repository}.")
         if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{named}: all of {folder} would be uploaded, and it is not empty; give another --to.")
+            raise UserError(f"{named}: all of {folder} would be uploaded, and it is not empty; give another --out.")
         if not get_token():
             raise UserError(f"{named} needs a token of the hub: `hf auth login`, or set HF_TOKEN.")
         try:

@@ -87,7 +87,7 @@ class Source:
             raise manifests.NotUnderstood(
                 f"{self.folder} was saved by an older version, which let {shared!r} share a block of {BLOCK} elements "
                 "with the parameter before it; with that version, convert it to stage 3 (toolkit checkpoint convert "
-                "--stage 3), which this one reads, or export its weights"
+                "--zero-stage 3), which this one reads, or export its weights"
             )
 
     # ---- files --------------------------------------------------------------------------------------------------

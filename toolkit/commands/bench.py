@@ -99,7 +99,9 @@ def step(
     baseline: Annotated[str | None, typer.Option(help="What ratios are to. (default: the first that runs)")] = None,
     repeats: Repeats = 11,
     threads: Threads = None,
-    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="(default: a GPU, where there is one)")] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Where the step runs. (default: a GPU, where there is one)")
+    ] = None,
     growth: Annotated[
         bool, typer.Option("--growth", help="From 1M parameters up to --parameters, and from 10 to 10,000 tensors.")
     ] = False,
@@ -158,13 +160,13 @@ def train(
         str,
         typer.Option(
             metavar="NAME,NAME=CONFIG,...",
-            help="As of `toolkit compare`: shipped configs, rules, classes by import path, NAME=a config; and "
+            help="As for `toolkit compare`: shipped configs, rules, classes by import path, NAME=a config; and "
             "hf-trainer, the Hugging Face Trainer with DeepSpeed's AdamW.",
         ),
     ] = "hf-trainer,adamw,amcs",
     baseline: Annotated[str | None, typer.Option(help="What ratios are to. (default: the first)")] = None,
     model: Model = "qwen3-tiny",
-    data: Annotated[str, typer.Option(help="As of launch/train.py; the Trainer gets random tokens.")] = "stdlib",
+    data: Annotated[str, typer.Option(help="As for `toolkit train`; the Trainer gets random tokens.")] = "stdlib",
     seq_len: SeqLen = 256,
     micro_batch: MicroBatch = 2,
     grad_accum: Annotated[int, typer.Option(min=1, help="Micro-batches per optimizer step.")] = 1,
@@ -221,8 +223,8 @@ def train(
 @app.command()
 def data(
     ctx: typer.Context,
-    data: Annotated[str, typer.Option(help="As of launch/train.py.")] = "stdlib",
-    tokenizer: Annotated[str | None, typer.Option(help="As of launch/train.py. (default: the model's)")] = None,
+    data: Annotated[str, typer.Option(help="As for `toolkit train`.")] = "stdlib",
+    tokenizer: Annotated[str | None, typer.Option(help="As for `toolkit train`. (default: the model's)")] = None,
     model: Model = "qwen3-tiny",
     seq_len: SeqLen = 256,
     micro_batch: MicroBatch = 4,
@@ -259,7 +261,7 @@ def save(
         str,
         typer.Option(
             metavar="NAME,NAME=CONFIG,...",
-            help="As of `toolkit compare`, saved by this package; and deepspeed, DeepSpeed's AdamW saved by DeepSpeed.",
+            help="As for `toolkit compare`, saved by this package; and deepspeed, DeepSpeed's AdamW and saving.",
         ),
     ] = "amcs,adamw,deepspeed",
     model: Model = "qwen3-tiny",

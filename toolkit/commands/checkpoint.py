@@ -32,7 +32,7 @@ BaseFolder = Annotated[
     Path | None,
     typer.Option("--model", metavar="FOLDER", help="Of a run with --lora: where the model that it began from is now."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print a JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _SHOWN = 5
 """Files that are not of a checkpoint, at most."""
 _LISTED = 20
@@ -73,7 +73,8 @@ def _open(path: Path, trust_pickle: bool, plugins: Plugins) -> Source:
     from toolkit.checkpoint.universal import open_checkpoint
 
     import_plugins(plugins)
-    return open_checkpoint(find(path), trust_pickle=trust_pickle)
+    with waiting(f"opening {path}"):
+        return open_checkpoint(find(path), trust_pickle=trust_pickle)
 
 
 _PLACE = (("epoch", "epoch"), ("window", "window"), ("document", "index"))
@@ -86,7 +87,7 @@ def checkpoint() -> None:
 
     \b
     toolkit checkpoint inspect runs/first
-    toolkit checkpoint convert runs/first --to two --ranks 2
+    toolkit checkpoint convert runs/first --out two --ranks 2
     """
 
 
@@ -129,7 +130,8 @@ def inspect(
         "versions": ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items()) or "?",
     }
     if digest:
-        rows["digest"] = source.digest()
+        with waiting("hashing the state"):
+            rows["digest"] = source.digest()
     sizes = {name: int(entry["bytes"]) for name, entry in manifest.files.items()}
     if as_json:
         typer.echo(json.dumps({**rows, "files": sizes}, default=str, indent=1))
@@ -181,7 +183,8 @@ def verify(path: Where, plugins: Plugins = None, as_json: Json = False) -> None:
     folders = [stores[0].path(step) for step in stores[0].steps()] if stores else [find(path)]
     found: dict[str, list[str]] = {}
     for folder in folders:
-        found[folder.name] = _problems(folder)
+        with waiting(f"reading {folder.name}"):
+            found[folder.name] = _problems(folder)
         if not as_json:
             echo(f"{folder.name}: {'; '.join(found[folder.name]) or 'intact'}")
     if as_json:
@@ -211,9 +214,11 @@ def _problems(folder: Path) -> list[str]:
 @app.command()
 def convert(
     path: Where,
-    to: Annotated[Path, typer.Option(help="The folder to write: checkpoints go into it as global_step<n>.")],
+    to: Annotated[Path, typer.Option("--out", help="The folder to write: checkpoints go into it as global_step<n>.")],
     ranks: Annotated[int | None, typer.Option(min=1, help="Number of ranks. (default: as it was)")] = None,
-    stage: Annotated[int | None, typer.Option(min=1, max=3, help="ZeRO stage. (default: as it was)")] = None,
+    stage: Annotated[
+        int | None, typer.Option("--zero-stage", min=1, max=3, help="ZeRO stage. (default: as it was)")
+    ] = None,
     universal: Annotated[bool, typer.Option("--universal", help="Write DeepSpeed's universal layout.")] = False,
     trust_pickle: TrustPickle = False,
     plugins: Plugins = None,
@@ -222,32 +227,32 @@ def convert(
     """Rewrite a checkpoint for another number of ranks or stage, or into DeepSpeed's universal layout and back.
 
     \b
-    toolkit checkpoint convert runs/first --to eight --ranks 8 --stage 3
-    toolkit checkpoint convert runs/first --to universal --universal
+    toolkit checkpoint convert runs/first --out eight --ranks 8 --zero-stage 3
+    toolkit checkpoint convert runs/first --out universal --universal
     """
     from toolkit.checkpoint import universal as layout
     from toolkit.checkpoint.convert import convert as rewrite
 
     source = _open(path, trust_pickle, plugins)
     if universal:
-        layout.write(source, to)
+        with waiting(f"writing {to}"):
+            layout.write(source, to)
         said = f"{to}: DeepSpeed's universal layout, {len(source.sharding.by_name)} parameters"
         _say(said, as_json, folder=to, universal=True, parameters=len(source.sharding.by_name))
         return
     stage, ranks = stage or source.origin.stage, ranks or source.origin.world_size
-    rewrite(source, to, stage=stage, world_size=ranks)
+    with waiting(f"writing {to}"):
+        rewrite(source, to, stage=stage, world_size=ranks)
     said = f"{find(to)}: {ranks} rank(s) at ZeRO stage {stage}"
     _say(said, as_json, folder=find(to), universal=False, ranks=ranks, stage=stage)
 
 
 def export(
     path: Where,
-    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    to: Annotated[Path, typer.Option("--out", help="The folder to write.")],
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="bf16, fp16 or fp32 (with what rounding to bf16 left over), for all parameters. (default: as trained)"
-        ),
+        typer.Option(help="Of all parameters; fp32 keeps what rounding to bf16 left over. (default: as trained)"),
     ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Of a run with --lora: the whole model, adapters merged into its weights.")
@@ -266,9 +271,9 @@ def export(
     """Write a run's model, or its adapters, in the layout of Hugging Face.
 
     \b
-    toolkit export runs/first --to exported
-    toolkit export runs/first --to exported --dtype fp32
-    toolkit export runs/first --to exported --push owner/name
+    toolkit export runs/first --out exported
+    toolkit export runs/first --out exported --dtype fp32
+    toolkit export runs/first --out exported --push owner/name
     """
     from toolkit.checkpoint.export import DTYPES, moved
     from toolkit.checkpoint.export import export as write
@@ -283,7 +288,8 @@ def export(
     moved(source, model)
     pushed = Push.checked(push, to, public=public) if push is not None else None
     step = source.manifest.step
-    files = write(source, to, dtype=wanted, merge=merge)
+    with waiting(f"writing {to}"):
+        files = write(source, to, dtype=wanted, merge=merge)
     said = f"{to}: step {step} {f'in {wanted}' if wanted is not None else 'as trained'}, {len(files)} file(s)"
     facts: dict[str, Any] = {"folder": to, "step": step, "dtype": wanted, "files": [str(file) for file in files]}
     if pushed is not None:

@@ -37,7 +37,7 @@ Config = Annotated[
     ),
 ]
 # No machine or cluster has more; with them, bytes of the whole are numbers that other code can count.
-Gpus = Annotated[int, typer.Option("--gpus", min=1, max=1024, help="Ranks on each machine.")]
+Gpus = Annotated[int, typer.Option("--ranks", min=1, max=1024, help="Ranks on each machine.")]
 Nodes = Annotated[int, typer.Option(min=1, max=100_000, help="Machines.")]
 # One run is estimated, planned and trained: what all three have begins with the same value.
 _SEQ_LEN: int = RunSettings.model_fields["seq_len"].default
@@ -93,7 +93,7 @@ def estimate(
 
     \b
     toolkit estimate --model qwen3-8b --micro-batch 1 --gpu-memory 80GB
-    toolkit estimate --config soam_zero3 --gpus 8 --nodes 2 --what-if
+    toolkit estimate --config soam_zero3 --ranks 8 --nodes 2 --what-if
     toolkit estimate --config mine.json --set zero_optimization.stage=3 --json
     """
     from toolkit.console import PlainConsole, waiting
@@ -179,7 +179,7 @@ def plan(
 
     \b
     toolkit plan --model qwen3-8b --gpu-memory 80GB
-    toolkit plan --model qwen3-8b --gpu-memory 24GB --gpus 8 --state-format any
+    toolkit plan --model qwen3-8b --gpu-memory 24GB --ranks 8 --state-format any
     toolkit plan --model folder --gpu-memory 40GB --json > mine.json
     """
     from toolkit.console import PlainConsole, waiting

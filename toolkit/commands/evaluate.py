@@ -38,7 +38,7 @@ def evaluate(
     step: Step = None,
     model: BaseFolder = None,
     plugins: Plugins = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate a trained model: loss, perplexity and bits per byte of a text.
 

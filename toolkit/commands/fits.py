@@ -33,7 +33,9 @@ def fits(
             autocompletion=model_names,
         ),
     ] = None,
-    optimizer: Annotated[list[str] | None, typer.Option(help="Repeatable. (default: AdamW, AMCS and AdamW8)")] = None,
+    optimizer: Annotated[
+        list[str] | None, typer.Option(help="One to compare; repeatable. (default: AdamW, AMCS and AdamW8)")
+    ] = None,
     plugins: Plugins = None,
     gpus: Gpus = 1,
     state_format: Annotated[
@@ -43,14 +45,14 @@ def fits(
     activations: Annotated[str, typer.Option(metavar="WORDS", help=HELP)] = CHECKPOINT,
     adapters: Adapters = None,
     chat: Chat = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the longest sequence that each model can be trained with, by GPU and optimizer (predicted).
 
     \b
     toolkit fits
     toolkit fits --gpu-memory 24GB --optimizer amcs --optimizer adamw
-    toolkit fits --model qwen3-8b --gpus 8 --state-format lean --json
+    toolkit fits --model qwen3-8b --ranks 8 --state-format lean --json
     """
     settle_accelerator()
     from rich.console import Console

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from toolkit.console import waiting
 from toolkit.errors import UserError
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.printable import echo
@@ -47,11 +48,14 @@ def report(
     if as_json:
         if out is not None or formats:
             raise UserError("--json prints the report: leave --out and --format out, which say what is written.")
-        typer.echo(render(build_report(runs), "json"), nl=False)
+        with waiting("reading the runs"):
+            built = build_report(runs)
+        typer.echo(render(built, "json"), nl=False)
         return
     paths = report_paths(runs, out, () if formats is None or ReportFormat.ALL in formats else formats)
-    built = build_report(runs)
-    write_report(built, paths)
+    with waiting("reading the runs"):
+        built = build_report(runs)
+        write_report(built, paths)
     echo(built.headline)
     for gap in built.gaps:
         echo(f"not like for like: {gap}")

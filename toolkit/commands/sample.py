@@ -65,7 +65,7 @@ def sample(
     step: Step = None,
     model: BaseFolder = None,
     plugins: Plugins = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Generate text with a trained model.
 

@@ -89,6 +89,7 @@ def train(
     \b
     toolkit train --model qwen3-tiny --steps 20
     toolkit train --ranks 2 --data 'text/*.jsonl' --config soam_zero3
+    toolkit train --model folder --from-checkpoint --data chats.jsonl --lora r=16
     toolkit train --hostfile hosts --model qwen3-8b --config amcs_zero3
     """
     from toolkit.config.files import apply_overrides, load_config

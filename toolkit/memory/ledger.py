@@ -170,6 +170,11 @@ class Ledger:
         """
         return self._peaks.largest
 
+    @property
+    def counted(self) -> int | None:
+        """Bytes of that which the model and its steps held, counted in the traced step on a CPU; None: not counted."""
+        return self.record().peak if self._timeline is not None and not self._on_gpu else None
+
     # ---- the engine -----------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
@@ -366,6 +371,7 @@ class Ledger:
             blocks=self._largest_tensors,
             allocator=allocator,
             largest_resident_set=None if self._on_gpu else self.largest,
+            process=None if self._on_gpu else self._explainer.at_start,
             overhead_seconds=self._cost,
             steps=self._steps,
         )

@@ -18,6 +18,8 @@ from toolkit.records.activations import Written, renamed
 from toolkit.records.categories import in_order
 
 FOLDER = "memory"
+BESIDE = "libraries that load later, and freed memory that the C library keeps"
+"""What a resident set holds beside the process as it was before the model, and what the model and its steps hold."""
 PREDICTED = "predicted.json"
 
 
@@ -178,6 +180,8 @@ class Measurement(Record):
     allocator: Allocator | None = None
     largest_resident_set: int | None = None
     """Peak resident set of the process over the whole run (CPU)."""
+    process: int | None = None
+    """Bytes of the process before there was a model: Python and libraries (CPU)."""
     overhead_seconds: float
     """What measuring has cost in all, and `steps` it was spread over."""
     steps: int

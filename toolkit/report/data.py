@@ -137,6 +137,8 @@ class Peak(Record):
     held: dict[str, int] = {}
     """By category; empty where categories were not measured."""
     per_parameter: float | None = None
+    before: int | None = None
+    """Of a resident set: bytes that were there before the model."""
 
 
 class StepTimeline(Record):

@@ -194,7 +194,13 @@ def _peak(folder: Folder, facts: RunFacts, largest: Measurement | None) -> Peak 
             held=largest.at_peak(),
         )
     elif largest is not None and largest.largest_resident_set is not None:
-        peak = Peak(bytes=largest.largest_resident_set, kind="resident set", source=largest.source, rank=largest.rank)
+        peak = Peak(
+            bytes=largest.largest_resident_set,
+            kind="resident set",
+            source=largest.source,
+            rank=largest.rank,
+            before=largest.process,
+        )
     elif summary is not None and summary.peak_memory_bytes or lines:
         # What metrics.jsonl holds of a run without a summary: allocated on a GPU, resident on a CPU.
         total = summary.peak_memory_bytes if summary is not None and summary.peak_memory_bytes else max(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from toolkit.records.memory import BESIDE
 from toolkit.records.sizes import size_text
 from toolkit.report.data import Comparison, Imbalance, Peak, RunReport, Slowest
 
@@ -112,7 +113,11 @@ def peak_sentence(peak: Peak, parameters: int | None) -> str:
     if peak.per_parameter is not None and parameters:
         per = f": {peak.per_parameter:.2f} bytes for each of {parameters:,} parameters"
     if peak.kind == "resident set":
-        return f"The largest resident set is {size(peak.bytes)}{where}: the whole process, libraries included."
+        process = f"The largest resident set is {size(peak.bytes)}{where}: the whole process, libraries included"
+        if not peak.before:
+            return f"{process}."
+        since = f"the {size(peak.bytes - peak.before)} since then are the model and its steps, {BESIDE}"
+        return f"{process}. {size(peak.before)} of it were there before the model; {since}."
     kind = "predicted peak" if peak.kind == "predicted" else "peak"
     return f"The {kind} is {size(peak.bytes)}{where}{phase}{per}."
 

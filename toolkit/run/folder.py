@@ -110,7 +110,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._new:
                 self.note(run)
-                (folder / CONFIG).write_text(_pretty(config))
+                (folder / CONFIG).write_text(pretty(config))
             self._metrics = open(folder / METRICS, "x" if self._new else "a")  # noqa: SIM115
         except FileExistsError:
             raise UserError(f"the run folder {folder} already holds a run; give another --run-dir.") from None
@@ -132,11 +132,27 @@ class RunFolder:
 
     def note(self, facts: Mapping[str, Any]) -> None:
         """Add `facts` to run.json, which stays the file that is locked."""
-        text = _pretty({**self.noted(), **facts})
+        text = pretty({**self.noted(), **facts})
         self._lock.seek(0)
         self._lock.write(text)
         self._lock.truncate()
         self._lock.flush()
+
+    def records(self, step: int) -> tuple[list[dict[str, Any]], int]:
+        """The records of the metrics up to `step`, and how many lines are of no step."""
+        records = parse_metrics(self.folder / METRICS)
+        if records and records[-1] is CUT:
+            records.pop()
+        steps = [record for record in records if is_step_line(record)]
+        return [record for record in steps if record["step"] <= step], len(records) - len(steps)
+
+    def summary(self) -> dict[str, Any] | None:
+        """What summary.json says; None where there is none, or one that is no JSON."""
+        try:
+            found = json.loads(read_text(self.folder, SUMMARY))
+        except (UserError, ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
 
     def continue_after(self, step: int, config: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Continue the metrics after `step`: later records are dropped, those up to it are returned.
@@ -144,13 +160,8 @@ class RunFolder:
         `config`: the DeepSpeed JSON that is used from here on.
         """
         path = self.folder / METRICS
-        records = parse_metrics(path)
-        if records and records[-1] is CUT:
-            records.pop()
-        steps = [record for record in records if is_step_line(record)]
-        kept = [record for record in steps if record["step"] <= step]
-        self.dropped = len(records) - len(steps)
-        (self.folder / CONFIG).write_text(_pretty(config))
+        kept, self.dropped = self.records(step)
+        (self.folder / CONFIG).write_text(pretty(config))
         self._metrics.close()
         replace_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
         self._metrics = open(path, "a")  # noqa: SIM115
@@ -187,9 +198,11 @@ class RunFolder:
 
         Those of an earlier start of the run do not stay in their place.
         """
+        keeps = (self.folder / CHECKPOINTS).is_dir()
+        again = f", and the same command with --run-dir {self.folder} writes them" if keeps else ""
         problem = None
         for name, write in (
-            (SUMMARY, lambda path: replace_text(path, _pretty(summary))),
+            (SUMMARY, lambda path: replace_text(path, pretty(summary))),
             (PLOT, lambda path: plot_loss(records, path, title=self.folder.name)),
         ):
             try:
@@ -199,7 +212,7 @@ class RunFolder:
                     (self.folder / name).unlink(missing_ok=True)
                 problem = (
                     f"the run has ended, and its summary and loss curve cannot all be written to {self.folder}: "
-                    f"{error.strerror or error}; {METRICS} has every step."
+                    f"{error.strerror or error}; {METRICS} has every step{again}."
                 )
         return problem
 
@@ -247,5 +260,6 @@ def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     figure.savefig(path, dpi=120)
 
 
-def _pretty(value: Mapping[str, Any]) -> str:
+def pretty(value: Mapping[str, Any]) -> str:
+    """`value` as strict JSON for people, without secrets."""
     return json.dumps(masked(strict(value)), indent=2, allow_nan=False, default=str) + "\n"

@@ -48,6 +48,23 @@ class Outliving:
 
 
 @contextlib.contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """Where `wanted`, all that is printed within goes to stderr, also from C: stdout is for what comes after."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
 def outliving(told: str = "") -> Iterator[None]:
     """Both streams of this process outlive their readers; rank 0 says `told` on stderr when nobody reads stdout."""
     before = sys.stdout, sys.stderr

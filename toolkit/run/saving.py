@@ -18,6 +18,7 @@ from toolkit.printable import warn_once
 from toolkit.records.machine import local_size
 from toolkit.run import ranks
 from toolkit.run.folder import versions
+from toolkit.sentences import one_line
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
@@ -161,7 +162,7 @@ class Saver:
         try:
             written = _write_files(files, squeezed)
         except OSError as error:
-            problem = _told(error)
+            problem = one_line(error)
         del files
         everyone: list[Any] = [None] * ranks.world_size()
         distributed.all_gather_object(everyone, (written, problem), group=self._group)
@@ -171,7 +172,7 @@ class Saver:
                 if problem is None:
                     self._commit(draft, manifest, {name: e for entries, _ in everyone for name, e in entries.items()})
             except OSError as error:
-                problem = _told(error)
+                problem = one_line(error)
             if problem is not None:
                 self._store.discard(draft)
         box = [problem]
@@ -197,10 +198,6 @@ def _write_files(files: Mapping[Path, Any], squeezed: bool) -> dict[str, dict[st
     for folder in {path.parent for path in files}:
         sync_folder(folder)
     return written
-
-
-def _told(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
 
 
 def random_states() -> dict[str, Any]:

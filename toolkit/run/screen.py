@@ -20,6 +20,7 @@ from rich.text import Text
 
 from toolkit.console import PlainConsole
 from toolkit.printable import printable
+from toolkit.records.memory import BESIDE
 from toolkit.records.memory import FOLDER as MEMORY
 from toolkit.records.run import CHECKPOINTS, EVENTS, LAST_STEPS, METRICS, PLOT, tokens_of
 from toolkit.records.sizes import flops_text, size_text
@@ -134,10 +135,8 @@ class Screen:
         table.add_column(overflow="fold")
         validation = summary["val_loss"]
         peak = size_text(summary["peak_memory_bytes"])
-        process = summary["process_bytes"]
-        more = f"; {size_text(process)} of it before there was a model" if process else ""
-        apart = ", held by the model and its steps; without libraries and allocators that load later" if process else ""
         predicted = summary["predicted_peak_bytes"]
+        alone = ", of the model and its steps alone" if summary["process_bytes"] else ""
         folder = Path(summary["run_dir"])
         files = [name for name in (METRICS, PLOT, MEMORY, CHECKPOINTS, EVENTS) if (folder / name).exists()]
         by_name = summary["state_bytes_by_name"].items()
@@ -149,8 +148,9 @@ class Screen:
             "validation loss": "not measured" if validation is None else _figure(validation),
             "speed": f"{summary['tokens_per_s']:,.0f} tokens/s, {_arithmetic(summary)}",
             "  waiting for data": f"{summary['data_seconds'] / summary['seconds']:.2%} of the time",
-            "peak memory": f"{peak} {summary['memory_kind']}, largest rank{more}",
-            "  predicted peak": "not known" if predicted is None else f"{size_text(predicted)}{apart}",
+            "peak memory": f"{peak} {summary['memory_kind']}, largest rank",
+            **_of_process(summary),
+            "  predicted peak": "not known" if predicted is None else f"{size_text(predicted)}{alone}",
             "optimizer state": f"{summary['state_bytes_per_parameter']:.2f} bytes per parameter, "
             f"{summary['state_bytes_per_parameter_per_rank']:.2f} of them on each rank",
             "  of rank 0": ", ".join(f"{name} {size_text(count)}" for name, count in by_name),
@@ -171,11 +171,25 @@ class Screen:
         run = shlex.quote(summary["run_dir"])
         following = [f"toolkit report {run}"]
         if CHECKPOINTS in files:
-            following += [f'toolkit sample {run} "The"', f"toolkit eval {run}", f"toolkit export {run} --to exported"]
+            following += [f'toolkit sample {run} "The"', f"toolkit eval {run}", f"toolkit export {run} --out exported"]
         if summary["interrupted"]:
             self.say(f"to continue: the same command, with --run-dir {run}")
         for line in ("next:", *(f"  {to_type(command)}" for command in following)):
             self.say(line)
+
+
+def _of_process(summary: Mapping[str, Any]) -> dict[str, str]:
+    """On a CPU, of which parts the peak of a process is, by the name of a row."""
+    if not (process := summary["process_bytes"]):
+        return {}
+    since = size_text(summary["peak_memory_bytes"] - process)
+    rows = {
+        "  before the model": size_text(process),
+        "  since then": f"{since}: the model and its steps, {BESIDE}",
+    }
+    if (counted := summary.get("counted_peak_bytes")) is not None:
+        rows["  counted peak"] = f"{size_text(counted)}, of the model and its steps alone, in the traced step"
+    return rows
 
 
 def _arithmetic(of: Mapping[str, Any]) -> str:

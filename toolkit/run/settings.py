@@ -167,6 +167,9 @@ class RunSettings(BaseModel):
         Tracker | None,
         typer.Option(help="Curves of all steps, by one of these packages, beside metrics.jsonl. (default: none)"),
     ] = None
+    print_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON in the end; what happens goes to stderr.")
+    ] = False
 
     @field_validator("lr", mode="before")
     @classmethod
@@ -200,6 +203,24 @@ class RunSettings(BaseModel):
         return [assignment.partition("=")[0].strip() for assignment in self.overrides]
 
 
+_PARTS = {
+    "Model and data": (
+        *("model", "from_checkpoint", "tokenizer", "lora"),
+        *("data", "data_subset", "text_column", "chat_template", "bad_documents", "val_data"),
+    ),
+    "Optimizer, batch and length": (
+        *("config", "overrides", "plugins", "lr", "warmup", "steps", "seq_len"),
+        *("micro_batch", "grad_accum", "global_batch", "seed", "eval_every", "eval_sequences", "max_skipped"),
+    ),
+    "Files and checkpoints": (
+        *("run_dir", "save_every", "keep_last", "keep_every", "resume", "convert_state", "trust_pickle"),
+        *("track", "print_json"),
+    ),
+    "Memory and arithmetic": ("activations", "loss", "memory_profile", "deterministic"),
+}
+"""The settings as help shows them."""
+
+
 def check_settings(**values: Any) -> RunSettings:
     """`RunSettings(**values)`, with the first complaint as one sentence that names the flag.
 
@@ -229,6 +250,9 @@ def taking_settings(command: Callable[..., T]) -> Callable[..., T]:
     So a setting is declared, typed and described in one place. `command` takes the context first; see `given`.
     """
     context, *own = inspect.signature(command, eval_str=True).parameters.values()
+    for part, names in _PARTS.items():
+        for name in names:
+            _option(name).rich_help_panel = part
     fields = [
         inspect.Parameter(
             name,

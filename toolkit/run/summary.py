@@ -3,31 +3,77 @@
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolkit.agreed import everyones
+from toolkit.errors import UserError
 from toolkit.records.memory import FOLDER as MEMORY_FOLDER
-from toolkit.records.run import LAST_STEPS, tokens_of
+from toolkit.records.run import CHECKPOINTS, LAST_STEPS, PLOT, SUMMARY, tokens_of
 from toolkit.run import ranks
 from toolkit.run.bad_documents import document_counts
+from toolkit.run.folder import RunFolder
 from toolkit.run.prepare import PreparedRun
+from toolkit.run.screen import Screen
+from toolkit.run.start import Start
 
 if TYPE_CHECKING:
     import torch
 
     from toolkit.data import Position
+    from toolkit.memory.ledger import Ledger
+    from toolkit.memory.out_of_memory import Explainer
+
+MEASURED = "measured"
+"""The fact of a run's last checkpoint that `Measured` is read from."""
+_Count = Annotated[int, Field(ge=0)]
 
 
-def summarize(
-    prepared: PreparedRun, engine: Any, records: list[dict[str, Any]], read_to: Position, memory: int, process: int
-) -> dict[str, Any]:
-    """What summary.json says of a run that has ended; every rank must call this.
+class Measured(BaseModel):
+    """What of a summary only the process of the run knows: its last checkpoint notes it, for a summary that the disk
+    had no room for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    peak_memory_bytes: _Count
+    """Of the largest rank; `process_bytes` of it were held before there was a model: Python and libraries, on a CPU."""
+    process_bytes: _Count
+    memory_kind: str
+    skipped_documents: _Count
+    skipped_documents_first: list[str]
+    replaced_characters: _Count
+    cut_conversations: _Count
+    predicted_peak_bytes: _Count | None
+    state_bytes_by_name: dict[str, _Count]
+    """On rank 0."""
+    state_bytes_per_parameter: float
+    state_bytes_per_parameter_per_rank: float
+    counted_peak_bytes: _Count | None = None
+    """Of the model and its steps, on a CPU where a step was traced; on a GPU the peak is theirs."""
+    collective_bytes: dict[str, _Count] = {}
+    """Of several ranks: what rank 0 put into collectives in its last step, by kind."""
+    forward_seconds: list[float] = []
+    """By rank, where all have it."""
+
+
+def measure(
+    prepared: PreparedRun,
+    engine: Any,
+    ledger: Ledger,
+    explainer: Explainer,
+    read_to: Position,
+    sent: dict[str, int],
+    forward: float | None,
+) -> Measured:
+    """What the processes of a run have measured so far, the same on every rank; every rank must call this.
 
     Args:
-        records: the lines of metrics.jsonl, those of earlier starts of the run among them.
+        ledger: has this rank's peak.
+        explainer: knows what this rank held before there was a model, and what was predicted.
         read_to: how far the data have been read for the steps that were made.
-        memory: bytes at this rank's peak.
-        process: bytes of them that this rank held before there was a model: Python and libraries, on a CPU.
+        sent: bytes that this rank put into collectives in its last step, by kind.
+        forward: seconds of this rank's median step for what it does alone.
     """
     import torch
 
@@ -36,7 +82,30 @@ def summarize(
     states = optimizer_state_bytes(engine)
     mine, whole = sum(states.values()), replicated_bytes(engine)
     [mean], [largest] = ranks.mean_max([mine - whole], [mine], engine.device)
-    peak, before = max(everyones((memory, process)))  # both of the rank that has the peak
+    peak, before = max(everyones((ledger.largest, explainer.at_start)))  # both of the rank that has the peak
+    counted = [found for found in everyones(ledger.counted) if found is not None]
+    size, alone = prepared.batch.world_size, [seconds for seconds in everyones(forward) if seconds is not None]
+    found = Measured(
+        peak_memory_bytes=peak,
+        process_bytes=before,
+        memory_kind="allocated on the accelerator" if torch.accelerator.is_available() else "resident",
+        **document_counts(read_to),
+        counted_peak_bytes=max(counted, default=None),
+        predicted_peak_bytes=explainer.predicted.peak if explainer.predicted is not None else None,
+        state_bytes_by_name=states,
+        state_bytes_per_parameter=(mean * size + whole) / prepared.parameters,
+        state_bytes_per_parameter_per_rank=largest / prepared.parameters,
+        collective_bytes=sent if size > 1 else {},
+        forward_seconds=alone if 1 < size == len(alone) else [],
+    )
+    return ranks.from_first(found)
+
+
+def summarize(prepared: PreparedRun, records: list[dict[str, Any]], measured: Measured) -> dict[str, Any]:
+    """What summary.json says of a run that has ended.
+
+    `records`: the lines of metrics.jsonl, those of earlier starts of the run among them.
+    """
     final = [record["loss"] for record in records[-LAST_STEPS:]]
     validated = [record["val_loss"] for record in records if "val_loss" in record]
     seconds = [record["step_time_s"] for record in records]
@@ -58,16 +127,38 @@ def summarize(
         "flops_per_s": statistics.median(flops),
         "mfu": statistics.median(mfu) if mfu else None,
         "data_seconds": sum(record.get("data_seconds", 0.0) for record in records),
-        "peak_memory_bytes": peak,
-        "process_bytes": before,
-        "memory_kind": "allocated on the accelerator" if torch.accelerator.is_available() else "resident",
         "memory_files": str(prepared.folder / MEMORY_FOLDER) if prepared.settings.memory_profile != "off" else None,
         "parameters": prepared.parameters,
-        **document_counts(read_to),
-        "state_bytes_by_name": states,
-        "state_bytes_per_parameter": (mean * prepared.batch.world_size + whole) / prepared.parameters,
-        "state_bytes_per_parameter_per_rank": largest / prepared.parameters,
+        **measured.model_dump(exclude_defaults=True),
     }
+
+
+def written_again(prepared: PreparedRun, folder: RunFolder, start: Start, screen: Screen) -> dict[str, Any] | None:
+    """The summary of a run that has no step left to make; where it or the loss curve is missing, they are written now.
+
+    None: `start` is of another run, or of a version that noted too little.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    if start.source is None or start.source.folder.resolve().parent != (folder.folder / CHECKPOINTS).resolve():
+        return None
+    records, _ = folder.records(start.step)
+    kept = folder.summary()
+    whole = kept is not None and (kept.get("steps"), kept.get("interrupted")) == (len(records), False)
+    if whole and (folder.folder / PLOT).exists():
+        return kept
+    try:
+        measured = Measured.model_validate(start.source.manifest.facts.get(MEASURED))
+    except ValidationError:
+        screen.say(f"note: {SUMMARY} or {PLOT} is missing, and the checkpoint does not say what was measured.")
+        return kept if whole else None
+    summary = summarize(prepared, records, measured)
+    if (problem := folder.write_end(summary, records)) is not None:
+        raise UserError(problem)
+    screen.say(f"note: {SUMMARY} and {PLOT} were not written when the run ended, and are now.")
+    screen.summary(summary)
+    return summary
 
 
 def peak_of_ranks(device: torch.device, computed: str, world_size: int) -> float | None:

@@ -11,10 +11,11 @@ import shlex
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from toolkit.errors import UserError
-from toolkit.records.run import EVENTS
+from toolkit.records.run import EVENTS, METRICS
 from toolkit.run.folder import RunFolder
 from toolkit.sentences import one_line, value_at
 
@@ -22,6 +23,9 @@ Tracker = Literal["none", "tensorboard", "wandb"]
 _NO_CURVES = ("step", "sequences", "tokens")
 """Whole numbers that are the axis, or the same in every step."""
 _OFFLINE = "; with WANDB_MODE=offline no key and no network is needed, and `wandb sync` sends the run later"
+_MENDABLE = ("ImportError", "UsageError", "AuthenticationError")
+"""Errors that the user can mend before a run begins, by name: of packages that do not fit, and of W&B, of a key. All
+others are outages."""
 _CLOSING_SECONDS, _FAILED_SECONDS = 60.0, 5.0
 """How long the end of a run waits for what draws it. After an error other ranks wait as long to hear of it."""
 
@@ -52,6 +56,23 @@ def check_monitors(tracker: Tracker | None, config: Mapping[str, Any]) -> None:
         )
 
 
+def outlive(monitor: Any, say: Callable[[str], None]) -> None:
+    """From here on what fails in `monitor`, DeepSpeed's of the JSON, is said once and ends no run."""
+    write = monitor.write_events
+
+    def written(events: list[Any]) -> None:
+        try:
+            write(events)
+        except Exception as error:
+            monitor.write_events = lambda events: None
+            say(
+                f"note: the monitors of the DeepSpeed JSON: {one_line(error).rstrip('.')}; nothing more is written "
+                f"there, and the run continues: {METRICS} has every step."
+            )
+
+    monitor.write_events = written
+
+
 class _Writer(Protocol):
     has: int
     """The last step that it has of those before the one that it is opened for; 0: none."""
@@ -68,18 +89,45 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         place = folder.folder / EVENTS
-        self.has = after if any(place.glob("*")) else 0
+        self.has = min(after, _has(place))
         self.told = f"curves in {place}: tensorboard --logdir {shlex.quote(str(folder.folder.parent))}"
+        self._hook = threading.excepthook
+        threading.excepthook = self._failed
         # Of steps that are made again, since the run ended before its next checkpoint, the later ones are shown.
-        self._writer = SummaryWriter(str(place), purge_step=after + 1)
+        self._writer = SummaryWriter(str(place), purge_step=self.has + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def _failed(self, error: threading.ExceptHookArgs) -> None:
+        """Its thread ends with an error, which the next call raises anew: no traceback is needed."""
+        if "tensorboard" not in type(error.thread).__module__:
+            self._hook(error)
+
     def close(self, failed: bool) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+
+def _has(place: Path) -> int:
+    """The last step that the curves in `place` surely have whole: the last event may be of one that was broken off."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    files = sorted(place.glob("events.*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    if not files:
+        return 0
+    content, at, last = files[-1].read_bytes(), 0, b""
+    while len(content) >= at + 12:  # a record: its length, that one's checksum, the event, its checksum
+        size = int.from_bytes(content[at : at + 8], "little")
+        if len(content) < at + size + 16:
+            break
+        last = content[at + 12 : at + 12 + size]
+        at += size + 16
+    return max(0, Event.FromString(last).step - 1)
 
 
 class _Wandb:
@@ -115,7 +163,7 @@ class _Wandb:
 
 
 class Tracking:
-    """Writes the figures of steps; what fails on the way is said once, and the run continues without.
+    """Writes the figures of steps. An outage is said once, and the run continues; its next start makes up for it.
 
     Args:
         tracker: what writes them.
@@ -125,7 +173,7 @@ class Tracking:
         say: shows a line.
 
     Raises:
-        UserError: it does not start, and nor has the run.
+        UserError: it does not start for what the user can mend, and nor has the run.
     """
 
     def __init__(
@@ -140,8 +188,9 @@ class Tracking:
         self._writer: _Writer | None = None
         try:
             self._writer = (_TensorBoard if tracker == "tensorboard" else _Wandb)(folder, after)
-        except Exception as error:  # of the network, a key, a package that does not fit the others
-            if after > 0:  # a run that has made steps is not lost for its curves
+        except Exception as error:
+            # A run that has made steps is not lost for its curves, nor one that begins for an outage.
+            if after > 0 or not {kind.__name__ for kind in type(error).__mro__}.intersection(_MENDABLE):
                 self._give_up(error)
                 return
             hint = _OFFLINE if tracker == "wandb" else ""
@@ -167,7 +216,7 @@ class Tracking:
         self._writer = None
         self._say(
             f"note: --track {self._name}: {one_line(error).rstrip('.')}; nothing more is written there, and the run "
-            "continues. metrics.jsonl has every step, and --track none does without."
+            f"continues: {METRICS} has every step, and the next start of the run brings them there."
         )
 
     def close(self, *, failed: bool = False) -> None:
@@ -188,4 +237,4 @@ class Tracking:
         ending.join(seconds := _FAILED_SECONDS if failed else _CLOSING_SECONDS)
         said = one_line(problems[0]).rstrip(".") if problems else f"it has not ended within {seconds:.0f} s"
         if problems or ending.is_alive():
-            self._say(f"note: --track {self._name}: {said}; metrics.jsonl has every step.")
+            self._say(f"note: --track {self._name}: {said}; {METRICS} has every step.")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from toolkit.agreed import AgreedError, agreed, everyones
+from toolkit.agreed import AgreedError, agreed
 from toolkit.errors import UserError
 from toolkit.records.run import CHECKPOINTS, METRICS, strict
 from toolkit.run import bad_documents, compiling, deterministic, ranks
@@ -25,8 +25,8 @@ from toolkit.run.screen import Screen
 from toolkit.run.settings import AUTO, RunSettings
 from toolkit.run.start import Start, find_start
 from toolkit.run.stopping import MemoryRanOut, StopRequest
-from toolkit.run.summary import peak_of_ranks, summarize
-from toolkit.run.tracking import Tracking, scalars
+from toolkit.run.summary import MEASURED, Measured, measure, peak_of_ranks, summarize, written_again
+from toolkit.run.tracking import Tracking, outlive, scalars
 from toolkit.run.weighing import check_apart
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def train_on_this_rank(
         if start.step >= settings.steps:
             where = start.source and start.source.folder
             screen.say(f"nothing to do: {where} is at step {start.step} of {settings.steps}; --steps gives it more.")
-            return {"interrupted": False, "diverged": False}
+            ended = agreed(lambda: written_again(prepared, folder, start, screen) if folder is not None else None)
+            return ranks.from_first(ended) or {"interrupted": False, "diverged": False}
         prepared.remarks += start.remarks
         forecast = Forecast(prepared, device)
         explainer = make_explainer(prepared, device, forecast)
@@ -92,12 +93,12 @@ def train_on_this_rank(
             run.compile(background)
         with stop, watch_memory(prepared, run.engine, explainer) as ledger:
             with screen:
-                run.train(ledger)
+                run.train(ledger, explainer)
             ledger.close()
             if run.whole:
                 stop.step_boundary(last=True)
                 forecast.changes()  # for the report
-            summary = run.finish(ledger.largest, explainer)
+            summary = run.finish(ledger, explainer)
         screen.summary(summary)
         if (problem := ranks.from_first(run.unwritten)) is not None:
             raise AgreedError(problem)
@@ -153,6 +154,7 @@ class Run:
         self.unwritten: str | None = None
         """What `finish` could not write, and why; on rank 0."""
         self._tracking = agreed(lambda: self._track(folder))
+        outlive(self.engine.monitor, screen.say)
         self.batches = open_batches(prepared, prepared.data, start.position)
         self._notes = bad_documents.Notes(self.batches, screen.say)
         self._rule = rule_optimizer(self.engine)
@@ -173,7 +175,7 @@ class Run:
         if seconds is not None:
             self._before["compile_s"] = seconds
 
-    def train(self, ledger: Ledger) -> None:
+    def train(self, ledger: Ledger, explainer: Explainer) -> None:
         """Step to the end, or until a rank is asked to stop or too many steps in a row were skipped."""
         if self.prepared.resolved.changed:
             self._before["changed"] = self.prepared.resolved.changed
@@ -191,7 +193,7 @@ class Run:
             if (found := self.engine.leanstate_audit.news()) is not None:
                 self.screen.say(found)
             ending = last or asked_to_stop or diverged
-            self.save(step, ending)
+            self.save(step, (lambda: self.measured(ledger, explainer)) if ending else None)
             if ending:
                 self._say_why_it_ends(step, diverged)
                 break
@@ -311,10 +313,14 @@ class Run:
         """What the rule says of the latest step; empty for other optimizers."""
         return self._rule.report() if self._rule is not None else {}
 
-    def save(self, step: int, ending: bool) -> None:
-        """Save where a checkpoint is due, after the record of its step: it must not be ahead of the metrics."""
+    def save(self, step: int, measured: Callable[[], Measured] | None) -> None:
+        """Save where a checkpoint is due, after the record of its step: it must not be ahead of the metrics.
+
+        `measured`: at the end of the run, what its checkpoint notes for a summary that could not be written.
+        """
         if self.saver is None:
             return
+        ending = measured is not None
         due = not ending and step % self.settings.save_every == 0
         if due:
             self.stop.step_boundary(last=True)  # it takes as long as the disk does, where there are no copies
@@ -325,19 +331,18 @@ class Run:
             waited = self.saver.start(step, checkpoint_facts(self.prepared, self.batches.position))
             self._before["save_wait_s"] = waited
             self.stop.step_boundary()
-        elif ending:
-            self.saver.now(step, checkpoint_facts(self.prepared, self.batches.position))
+        elif measured is not None:
+            noted = {MEASURED: measured().model_dump()}
+            self.saver.now(step, checkpoint_facts(self.prepared, self.batches.position) | noted)
 
-    def finish(self, memory: int, explainer: Explainer) -> dict[str, Any]:
-        """Write and return the summary; `memory`: bytes at this rank's peak."""
-        process, predicted = explainer.at_start, explainer.predicted
-        summary = summarize(self.prepared, self.engine, self.records, self.batches.read_to, memory, process)
-        summary["predicted_peak_bytes"] = predicted.peak if predicted is not None else None
-        if self.batch.world_size > 1:
-            summary["collective_bytes"] = self._sent
-            alone = everyones(self._pace.median())
-            if None not in alone:
-                summary["forward_seconds"] = alone
+    def measured(self, ledger: Ledger, explainer: Explainer) -> Measured:
+        """What was measured of the run so far."""
+        read_to, forward = self.batches.read_to, self._pace.median()
+        return measure(self.prepared, self.engine, ledger, explainer, read_to, self._sent, forward)
+
+    def finish(self, ledger: Ledger, explainer: Explainer) -> dict[str, Any]:
+        """Write and return the summary."""
+        summary = summarize(self.prepared, self.records, self.measured(ledger, explainer))
         if self.folder is not None:
             self.unwritten = self.folder.write_end(summary, self.records)
         return summary
