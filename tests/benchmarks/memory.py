@@ -78,6 +78,11 @@ CASES: dict[str, tuple[dict[str, Any], bool, str | None]] = {
     "AMCS lean, bf16, released": (ours("AMCS", "lean", "bf16", release_gradients=True), True, None),
     "AdamW8 lean, bf16, released": (ours("AdamW8", "lean", "bf16", release_gradients=True), True, None),
 }
+# Rules that look at more than single elements; not part of the table.
+WHOLE = {
+    f"{rule} 8bit, bf16+8, released": (ours(rule, "8bit", "bf16+8", release_gradients=True), True, None)
+    for rule in ("Adafactor8", "AdaMuon", "Lamb8", "Muon8", "NorMuon", "SCALE", "SinkGD", "StableAdamW")
+}
 GOALS = {
     "AMCS 8bit, bf16+8": 8.3,
     "AMCS compact, bf16+4": 7.3,
@@ -92,7 +97,7 @@ GOALS = {
 
 def configuration(name: str, stage: int, offload: bool = False) -> dict[str, Any]:
     """The DeepSpeed JSON of a case."""
-    extra, buckets, _ = CASES[name]
+    extra, buckets, _ = (CASES | WHOLE)[name]
     config = base(stage, buckets) | extra
     if offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
@@ -142,7 +147,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--stages", type=int, nargs="+", default=[2])
     parser.add_argument("--model", default="qwen3-134m")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES | WHOLE)
     parser.add_argument(
         "--offload", action="store_true", help="optimizer state and step on the host, which a CPU counts too"
     )
@@ -155,7 +160,7 @@ def main() -> None:
     )
     for name in options.cases:
         for stage in options.stages:
-            config, bnb = configuration(name, stage, options.offload), CASES[name][2]
+            config, bnb = configuration(name, stage, options.offload), (CASES | WHOLE)[name][2]
             ranks = launch(config, options.ranks, model=options.model, optimizer=bnb, seq_len=TOKENS)
             largest = max(ranks, key=lambda found: found["peak"])
             parameters = largest["parameters"]

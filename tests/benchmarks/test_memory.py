@@ -15,7 +15,7 @@ from ranks import launched
 from toolkit.estimate.predict import Case, Estimator
 from toolkit.models import cpu_matmul
 from toolkit.records.activations import Activations
-from toolkit.records.categories import STEP, is_model_state
+from toolkit.records.categories import BACKWARD, STEP, is_model_state
 
 MODEL = "qwen3-tiny"
 
@@ -53,16 +53,24 @@ def test_the_measured_peak_is_the_predicted_one(
     assert largest["held"].get("other", 0) < 0.03 * largest["peak"]
 
 
-@pytest.mark.parametrize(("rule", "stage"), [("Muon8", 1), pytest.param("Adafactor8", 3, marks=pytest.mark.slow)])
-def test_the_measured_step_of_a_rule_that_looks_at_whole_parameters_is_the_predicted_one(
-    rule: str, stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("rule", "stage", "phase"),
+    [
+        ("Muon8", 1, STEP),
+        ("Muon8", 2, BACKWARD),  # where gradients are released
+        pytest.param("Adafactor8", 3, STEP, marks=pytest.mark.slow),
+        pytest.param("Lamb8", 2, BACKWARD, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_measured_of_a_rule_that_looks_at_whole_parameters_is_the_prediction(
+    rule: str, stage: int, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(cpu_matmul.VARIABLE, "fp32")
     # Matrices are large beside everything else, and of more elements than go through a buffer at a time.
     shape = {"hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 4, "num_key_value_heads": 2}
     transformers.Qwen3Config(vocab_size=96, num_hidden_layers=2, head_dim=128, **shape).save_pretrained(tmp_path)
-    config = base(stage) | ours(rule, "8bit", "bf16+8")
+    config = base(stage) | ours(rule, "8bit", "bf16+8", release_gradients=phase == BACKWARD)
     found = launch(config, 2, launched, model=str(tmp_path), seq_len=8, steps=2)
     case = Case(str(tmp_path), config, 2, 1, 8, device="cpu", activations=Activations(), loss="plain")
-    [step] = [phase for phase in Estimator().predict(case).phases if phase.name == STEP]
-    assert step.peak == pytest.approx(max(one["step"] for one in found), rel=0.01)
+    [predicted] = [one.peak for one in Estimator().predict(case).phases if one.name == phase]
+    assert predicted == pytest.approx(max(one[phase] for one in found), rel=0.01)

@@ -51,6 +51,11 @@ CASES: dict[str, dict[str, Any]] = {
     "stage-2": {"config": config(2)},
     "stage-3": {"config": config(3), "steps": 4},  # it learns the order of modules in the first two
     **{f"accumulated-{stage}": {"config": accumulated(stage), "steps": 4} for stage in (1, 2, 3)},
+    # Most of its matrices are no whole blocks, and are gathered alone or with the next ones.
+    "gathered-3": {
+        "config": config(3, stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=6_000),
+        "steps": 4,
+    },
     "hpz": {"config": config(3, zero_hpz_partition_size=2), "steps": 4},
     "overlap": {"config": config(2, overlap_comm=True) | {"timers": {"throughput": {"synchronized": True}}}},
     "unchecked": {"config": config(2) | {"bf16": {"enabled": True, "check_grad_overflow": False}}},
@@ -88,19 +93,18 @@ def test_all_ranks_call_the_same_collectives_in_the_same_order(runs: Results, na
         assert without_sizes(one[phase]) == without_sizes(other[phase])
 
 
-@pytest.mark.parametrize("way", ["stage", "accumulated"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_is_predicted_of_collectives_is_what_is_counted(
-    runs: Results, stage: int, way: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "name", [*(f"{way}-{stage}" for stage in (1, 2, 3) for way in ("stage", "accumulated")), "gathered-3"]
+)
+def test_what_is_predicted_of_collectives_is_what_is_counted(runs: Results, name: str, tmp_path: Path) -> None:
     """Beside gradients and weights there are norms, of a few bytes."""
     small_model(layers=2).config.save_pretrained(tmp_path)
-    case = CASES[f"{way}-{stage}"]["config"]
+    case = CASES[name]["config"]
     accumulation = case.get("gradient_accumulation_steps", 1)
     asked = Case(str(tmp_path), case, 2, 2, 23, accumulation=accumulation, device="cpu", loss="plain")
     predicted = Estimator().predict(asked).wire
     assert predicted
-    for rank in runs[f"{way}-{stage}"]:
+    for rank in runs[name]:
         counted = dict(rank["wire"])
         norms = counted.pop("all-reduce") - predicted.get("all-reduce", 0)
         assert counted == {kind: size for kind, size in predicted.items() if kind != "all-reduce"}

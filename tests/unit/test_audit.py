@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import deepspeed
@@ -10,10 +11,13 @@ import pytest
 import torch
 from engines import BASE, Net, step
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import toolkit
 from toolkit.errors import UserError
-from toolkit.zero.audit import WATCHED
+from toolkit.memory.trace import allocations
+from toolkit.zero.audit import WATCHED, _checksums
+from toolkit.zero.gradients import NORM_CHUNK
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 SIZE = 24 * 40 + 40 + 40 + 40 + 40 * 8 + 8
@@ -81,6 +85,17 @@ def test_what_gets_no_gradient_is_named_though_weight_decay_moves_it(
     assert told[0].startswith("spare.weight: no gradient came") and told[1].startswith(
         "zeroed.weight: the gradient was"
     )
+
+
+def test_checksums_keep_nothing_of_their_own_beside_the_pieces_that_they_are_of() -> None:
+    engine = engine_of(nn.Sequential(nn.Linear(1024, 1500), Net()), config())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        found = _checksums(engine.optimizer, list(engine.module.parameters()))
+    assert found[0].numel() == -(-1024 * 1500 // NORM_CHUNK) and all(one.numel() for one in found)
+    made = Counter[int]()
+    for event in sorted(allocations(seen), key=lambda event: event.start_time_ns):
+        made[event.extra_fields.ptr] += event.extra_fields.alloc_size
+    assert sum(size > 0 for size in made.values()) == 1
 
 
 def test_a_change_in_the_remainder_of_bf16_weights_is_one() -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from toolkit.config.deepspeed import Buckets
 from toolkit.estimate.dry_run import Call, DryRun
 from toolkit.memory.storages import Lifetime
 from toolkit.records import categories as c
+from toolkit.state.sharding import shard_size
 
 Allocate = Callable[[float, str, str, int, int | None], Lifetime]
 """Adds a lifetime: bytes, category, what, from, until."""
@@ -25,37 +26,43 @@ Allocate = Callable[[float, str, str, int, int | None], Lifetime]
 class _InFlight:
     """Weights that are gathered together: one buffer, of which each is copied at the first wait for any of them.
 
-    A single one is not copied: it is the buffer.
+    A single one is not copied: it is the buffer. On a GPU, where it has padding that it lacks room for, it is copied
+    there out of `padded`.
     """
 
     numbers: list[int]
     buffer: Lifetime
-    left: set[int] = field(default_factory=set)
+    left: set[int]
+    padded: Lifetime | None = None
     arrived: bool = False
 
 
 def gather(
     dry_run: DryRun,
-    sizes: Sequence[float],
+    width: int,
     elements: Sequence[int],
+    padded: Sequence[int],
     buckets: Buckets,
     allocate: Allocate,
     *,
-    copies: bool,
-) -> list[int]:
+    ranks: int,
+    on_gpu: bool,
+) -> list[list[int]]:
     """Allocate the weights that are gathered, for as long as they are.
 
     Args:
-        sizes: bytes of each whole parameter, `elements` their numels.
+        width: bytes of an element.
+        elements, padded: numel of each whole parameter, and of the parts of it that ranks hold.
         allocate: called for every buffer.
-        copies: weights that are gathered together are cut out of one buffer, each as a copy (more than one rank).
+        ranks: of several, weights that are gathered together are cut out of one buffer, each as a copy.
 
     Returns:
-        The numbers of the weights that a pass gathers, as often as it does. Those that stay whole are none of them.
+        The numbers of the weights that a pass gathers, as often as it does; those that are gathered together beside
+        one another. Those that stay whole are none of them.
     """
 
     def gathered(number: int, moment: int) -> Lifetime:
-        return allocate(sizes[number], c.GATHERED, dry_run.parameters[number].name, moment, None)
+        return allocate(width * elements[number], c.GATHERED, dry_run.parameters[number].name, moment, None)
 
     persistent = {number for number, numel in enumerate(elements) if numel <= buckets.persistent}
     available: dict[int, Lifetime] = {number: gathered(number, -1) for number in sorted(persistent)}
@@ -64,18 +71,20 @@ def gather(
     fetched_for = dict.fromkeys(range(len(elements)), -1)
     in_flight: dict[int, _InFlight] = {}
     live = 0
-    asked: list[int] = []
+    asked: list[list[int]] = []
 
     def submit(numbers: list[int], moment: int) -> None:
         nonlocal live
-        asked.extend(numbers)
+        asked.append(numbers)
         live += sum(elements[number] for number in numbers)
-        if not copies:
+        if ranks == 1:
             available.update({number: gathered(number, moment) for number in numbers})
             return
-        size = sum(sizes[number] for number in numbers)
+        size, room = sum(padded[number] for number in numbers), sent(numbers, elements, padded, ranks, on_gpu=False)
         what = "weights gathered together" if len(numbers) > 1 else dry_run.parameters[numbers[0]].name
-        flight = _InFlight(numbers, allocate(size, c.GATHERED, what, moment, None), set(numbers))
+        flight = _InFlight(numbers, allocate(width * room, c.GATHERED, what, moment, None), set(numbers))
+        if on_gpu and room < size:
+            flight.padded = allocate(width * size, c.GATHERED, f"{what} and its padding", moment, None)
         in_flight.update(dict.fromkeys(numbers, flight))
 
     def wait(number: int, moment: int) -> None:
@@ -90,6 +99,8 @@ def gather(
         flight.arrived = True
         if len(flight.numbers) == 1:
             available[number] = flight.buffer
+            if flight.padded is not None:
+                flight.padded.freed_at = moment + 1
         else:
             available.update({other: gathered(other, moment + 1) for other in flight.numbers})
 
@@ -130,9 +141,21 @@ def gather(
             lifetime.freed_at = max(closed, lifetime.allocated_at + 1)
             live -= elements[number]
     for flight in in_flight.values():
-        if flight.buffer.freed_at is None:
-            flight.buffer.freed_at = dry_run.storages.now
+        for buffer in (flight.buffer, flight.padded):
+            if buffer is not None and buffer.freed_at is None:
+                buffer.freed_at = dry_run.storages.now
     return asked
+
+
+def sent(numbers: Sequence[int], elements: Sequence[int], padded: Sequence[int], ranks: int, *, on_gpu: bool) -> int:
+    """Elements that all ranks send of weights that are gathered together.
+
+    DeepSpeed makes room for a single one without its padding, which on a CPU stays where it is
+    (toolkit/zero/partition.py).
+    """
+    if len(numbers) > 1 or on_gpu:
+        return sum(padded[number] for number in numbers)
+    return sum(shard_size(elements[number], ranks, 1) * ranks for number in numbers)
 
 
 def _uses(dry_run: DryRun) -> list[Call]:

@@ -26,17 +26,15 @@ _PROBE = 256
 class Group:
     """Parameters, by number, whose optimizer state takes the same bytes an element.
 
-    `per_element`: bytes by category of remainder and states. `master`: of fp32 master weights, 0 without.
-    `whole_blocks`: whether stage 3 pads each of them to whole blocks; `released`: whether their gradients are used
-    and freed during the backward pass. `whole`: bytes by category of states of rows and columns, which every rank has
-    of whole parameters. `together`: the rule, where it looks at more than single elements or has factored states,
-    and `factored`: how many of these.
+    `per_element`: bytes by category of remainder and states. `master`: of fp32 master weights, 0 without. `released`:
+    whether their gradients are used and freed during the backward pass. `whole`: bytes by category of states of rows
+    and columns, which every rank has of whole parameters. `together`: the rule, where it looks at more than single
+    elements or has factored states, and `factored`: how many of these.
     """
 
     numbers: tuple[int, ...]
     per_element: Mapping[str, float]
     master: float
-    whole_blocks: bool
     released: bool
     whole: Mapping[str, float] = field(default_factory=dict)
     together: type[Rule] | None = None
@@ -80,7 +78,7 @@ def optimizer_memory(model: nn.Module, ds: DeepSpeedSettings) -> OptimizerMemory
         states, working = _probe(ds.optimizer, ds.params, ds.offload_optimizer != "none")
         every = tuple(numbers[id(p)] for p in model.parameters() if p.requires_grad)
         remarks = () if working is not None else (f"temporaries of {ds.optimizer}'s step are not known.",)
-        return OptimizerMemory((Group(every, states, masters, False, False),), False, working or 0.0, remarks)
+        return OptimizerMemory((Group(every, states, masters, False),), False, working or 0.0, remarks)
     params = rule.rule.supply(ds.params, total_steps=1)
     optimizer = rule(param_groups(model, [p for p in model.parameters() if p.requires_grad]), **params)
     whole = ds.stage > 0 and optimizer.holds_weights()
@@ -94,7 +92,6 @@ def optimizer_memory(model: nn.Module, ds: DeepSpeedSettings) -> OptimizerMemory
                 numbers=tuple(numbers[id(p)] for p in group["params"]),
                 per_element=_per_element(layout),
                 master=0.0 if whole else masters,
-                whole_blocks=any(p.dim() > 1 for p in group["params"]),
                 released=optimizer.defaults["release_gradients"] and matrices,
                 whole=_of_lines(optimizer.whole(group), [tuple(p.shape) for p in group["params"]]),
                 together=kind if optimizer.steps_together(group) else None,

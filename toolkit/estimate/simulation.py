@@ -38,6 +38,8 @@ class Simulation:
         self.joined: list[list[Lifetime]] = []
         """Gradients that came out of one reduction: parts of one buffer."""
         self.numels = [parameter.numel for parameter in dry_run.parameters]
+        # What ranks hold of each together at stage 3, where each is cut by itself.
+        self.padded = [share_of(one.shape, self.world_size) * self.world_size for one in dry_run.parameters]
         self.total = sum(self.numels[number] for group in optimizer.groups for number in group.numbers)
         # The gradient that autograd made, by parameter.
         self.gradients = {x.parameter: x for x in self.lifetimes if x.parameter is not None}
@@ -50,7 +52,7 @@ class Simulation:
                 )
                 self.lifetimes.append(self.gradients[number])
         # After the pass: the end of the reduction, then the step, a moment for each thing that it holds.
-        self.last = dry_run.storages.now - 1
+        self.last = dry_run.storages.now - 2
         self.reduced = dry_run.storages.now
         self.step = self.reduced + 1
         self.places: dict[int, tuple[int, int]] = {}
@@ -101,7 +103,7 @@ class Simulation:
         own: dict[int, int] = {}
         for group in self.optimizer.groups:
             if self.ds.stage == 3:
-                own.update({number: -(-self.numels[number] // ranks) for number in group.numbers})
+                own.update({number: self.padded[number] // ranks for number in group.numbers})
                 continue
             size, start = self.group_share(group), 0
             for number in group.numbers:
@@ -117,8 +119,7 @@ class Simulation:
         if self.ds.stage == 0:
             return sum(sizes)
         if self.ds.stage == 3:
-            unit = BLOCK if group.whole_blocks or not self.optimizer.ours else 1
-            return sum(shard_size(size, ranks, unit) for size in sizes)
+            return sum(self.padded[number] for number in group.numbers) // ranks
         return shard_size(sum(sizes), ranks, BLOCK if self.optimizer.ours else 2)
 
     def staging(self, numel: int, moment: int) -> None:
@@ -127,8 +128,9 @@ class Simulation:
             self.allocate(4 * min(NORM_CHUNK, numel), c.TRANSIENTS, "pieces of gradients", moment, moment + 1)
 
     def use_released(self, moment: int, numbers: list[int]) -> None:
-        """Gradients that are released are used; the pieces of which their norm was taken are gone by then."""
-        largest = max((self.numels[number] for number in numbers), default=0)
+        """Gradients that are released are used, once their norms are taken, of one after the other."""
+        largest = max(self.own[number] for number in numbers)
+        self.staging(largest, moment)
         self.used.append((moment, numbers, 0.0 if self.on_gpu else 4.0 * min(NORM_CHUNK, largest)))
 
     def opening(self) -> None:
@@ -146,6 +148,7 @@ class Simulation:
             looks = [replace(flat, parts=(part,)) for flat, part in here if flat.rule.statistics]
             together = step_together(looks, ranks=self.world_size, rank=self.rank, device=device)
             self.sent += together.sent
+            self._keep_counts(together.counts)
             most = [(one.bytes, one.what) for one in together.moments]
             for flat, part in here:
                 if not flat.rule.statistics:
@@ -153,6 +156,11 @@ class Simulation:
             if most:
                 size, name = max(most)
                 self.allocate(size - gone, c.TRANSIENTS, name, moment, moment + 1)
+
+    def _keep_counts(self, size: int) -> None:
+        """The host's, from step to step."""
+        if not self.on_gpu:
+            self.allocate(size, c.OTHER, "counts of means", -1, None)
 
     def accumulated(self, number: int, size: float) -> Lifetime:
         """What earlier micro-batches have summed up is there from the start; this one's is added to it."""
@@ -200,8 +208,7 @@ class Simulation:
 
     def step_together(self) -> None:
         """Lets go of gradients as they are used, and allocates what a pass or a round holds."""
-        if not self.on_gpu:
-            self.allocate(self.together.counts, c.OTHER, "counts of means", -1, None)
+        self._keep_counts(self.together.counts)
         used_at: dict[int | None, int] = {}
         for group in self.optimizer.groups:
             if group.together is None:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from toolkit.config import DeepSpeedSettings
 from toolkit.config.batch import Batch
 from toolkit.estimate.dry_run import DryRun
-from toolkit.estimate.gather import gather
+from toolkit.estimate.gather import gather, sent
 from toolkit.estimate.optimizer_memory import OptimizerMemory
 from toolkit.estimate.simulation import Simulation
 from toolkit.memory.storages import Curve, Lifetime, curve
 from toolkit.records import categories as c
-from toolkit.state.sharding import Fragment, fragments, shard_size, share_of
+from toolkit.state.sharding import Fragment, fragments
 from toolkit.zero.wire import ALL_GATHER, ALL_REDUCE, BROADCAST, REDUCE, REDUCE_SCATTER
 
 _UNSHARDED_REDUCTION = 500_000_000
@@ -53,8 +53,8 @@ def simulate(
 
 
 class _Simulation(Simulation):
-    gathered: list[int] = []
-    """At stage 3, the parameters that a pass gathers, as often as it does."""
+    gathered: list[list[int]] = []
+    """At stage 3, the parameters that a pass gathers, as often as it does, and beside which others."""
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -89,11 +89,12 @@ class _Simulation(Simulation):
         # toolkit/zero/lending.py
         gather, scatter = (ALL_GATHER, REDUCE_SCATTER) if self.on_gpu else (BROADCAST, ALL_REDUCE)
         if self.ds.stage == 3:
-            whole = [share_of(one.shape, self.world_size) * self.world_size for one in self.dry_run.parameters]
-            again = sum(whole[number] for number in self.gathered) * self.accumulation
-            kept = sum(size for size, numel in zip(whole, self.numels, strict=True) if numel <= self.buckets.persistent)
-            passed = padded * self.accumulation
-            return {gather: self.width * (again + kept), scatter: self.width * passed}
+            kept = [number for number, numel in enumerate(self.numels) if numel <= self.buckets.persistent]
+            weights = sum(
+                sent(numbers, self.numels, self.padded, self.world_size, on_gpu=self.on_gpu)
+                for numbers in (*self.gathered * self.accumulation, kept)
+            )
+            return {gather: self.width * weights, scatter: self.width * padded * self.accumulation}
         often = self.accumulation if self.ds.stage == 2 else 1
         return {gather: self.width * padded, REDUCE: self.width * self.total * often}
 
@@ -117,7 +118,7 @@ class _Simulation(Simulation):
             if self.ds.stage < 3:
                 self.allocate(self.width * parameter.numel, c.WEIGHTS, parameter.name, -1, None)
             elif number not in group_of:  # frozen
-                share = shard_size(parameter.numel, self.world_size, 1)
+                share = self.padded[number] // self.world_size
                 self.allocate_resident(self.width * share, c.WEIGHTS, parameter.name, self.ds.offload_param)
         for name, buffer in self.dry_run.model.named_buffers():
             self.allocate(buffer.numel() * buffer.element_size(), c.WEIGHTS, name, -1, None)
@@ -152,7 +153,6 @@ class _Simulation(Simulation):
                 else:
                     self.use_released(moment, [number])
                     self._apply_later([self.gradients[number]], self.numels[number], moment)
-                    self.staging(self.numels[number], moment)
                 continue
             if self.numels[number] >= self.buckets.reduce and waiting:
                 self._flush(waiting, moment, released)
@@ -170,10 +170,12 @@ class _Simulation(Simulation):
         self.staging(self.total, self.step)
 
     def _flush(self, waiting: list[int], moment: int, released: frozenset[int]) -> None:
-        """Reduce what is waiting: parts of one owner are joined, what is not this rank's is freed."""
+        """Reduce what is waiting: parts of one owner are joined, what is not this rank's is freed. Then what is
+        released is used."""
         if not waiting:
             return
         self._finish(moment)
+        used = moment if self.on_gpu or self.buckets.overlap else moment + 1
         parts: dict[int, list[tuple[int, int]]] = {}
         """By owner, in the order in which they are reduced: parameters, and elements of each."""
         for number in waiting:
@@ -186,14 +188,15 @@ class _Simulation(Simulation):
         in_place = {found[0][0] for found in parts.values() if len(found) == 1}
         unapplied: list[Lifetime] = []
         buffer: list[Lifetime] = []
-        self.use_released(moment, [number for number in waiting if number in released])
+        if here := [number for number in waiting if number in released]:
+            self.use_released(used, here)
         for number in waiting:
             autograds, own = self.gradients[number], self.own[number]
             name = f"gradient of {self.dry_run.parameters[number].name}"
             size = self.width * own
             # All of it is this rank's, and alone: it stays where autograd put it.
             whole = not joined and own == self.numels[number]
-            autograds.freed_at = moment + 1
+            autograds.freed_at = 1 + (used if whole else moment)
             if number in in_place and not whole:
                 self.busy.append(autograds)
             if number in released and self.on_gpu:
@@ -204,13 +207,11 @@ class _Simulation(Simulation):
             adds = not goes and self.accumulation > 1 and self.ds.stage == 2
             if adds:
                 self.accumulated(number, size)
-            if number in released:
-                self.staging(self.numels[number], moment)
             if whole:
                 if not (goes or adds):
                     autograds.freed_at = self.end
             elif goes or adds:
-                self.allocate(size, c.BUCKETS, name, moment, moment + 1)
+                self.allocate(size, c.BUCKETS, name, moment, used + 1)
             else:  # cut out of what other ranks have parts of, or joined
                 made = self.allocate(size, c.GRADIENTS, name, moment, self.end)
                 made.parameter = number
@@ -247,8 +248,7 @@ class _Simulation(Simulation):
         for i in range(len(sizes)):
             there = {i, max(i - 1, 0)} | ({at} if at <= i else set())
             most = max(most, sum(sizes[j] for j in there))
-        # What is only cut out for this rank is copied after the last reduction.
-        return max(most - own, 0 if at == len(sizes) - 1 else sizes[-1])
+        return max(most - own, 0)
 
     def _finish(self, moment: int) -> None:
         """With overlap the reduction of a bucket, and what it needs, lasts until the next bucket is full."""
@@ -326,11 +326,13 @@ class _Simulation(Simulation):
         if self.world_size > 1 or self.ds.offload_param != "none":
             self.gathered = gather(
                 self.dry_run,
-                [self.width * numel for numel in self.numels],
+                self.width,
                 self.numels,
+                self.padded,
                 self.buckets,
                 self.allocate,
-                copies=self.world_size > 1,
+                ranks=self.world_size,
+                on_gpu=self.on_gpu,
             )
         waiting: list[int] = []
         for number, moment in self.dry_run.arrivals:
@@ -354,8 +356,8 @@ class _Simulation(Simulation):
     def _scatter(self, waiting: list[int], moment: int) -> None:
         if not waiting:
             return
-        size = self.width * sum(self.numels[number] for number in waiting)
-        if len(waiting) > 1 or self.numels[waiting[0]] % self.world_size:
+        size = self.width * sum(self.padded[number] for number in waiting)
+        if len(waiting) > 1 or self.padded[waiting[0]] > self.numels[waiting[0]]:
             self.allocate(size, c.BUCKETS, "gradients that are reduced together", moment, moment + 1)
         if self.on_gpu:
             self.allocate(size / self.world_size, c.BUCKETS, "result of the reduction", moment, moment + 1)
@@ -365,7 +367,6 @@ class _Simulation(Simulation):
         if used := [number for number in waiting if number in self.optimizer.released]:
             self.use_released(moment, used)
             own = sum(self.own[number] for number in used)
-            self.staging(max(self.own[number] for number in used), moment)
             if self.on_gpu:
                 kept = self.allocate(self.width * own, c.GRADIENTS, "gradients to be used", moment, moment + 1)
                 self._apply_later([kept], own, moment)

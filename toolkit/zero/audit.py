@@ -58,7 +58,7 @@ class _Watched:
     param: Any
     hook: Any
     gradients: _Gradients
-    before: list[Tensor] = field(default_factory=list)
+    before: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
     def begin(cls, name: str, param: Any) -> _Watched:
@@ -148,9 +148,7 @@ class Audit:
         largest = [one.gradients.largest for one in self._watched]
         gradients = [none if value is None else value.to(engine.device) for value in largest]
         changed = [
-            torch.stack([a != b for a, b in zip(one.before, new, strict=True)]).any().float().to(engine.device)
-            if new
-            else none
+            (one.before != new).any().float().to(engine.device) if new.numel() else none
             for one, new in zip(self._watched, now, strict=True)
         ]
         both = torch.stack([torch.stack(gradients), torch.stack(changed)])
@@ -219,22 +217,35 @@ def _running(engine: Any, handed_over: Any) -> str:
 # ---- checksums ------------------------------------------------------------------------------------------------------
 
 
-def _checksums(optimizer: Any, params: Sequence[Any]) -> list[list[Tensor]]:
-    """Of each parameter, one number for every so many of the elements that this rank trains; one bit changes it."""
-    wanted: dict[int, list[Tensor]] = {id(param): [] for param in params}
-    factors: dict[torch.device, Tensor] = {}
-    for param, part in _trained(optimizer, wanted):
-        if part.device not in factors:
+def _checksums(optimizer: Any, params: Sequence[Any]) -> list[Tensor]:
+    """Of each parameter, one number for every so many of the elements that this rank trains; one bit changes it.
+
+    All are in one tensor that is there before: one of its own for each, made while what it is the sum of is held, would
+    keep a hole in the C library's heap for each piece, of a gigabyte together where there are 150M parameters.
+    """
+    most = sum(-(-whole_shape(param).numel() // NORM_CHUNK) for param in params)
+    made: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    places: dict[int, tuple[Tensor, int, int]] = {}
+    at: Counter[torch.device] = Counter()
+    for param, part in _trained(optimizer, {id(param) for param in params}):
+        if part.device not in made:
             seeded = torch.Generator().manual_seed(0)
             odd = torch.randint(2**62, (NORM_CHUNK if part.is_cpu else _ON_A_DEVICE,), generator=seeded) | 1
-            factors[part.device] = odd.to(part.device)
+            made[part.device] = odd.to(part.device), torch.empty(most, dtype=torch.int64, device=part.device)
+        (factors, sums), number = made[part.device], at[part.device]
         bits = part.view(torch.int32).long()
-        wanted[id(param)].append((bits * factors[part.device][: bits.numel()]).sum())  # modulo 2^64: exact
-    return [wanted[id(param)] for param in params]
+        torch.sum(bits.mul_(factors[: bits.numel()]), dim=0, out=sums[number])  # modulo 2^64: exact
+        places[id(param)] = sums, places.get(id(param), (sums, number))[1], number + 1
+        at[part.device] += 1
+    found = []
+    for param in params:
+        sums, start, stop = places.get(id(param), (torch.empty(0), 0, 0))
+        found.append(sums[start:stop])
+    return found
 
 
 @torch.no_grad()
-def _trained(optimizer: Any, wanted: dict[int, Any]) -> Iterator[tuple[Any, Tensor]]:
+def _trained(optimizer: Any, wanted: set[int]) -> Iterator[tuple[Any, Tensor]]:
     """Parameters among `wanted` and what this rank trains of them, fp32, flat, a piece at a time."""
     if not are_shards(optimizer):
         for group in trained_groups(optimizer):

@@ -83,11 +83,18 @@ class Reducer:
             self.flush()  # so that what waits does not lie beside a large one
         self._waiting.append((param, gradient.reshape(-1)))
         self._elements += gradient.numel()
+        del gradient  # what waits is all that holds it
         if self._elements >= self.bucket_elements or dist.get_world_size(process_group) == 1:
             self.flush()
 
     def flush(self) -> None:
         """Reduce what is waiting."""
+        self._begin()
+        if not self.overlap:
+            self.wait()
+
+    def _begin(self) -> None:
+        """Start that, alone finish it; of a bucket nothing is left here then but what comes out of it."""
         bucket, self._waiting, self._elements = self._waiting, [], 0
         if not bucket:
             return
@@ -136,8 +143,6 @@ class Reducer:
             self.deliver(params, mine)
 
         self._running = [(works, buffers, finish)]
-        if not self.overlap:
-            self.wait()
 
     def wait(self) -> None:
         """Finish the reductions that are still running."""

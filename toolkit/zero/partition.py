@@ -40,26 +40,24 @@ def _padding_size(self: Any, param: Any) -> int:
 _allgather = ds_parameters._dist_allgather_fn
 
 
-def _gather(input_tensor: Tensor, whole: Tensor, group: Any) -> Any:
-    if not whole.is_cpu:
-        return _allgather(input_tensor, whole, group)
-    parts = whole.chunk(torch.distributed.get_world_size(group))
-    own = parts[torch.distributed.get_rank(group)]
-    if own.data_ptr() != input_tensor.data_ptr():
-        own.copy_(input_tensor)
-    return gather_in_place(parts, group)
-
-
 def _allgather_whole_blocks(input_tensor: Tensor, output_tensor: Tensor, group: Any = None) -> Any:
     """partition_parameters._dist_allgather_fn, into a buffer that may lack room for the padding.
 
-    DeepSpeed sizes the buffer of a parameter that it gathers alone by its numel and the world size.
+    DeepSpeed sizes the buffer of a parameter that it gathers alone by its numel and the world size. On a CPU each rank
+    sends what there is room for.
     """
-    full = input_tensor.numel() * torch.distributed.get_world_size(group)
+    world_size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    share = input_tensor.numel()
+    if output_tensor.is_cpu:
+        parts = output_tensor.split(share)
+        if rank < len(parts) and parts[rank].data_ptr() != input_tensor.data_ptr():
+            parts[rank].copy_(input_tensor[: parts[rank].numel()])
+        return gather_in_place(parts, group)
+    full = share * world_size
     if full <= output_tensor.numel():
-        return _gather(input_tensor, output_tensor, group)
+        return _allgather(input_tensor, output_tensor, group)
     gathered = output_tensor.new_empty(full)
-    return _CopyAfterwards(_gather(input_tensor, gathered, group), gathered, output_tensor)
+    return _CopyAfterwards(_allgather(input_tensor, gathered, group), gathered, output_tensor)
 
 
 class _CopyAfterwards:
@@ -88,12 +86,24 @@ def _sum_in_place(input_tensor: Tensor, output_tensor: Tensor, group: Any = None
 
 
 def _reduce_scatter_whole_blocks(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
-    """coalesced_collectives.reduce_scatter_coalesced on gradients padded (with zeros) like the parameters."""
-    world_size = torch.distributed.get_world_size(group)
-    extra = [padding(tensor.shape, world_size) for tensor in tensors]
-    return _reduce_scatter(
-        [torch.nn.functional.pad(t.reshape(-1), (0, n)) if n else t for t, n in zip(tensors, extra, strict=True)], group
-    )
+    """coalesced_collectives.reduce_scatter_coalesced on gradients padded (with zeros) like the parameters.
+
+    Each rank's parts of all of them lie one after the other, as DeepSpeed has them, in a buffer that is made once.
+    """
+    ranks = torch.distributed.get_world_size(group)
+    shares = [share_of(tensor.shape, ranks) for tensor in tensors]
+    if len(tensors) == 1 and shares[0] * ranks == tensors[0].numel():
+        return _reduce_scatter(tensors, group)
+    joined = tensors[0].new_empty(ranks, sum(shares))
+    for tensor, places, share in zip(tensors, joined.split(shares, dim=1), shares, strict=True):
+        whole = tensor.numel() // max(share, 1)  # parts without padding
+        parts, rest = tensor.reshape(-1).split([whole * share, tensor.numel() - whole * share])
+        places[:whole] = parts.view(whole, share)
+        if whole < ranks:
+            places[whole:] = 0
+            places[whole, : rest.numel()] = rest
+    [own] = _reduce_scatter([joined], group)
+    return list(own.split(shares))
 
 
 def _no_gather_on_stream(params: Iterable[Any]) -> Any:
