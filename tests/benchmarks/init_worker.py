@@ -35,7 +35,7 @@ def main() -> None:
     from toolkit import models
     from toolkit.config import DeepSpeedSettings
     from toolkit.models.build import blocks, skeleton
-    from toolkit.run import ranks
+    from toolkit.run import heap, ranks
     from toolkit.zero.places import places
 
     ranks.prepare_environment()
@@ -46,6 +46,7 @@ def main() -> None:
     largest = max(
         sum(p.numel() for p in block.parameters()) for _, block in blocks(skeleton(models.load_config(name)[0]))
     )
+    heap.map_large()  # as a run does where memory is scarce
     watermark = ResidentSet()
     found: dict[str, Any] = {"before": watermark.now(), "largest": 6 * largest, "steady": None, "steady_set": None}
     watermark.begin()

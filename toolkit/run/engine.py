@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from toolkit.run import ranks
+from toolkit.run import heap, ranks
 from toolkit.run.prepare import PreparedRun
 from toolkit.run.weighing import weighed
 
@@ -26,7 +26,8 @@ def build_engine(prepared: PreparedRun, config: Mapping[str, Any] | None = None)
     from toolkit.zero.places import places
 
     settings, config = prepared.settings, dict(config or prepared.config)
-    if settings.memory_profile == "full" and not torch.accelerator.is_available():
+    on_cpu = not torch.accelerator.is_available()
+    if settings.memory_profile == "full" and on_cpu:
         memory.count_from_here()
     # At stage 3 the model is partitioned while it is built, so the layout of partitions must be in place.
     toolkit.register()
@@ -42,6 +43,8 @@ def build_engine(prepared: PreparedRun, config: Mapping[str, Any] | None = None)
         place=places(prepared.ds),
     )
     engine, *_ = toolkit.initialize(model=model, config=config, total_steps=settings.steps)
+    if on_cpu:
+        heap.give_back()
     return engine
 
 

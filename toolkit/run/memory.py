@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.agreed import everyones
 from toolkit.errors import UserError
-from toolkit.run import ranks
+from toolkit.run import heap, ranks
 from toolkit.run.prepare import PreparedRun
 from toolkit.run.stopping import OUT_OF_MEMORY, abandon
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from toolkit.records.memory import Change, Prediction
 
 _RISKY = 0.5
-"""Share of a limit: of a run that is predicted to need more, it is computed beforehand what would change that."""
+"""Share of a limit: of a run that is predicted to need more, it is computed beforehand what would change that, and on a
+CPU the C library is told to keep nothing that was freed."""
 
 
 class Forecast:
@@ -89,6 +90,8 @@ def make_explainer(prepared: PreparedRun, device: torch.device, forecast: Foreca
     warnings = everyones(explainer.warning())
     prepared.remarks += [f"rank {rank}: {warning}" for rank, warning in enumerate(warnings) if warning][:1]
     if any(everyones(explainer.share() > _RISKY)):
+        if device.type == "cpu":
+            heap.map_large()
         explainer.take_changes(forecast.changes())
     return explainer
 
