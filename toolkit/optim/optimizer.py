@@ -188,7 +188,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         `known`: a dict that the calls of one training step share, for what they have in common.
         """
         kept = self.layout(group, tensor.dtype)
-        state = self._allocate(tensor, kept)
+        state = self.allocate(tensor, kept)
         if self._allocate_only:
             return None
         state["step"] += 1
@@ -227,11 +227,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                 if state_of(key) == REMAINDER:
                     value.zero_()
 
-    def _allocate(self, tensor: Tensor, kept: Layout) -> dict[str, Any]:
+    def allocate(self, tensor: Tensor, kept: Layout) -> dict[str, Any]:
+        """The state of `tensor`, made of zeros if there is none yet."""
         state = self.state[tensor]
         if not state:
-            state["step"] = 0
-            state.update(kept.allocate(tensor.numel(), tensor.device))
+            state.update({"step": 0} | kept.allocate(tensor.numel(), tensor.device))
         return state
 
     def _scalars(self, groups: Mapping[int, Mapping[str, Any]], t: int, device: torch.device) -> KnownScalars:
@@ -338,7 +338,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             if number not in saved:
                 continue
             self.state.pop(parameter, None)
-            state = self._allocate(parameter, self.layout(group, parameter.dtype))
+            state = self.allocate(parameter, self.layout(group, parameter.dtype))
             if parameter.dim() > 1:
                 whole = [Parameter(tuple(parameter.shape), group["component"])]
                 small_states(self.whole(group), whole, state, parameter.device)

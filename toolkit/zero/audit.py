@@ -22,7 +22,7 @@ from toolkit.errors import UserError, some
 from toolkit.optim import find_rule
 from toolkit.printable import warn_once
 from toolkit.state.sharding import Fragment, whole_shape
-from toolkit.zero.full_precision import values
+from toolkit.zero.access import values
 from toolkit.zero.gradients import NORM_CHUNK
 from toolkit.zero.shards import are_shards, members, trained_groups
 

@@ -47,9 +47,11 @@ class ChangeDetector:
         copies: whether the optimizer steps copies of the weights (fp32 masters, weights on the host) and writes the
             model's from them.
         sampled: whether weights change in the step only, so that they themselves can be compared.
+        both: ids of parameters of which copies and weights were written to alike (`access.py`) since the last step.
     """
 
-    def __init__(self, model: nn.Module, *, zero: bool, copies: bool, sampled: bool) -> None:
+    def __init__(self, model: nn.Module, *, zero: bool, copies: bool, sampled: bool, both: set[int]) -> None:
+        self._both = both
         self._model, self._zero, self._copies, self._first = model, zero, copies, True
         self._sampled = sampled
         self._differs: list[tuple[tuple[torch.device, torch.dtype], HostCopy]] = []
@@ -59,6 +61,7 @@ class ChangeDetector:
 
     def accept(self) -> None:
         """Weights are the optimizer's own: after a step, or when both were loaded."""
+        self._both.clear()
         self._versions = {name: param._version for name, param in self._trained.items()} if self._copies else {}
         self._weights = self._sample() if self._copies and self._sampled else {}
 
@@ -111,6 +114,7 @@ class ChangeDetector:
         self._say_written(written)
 
     def _say_written(self, written: list[str]) -> None:
+        written = [name for name in written if id(self._trained[name]) not in self._both]
         if written:
             self._copies = False
             _warn(

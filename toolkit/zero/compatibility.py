@@ -28,7 +28,7 @@ _METHODS_1_AND_2 = (
     "setup_buckets process_gradients get_gradient_for_reduction reduce_independent_p_g_buckets_and_remove_grads "
     "reduce_ipg_grads reduce_gradients independent_gradient_partition_epilogue finalize_gradient_accumulation_boundary "
     "_get_offload_gradient_dict _maybe_reduce_autoep_folding_tp_gradient _update_model_bit16_weights _update_scale "
-    "_restore_from_bit16_weights scaled_global_norm zero_grad"
+    "_restore_from_bit16_weights scaled_global_norm zero_grad _link_all_hp_params"
 )
 _FIELDS_1_AND_2 = (
     "round_robin_bit16_groups round_robin_bit16_offsets parallel_partitioned_bit16_groups partition_size "
@@ -44,7 +44,10 @@ _METHODS_3 = (
     "_loss_scale_update_and_overflow_cleanup _restore_from_bit16_weights "
     "_reassign_or_swap_out_partitioned_parameters _get_param_partition_group "
     "checkpoint_event_prologue checkpoint_event_epilogue reduce_ready_partitions_and_remove_grads "
-    "_setup_for_real_optimizer partition_grads"
+    "_setup_for_real_optimizer partition_grads get_full_hp_param set_full_hp_param get_local_fp32_param "
+    "set_local_hp_param get_fp32_grad_for_param set_fp32_grad_for_param get_local_fp32_grad_for_param "
+    "set_local_grad_for_param update_fp32_grad_for_param_vectorized _get_param_partition_rank "
+    "_get_param_partition_world_size _link_all_hp_params"
 )
 _FIELDS_3 = (
     "fp16_groups fp32_partitioned_groups_flat fp16_partitioned_groups_flat sub_group_to_group_id grad_position "
@@ -55,7 +58,7 @@ _FIELDS_3 = (
 # What `checkpoint.py` replaces or sets while it saves and loads, and `engine.py` for good.
 _METHODS_ENGINE = (
     "_take_model_step load_checkpoint save_checkpoint _save_checkpoint _save_zero_checkpoint _copy_recovery_script "
-    "_configure_lr_scheduler"
+    "_configure_lr_scheduler _broadcast_model backward zero_grad destroy"
 )
 _FIELDS_ENGINE = "checkpoint_engine global_steps global_samples skipped_steps micro_steps lr_scheduler"
 
@@ -93,6 +96,15 @@ def incompatibilities() -> list[str]:
         "coalesced_collectives._torch_reduce_scatter_fn(input, output), of which the output is this rank's part": (
             hasattr(ds_collectives, "_torch_reduce_scatter_fn")
             and " tensor_partition_buffer_for_each_rank[this_rank],\n" in inspect.getsource(ds_collectives)
+        ),
+        "parameter_offload: counts of backward passes; get_full_hp_param and siblings as methods of parameters": all(
+            text in source
+            for text, source in (
+                ("applied_pre_backward_ref_cnt", inspect.getsource(ds_offload)),
+                ("ds_grads_remaining", inspect.getsource(ds_offload)),
+                ("param.get_full_hp_param(", inspect.getsource(ds_utils.safe_get_full_fp32_param)),
+                ("param.set_full_hp_grad(", inspect.getsource(ds_utils.safe_set_full_grad)),
+            )
         ),
         "DeepSpeedZeRoOffload.get_param_coordinator()": hasattr(
             ds_offload.DeepSpeedZeRoOffload, "get_param_coordinator"

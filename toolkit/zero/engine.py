@@ -30,7 +30,8 @@ from toolkit.optim.warm import kinds, warm
 from toolkit.printable import warn_once
 from toolkit.sentences import shown
 from toolkit.state.layout import check_dtype
-from toolkit.zero import compatibility, partition, shared_memory
+from toolkit.zero import calls, compatibility, partition, shared_memory
+from toolkit.zero.access import link
 from toolkit.zero.audit import Audit
 from toolkit.zero.changes import ChangeDetector, steps_alone, steps_copies
 from toolkit.zero.release_stages import ReleasingZeroOptimizer, ReleasingZeroOptimizer3
@@ -165,17 +166,21 @@ def register() -> None:
     def configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
         _settle(self)
         _check_model(self, client_optimizer)
+        calls.claim(self)
         # Stage 0 in bf16 steps once on zero gradients when it starts.
         with RuleOptimizer.allocating():
             configure(self, client_optimizer, model_parameters)
         _finish(self)
-        zero, copies = bool(self.zero_optimization()), steps_copies(self)
-        self.leanstate_changes = ChangeDetector(self.module, zero=zero, copies=copies, sampled=steps_alone(self))
+        zero, copies, both = bool(self.zero_optimization()), steps_copies(self), link(self)
+        self.leanstate_changes = ChangeDetector(
+            self.module, zero=zero, copies=copies, sampled=steps_alone(self), both=both
+        )
         self.leanstate_audit = Audit(self, client_optimizer)
 
     def take_model_step(self: Any, *args: Any, **kwargs: Any) -> None:
         if not hasattr(self, "leanstate_audit"):  # the engine was made before
             return take(self, *args, **kwargs)
+        calls.check_alive(self)
         self.leanstate_changes.look()
         rates = [group.get("lr", 1.0) for group in self.basic_optimizer.param_groups]
         take(self, *args, **kwargs)
@@ -188,6 +193,7 @@ def register() -> None:
         return loaded
 
     engine._take_model_step, engine.load_checkpoint = take_model_step, load_checkpoint
+    calls.install(engine)
 
     def scheduler_from_config(self: Any, optimizer: Any) -> Any:
         self._config.scheduler_params = self.scheduler_params() or {}
@@ -291,6 +297,8 @@ def _finish(engine: Any) -> None:
         partition.check_stage_3(engine.optimizer)
     if not isinstance(engine.basic_optimizer, RuleOptimizer):
         return
+    if engine.optimizer is not engine.basic_optimizer:
+        engine.basic_optimizer.add_param_group = calls.no_more_groups  # type: ignore[method-assign]
     if isinstance(engine.optimizer, BF16_Optimizer) and (found := engine.basic_optimizer.looks_at()):
         raise UserError(
             f"{type(engine.basic_optimizer).__name__} looks at whole parameters ({found}), "

@@ -6,15 +6,11 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
-from toolkit.optim import RuleOptimizer
-from toolkit.state.codecs import BLOCK
-from toolkit.state.layout import REMAINDER
-from toolkit.state.sharding import Fragment, whole_shape
-from toolkit.zero.shards import Shard, members
+from toolkit.zero.access import bits_of, values
+from toolkit.zero.shards import members
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
 from toolkit.zero.stage12 import ShardedZeroOptimizer
 from toolkit.zero.untrained import persistent
@@ -50,14 +46,10 @@ def full_precision_state_dict(engine: Any, *, gather: bool = True) -> dict[str, 
             if own is not None and mine is not None:
                 found[f"{names[id(param)]}[{own.start}:{own.stop}]"] = mine.cpu()
             continue
-        shape = whole_shape(param)
-        # Bit patterns of one rank beside zeros of all others: their sum is exact, the sign of zero included.
-        bits = torch.zeros(shape.numel(), dtype=torch.int32, device=get_accelerator().current_device_name())
-        if own is not None and mine is not None:
-            bits[own.start : own.stop] = mine.to(bits.device).view(torch.int32)
+        bits = bits_of(member, mine)
         dist.reduce(bits, dist.get_global_rank(member.process_group, 0), group=member.process_group)
         if dist.get_rank() == 0:
-            found[names[id(param)]] = bits.view(torch.float32).view(shape).cpu()
+            found[names[id(param)]] = bits.view(torch.float32).view(member.shape).cpu()
         del bits
     for name, param in module.named_parameters():
         if id(param) not in trained and (gather or not hasattr(param, "ds_shape")):
@@ -70,26 +62,6 @@ def full_precision_state_dict(engine: Any, *, gather: bool = True) -> dict[str, 
             for name, param in module.named_parameters(remove_duplicate=False):
                 found.setdefault(name, found[names[id(param)]])
     return found
-
-
-def values(zero: Any, shard: Shard, own: Fragment) -> Tensor:
-    """What this rank trains of `own`, a part of `shard`, fp32: weights joined with their remainders.
-
-    `zero` may be DeepSpeed's own optimizer.
-    """
-    weights = shard.tensor.detach()[own.elements]
-    if weights.dtype != torch.bfloat16 or not isinstance(zero.optimizer, RuleOptimizer):
-        return weights.float()
-    kept = zero.optimizer.layout(zero.optimizer.param_groups[shard.group], weights.dtype)
-    state = zero.optimizer.state.get(shard.tensor, {})
-    if not state:  # nothing has been trained yet
-        return weights.float()
-    assert kept.remainder is not None
-    first = own.blocks.start * BLOCK
-    low = kept.remainder.unpacked(*(state[key][own.blocks] for key in kept.keys(REMAINDER)))
-    inside = slice(own.offset - first, own.offset + own.numel - first)
-    joined: Tensor = kept.remainder.join(weights, *(part.reshape(-1)[inside] for part in low))
-    return joined
 
 
 def _gathered(param: Any) -> Tensor:

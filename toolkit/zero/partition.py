@@ -138,6 +138,25 @@ class _LocalHandle:
         self._params = []
 
 
+def _own_part(zero: Any, value: Tensor, param: Any) -> Tensor:
+    """Of a whole `value` this rank's part of `param`, with the padding."""
+    share = param.ds_tensor.numel()
+    whole = torch.nn.functional.pad(
+        value.flatten(), (0, share * zero._get_param_partition_world_size(param) - value.numel())
+    )
+    return whole.narrow(0, share * zero._get_param_partition_rank(param), share)
+
+
+def _set_full_hp_param(self: Any, value: Tensor, param: Any, optim_state_key: str | None = None) -> None:
+    """stage3.set_full_hp_param, where parts end behind the parameter."""
+    self.set_local_hp_param(_own_part(self, value, param), param, optim_state_key)
+
+
+def _set_fp32_grad_for_param(self: Any, value: Tensor, param: Any) -> None:
+    """stage3.set_fp32_grad_for_param likewise."""
+    self.set_local_grad_for_param(_own_part(self, value, param), param)
+
+
 def install() -> None:
     """Put the whole-block layout in place, for this process and all engines it makes from now on.
 
@@ -149,6 +168,8 @@ def install() -> None:
     ds_parameters._no_gather_coalesced = _no_gather_on_stream
     ds_stage3.reduce_scatter_coalesced = _reduce_scatter_whole_blocks
     ds_collectives._torch_reduce_scatter_fn = _sum_in_place
+    ds_stage3.DeepSpeedZeroOptimizer_Stage3.set_full_hp_param = _set_full_hp_param
+    ds_stage3.DeepSpeedZeroOptimizer_Stage3.set_fp32_grad_for_param = _set_fp32_grad_for_param
     check_first_gathers()
 
 

@@ -31,13 +31,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from toolkit.errors import UserError
-from toolkit.optim import RuleOptimizer
 from toolkit.optim.factored import settle
 from toolkit.optim.rule import waits_for
 from toolkit.optim.statistics import Member, Share
 from toolkit.optim.streaming import TensorStep
 from toolkit.optim.together import Found, step_together
 from toolkit.state.codecs import BLOCK
+from toolkit.zero.access import Access
 from toolkit.zero.agreement import Order
 from toolkit.zero.exchange import DataParallel, whole_parameters, with_small
 from toolkit.zero.gradients import GradientFragment, HostCopy, squared_norms
@@ -62,19 +62,16 @@ class _Measured:
     elements: int
 
 
-class Releasing:
+class Releasing(Access):
     """In front of a ZeRO optimizer of this package: gradients are used as they come, of one micro-batch a step.
 
     Groups of matrices of whole blocks are; all others (norms; they are small) are updated at the end of the step.
     Of factored states a step uses rows and columns as they were before it: parts of a matrix wait for no others.
     """
 
-    optimizer: RuleOptimizer
     clip_grad: float
     reduce_bucket_size: int
-    param_names: dict[Tensor, str]
     overflow: bool
-    _shards: list[Shard]
     _ranks: DataParallel
     _begin: Callable[[Shard], TensorStep | None]
 
@@ -91,7 +88,6 @@ class Releasing:
         if refusal := _refusal(self):
             raise UserError(f"optimizer.params.release_gradients {refusal}")
         self._delays = not get_accelerator().is_synchronized_device()
-        self._placed = {id(member.param): (shard, member) for shard in self._shards for member in shard.members}
         placed = [member for shard in self._shards for member in shard.members]
         late = {one.group for one in placed if len(one.shape) < 2 or one.shape.numel() % BLOCK}
         self._late = [shard for shard in self._shards if shard.group in late]
@@ -114,6 +110,21 @@ class Releasing:
         self._measured: deque[_Measured] = deque()
         self._order = Order()
         self._numbers: Found = {}
+
+    def _gone(self, param: Tensor) -> str:
+        return (
+            f"the gradient of {self.param_names.get(param, 'a parameter')} is gone: with "
+            "optimizer.params.release_gradients each is freed as soon as it has been used"
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Refused where weights have been updated with the gradients that are to be dropped."""
+        if self._seen or self.is_open:
+            raise UserError(
+                "zero_grad between a backward pass and its step comes too late: with "
+                "optimizer.params.release_gradients gradients are used during the backward pass; leave it out"
+            )
+        super().zero_grad(set_to_none)  # type: ignore[misc]
 
     def _reduced(self, params: Sequence[Tensor], pieces: list[GradientFragment]) -> None:
         """A bucket has been reduced: this rank's `pieces` of the gradients of `params`."""

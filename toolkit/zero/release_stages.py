@@ -40,6 +40,9 @@ class ReleasingZeroOptimizer(Releasing, ShardedZeroOptimizer):
     def _publish(self) -> None:
         """Most gradients are gone; there is nothing to show."""
 
+    def _this_steps(self, param: Any) -> Tensor | None:
+        raise UserError(self._gone(param))
+
     def _step_late(self, late: list[Shard], scale: Tensor) -> None:
         self._step_groups(late, scale)
 
@@ -85,10 +88,7 @@ class ReleasingZeroOptimizer3(Releasing, ShardedZeroOptimizer3):
     def _gradient_of(self, param: Any) -> Tensor:
         gradients = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         if param.ds_id not in gradients:
-            raise UserError(
-                f"the gradient of {self.param_names.get(param, 'a parameter')} is gone: with "
-                "optimizer.params.release_gradients each is freed as soon as it has been used"
-            )
+            raise UserError(self._gone(param))
         return super()._gradient_of(param)
 
     @torch.no_grad()
@@ -141,8 +141,8 @@ class ReleasingZeroOptimizer3(Releasing, ShardedZeroOptimizer3):
             for shard in self._shards:
                 self._show(shard)
         wait_for(self.reduce_and_partition_stream)
+        self._start()
         self.zero_grad(set_to_none=True)
         self._scalars = {}
-        self._start()
         self.invalidate_secondary_tensor()
         self._gather_persistent()

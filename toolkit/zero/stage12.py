@@ -28,6 +28,7 @@ from toolkit.optim.together import step_together
 from toolkit.printable import warn_once
 from toolkit.state.codecs import BLOCK
 from toolkit.state.layout import dtype_name
+from toolkit.zero.access import NO_GRADIENTS, Access
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import GradientFragment, HostCopy, Reducer, clip_scale, squared_norm, takes_mean
 from toolkit.zero.lending import gather_in_place
@@ -77,7 +78,7 @@ class _Uncloned(Tensor):
         return self.data.as_subclass(Tensor)
 
 
-class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
+class ShardedZeroOptimizer(Access, MasterWeights, OrderedZeroOptimizer):
     """DeepSpeed's stage 1/2 optimizer around a `RuleOptimizer`.
 
     Every partition is whole blocks, the same at every world size. `weights` of the `RuleOptimizer` decides whether
@@ -263,6 +264,12 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
                     self._deliver([param], [GradientFragment(param, shard.group, own.offset, zeros)])
             self.averaged_gradients[shard.group] = [held[offset] for offset in sorted(held)]
 
+    def _this_steps(self, param: Any) -> Tensor | None:
+        shard, member = self._placed[id(param)]
+        if self.averaged_gradients.get(shard.group) is None:
+            raise UserError(NO_GRADIENTS)
+        return None if member.fragment is None else self._held[shard.group][member.fragment.offset]
+
     def _get_offload_gradient_dict(self) -> None:
         for i, params in enumerate(self.params_in_partition):
             found = []
@@ -271,7 +278,14 @@ class ShardedZeroOptimizer(MasterWeights, OrderedZeroOptimizer):
                 found.append(self._host_gradients[i][offset : offset + size])
             self.offload_gradient_dict[i] = found
 
+    @property
+    def is_open(self) -> bool:
+        return self._turns.open
+
     def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.is_open:  # the loss was another engine's, whose pass has ended without a word to this one (GANs)
+            self._turns.end()
+            self.reduce_ipg_grads()
         super().zero_grad(set_to_none)
         self._discard()
 

@@ -34,6 +34,7 @@ from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.optim.together import step_together
 from toolkit.printable import warn_once
 from toolkit.state.codecs import BLOCK
+from toolkit.zero.access import NO_GRADIENTS, Access
 from toolkit.zero.agreement import Order, have_nothing
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mean
@@ -43,7 +44,7 @@ from toolkit.zero.shards import Shard, model_weights, part_masters, shards
 logger = logging.getLogger("toolkit")
 
 
-class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
+class ShardedZeroOptimizer3(Access, MasterWeights, DeepSpeedZeroOptimizer_Stage3):
     """DeepSpeed's stage 3 optimizer around a `RuleOptimizer`."""
 
     offload_optimizer: bool
@@ -114,7 +115,13 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
             super().partition_grads([param for param, _ in some], [gradient for _, gradient in some])
         self.micro_step_id = kept
 
+    @property
+    def is_open(self) -> bool:
+        return any(bucket.params for bucket in self.ipg_buckets.values())
+
     def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.is_open:  # as at stages 1 and 2
+            self.independent_gradient_partition_epilogue()
         super().zero_grad(set_to_none)
         self._offload_boundary_param_ids.clear()
 
@@ -134,6 +141,16 @@ class ShardedZeroOptimizer3(MasterWeights, DeepSpeedZeroOptimizer_Stage3):
 
     def _get_fp32_grad_state_partition(self, param: Any, release_swap_buffers: bool) -> tuple[Tensor, int]:
         return self._gradient_of(param), self.grad_position[self.get_param_id(param)][0]
+
+    def _this_steps(self, param: Any) -> Tensor:
+        """This rank's part of the gradient that the next step has of `param`: zeros where it has none."""
+        gradient = self._gradient_of(param)
+        if not self._offload_boundary_param_ids:
+            raise UserError(NO_GRADIENTS)
+        if param.ds_id not in self._offload_boundary_param_ids:
+            gradient.zero_()  # an earlier step's
+            self._offload_boundary_param_ids.add(param.ds_id)
+        return gradient
 
     def get_fp32_grad_partitions(self) -> dict[int, dict[int, Tensor]]:
         return {

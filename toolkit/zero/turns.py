@@ -71,6 +71,11 @@ class Turns:
             self._ask()
         self._advance(end=False)
 
+    @property
+    def open(self) -> bool:
+        """Whether gradients have come since the last `end`."""
+        return bool(self._here) or self._next > 0
+
     def end(self) -> None:
         """The backward pass is over: take all that is left."""
         if self._alone:

@@ -1,0 +1,124 @@
+"""Calls of a loop of one's own that DeepSpeed answers with wrong numbers in silence, or with an unclear error.
+
+* `engine.zero_grad()` leaves ZeRO's gradients as they are; here it drops them.
+* `engine.backward(loss, retain_graph=True)` at stage 3: a second backward pass of the graph finds no weights gathered.
+* Two engines of one model at ZeRO stages: the first takes the gradients, the second trains on zeros.
+* `add_param_group` of the optimizer inside an engine: nothing steps the group.
+* Parameters without dimensions, or not contiguous: an error about bytes.
+* A second `destroy`, which Python makes itself when an engine is collected, would take the model from its next engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.errors import UserError, some
+from toolkit.zero.access import Access
+
+_COUNTS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+"""Where DeepSpeed counts the backward passes that a module's forward passes allow (`parameter_offload.py`)."""
+
+
+def install(engine: Any) -> None:
+    """Put these in place of `engine`'s methods; it is DeepSpeed's class."""
+    backward, zero_grad, destroy = engine.backward, engine.zero_grad, engine.destroy
+    broadcast_model = engine._broadcast_model
+
+    def backward_of(self: Any, loss: Tensor, retain_graph: bool = False, *args: Any, **kwargs: Any) -> Any:
+        again = retain_graph and self.zero_optimization_partition_weights()
+        with _counts_kept(self.module) if again else nullcontext():
+            return backward(self, loss, retain_graph, *args, **kwargs)
+
+    def zero_grad_of(self: Any) -> None:
+        if isinstance(self.optimizer, Access):
+            self.optimizer.zero_grad()  # type: ignore[attr-defined]
+        zero_grad(self)
+
+    def destroy_of(self: Any) -> None:
+        if not getattr(self, "leanstate_destroyed", False):
+            self.leanstate_destroyed = True
+            destroy(self)
+            _release(self)
+
+    def broadcast_model_of(self: Any) -> None:
+        _lay_out(self.module)
+        broadcast_model(self)
+
+    engine.backward, engine.zero_grad, engine.destroy = backward_of, zero_grad_of, destroy_of
+    engine._broadcast_model = broadcast_model_of
+
+
+def _lay_out(module: nn.Module) -> None:
+    """Make parameters contiguous, since DeepSpeed sends them as bytes; raise UserError for those without dimensions."""
+    for name, param in module.named_parameters():
+        if param.dim() == 0 and not hasattr(param, "ds_id"):
+            raise UserError(
+                f"parameter {name!r} has no dimensions, which DeepSpeed cannot send; give it one, of size 1"
+            )
+        if not param.is_contiguous():
+            param.data = param.data.contiguous()
+
+
+def check_alive(engine: Any) -> None:
+    """Raise UserError for an engine that was destroyed: it would write its weights over those of the next."""
+    if getattr(engine, "leanstate_destroyed", False):
+        raise UserError("this engine was destroyed and cannot make a step any more; use the one that was made after it")
+
+
+@contextmanager
+def _counts_kept(module: nn.Module) -> Iterator[None]:
+    """Let the backward pass inside be followed by another one of the same graph."""
+    kept = [(one, {key: one.__dict__[key] for key in _COUNTS if key in one.__dict__}) for one in module.modules()]
+    yield
+    for one, counts in kept:
+        one.__dict__.update(counts)
+
+
+def claim(engine: Any) -> None:
+    """Raise UserError if another engine trains parameters of `engine` under ZeRO; else it does from now on.
+
+    Before the engine's optimizer is made: it hooks up parameters even if it fails later.
+    """
+    params = [(name, param) for name, param in engine.module.named_parameters() if param.requires_grad]
+    taken = [name for name, param in params if hasattr(param, "leanstate_engine")]
+    if taken:
+        raise UserError(
+            f"{some(taken, 3)}: trained under ZeRO by another engine already, which would take the gradients; call "
+            "destroy() on that engine first, or build the model anew if making that engine failed"
+        )
+    if engine.zero_optimization():
+        _check_apart(params)
+        for _, param in params:
+            param.leanstate_engine = id(engine)
+
+
+def _check_apart(params: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise UserError for two parameters that lie in the same place: ZeRO moves each to one of its own."""
+    found: dict[tuple[torch.device, int], str] = {}
+    for name, param in params:
+        if param.numel() and param.data_ptr():
+            other = found.setdefault((param.device, param.data_ptr()), name)
+            if other != name:
+                raise UserError(
+                    f"{other} and {name} are two parameters in one memory, which ZeRO takes apart; to tie them, assign "
+                    "one nn.Parameter to both modules"
+                )
+
+
+def _release(engine: Any) -> None:
+    for param in engine.module.parameters():
+        if getattr(param, "leanstate_engine", None) == id(engine):
+            del param.leanstate_engine
+
+
+def no_more_groups(param_group: dict[str, Any]) -> None:
+    """In place of an optimizer's `add_param_group`, once DeepSpeed has made tensors of its own of all parameters."""
+    raise UserError(
+        "add_param_group after the engine was made: it steps the parameters that it was made with; give initialize all "
+        "of them, those to be trained later in a group whose lr is 0 until then"
+    )
