@@ -79,22 +79,33 @@ def _counts_kept(module: nn.Module) -> Iterator[None]:
         one.__dict__.update(counts)
 
 
-def claim(engine: Any) -> None:
-    """Raise UserError if another engine trains parameters of `engine` under ZeRO; else it does from now on.
+def check_free(module: nn.Module, *, zero: bool) -> None:
+    """Raise UserError if an engine trains parameters of `module` under ZeRO; before another has hooked itself in.
 
-    Before the engine's optimizer is made: it hooks up parameters even if it fails later.
+    `zero`: whether that is under ZeRO, too, and two parameters may not lie in one memory. A cast takes them apart.
     """
-    params = [(name, param) for name, param in engine.module.named_parameters() if param.requires_grad]
-    taken = [name for name, param in params if hasattr(param, "leanstate_engine")]
+    if zero:
+        _check_apart(_trainable(module))
+    taken = [name for name, param in _trainable(module) if hasattr(param, "leanstate_engine")]
     if taken:
         raise UserError(
             f"{some(taken, 3)}: trained under ZeRO by another engine already, which would take the gradients; call "
             "destroy() on that engine first, or build the model anew if making that engine failed"
         )
-    if engine.zero_optimization():
-        _check_apart(params)
-        for _, param in params:
-            param.leanstate_engine = id(engine)
+
+
+def _trainable(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, param) for name, param in module.named_parameters() if param.requires_grad]
+
+
+def claim(engine: Any) -> None:
+    """Let nobody else train the parameters of `engine` from now on, if it does so under ZeRO.
+
+    Before the engine's optimizer is made: it hooks up parameters even if it fails later.
+    """
+    check_free(engine.module, zero=bool(engine.zero_optimization()))
+    for _, param in _trainable(engine.module) if engine.zero_optimization() else ():
+        param.leanstate_engine = id(engine)
 
 
 def _check_apart(params: Sequence[tuple[str, Tensor]]) -> None:

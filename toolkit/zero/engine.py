@@ -92,6 +92,7 @@ def initialize(
     if ds.rule:
         section = config["optimizer"]
         section["params"] = ds.rule.rule.supply(section.get("params", {}), total_steps=total_steps)
+    calls.check_free(model, zero=bool(ds.stage))
     kwargs.setdefault("model_parameters", [p for p in model.parameters() if p.requires_grad])
     return deepspeed.initialize(model=model, config=config, **kwargs)
 
