@@ -34,7 +34,7 @@ LIMIT_SECONDS = 900.0
 # From <sys/prctl.h>.
 PR_SET_PDEATHSIG = 1
 
-WORDS = "compiling the optimizer step (once for each machine and version; about a minute on two cores)"
+WORDS = "compiling the optimizer step (once for each machine and version; half a minute on two cores)"
 
 
 class Background:
