@@ -1,7 +1,7 @@
 """The compiled step before it is needed: a step of a small tensor of zeros that nobody keeps.
 
-The first call of a step function compiles it, for some seconds or half a minute, or loads what an earlier process left in the
-compiler's cache on disk, in a second or two. Done here, no training step has that in its time.
+The first call of a step function compiles it, for up to half a minute, or loads what an earlier process left in the
+compiler's cache on disk. Done here, no training step has that in its time.
 """
 
 from __future__ import annotations
