@@ -14,6 +14,7 @@ from ranks import launched
 from toolkit.records import categories as c
 from toolkit.records.memory import FOLDER, PREDICTED, Measurement, OutOfMemoryRecord, Prediction, measured_name
 from toolkit.records.run import METRICS, SUMMARY, read_metrics
+from toolkit.run.memory import placement
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 WORKER = Path(__file__).with_name("ledger_worker.py")
@@ -152,3 +153,30 @@ def test_a_rank_that_runs_out_of_memory_says_why(tmp_path: Path) -> None:
     assert pickle.loads(page.with_suffix(".pickle").read_bytes())["segments"]
     assert not (folder / FOLDER / "rank0-out-of-memory.json").exists()
     assert (folder / "run.json").exists() and (folder / FOLDER / PREDICTED).exists()
+
+
+def test_a_run_that_is_predicted_not_to_fit_does_not_start_unless_told(tmp_path: Path) -> None:
+    small = tmp_path / "small.py"
+    small.write_text(
+        "import toolkit.memory.out_of_memory as here\n\nhere.limits = lambda device, ranks: {'GPU': 40_000_000}\n"
+    )
+    arguments = [*options(tmp_path / "run", steps=1, seq_len=32, eval_every=0, save_every=0), "--plugin", str(small)]
+    status, said = launched(tmp_path, 2, TRAIN, *arguments)
+    assert status == 2, said[-3000:]
+    [error] = [line for line in said.splitlines() if line.startswith("error:")]
+    assert error.startswith("error: rank 0: this run is predicted to need") and "the limit of 40.00 MB (GPU)" in error
+    assert error.endswith("see `toolkit plan` for settings that fit; --start-anyway starts it all the same.")
+    assert "building the model" not in said
+    status, said = launched(tmp_path, 2, TRAIN, *arguments, "--start-anyway")
+    assert status == 0, said[-3000:]
+    assert "note: rank 0: this run is predicted to need" in said
+
+
+def test_several_machines_are_shown_with_their_ranks() -> None:
+    gib = 1 << 30
+    assert placement([("a", gib), ("a", gib), ("b", 2 * gib), ("b", None)]) == [
+        "a: ranks 0 to 1, at most 1.07 GB for each",
+        "b: ranks 2 to 3, at most 2.15 GB for each",
+    ]
+    assert placement([("a", None), ("b", None), ("a", None)]) == ["a: ranks 0, 2", "b: rank 1"]
+    assert placement([("a", gib), ("a", gib)]) == []

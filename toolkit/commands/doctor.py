@@ -32,21 +32,46 @@ def doctor(
         ),
     ] = None,
     data: Annotated[str, typer.Option(help="With --parity: text to train on, as for a run.")] = "stdlib",
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=2, help="Also time an all-reduce of so many ranks of this machine; takes half a minute."),
+    ] = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option("--hostfile", "-H", help="Also ask the machines of it, by ssh: clocks, installed versions."),
+    ] = None,
+    fix: Annotated[
+        bool,
+        typer.Option("--fix", help="Remove what killed runs of yours left: build locks, files in shared memory."),
+    ] = False,
 ) -> None:
     """Show what this machine offers a run, and what will not work; exit status 1 where something will not.
 
     \b
     toolkit doctor
-    toolkit doctor --json
+    toolkit doctor --fix
+    toolkit doctor --ranks 2
+    toolkit doctor --hostfile hosts
     toolkit doctor --parity qwen3-tiny
     """
     if parity is not None:
         _parity(parity, data, as_json)
         return
     from toolkit.console import waiting
+    from toolkit.run import hosts, leftovers
 
+    names = hosts.read_hostfile(hostfile) if hostfile is not None else []
+    gone = leftovers.removed() if fix else []
     with waiting("looking at this machine"):
         found = examine()
+    if fix:
+        found.facts["removed"] = [str(path) for path in gone]
+    if ranks is not None:
+        with waiting(f"timing an all-reduce of {ranks} ranks"):
+            _reach(found, ranks)
+    if names:
+        with waiting(f"asking {len(names)} machine(s)"):
+            _hosts(found, names)
     if as_json:
         typer.echo(json.dumps({"facts": found.facts, "problems": found.problems}, indent=1))
     else:
@@ -97,7 +122,7 @@ def _parity(model: str, data: str, as_json: bool) -> None:
 
 
 def examine() -> Findings:
-    """Look at everything; starts no rank and changes no file."""
+    """Look at this machine; starts no rank and changes no file."""
     from toolkit.run import ranks
     from toolkit.run.folder import versions
 
@@ -113,6 +138,32 @@ def examine() -> Findings:
         _compiler(found)
         _deepspeed(found)
     return found
+
+
+def _reach(found: Findings, count: int) -> None:
+    from toolkit.records.sizes import size_text
+    from toolkit.run.reach import BYTES, all_reduce, bus_bytes
+
+    try:
+        seconds, backend = all_reduce(count)
+    except UserError as error:
+        found.problems.append(str(error))
+        return
+    rate = size_text(int(bus_bytes(seconds, count)))
+    found.facts["all-reduce"] = (
+        f"{size_text(BYTES)} in {1000 * seconds:.1f} ms, {count} ranks, {backend}: {rate}/s a rank"
+    )
+
+
+def _hosts(found: Findings, names: list[str]) -> None:
+    from toolkit.run import hosts
+    from toolkit.run.folder import versions
+
+    answered = hosts.ask(names)
+    for host in answered:
+        if host.versions is not None:
+            found.facts[host.name] = f"answers; its clock is {host.ahead_seconds:+.2f} s from this machine's"
+    found.problems += hosts.problems(answered, versions())
 
 
 def _processor(found: Findings) -> None:
@@ -141,10 +192,34 @@ def _gpus(found: Findings) -> None:
     if torch.cuda.is_available():
         devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         gpus = [f"{device.name} with {size_text(device.total_memory)}" for device in devices]
+        found.facts["GPU to GPU"] = _peers(len(gpus))
     elif Path("/proc/driver/nvidia/version").exists():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         found.problems.append(f"this machine has an NVIDIA driver, but torch, which was built {built}, finds no GPU.")
     found.facts["GPUs"] = gpus
+    found.facts["collectives"] = _collectives()
+
+
+def _peers(count: int) -> str:
+    """Whether GPUs of this machine read one another's memory: by NVLink or PCIe, and not by way of the host."""
+    import torch
+
+    pairs = [(a, b) for a in range(count) for b in range(count) if a < b]
+    direct = [pair for pair in pairs if torch.cuda.can_device_access_peer(*pair)]
+    apart = ", ".join(f"{a} and {b}" for a, b in pairs if (a, b) not in direct)
+    if not pairs:
+        return "one GPU"
+    return "all pairs directly" if not apart else f"by way of the host: {apart}"
+
+
+def _collectives() -> list[str]:
+    import torch
+    from torch import distributed
+
+    if not distributed.is_available():
+        return []
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if distributed.is_nccl_available() else None
+    return [*([f"NCCL {nccl}"] if nccl else []), *(["gloo"] if distributed.is_gloo_available() else [])]
 
 
 def _memory(found: Findings) -> None:
@@ -153,7 +228,7 @@ def _memory(found: Findings) -> None:
 
     from toolkit.memory.watermarks import limits
     from toolkit.records.sizes import size_text
-    from toolkit.run.leftovers import little_shared_memory
+    from toolkit.run.leftovers import left_in_shared_memory, little_shared_memory
 
     what, most = min(limits(torch.device("cpu")).items(), key=lambda limit: limit[1])
     available = psutil.virtual_memory().available
@@ -166,6 +241,8 @@ def _memory(found: Findings) -> None:
         return
     size, free = (count * shared.f_frsize for count in (shared.f_blocks, shared.f_bavail))
     found.facts["/dev/shm"] = f"{size_text(size)}, {size_text(free)} free"
+    if left := left_in_shared_memory():
+        found.facts["left by killed runs"] = [str(path) for path in left]
     if (little := little_shared_memory()) is not None:
         found.problems.append(f"{little}: ranks of one machine may fail to reach one another.")
 

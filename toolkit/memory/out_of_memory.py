@@ -160,10 +160,13 @@ class Explainer:
         """The largest share of a limit that the run is predicted to need."""
         return max((self._needed(what) / limit for what, limit in self.limits.items()), default=0.0)
 
-    def warning(self) -> str | None:
-        """One sentence where the prediction exceeds a limit; None where it fits or is not known."""
+    def warning(self, *, surely: bool = False) -> str | None:
+        """One sentence where the prediction exceeds a limit; None where it fits or is not known.
+
+        `surely`: not for a limit on address space, which counts what is never used, too.
+        """
         for what, limit in self.limits.items():
-            if (total := self._needed(what)) > limit:
+            if (total := self._needed(what)) > limit and not (surely and what == RESERVED_SPACE):
                 return (
                     f"this run is predicted to need {size_text(total)} on its largest rank, more than the limit of "
                     f"{size_text(limit)} ({what}); see `toolkit plan` for settings that fit."

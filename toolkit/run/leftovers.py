@@ -1,4 +1,5 @@
-"""What a killed build of an extension leaves behind: torch's lock, for which later starts would wait forever."""
+"""What killed processes leave behind: torch's lock of a build, for which later starts would wait forever, and files in
+shared memory."""
 
 from __future__ import annotations
 
@@ -15,6 +16,10 @@ TOLD_SECONDS = 20.0
 """How long a lock that is held may stand before that is said."""
 LITTLE_SHARED_MEMORY = 32 * 1024**2
 """Bytes: NCCL takes about 10 MB for each pair of neighbours on a machine."""
+
+SHARED_MEMORY = Path("/dev/shm")
+_SHARED = ("nccl-*", "torch_*", "deepspeed_*")
+_YOUNG_SECONDS = 60.0
 
 # Where another machine may hold a lock, which cannot be seen from here.
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "gluster", "9p", "afs", "fuse")
@@ -87,23 +92,65 @@ def _release(locks: list[Path], pause: float = 1.0) -> None:
     """Until all are gone: remove each when its owner is."""
     for lock in list(locks):
         with contextlib.suppress(OSError):
-            if lock.stat().st_uid != os.getuid() or not _local(lock):
+            if not _mine(lock) or not _local(lock):
                 locks.remove(lock)
                 name = lock.parent.name
                 _say(f"{lock} may be another user's or machine's: a start that needs {name} waits until it is removed.")
     since, told = time.monotonic(), False
     while locks:
         for lock in list(locks):
-            with contextlib.suppress(OSError):
-                before = lock.stat()
-                if not _held(lock) and lock.stat().st_ctime_ns == before.st_ctime_ns:
-                    lock.unlink()
-                    _say(f"removed {lock}, left by a process that was killed while it built {lock.parent.name}.")
+            if _removed(lock):
+                _say(f"removed {lock}, left by a process that was killed while it built {lock.parent.name}.")
         locks = [lock for lock in locks if lock.exists()]
         if locks and not told and time.monotonic() > since + TOLD_SECONDS:
             told = True
             _say(f"process {_held(locks[0])} holds {locks[0]}: a start that needs {locks[0].parent.name} waits for it.")
         time.sleep(pause if locks else 0)
+
+
+def _removed(lock: Path) -> bool:
+    """Remove a lock that no process holds; whether that was done."""
+    with contextlib.suppress(OSError):
+        before = lock.stat()
+        if not _held(lock) and lock.stat().st_ctime_ns == before.st_ctime_ns:
+            lock.unlink()
+            return True
+    return False
+
+
+def removed() -> list[Path]:
+    """Remove what killed processes of this user left on this machine: build locks, files in shared memory."""
+    locks = [lock for lock in find_locks() if _mine(lock) and _local(lock)]
+    gone = [lock for lock in locks if _removed(lock)]
+    for path in left_in_shared_memory():
+        with contextlib.suppress(OSError):
+            path.unlink()
+            gone.append(path)
+    return gone
+
+
+def left_in_shared_memory() -> list[Path]:
+    """Files of NCCL, torch and DeepSpeed in shared memory that no process has open or mapped: of killed runs.
+
+    They are this user's, and older than a process takes between making one and mapping it.
+    """
+    old = time.time() - _YOUNG_SECONDS
+    found = {}
+    for path in (path for pattern in _SHARED for path in SHARED_MEMORY.glob(pattern)):
+        with contextlib.suppress(OSError):
+            if _mine(path) and path.stat().st_mtime < old:
+                found[str(path)] = path
+    for process in Path("/proc").glob("[0-9]*") if found else ():
+        with contextlib.suppress(OSError):
+            held = {line.split(maxsplit=5)[-1].strip() for line in (process / "maps").open()}
+            held.update(os.readlink(link) for link in (process / "fd").iterdir() if link.is_symlink())
+            for name in held.intersection(found):
+                del found[name]
+    return sorted(found.values())
+
+
+def _mine(path: Path) -> bool:
+    return path.stat().st_uid == os.getuid()
 
 
 def _say(words: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from toolkit.agreed import everyones
+from toolkit.agreed import AgreedError, everyones
 from toolkit.errors import UserError
+from toolkit.records.sizes import size_text
 from toolkit.run import heap, ranks
 from toolkit.run.prepare import PreparedRun
 from toolkit.run.stopping import OUT_OF_MEMORY, abandon
@@ -81,19 +83,51 @@ class Forecast:
 
 
 def make_explainer(prepared: PreparedRun, device: torch.device, forecast: Forecast) -> Explainer:
-    """What explains memory that runs out, with the prediction that it needs before there is none left."""
+    """What explains memory that runs out, with the prediction that it needs before there is none left.
+
+    Raises:
+        AgreedError: the run is predicted not to fit, and --start-anyway is not given.
+    """
     from toolkit.memory.out_of_memory import Explainer
 
     predicted = ranks.from_first(forecast.prediction)
     explainer = Explainer(prepared.folder, ranks.rank(), device, predicted=predicted)
     # A limit may be on one rank only, and only rank 0 is heard.
-    warnings = everyones(explainer.warning())
-    prepared.remarks += [f"rank {rank}: {warning}" for rank, warning in enumerate(warnings) if warning][:1]
+    refusals = _of_ranks(explainer.warning(surely=True))
+    if refusals and not prepared.settings.start_anyway:
+        raise AgreedError(f"{refusals[0].removesuffix('.')}; --start-anyway starts it all the same.")
+    prepared.remarks += _of_ranks(explainer.warning())[:1]
     if any(everyones(explainer.share() > _RISKY)):
         if device.type == "cpu":
             heap.map_large()
         explainer.take_changes(forecast.changes())
     return explainer
+
+
+def _of_ranks(mine: str | None) -> list[str]:
+    return [f"rank {rank}: {said}" for rank, said in enumerate(everyones(mine)) if said]
+
+
+def machines(explainer: Explainer) -> list[str]:
+    """Which ranks are on which machine, and what each rank may have, in a line for each of several machines."""
+    return placement(everyones((socket.gethostname(), explainer.limit)))
+
+
+def placement(found: Sequence[tuple[str, int | None]]) -> list[str]:
+    """The lines, from each rank's machine and limit of memory in bytes."""
+    hosts: dict[str, list[int]] = {}
+    for rank, (host, _) in enumerate(found):
+        hosts.setdefault(host, []).append(rank)
+    if len(hosts) < 2:
+        return []
+    lines = []
+    for host, members in hosts.items():
+        limits = [limit for rank in members if (limit := found[rank][1]) is not None]
+        most = f", at most {size_text(min(limits))} for each" if limits else ""
+        whole = members == list(range(members[0], members[-1] + 1)) and len(members) > 1
+        shown = f"{members[0]} to {members[-1]}" if whole else ", ".join(map(str, members))
+        lines.append(f"{host}: rank{'s' if len(members) > 1 else ''} {shown}{most}")
+    return lines
 
 
 def watch_memory(prepared: PreparedRun, engine: Any, explainer: Explainer) -> Ledger:

@@ -163,6 +163,9 @@ class RunSettings(BaseModel):
         typer.Option(help="What is measured of memory; full traces every allocation of step 3."),
     ] = "summary"
 
+    start_anyway: Annotated[
+        bool, typer.Option("--start-anyway", help="Start a run that is predicted not to fit into memory.")
+    ] = False
     track: Annotated[
         Tracker | None,
         typer.Option(help="Curves of all steps, by one of these packages, beside metrics.jsonl. (default: none)"),
@@ -216,7 +219,7 @@ _PARTS = {
         *("run_dir", "save_every", "keep_last", "keep_every", "resume", "convert_state", "trust_pickle"),
         *("track", "print_json"),
     ),
-    "Memory and arithmetic": ("activations", "loss", "memory_profile", "deterministic"),
+    "Memory and arithmetic": ("activations", "loss", "memory_profile", "start_anyway", "deterministic"),
 }
 """The settings as help shows them."""
 

@@ -15,7 +15,7 @@ from toolkit.run import bad_documents, compiling, deterministic, ranks
 from toolkit.run.engine import build_engine, open_batches, optimizer_step
 from toolkit.run.folder import RunFolder
 from toolkit.run.identity import note_base
-from toolkit.run.memory import Forecast, make_explainer, memory_now, watch_memory
+from toolkit.run.memory import Forecast, machines, make_explainer, memory_now, watch_memory
 from toolkit.run.moment import Moment
 from toolkit.run.pace import Pace
 from toolkit.run.prepare import PreparedRun, claim_folder, prepare
@@ -77,6 +77,8 @@ def train_on_this_rank(
         forecast = Forecast(prepared, device)
         explainer = make_explainer(prepared, device, forecast)
         for line in prepared.lines(device):
+            screen.say(line)
+        for line in machines(explainer):
             screen.say(line)
         screen.say(explainer.words())
         screen.say(compiling.building(prepared.ds))
