@@ -144,6 +144,8 @@ def test_what_is_in_no_group_or_in_two_is_named(caplog: pytest.LogCaptureFixture
     twice = [*model.parameters(), next(model.parameters())]
     with pytest.raises(UserError, match=f"{names[0]!r} is given to the optimizer twice"):
         engine_of(model, config(), model_parameters=twice)
+    model = Net()
+    twice = [*model.parameters(), next(model.parameters())]
     with pytest.raises(AssertionError, match=f"{names[0]} occurs multiple times"):  # DeepSpeed's own
         engine_of(model, config("AdamW", 0), model_parameters=twice)
 
