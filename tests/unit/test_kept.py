@@ -89,7 +89,12 @@ def test_a_key_has_all_that_the_code_follows_from(cache: Path, monkeypatch: pyte
     assert kept.place("a", [torch.zeros(9, BLOCK), None]) == places[0], "one for every number of blocks"
 
 
-def test_nothing_is_kept_where_caches_are_off_and_of_no_gpu() -> None:
+def test_nothing_is_kept_where_caches_are_off_and_of_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept.place("a", [torch.zeros(4, BLOCK, device="meta")]) is None
     with settings.patch(force_disable_caches=True):
         assert kept.place("a", [torch.zeros(4, BLOCK)]) is None
+    # A machine whose GPU compiles the step may have no C++ compiler.
+    asked: list[None] = []
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: asked.append(None) or "g++")
+    assert kept.place("a", [torch.zeros(4, BLOCK, device="meta")]) is None and not asked
+    assert kept.place("a", [torch.zeros(4, BLOCK)]) is not None and asked

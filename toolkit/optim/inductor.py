@@ -239,9 +239,8 @@ def _each_value_once() -> Iterator[None]:
     from torch._inductor.virtualized import V
 
     load, look_up = Pointwise.make_loader, DtypePropagationOpsHandler.__init__
-    loops: dict[
-        int, tuple[Pointwise, Any, dict[Any, Any]]
-    ] = {}  # with what each had, by index, in the loop just written
+    # By id: with the loop that asked last, and the values that it was given, by index.
+    loops: dict[int, tuple[Pointwise, Any, dict[Any, Any]]] = {}
 
     def make_loader(self: Pointwise) -> Callable[[Sequence[Any]], Any]:
         loader = load(self)

@@ -48,6 +48,9 @@ def place(what: str, tensors: Sequence[Any]) -> Path | None:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.utils import parallel_num_threads
 
+    given = [x for x in tensors if isinstance(x, Tensor)]
+    if any(x.device.type != "cpu" for x in given):
+        return None  # before this processor and its compiler are asked, which a GPU's code needs nothing of
     if settings.force_disable_caches or not (settings.fx_graph_cache and hasattr(functorch, "bundled_autograd_cache")):
         return None
     found: list[object] = [SOURCES, what, torch.__version__, torch.version.git_version, platform.python_version()]
@@ -58,13 +61,8 @@ def place(what: str, tensors: Sequence[Any]) -> Path | None:
         settings.get_hash(),
         functorch.get_hash(),
     ]
-    for x in tensors:
-        if not isinstance(x, Tensor):
-            found.append(x)
-        elif x.device.type != "cpu":
-            return None
-        else:
-            found.append((x.dtype, x.stride(), x.shape if x.dim() < 2 else x.shape[1:]))
+    found += [x is None for x in tensors]
+    found += [(x.dtype, x.stride(), x.shape if x.dim() < 2 else x.shape[1:]) for x in given]
     return Path(cache_dir()) / "leanstate" / hashlib.sha256(repr(found).encode()).hexdigest()
 
 

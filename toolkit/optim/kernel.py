@@ -334,9 +334,7 @@ def _write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 @contextmanager
 def _patience(name: str) -> Iterator[None]:
     """Say, once for each machine, what takes so long when the first call does."""
-    words = (
-        "compiling the optimizer step %s, which takes about half a minute on two cores; later runs take it from a cache"
-    )
+    words = "compiling the optimizer step %s: about half a minute on two cores; later runs take it from a cache"
     timer = threading.Timer(PATIENCE_SECONDS, logger.warning, (words, name))
     timer.daemon = True
     if os.environ.get("LOCAL_RANK", "0") == "0":
