@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from toolkit.config.automatic import Shape
 from toolkit.estimate.meta_kernels import attention_of
-from toolkit.memory.storages import StorageTrace
+from toolkit.memory.storages import Lifetime, StorageTrace, changes
 from toolkit.memory.tracker import Tracker
 from toolkit.models import cpu_matmul
 from toolkit.models.activations import host_activations, kept_activations
@@ -73,6 +75,20 @@ class DryRun:
     attention: str
     widens: bool
     """Matrix products are computed in fp32, from tiles of bf16 operands (`toolkit.models.cpu_matmul`)."""
+
+    @functools.cached_property
+    def shape(self) -> Shape:
+        return Shape.of(self.model)
+
+    @functools.cached_property
+    def gradients(self) -> list[Lifetime]:
+        """Of whole parameters, which live on differently under ZeRO."""
+        return [lifetime for lifetime in self.storages.lifetimes if lifetime.parameter is not None]
+
+    @functools.cached_property
+    def others(self) -> dict[str, np.ndarray]:
+        """`toolkit.memory.storages.changes` of all else."""
+        return changes((x for x in self.storages.lifetimes if x.parameter is None), self.storages.now)
 
 
 def dry_run(

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toolkit.config import DeepSpeedSettings
-from toolkit.config.automatic import Shape, automatic, settle
+from toolkit.config.automatic import automatic, settle
 from toolkit.config.batch import Batch
 from toolkit.config.deepspeed import current
 from toolkit.config.files import without_auto
 from toolkit.errors import UserError
 from toolkit.estimate.dry_run import DryRun, dry_run, scaled
 from toolkit.estimate.optimizer_memory import OptimizerMemory, optimizer_memory
+from toolkit.estimate.stretch import dry_run_of
 from toolkit.estimate.zero_step import Step, simulate
 from toolkit.models import load_config
 from toolkit.models.activations import TILEABLE
@@ -135,7 +136,7 @@ class Estimator:
     def _simulate(self, case: Case) -> tuple[DryRun, OptimizerMemory, Step]:
         run = self._dry_run(case)
         on_gpu = case.device == "cuda"
-        config = settle(case.config, lambda: Shape.of(run.model), on_gpu=on_gpu, world_size=case.world_size)
+        config = settle(case.config, lambda: run.shape, on_gpu=on_gpu, world_size=case.world_size)
         ds, batch = DeepSpeedSettings.read(config), Batch(case.micro_batch, case.accumulation, case.world_size)
         optimizer = self._optimizer_memory(case, config, run, ds)
         steps = [
@@ -162,7 +163,7 @@ class Estimator:
             if self.several and case.micro_batch > 3 and case.micro_batch * case.seq_len <= _linear_up_to(case):
                 two, three = (self._dry_run(replace(case, micro_batch=size)) for size in (2, 3))
                 found = scaled(two, three, case.micro_batch)
-            self._passes[key] = found or dry_run(
+            self._passes[key] = found or dry_run_of(
                 case.model,
                 dtype=case.ds.dtype,
                 micro_batch=case.micro_batch,

@@ -26,8 +26,8 @@ class Simulation:
         self.dry_run, self.ds, self.optimizer = dry_run, ds, optimizer
         self.world_size, self.accumulation = batch.world_size, batch.accumulation
         self.buckets, self.width, self.rank, self.on_gpu = ds.buckets, ds.dtype.itemsize, rank, on_gpu
-        # Only gradients live on differently under ZeRO; everything else is the dry run's own.
-        self.lifetimes = [x if x.parameter is None else replace(x) for x in dry_run.storages.lifetimes]
+        self.lifetimes = [replace(x) for x in dry_run.gradients]
+        """Of gradients and of what ZeRO and the optimizer hold; all else is the dry run's own."""
         self.host: dict[str, int] = {c.ACTIVATIONS: dry_run.offloaded} if dry_run.offloaded else {}
         self.nvme: dict[str, int] = {}
         self.unapplied: list[tuple[list[Lifetime], int]] = []

@@ -71,7 +71,7 @@ class _Simulation(Simulation):
         self.opening()
         phases = [*self.dry_run.storages.phases, (c.REDUCE, self.reduced), (c.STEP, self.step)]
         self.step_together()
-        found = curve(self.lifetimes, self.end, phases)
+        found = curve(self.lifetimes, self.end, phases, self.dry_run.others)
         resident = c.bytes_by_category(
             (x.category or c.OTHER, x.bytes) for x in self.lifetimes if x.allocated_at < 0 and x.freed_at is None
         )

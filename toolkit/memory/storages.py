@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -150,22 +151,34 @@ class Curve:
         )
 
 
-def curve(lifetimes: Iterable[Lifetime], moments: int, phases: Sequence[tuple[str, int]]) -> Curve:
-    """Add up `lifetimes`, all of which have a category, over `moments` moments."""
-    changes: dict[str, np.ndarray] = {}
+def changes(lifetimes: Iterable[Lifetime], moments: int) -> dict[str, np.ndarray]:
+    """Bytes that are allocated at each moment, less those that are freed, by category: int64 [moments]."""
+    found: dict[str, np.ndarray] = {}
     for lifetime in lifetimes:
         assert lifetime.category is not None
-        if lifetime.category not in changes:
-            changes[lifetime.category] = np.zeros(moments + 1, dtype=np.int64)
-        change = changes[lifetime.category]
-        start = max(lifetime.allocated_at, 0)
-        end = moments if lifetime.freed_at is None else min(lifetime.freed_at, moments)
-        if end > start:
+        if lifetime.category not in found:
+            found[lifetime.category] = np.zeros(moments, dtype=np.int64)
+        change = found[lifetime.category]
+        start, end = max(lifetime.allocated_at, 0), lifetime.freed_at
+        if start < moments and (end is None or end > start):
             change[start] += lifetime.bytes
-            change[end] -= lifetime.bytes
-    by_category = {name: change.cumsum()[:moments] for name, change in c.in_order(changes).items()}
-    total = np.sum(list(by_category.values()), axis=0) if by_category else np.zeros(moments, dtype=np.int64)
-    return Curve(by_category, total, phases)
+            if end is not None and end < moments:
+                change[end] -= lifetime.bytes
+    return found
+
+
+def curve(
+    lifetimes: Iterable[Lifetime],
+    moments: int,
+    phases: Sequence[tuple[str, int]],
+    others: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Curve:
+    """Add up `lifetimes`, all of which have a category, over `moments` moments; `others`: changes of further ones."""
+    found = changes(lifetimes, moments)
+    for name, change in others.items():
+        found.setdefault(name, np.zeros(moments, dtype=np.int64))[: len(change)] += change
+    total = sum(found.values(), start=np.zeros(moments, dtype=np.int64)).cumsum()
+    return Curve({name: change.cumsum() for name, change in c.in_order(found).items()}, total, phases)
 
 
 def largest_tensors(lifetimes: Iterable[Lifetime], curve: Curve, moment: int) -> list[LargeTensor]:

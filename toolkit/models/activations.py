@@ -100,6 +100,5 @@ def _tile(hf: PreTrainedModel) -> None:
             TiledMLP.adopt(mlp)
     left = sum(not isinstance(mlp, TiledMLP) for mlp in mlps)
     if left:
-        warn_once(
-            logger, "%s: %d of %d blocks are mixtures of experts, which are left as they are", TILED, left, len(mlps)
-        )
+        share = "all" if left == len(mlps) else "some"
+        warn_once(logger, "%s: %s blocks are mixtures of experts, which are left as they are", TILED, share)
