@@ -23,12 +23,12 @@ MODEL = "qwen3-tiny"
 @pytest.mark.parametrize(
     ("name", "stage", "ranks", "seq_len", "activations"),
     [
-        ("AMCS 8bit, bf16+8, released", 3, 1, 8, "full"),
         ("AMCS 8bit, bf16+8", 3, 2, 96, "checkpoint"),
         ("AMCS lean, bf16, released", 2, 1, 8, "full"),
         ("AdamW", 2, 1, 64, "checkpoint"),
         # Of a bucket's parts for other ranks no more than two are there at a time.
         pytest.param("AMCS 8bit, bf16+8", 2, 4, 8, "checkpoint", marks=pytest.mark.slow),
+        pytest.param("AMCS 8bit, bf16+8, released", 3, 1, 8, "full", marks=pytest.mark.slow),
         pytest.param("AMCS compact, bf16+4, released", 3, 1, 8, "full", marks=pytest.mark.slow),
     ],
 )
@@ -56,8 +56,8 @@ def test_the_measured_peak_is_the_predicted_one(
 @pytest.mark.parametrize(
     ("rule", "stage", "phase"),
     [
-        ("Muon8", 1, STEP),
         ("Muon8", 2, BACKWARD),  # where gradients are released
+        pytest.param("Muon8", 1, STEP, marks=pytest.mark.slow),
         pytest.param("Adafactor8", 3, STEP, marks=pytest.mark.slow),
         pytest.param("Lamb8", 2, BACKWARD, marks=pytest.mark.slow),
     ],

@@ -23,6 +23,7 @@ def ratio(name: str, baseline: str) -> float:
     return next(row.counted["ratio"] for row in rows if row.name == name)
 
 
+@pytest.mark.slow
 def test_amcs_step_is_10_times_as_fast_as_ademamix8bit() -> None:
     ratios = []
     for _ in range(RUNS):

@@ -23,6 +23,7 @@ from ranks import environment
 from test_checkpoints import WAYS, World, steps_of
 from transformers import AutoModelForCausalLM
 
+import toolkit
 from toolkit import cli
 from toolkit.checkpoint.export import export
 from toolkit.checkpoint.store import Store
@@ -92,8 +93,30 @@ class Clean:
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Clean:
-    """With a run that Ctrl-C stopped on two ranks and that one rank has continued."""
-    clean = Clean(tmp_path_factory.mktemp("clean"))
+    return Clean(tmp_path_factory.mktemp("clean"))
+
+
+def evaluated(clean: Clean, call: Any) -> None:
+    found = call("eval", str(clean.run), "--plugin", str(clean.place / "where.py"))
+    last = read_metrics(clean.run / "metrics.jsonl")[-1]
+    assert found["step"] == last["step"] and f"{found['loss']:.4f}" == f"{last['val_loss']:.4f}"
+    assert (found["sequences"], found["seq_len"], found["tokens"]) == (6, 32, 192)
+    assert set(clean.where.read_text().split()) == {str(clean.site / "toolkit" / "__init__.py"), toolkit.__file__}
+    assert not clean.built.exists(), "DeepSpeed has built no extension"
+
+
+def test_the_wheel_trains_where_no_checkout_is(clean: Clean, call: Any) -> None:
+    out, _ = clean.call("train", *clean.arguments, "--steps", "4")
+    assert out.startswith("starting 1 rank(s)\n") and "next:" in out
+    assert set(clean.where.read_text().split()) == {str(clean.site / "toolkit" / "__init__.py")}
+    evaluated(clean, call)
+
+
+@pytest.mark.slow
+def test_a_run_that_ctrl_c_stopped_and_that_changed_its_ranks_has_its_validation_loss(
+    tmp_path: Path, call: Any
+) -> None:
+    clean = Clean(tmp_path)
     process, everyone = clean.until_it_steps("--run-dir", str(clean.run))
     metrics = clean.run / "metrics.jsonl"
     # A terminal sends it to the processes in its foreground, of which this is the only one.
@@ -108,17 +131,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Clean:
     assert json.loads((clean.run / "run.json").read_text())["world_size"] == 2
     out, _ = clean.call("train", *clean.arguments, "--steps", str(steps + 2))
     assert out.startswith("starting 1 rank(s)\n") and f"after step {steps}" in out
-    found = set(clean.where.read_text().split())
-    assert found == {str(clean.site / "toolkit" / "__init__.py")}
-    assert not clean.built.exists(), "DeepSpeed has built no extension"
-    return clean
-
-
-def test_a_run_that_changed_its_ranks_has_its_validation_loss(clean: Clean, call: Any) -> None:
-    found = call("eval", str(clean.run), "--plugin", str(clean.place / "where.py"))
-    last = read_metrics(clean.run / "metrics.jsonl")[-1]
-    assert found["step"] == last["step"] and f"{found['loss']:.4f}" == f"{last['val_loss']:.4f}"
-    assert (found["sequences"], found["seq_len"], found["tokens"]) == (6, 32, 192)
+    evaluated(clean, call)
 
 
 @pytest.mark.slow

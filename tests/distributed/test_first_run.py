@@ -110,7 +110,10 @@ def processes(plugin: Path, word: str = "") -> list[list[str]]:
     return [line for line in lines if str(plugin) in " ".join(line) and word in " ".join(line)]
 
 
-@pytest.mark.parametrize("end", ["error", signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "end",
+    ["error", signal.SIGKILL, *(pytest.param(end, marks=pytest.mark.slow) for end in (signal.SIGINT, signal.SIGTERM))],
+)
 def test_nothing_compiles_on_when_the_run_has_ended(settings: list[str], tmp_path: Path, end: Any) -> None:
     plugin = tmp_path / "plugin.py"
     plugin.write_text(f"import runpy\nrunpy.run_path({str(LION)!r})\n{SLEEPING}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,6 +13,14 @@ from ranks import case, run_ranks
 STAGES = (1, 2, 3)
 WORLD_SIZES = (1, 2)
 Results = dict[str, list[dict[str, Any]]]
+
+
+def places(*stages: int) -> Any:
+    """For a test with the fixture `here`; one process does at the other stages much what it does at the second."""
+    slow = pytest.mark.slow
+    found = [(n, stage) for n in WORLD_SIZES for stage in stages]
+    marked = [pytest.param(*place, marks=slow) if place in ((1, 1), (1, 3)) else place for place in found]
+    return pytest.mark.parametrize(("world_size", "stage"), marked)
 
 
 def config(world_size: int, stage: int, params: dict[str, Any], *, accumulation: int = 1, **top: Any) -> dict[str, Any]:
@@ -36,21 +45,28 @@ def same_of(world_size: int, stage: int, params: dict[str, Any], **top: Any) -> 
     return config(world_size, stage, params, gradient_clipping=0.0, **top) | {"train_micro_batch_size_per_gpu": 4}
 
 
-def cases(world_size: int) -> dict[str, dict[str, Any]]:
+def usual(world_size: int) -> dict[str, dict[str, Any]]:
+    """What several tests compare with."""
     made = {}
     for stage in STAGES:
         made[f"same-{stage}"] = case(same_of(world_size, stage, COMPILED), same_data=True, dump=True, full=True)
         if world_size > 2:
             continue
-        for weights in ("fp32", "bf16+16"):
-            made[f"{weights}-{stage}"] = case(
-                config(world_size, stage, {"weights": weights, "compile": False}), steps=1, full=True
-            )
         bare = {"weights": "bf16", "compile": False}
         made[f"bare-{stage}"] = case(same_of(world_size, stage, bare), same_data=True, dump=True, full=True)
         other: dict[str, Any] = {"zero": {"offload_optimizer": {"device": "cpu"}}} if stage == 3 else {}
         again = same_of(world_size, stage, bare | {"release_gradients": stage < 3}, **other)
         made[f"bare-again-{stage}"] = case(again, same_data=True, save_at=2)
+    return made
+
+
+def cases(world_size: int, stages: Iterable[int]) -> dict[str, dict[str, Any]]:
+    made = {}
+    for stage in stages:
+        for weights in ("fp32", "bf16+16"):
+            made[f"{weights}-{stage}"] = case(
+                config(world_size, stage, {"weights": weights, "compile": False}), steps=1, full=True
+            )
         made[f"lean-{stage}"] = case(config(world_size, stage, LEAN), full=True)
         made[f"poison-{stage}"] = case(config(world_size, stage, LEAN), steps=5, poison_at=2)
         made[f"unused-{stage}"] = case(config(world_size, stage, LEAN), unused=True, full=True)
@@ -79,8 +95,22 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
+    """By world size; of one process what is the same at every stage, at the second."""
     folder = tmp_path_factory.mktemp("formats")
-    return {n: run_ranks(folder / str(n), n, cases(n)) for n in (*WORLD_SIZES, 4)}
+    stages = {1: (2,), 2: STAGES, 4: ()}
+    return {n: run_ranks(folder / str(n), n, usual(n) | cases(n, stages[n])) for n in stages}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Of one process at the other stages."""
+    return run_ranks(tmp_path_factory.mktemp("alone"), 1, cases(1, (1, 3)))
+
+
+@pytest.fixture
+def here(request: pytest.FixtureRequest, runs: dict[int, Results], world_size: int, stage: int) -> Results:
+    """What the cases of a place are found in."""
+    return request.getfixturevalue("alone") if (world_size, stage) in ((1, 1), (1, 3)) else runs[world_size]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -121,19 +151,17 @@ def test_bf16_alone_is_rounded_alike_at_every_world_size(runs: dict[int, Results
         assert again == (losses if stage < 3 else pytest.approx(losses, rel=1e-4))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_remainders_of_16_bits_are_fp32_master_weights(runs: dict[int, Results], stage: int, world_size: int) -> None:
-    exact, kept = (runs[world_size][f"{weights}-{stage}"][0]["full"] for weights in ("fp32", "bf16+16"))
+@places(*STAGES)
+def test_remainders_of_16_bits_are_fp32_master_weights(here: Results, stage: int) -> None:
+    exact, kept = (here[f"{weights}-{stage}"][0]["full"] for weights in ("fp32", "bf16+16"))
     assert exact.keys() == kept.keys()
     for name, value in exact.items():
         assert torch.equal(kept[name].view(torch.int32), value.view(torch.int32)), name
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_full_precision_weights_round_to_the_models(runs: dict[int, Results], stage: int, world_size: int) -> None:
-    for rank, found in enumerate(runs[world_size][f"lean-{stage}"]):
+@places(*STAGES)
+def test_full_precision_weights_round_to_the_models(here: Results, stage: int) -> None:
+    for rank, found in enumerate(here[f"lean-{stage}"]):
         if rank:
             assert found["full"] == {}
             continue
@@ -145,7 +173,7 @@ def test_full_precision_weights_round_to_the_models(runs: dict[int, Results], st
             assert not off.any(), name
             finer += (whole != weight.float()).sum().item()
         assert finer > 0.5 * found["parameters"], "most weights have lower bits"
-    ranks = runs[world_size][f"lean-{stage}"]
+    ranks = here[f"lean-{stage}"]
     for found in ranks:
         for key, part in found["parts"].items():
             name, _, cut = key.partition("[")
@@ -156,80 +184,73 @@ def test_full_precision_weights_round_to_the_models(runs: dict[int, Results], st
     )
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_nothing_of_a_lean_run_is_far_from_fp32(runs: dict[int, Results], stage: int, world_size: int) -> None:
-    lean = runs[world_size][f"lean-{stage}"][0]
+@places(*STAGES)
+def test_nothing_of_a_lean_run_is_far_from_fp32(runs: dict[int, Results], here: Results, stage: int) -> None:
+    lean = here[f"lean-{stage}"][0]
     assert lean["losses"] == pytest.approx(runs[1]["lean-2"][0]["losses"], rel=2e-3)
-    assert lean["losses"][0] == runs[world_size][f"fp32-{stage}"][0]["losses"][0]
+    assert lean["losses"][0] == here[f"fp32-{stage}"][0]["losses"][0]
     assert lean["losses"][-1] < lean["losses"][0] - 0.1
 
 
 @pytest.mark.parametrize("name", ["poison", "released-poison"])
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_a_step_with_nan_is_skipped_and_the_next_is_made(runs: dict[int, Results], name: str, world_size: int) -> None:
-    for stage in STAGES:
-        for rank in runs[world_size][f"{name}-{stage}"]:
-            assert rank["skipped"] == 1
-            assert all(math.isfinite(loss) for loss in rank["losses"])
-            assert rank["steps"] == [4], "the skipped step does not count"
-            assert rank["losses"][4] < rank["losses"][0]
+@places(*STAGES)
+def test_a_step_with_nan_is_skipped_and_the_next_is_made(here: Results, name: str, stage: int) -> None:
+    for rank in here[f"{name}-{stage}"]:
+        assert rank["skipped"] == 1
+        assert all(math.isfinite(loss) for loss in rank["losses"])
+        assert rank["steps"] == [4], "the skipped step does not count"
+        assert rank["losses"][4] < rank["losses"][0]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_parameters_without_gradient_only_decay(runs: dict[int, Results], stage: int, world_size: int) -> None:
-    found = runs[world_size][f"unused-{stage}"][0]
-    assert found["losses"] == pytest.approx(runs[world_size][f"lean-{stage}"][0]["losses"], rel=1e-5)
+@places(*STAGES)
+def test_parameters_without_gradient_only_decay(here: Results, stage: int) -> None:
+    found = here[f"unused-{stage}"][0]
+    assert found["losses"] == pytest.approx(here[f"lean-{stage}"][0]["losses"], rel=1e-5)
     assert "2 without a gradient so far: unused.weight, unused.bias;" in found["audit"]
     weight = found["full"]["unused.weight"]
     assert weight.isfinite().all() and 0 < weight.abs().max() < 0.2
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_other_ways_to_the_same_step(runs: dict[int, Results], stage: int) -> None:
+@places(*STAGES)
+def test_other_ways_to_the_same_step(here: Results, stage: int) -> None:
     """Overlapped reduction changes no bit; accumulation and the host change the order of sums at most."""
-    for world_size in WORLD_SIZES:
-        found = runs[world_size]
-        assert found[f"overlap-{stage}"][0]["losses"] == found[f"lean-{stage}"][0]["losses"]
-        if stage > 1:
-            assert found[f"offload-{stage}"][0]["losses"] == pytest.approx(
-                found[f"lean-{stage}"][0]["losses"], rel=1e-4
-            )
-            assert set(found[f"offload-{stage}"][0]["full"]) == set(found[f"lean-{stage}"][0]["full"])
-        for way in ("accumulated", "accumulated-fp32") if stage > 1 else ("accumulated",):
-            accumulated = found[f"{way}-{stage}"][0]["losses"]
-            assert accumulated == pytest.approx(found[f"lean-{stage}"][0]["losses"], rel=2e-3), way
+    lean = here[f"lean-{stage}"][0]
+    assert here[f"overlap-{stage}"][0]["losses"] == lean["losses"]
+    if stage > 1:
+        assert here[f"offload-{stage}"][0]["losses"] == pytest.approx(lean["losses"], rel=1e-4)
+        assert set(here[f"offload-{stage}"][0]["full"]) == set(lean["full"])
+    for way in ("accumulated", "accumulated-fp32") if stage > 1 else ("accumulated",):
+        assert here[f"{way}-{stage}"][0]["losses"] == pytest.approx(lean["losses"], rel=2e-3), way
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_released_gradients_take_the_same_step(runs: dict[int, Results], stage: int, world_size: int) -> None:
-    held, released = (runs[world_size][f"unclipped-{name}-{stage}"][0] for name in ("held", "released"))
+@places(*STAGES)
+def test_released_gradients_take_the_same_step(
+    runs: dict[int, Results], here: Results, world_size: int, stage: int
+) -> None:
+    held, released = (here[f"unclipped-{name}-{stage}"][0] for name in ("held", "released"))
     assert released["losses"] == held["losses"]
     assert released["grad_norm"] == pytest.approx(float(held["grad_norm"]), rel=1e-5)
     for name, value in held["full"].items():
         assert torch.equal(released["full"][name], value), name
     assert held["held"].keys() == released["held"].keys()
     assert all(torch.equal(released["held"][key], value) for key, value in held["held"].items()), "padding included"
-    clipped = runs[world_size][f"released-{stage}"][0]["losses"]
+    clipped = here[f"released-{stage}"][0]["losses"]
     assert clipped[-1] < clipped[0] - 0.3
     assert clipped == pytest.approx(runs[world_size]["released-2"][0]["losses"], rel=1e-3)
-    assert runs[world_size][f"released-saved-{stage}"][0]["losses"] == clipped, "a checkpoint keeps the norm, too"
+    assert here[f"released-saved-{stage}"][0]["losses"] == clipped, "a checkpoint keeps the norm, too"
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_no_backward_pass_sees_a_new_weight(runs: dict[int, Results], world_size: int) -> None:
+@places(3)
+def test_no_backward_pass_sees_a_new_weight(here: Results) -> None:
     """Weights are gathered for the forward pass, once more to compute blocks again, and tied at both ends."""
-    held, released = (runs[world_size][f"gathered-{name}"][0] for name in ("held", "released"))
+    held, released = (here[f"gathered-{name}"][0] for name in ("held", "released"))
     assert released["losses"] == held["losses"] and held["losses"][-1] < held["losses"][0] - 0.1
     for name, value in held["full"].items():
         assert torch.equal(released["full"][name], value), name
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_one_momentum_and_4_bit_states(runs: dict[int, Results], stage: int, world_size: int) -> None:
-    for rank in runs[world_size][f"single-{stage}"]:
+@places(2, 3)
+def test_one_momentum_and_4_bit_states(here: Results, stage: int) -> None:
+    for rank in here[f"single-{stage}"]:
         assert set(rank["state_bytes"]) == {"m", "v", "remainder"}
         assert rank["losses"][-1] < rank["losses"][0] - 0.3

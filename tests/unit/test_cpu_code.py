@@ -103,6 +103,7 @@ def test_a_step_is_one_loop_in_vector_registers(case: int) -> None:
     assert done.stdout.strip() == good
 
 
+@pytest.mark.slow
 def test_a_value_that_is_written_once_gives_the_same_code() -> None:
     """In halves of blocks, where what is used twice is written the most often."""
     case = (LOMORule, "8bit", "bf16+4")

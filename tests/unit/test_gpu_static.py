@@ -27,7 +27,7 @@ FEW = [Case(AMCSRule, "8bit", "bf16+8"), Case(AMCSRule, "compact", "bf16+4"), Ca
 """What most runs have, with codes of 8 and of 4 bits and without remainders; the whole product takes minutes."""
 
 OTHERS = [Case(AMCSSingleRule, "4bit", "fp32"), Case(SOAMRule, "minimal", "bf16"), Case(SOAMRule, "fp32", "bf16+16")]
-"""With them, every rule, format and way of keeping weights at least once."""
+"""With FEW, every rule, format and way of keeping weights at least once."""
 
 MOST = {FEW[0]: 120, Case(RULES["AdamW8"].rule, "8bit", "bf16+8"): 95}
 """Instructions an element that a step takes at most, at the launch configuration that is chosen."""
@@ -67,7 +67,9 @@ def scales(case: Case) -> set[str]:
     return {f"arg{number}_1" for number, x in enumerate(flat) if x.shape[1] == 1}
 
 
-@pytest.mark.parametrize("case", list(dict.fromkeys([*FEW, *MOST])), ids=str)
+@pytest.mark.parametrize(
+    "case", [*MOST, *(pytest.param(case, marks=pytest.mark.slow) for case in FEW if case not in MOST)], ids=str
+)
 def test_a_step_is_one_kernel_without_intermediates_and_spills(case: Case) -> None:
     check(case)
 
@@ -101,7 +103,9 @@ def test_a_pass_over_whole_parameters_is_one_kernel(name: str, function: str, st
         assert code.spilled == code.stack == 0 and code.registers <= 128
 
 
-@pytest.mark.parametrize("cases", [FEW, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["few", "others"])
+@pytest.mark.parametrize(
+    "cases", [FEW[:2], pytest.param(FEW[2:] + OTHERS, marks=pytest.mark.slow)], ids=["few", "others"]
+)
 def test_the_kernel_gives_the_eager_numbers(cases: list[Case], tmp_path: Path) -> None:
     """In Triton's interpreter: the same codes and weights."""
     file = tmp_path / "cases.pickle"

@@ -60,7 +60,10 @@ def final_loss(rule: Any, batches: tuple[list[torch.Tensor], torch.Tensor], **se
     return before, validate()
 
 
-@pytest.mark.parametrize(("rule", "settings"), [(AMCS, {"lr": 2e-3, "total_steps": STEPS}), (SOAM, {"lr": 2e-3})])
+@pytest.mark.parametrize(
+    ("rule", "settings"),
+    [(AMCS, {"lr": 2e-3, "total_steps": STEPS}), pytest.param(SOAM, {"lr": 2e-3}, marks=pytest.mark.slow)],
+)
 def test_8_bit_state_trains_as_well_as_fp32(
     rule: Any, settings: dict[str, Any], batches: tuple[list[torch.Tensor], torch.Tensor]
 ) -> None:
