@@ -21,6 +21,7 @@ from toolkit.run.pace import Pace
 from toolkit.run.prepare import PreparedRun, claim_folder, prepare
 from toolkit.run.range_test import find_rate
 from toolkit.run.resume import checkpoint_facts, make_saver, restore
+from toolkit.run.routers import Routers
 from toolkit.run.screen import Screen
 from toolkit.run.settings import AUTO, RunSettings
 from toolkit.run.start import Start, find_start
@@ -162,6 +163,7 @@ class Run:
         self._rule = rule_optimizer(self.engine)
         self._wire, self._sent = Wire(), dict[str, int]()
         self._pace = Pace(self.engine, prepared.ds.stage)
+        self._routers = Routers(self.engine)
         self._skipped_in_a_row = 0
         self._behind = steps_behind(self.engine.device)
         self._made: deque[Callable[[], tuple[dict[str, Any], bool]]] = deque()
@@ -228,6 +230,7 @@ class Run:
         paced = self._pace.step(waited)
         largest = [memory_now(ledger), self.stop.requested, waited]
         over_ranks = ranks.mean_max_later([mine], largest, engine.device)
+        routed = self._routers.step()
         ended = Moment(engine.device)
         norm = engine.get_global_grad_norm()
         norm_read = HostCopy(norm).wait if isinstance(norm, torch.Tensor) else lambda: norm
@@ -251,6 +254,7 @@ class Run:
                 "lr": lr,
                 "grad_norm": None if norm is None else float(norm),
                 **reported,
+                **routed(),
                 **{"sequences": self.batch.total, "tokens": tokens},
                 "tokens_per_s": tokens / seconds,
                 "step_time_s": seconds,
