@@ -1,4 +1,5 @@
-"""One rank that builds models and engines: which weights they have before the first step, and which rank is slow."""
+"""One rank that builds models and engines: which weights they have before the first step, which rank
+is slow, and which experts the tokens of a step are sent to."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from torch import nn
 import toolkit
 from toolkit.config import DeepSpeedSettings
 from toolkit.models import build_model
+from toolkit.records.activations import Activations
 from toolkit.run.pace import Pace
+from toolkit.run.routers import Routers
 from toolkit.zero.places import places
 
 
@@ -71,9 +74,39 @@ def pace(folder: str, config: dict[str, Any], seconds: float) -> dict[str, float
     return {"alone": known.median(), "passes": sorted(passes[2:])[2]}
 
 
+def routed(folder: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each step what is counted, and the experts of each token by the logits of the routers, by layer."""
+    stage, rank = config["zero_optimization"]["stage"], torch.distributed.get_rank()
+    model = build_model(
+        folder,
+        dtype=torch.bfloat16,
+        seed=11,
+        zero3_config=config if stage == 3 else None,
+        activations=Activations.read("checkpoint"),  # which runs the experts again in the backward pass
+    )
+    engine, *_ = toolkit.initialize(model=model, config=config, total_steps=6)
+    routers, found = Routers(engine), []
+    draw = torch.Generator().manual_seed(rank)
+    for _ in range(2):
+        chosen: list[list[int]] = [[], []]
+        for _ in range(config["gradient_accumulation_steps"]):
+            tokens = torch.randint(0, 96, (1, 9), generator=draw)
+            engine.eval()
+            with torch.no_grad():
+                engine(tokens)  # not training: not counted
+                logits = model.hf(tokens[:, :-1], output_router_logits=True).router_logits
+            engine.train()
+            for layer, of in enumerate(logits):
+                chosen[layer] += of.float().softmax(-1).topk(2).indices.flatten().tolist()
+            engine.backward(engine(tokens))
+            engine.step()
+        found.append({"counted": routers.step()(), "chosen": chosen})
+    return found
+
+
 if __name__ == "__main__":
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     toolkit.register()
-    answer({"build": build, "pace": pace})
+    answer({"build": build, "pace": pace, "routed": routed})
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

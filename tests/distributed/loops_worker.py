@@ -6,11 +6,14 @@ process with all batches, in units of the largest mean way that a parameter shou
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -21,6 +24,7 @@ from deepspeed.utils import (
 )
 from ranks import answer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import toolkit
 from toolkit.errors import UserError
@@ -61,8 +65,8 @@ class Run:
 
     def __init__(self, kind: str, net: Callable[[], nn.Module] = Net) -> None:
         self.stage, how = int(kind[0]), kind[1:]
-        self.dtype = torch.float32 if not how else torch.bfloat16
-        params = PARAMS | {"weights": "bf16+16" if how else "fp32"}
+        self.dtype = {"": torch.float32, "fp16": torch.float16}.get(how, torch.bfloat16)
+        params = PARAMS | {"weights": "bf16+16" if self.dtype == torch.bfloat16 else "fp32"}
         params |= {"release_gradients": True} if how == "released" else {}
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": 1500}
         zero |= {"offload_optimizer": {"device": "cpu"}} if how == "offload" else {}
@@ -74,7 +78,8 @@ class Run:
             "gradient_clipping": 0.0,
             "steps_per_print": 10**9,
         }
-        config |= {"bf16": {"enabled": True}} if how else {}
+        config |= {"bf16": {"enabled": True}} if self.dtype == torch.bfloat16 else {}
+        config |= {"fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}} if how == "fp16" else {}
         self.engine, *_ = toolkit.initialize(model=net(), config=config)
         self.plain = net()
         self.optimizer = RULES["AdamW8"](param_groups(self.plain), **PARAMS)
@@ -110,7 +115,8 @@ class Run:
             return {name: param.detach().float().clone() for name, param in self.engine.module.named_parameters()}
 
     def off(self) -> float:
-        found, wanted = self.weights(), dict(self.plain.named_parameters())
+        found = self.weights()
+        wanted = {name: value for name, value in self.plain.named_parameters() if value.numel()}
         moved = max((value - self.start[name]).abs().mean().item() for name, value in wanted.items())
         return max((found[name] - value).abs().mean().item() for name, value in wanted.items()) / moved
 
@@ -237,6 +243,74 @@ def finish(model: Any, run: Run, loss: Tensor) -> None:
         run.step()
 
 
+class Odd(nn.Module):
+    """Parameters that are tied, empty or not in the usual order of memory, in parts that are computed again."""
+
+    def __init__(self, parts: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.parts = parts
+        """Whether the gradient of the tied weight comes in parts."""
+        self.inp, self.head = nn.Linear(16, 32), nn.Linear(32, 7)
+        self.mlp, self.tied = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.tied.weight = self.mlp.weight
+        self.conv = nn.Conv2d(4, 4, 3, padding=1).to(memory_format=torch.channels_last)
+        self.nothing = nn.Parameter(torch.zeros(0, 32))
+
+    def forward(self, x: Tensor, last: bool = True) -> Tensor:
+        h = self.inp(x)
+        h = checkpoint(lambda h: h + self.mlp(h).tanh(), h, use_reentrant=self.parts)
+        h = checkpoint(lambda h: h + self.tied(h).tanh(), h, use_reentrant=False)
+        h = checkpoint(self.convolved, h, use_reentrant=True)
+        return self.head(h + self.nothing.sum()).float().square().mean()
+
+    def convolved(self, h: Tensor) -> Tensor:
+        seen = h.view(-1, 4, 4, 2).contiguous(memory_format=torch.channels_last)
+        return h + self.conv(seen).reshape(h.shape)
+
+
+def odd(kind: str) -> dict[str, Any]:
+    """A model of unusual parameters; evaluated between forward and backward pass; micro-batches of the loop's own."""
+    run = Run(kind, partial(Odd, parts=kind < "3"))
+    run.both(0)
+    loss = run.forward(1)
+    run.engine.eval()
+    with torch.no_grad():
+        run.forward(7)
+    run.engine.train()
+    run.engine.backward(loss)
+    run.engine.step()
+    run.backward(1)
+    run.step()
+    for last in (False, True):
+        run.engine.set_gradient_accumulation_boundary(last)
+        run.engine.backward(run.forward(2 + last))
+        run.engine.step()
+        run.backward(2 + last)
+    run.step()
+    if run.stage == 0:
+        with run.engine.no_sync():
+            run.engine.backward(run.forward(4))
+        run.backward(4)
+    run.both(5)
+    return {"off": run.off()}
+
+
+def scaled(kind: str) -> dict[str, Any]:
+    """fp16 with a loss scale that is too large at first; the plain loop is in fp32 and skips the same steps."""
+    run, made, norms = Run(kind), 0, []
+    for _ in range(9):
+        run.engine.backward(run.forward(made))
+        run.engine.step()
+        if run.engine.was_step_applied():
+            run.backward(made)
+            plain = torch.cat([param.grad.flatten() for param in run.plain.parameters() if param.grad is not None])
+            norms.append(float(run.engine.get_global_grad_norm()) / plain.norm().item())
+            run.step()
+            made += 1
+    return {"off": run.off(), "made": made, "norms": norms}
+
+
 def refused(kind: str) -> dict[str, str]:
     """What cannot be done right, and what is said of it; then a new engine takes over."""
     run = Run(kind)
@@ -250,6 +324,21 @@ def refused(kind: str) -> dict[str, str]:
         run.engine.backward(run.forward(1))
         found["dropped"] = said(run.engine.zero_grad)
         found["gradient"] = said(lambda: safe_get_full_grad(model.mlp.weight))
+    else:
+        for key, value in (("state_format", "8bit"), ("weights", "bf16+4")):
+            group = run.engine.optimizer.param_groups[0]
+            group[key], was = value, group[key]
+            run.engine.backward(run.forward(1))
+            found[key] = said(run.engine.step)
+            group[key] = was
+    found["no_sync"] = said(run.engine.no_sync)
+    found["engine"] = said(lambda: copy.deepcopy(run.engine))
+    if run.stage == 3:
+        found["model"] = said(lambda: copy.deepcopy(model))
+        parts = Run("3", partial(Odd, parts=True))
+        found["parts"] = said(lambda: parts.engine.backward(parts.forward(0)))
+        mixed = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).bfloat16())
+        found["mixed"] = said(lambda: toolkit.initialize(model=mixed, config=parts.engine._config._param_dict))
     one, other = nn.Linear(4, 4), nn.Linear(4, 4)
     other.weight = nn.Parameter(one.weight.data)
     scale = nn.ParameterList([nn.Parameter(torch.tensor(1.0))])
@@ -271,6 +360,8 @@ def said(call: Callable[[], Any]) -> str:
 if __name__ == "__main__":
     toolkit.register()
     deepspeed.init_distributed(verbose=False)
-    answer({one.__name__: one for one in (weights_set, state_set, gradients_set, twice, adversarial, refused)})
+    get_accelerator().is_fp16_supported = lambda: True
+    loops = (weights_set, state_set, gradients_set, twice, adversarial, odd, scaled, refused)
+    answer({one.__name__: one for one in loops})
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

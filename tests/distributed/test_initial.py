@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -71,7 +72,10 @@ def started(models: dict[str, tuple[str, bool]], tmp_path_factory: pytest.TempPa
             for stage in STAGES
         ]
         paces = [asleep | {"config": config(stage)} for stage in STAGES] if ranks == 2 else []
-        return launch(tmp_path_factory.mktemp("ranks"), ranks, WORKER, {"steps": builds + paces})
+        twice = {"gradient_accumulation_steps": 2}
+        routed = [{"routed": models["experts"][0], "config": config(stage) | twice} for stage in STAGES]
+        steps = builds + paces + (routed if ranks == 2 else [])
+        return launch(tmp_path_factory.mktemp("ranks"), ranks, WORKER, {"steps": steps})
 
     return found
 
@@ -100,6 +104,31 @@ def test_weights_are_the_seeds_on_every_rank(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_slow_rank_is_told_from_those_that_wait_for_it(stage: int, started: Callable[[int], Results]) -> None:
-    quick, slow = (rank[STAGES.index(stage) - len(STAGES)] for rank in started(2))
+    quick, slow = (rank[STAGES.index(stage) - 2 * len(STAGES)] for rank in started(2))
     assert slow["alone"] > quick["alone"] + 0.5 * SECONDS
     assert stage == 2 or quick["passes"] > 0.5 * SECONDS, "it does not wait for the other in its forward pass"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_tokens_of_experts_are_counted_over_micro_batches_and_ranks(
+    stage: int, started: Callable[[int], Results]
+) -> None:
+    ranks: list[Any] = [rank[STAGES.index(stage) - len(STAGES)] for rank in started(2)]
+    for first, second in zip(*ranks, strict=True):
+        counted = first["counted"]
+        assert counted == second["counted"]
+        assert counted["routers"]["layers"] == ["0", "1"]
+        unused = 0
+        for layer in range(2):
+            tokens = first["chosen"][layer] + second["chosen"][layer]
+            assert len(tokens) == 2 * 2 * 2 * 8  # ranks, micro-batches, experts of a token, tokens that have a next one
+            shares = [tokens.count(expert) / len(tokens) for expert in range(4)]
+            of = {name: column[layer] for name, column in counted["routers"].items()}
+            assert of["busiest"] == pytest.approx(4 * max(shares), rel=1e-3)
+            assert of["idlest"] == pytest.approx(4 * min(shares), rel=1e-3)
+            entropy = -sum(share * math.log(share) for share in shares if share)
+            assert of["evenness"] == pytest.approx(entropy / math.log(4), rel=1e-3)
+            assert of["unused"] == shares.count(0)
+            unused += shares.count(0)
+        assert counted["expert_load"] == max(counted["routers"]["busiest"])
+        assert counted["experts_unused"] == unused

@@ -14,7 +14,9 @@ KINDS = {
     "gradients_set": ("1", "2offload", "3cut"),
     "twice": ("1", "2bf16", "3", "3cut"),
     "adversarial": ("1", "2bf16", "3"),
-    "refused": ("1", "2released", "3released"),
+    "odd": ("0", "1", "2", "3"),
+    "scaled": ("0fp16", "2fp16"),
+    "refused": ("1", "2released", "3", "3released"),
 }
 
 
@@ -69,6 +71,20 @@ def test_two_engines_train_against_each_other(runs: dict[str, Any], kind: str) -
         assert rank["off"] < near(kind)
 
 
+@pytest.mark.parametrize("kind", KINDS["odd"])
+def test_unusual_parameters_and_loops_train_as_without_deepspeed(runs: dict[str, Any], kind: str) -> None:
+    for rank in runs[f"odd-{kind}"]:
+        assert rank["off"] < near(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS["scaled"])
+def test_a_loss_scale_that_is_too_large_skips_steps_and_changes_none(runs: dict[str, Any], kind: str) -> None:
+    for rank in runs[f"scaled-{kind}"]:
+        assert 0 < rank["made"] < 9
+        assert rank["off"] < 0.05
+        assert rank["norms"] == pytest.approx([1.0] * rank["made"], rel=0.02)
+
+
 @pytest.mark.parametrize("kind", KINDS["refused"])
 def test_what_would_train_wrongly_is_refused(runs: dict[str, Any], kind: str) -> None:
     says = {
@@ -78,8 +94,15 @@ def test_what_would_train_wrongly_is_refused(runs: dict[str, Any], kind: str) ->
         "gradient": "the gradient of mlp.weight is gone",
         "scalar": "parameter '0' has no dimensions",
         "memory": "0.weight and 1.weight are two parameters in one memory",
+        "state_format": "AdamW8, parameter group 0: state_format was 'm fp32, v fp32' when the optimizer was made",
+        "weights": "AdamW8, parameter group 0: weights was ",
+        "no_sync": "engine.no_sync() works at stage 0 only",
+        "engine": "an engine cannot be copied",
+        "model": "parameter 'inp.weight' cannot be copied at stage 3",
+        "parts": "'mlp.weight': its gradient comes in parts",
+        "mixed": "stage 3 trains parameters of one type, but ",
     }
     for rank in runs[f"refused-{kind}"]:
-        assert len(rank) == (6 if "released" in kind else 4)
+        assert len(rank) == 8 + 3 * (kind[0] == "3")
         for name, text in rank.items():
             assert text.startswith(says[name]) and "\n" not in text

@@ -1,4 +1,7 @@
-"""On a GPU a step is read after the next one has been queued; here a CPU does so, and nothing else may change."""
+"""On a GPU a step is read after the next one has been queued; here a CPU does so, and nothing else may change.
+
+And the steps at which a run saves where writing is slow (`test_due.py`).
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,25 @@ for behind, stop_at, name in ((0, None, "at once"), (1, 3, "later")):
     training.steps_behind = lambda device: behind
     settings = parse([*line.split(), *"--steps 7 --eval-every 3 --save-every 3 --run-dir".split(), str(folder / name)])
     toolkit.train.train(settings)
+
+import time
+import toolkit.checkpoint.files as files
+from toolkit.checkpoint.store import Store
+
+write, store, stop_at, at_risk = files.save, Store(folder / "slow" / "checkpoints"), None, []
+
+def slowly(*args, **kwargs):
+    time.sleep(0.4)
+    return write(*args, **kwargs)
+
+def noted(engine, *rest):
+    at_risk.append(engine.global_steps + 1 - max(store.steps(), default=0))
+    return step(engine, *rest)
+
+files.save, training.optimizer_step, training.steps_behind = slowly, noted, lambda device: 0
+more = "--steps 30 --eval-every 0 --save-every 20 --keep-last 9 --run-dir"
+toolkit.train.train(parse([*line.split(), *more.split(), str(folder / "slow")]))
+print(json.dumps([at_risk, sorted(store.steps())]))
 """
 
 
@@ -43,6 +65,10 @@ def test_records_saves_and_stops_are_those_of_steps_that_are_read_at_once(tmp_pa
     command = [sys.executable, "-c", WORKER, str(tmp_path), str(data)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
+
+    at_risk, saved = json.loads(ended.stdout.splitlines()[-1])
+    assert (saved[0], saved[-1]) == (18, 30)  # a tenth of 20 early; then as early as this machine's steps are quick
+    assert len(at_risk) == 30 and max(at_risk) <= 20  # the step that is made among them
 
     def records(name: str) -> list[dict[str, object]]:
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

@@ -19,7 +19,7 @@ from toolkit.models.activations import keep_activations
 from toolkit.models.lora import adapt
 from toolkit.models.loss import CHUNKABLE, IGNORED, LOSSES, LossHead, plain_loss
 from toolkit.models.masks import additive_masks
-from toolkit.models.presets import Preset, first_line, load_config
+from toolkit.models.presets import Preset, first_line, folder_of, load_config
 from toolkit.printable import warn_once
 from toolkit.records.activations import Activations
 from toolkit.records.lora import LoRA
@@ -113,7 +113,7 @@ def build_model(
                 f"the checkpoint in {name_or_folder!r} has a vocabulary of {config.vocab_size}, not "
                 f"{vocab_size}: its size cannot be changed while loading."
             )
-        hf = load_pretrained(Path(name_or_folder).expanduser(), dtype, zero3_config)
+        hf = load_pretrained(folder_of(name_or_folder), dtype, zero3_config)
     else:
         config.vocab_size = vocab_size or config.vocab_size
         hf = skeleton(config, dtype)

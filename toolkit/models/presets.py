@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +134,16 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+_HUB_NAME = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]*\w")
+"""owner/name."""
+
+
 def load_config(name_or_folder: str) -> tuple[PretrainedConfig, Preset | None]:
     """The configuration of a preset, or of the causal language model whose ``config.json`` (or its folder) is given.
 
-    Returns a fresh configuration object and the preset, or None for a folder. Nothing is downloaded and no
-    code from the folder is run. Raises UserError for an unknown name, a missing folder, an unreadable
-    ``config.json`` and a model that does not predict the next token.
+    Also a name of the hub (owner/name), if this machine's cache has it. Returns a fresh configuration object and the
+    preset, or None for a folder. Nothing is downloaded and no code from the folder is run. Raises UserError for an
+    unknown name, a missing folder, an unreadable ``config.json`` and a model that does not predict the next token.
     """
     preset = PRESETS.get(name_or_folder)
     if preset is not None:
@@ -155,7 +160,10 @@ def check_name(name_or_folder: str) -> None:
 
 
 def folder_of(name_or_folder: str) -> Path:
-    """The folder of a model that is no preset. Raises UserError if there is none."""
+    """The folder of a model that is no preset: its own, or that of a name of the hub in this machine's cache.
+
+    Nothing is downloaded. Raises UserError if there is none.
+    """
     folder = Path(name_or_folder).expanduser()
     if folder.name == "config.json" and folder.is_file():
         folder = folder.parent
@@ -165,11 +173,26 @@ def folder_of(name_or_folder: str) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"model {name_or_folder!r} is a file: give its config.json, or the folder that holds it.")
+    if _HUB_NAME.fullmatch(name_or_folder):
+        return _cached(name_or_folder)
     if "/" in name_or_folder or "\\" in name_or_folder or name_or_folder.startswith((".", "~")):
         raise UserError(f"model folder {name_or_folder!r} does not exist.")
     raise UserError(
         f"unknown model {name_or_folder!r}: expected one of {', '.join(PRESETS)}, or a folder with a "
         f"config.json.{nearest(name_or_folder, PRESETS)}"
+    )
+
+
+def _cached(name: str) -> Path:
+    """What a cache of the hub's files has as the newest of model `name` (`HF_HOME`, `HF_HUB_CACHE`)."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str):
+        return Path(found).parent
+    raise UserError(
+        f"model folder {name!r} does not exist, and the Hugging Face hub's cache ({constants.HF_HUB_CACHE}) has no "
+        f"such model; `hf download {name}` puts it there.{nearest(name.partition('/')[2], PRESETS)}"
     )
 
 

@@ -17,22 +17,14 @@ from toolkit.optim.arguments import OPTIONS, as_list, bind, check_tensor, fields
 from toolkit.optim.kernel import step_function
 from toolkit.optim.purity import check_declared, check_pure, with_defaults
 from toolkit.optim.rule import Rule, State, all_states, check_component, looks_at
-from toolkit.optim.saved import fill
+from toolkit.optim.saved import Settled, check_settled, fill, settled
 from toolkit.optim.scalars import KnownScalars, in_one_tensor
 from toolkit.optim.schedules import check_setting, moves, value_at
 from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.optim.together import Found, step_together
 from toolkit.state.codecs import BLOCK, FACTORED
-from toolkit.state.layout import (
-    REMAINDER,
-    Layout,
-    check_weights,
-    kept_whole,
-    layout,
-    state_formats,
-    state_of,
-)
+from toolkit.state.layout import REMAINDER, Layout, check_weights, kept_whole, layout, state_formats, state_of
 from toolkit.state.remainders import MASTER, Remainder
 from toolkit.state.sharding import Fragment, whole_shape
 
@@ -67,6 +59,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[type[Rule]]
+    settled: tuple[Settled, ...] = ()
+    """What the groups were made with and state is kept in; empty in a copy."""
     _allocate_only: ClassVar[bool] = False
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -107,6 +101,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             made.append(self._settle(group | {"params": small, "matrix": False}, where, exact=bool(small)))
         for one in made:
             super().add_param_group(one)
+            self.settled += (settled(one),)
 
     def _settle(self, group: dict[str, Any], where: str, exact: bool = False) -> dict[str, Any]:
         """A parameter group with all that its rule and the options settle; `exact`: state is fp32."""
@@ -149,6 +144,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}: release_gradients works under DeepSpeed's ZeRO stages 1, 2 and 3 only, "
                 "through toolkit.initialize or toolkit.register"
             )
+        check_settled(self)
         known: KnownScalars = {}
         ones: dict[torch.device, Tensor] = {}
         together: list[tuple[Tensor, Member]] = []

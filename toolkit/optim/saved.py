@@ -1,4 +1,4 @@
-"""State that was saved, taken over as it is."""
+"""State that is kept or was saved, and what it is kept in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.state.layout import dtype_name
+from toolkit.errors import UserError
+from toolkit.state.layout import dtype_name, format_text
+
+Settled = tuple[dict[str, str], str]
+"""Of a parameter group: the format of each state, and how weights are kept."""
+
+
+def settled(group: Mapping[str, Any]) -> Settled:
+    return dict(group["state_format"]), group["weights"]
+
+
+def check_settled(optimizer: Any) -> None:
+    """Raise UserError if a parameter group says that state or weights are kept otherwise than they are."""
+    for number, (group, kept) in enumerate(zip(optimizer.param_groups, optimizer.settled, strict=False)):
+        for key, was in zip(("state_format", "weights"), kept, strict=True):
+            if group[key] != was:
+                raise UserError(
+                    f"{type(optimizer).__name__}, parameter group {number}: {key} was {format_text(was)!r} when the "
+                    f"optimizer was made and is {group[key]!r} now, which changes nothing that is kept; make another "
+                    "optimizer with it, or resume a checkpoint with --convert-state"
+                )
 
 
 def fill(state: dict[str, Any], saved: Mapping[str, Any], number: int, dtype: torch.dtype) -> None:

@@ -91,6 +91,20 @@ class Slowest(Record):
     """By how much, of what the median of the others takes."""
 
 
+class ExpertLayer(Record):
+    """How a layer's tokens were shared out among its experts, over all ranks, in a mean step of the last `over`."""
+
+    layer: str
+    busiest: float
+    """Tokens of the expert with most of them, over the mean of all; 1 is an even share."""
+    idlest: float
+    evenness: float
+    """Entropy of the shares over its maximum."""
+    unused: float
+    """Experts that got no token."""
+    over: int
+
+
 class Training(Record):
     """How the run went."""
 
@@ -120,6 +134,8 @@ class Training(Record):
     """Share of the steps' time that the slowest rank waited for data."""
     slowest: Slowest | None
     """The rank for which the others wait, where there is one."""
+    experts: list[ExpertLayer]
+    """Empty for a model without experts."""
     nonfinite_steps: list[int]
     skipped_steps: int
     curve: LossCurve

@@ -27,6 +27,7 @@ _OUT_OF_MEMORY = re.compile(r"rank(\d+)-out-of-memory\.(json|md)")
 _DIGITS = 18
 _FP32_MAX = 3.4028235e38
 _Count = Annotated[int, Field(ge=0, le=10**_DIGITS)]
+_Load = Annotated[float, Field(ge=0, le=_FP32_MAX)]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -71,8 +72,24 @@ class SummaryFile(_Written):
     interrupted: bool = False
     peak_memory_bytes: int | None = None
     memory_kind: str = ""
-    forward_seconds: list[Annotated[float, Field(ge=0, le=_FP32_MAX)]] = []
+    forward_seconds: list[_Load] = []
     """Of a step, by rank: what it takes for its forward passes, and waits for their data."""
+
+
+class Routers(_Written):
+    """Of each layer of experts; `toolkit/run/routers.py` says what."""
+
+    layers: list[str]
+    busiest: list[_Load]
+    idlest: list[_Load]
+    evenness: list[_Load]
+    unused: list[_Count]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Routers:
+        if len({len(self.layers), len(self.busiest), len(self.idlest), len(self.evenness), len(self.unused)}) != 1:
+            raise ValueError("not as many of each as there are layers")
+        return self
 
 
 class StepLine(_Written):
@@ -94,6 +111,7 @@ class StepLine(_Written):
     memory_bytes: _Count | None = None
     skipped: bool = False
     val_loss: float | None = None
+    routers: Routers | None = None
     nonfinite: list[str] = []
 
     def seen(self) -> int | None:

@@ -13,6 +13,7 @@ from toolkit.records.run import LAST_STEPS, METRICS
 from toolkit.report.data import (
     BatchChange,
     Comparison,
+    ExpertLayer,
     Imbalance,
     LossCurve,
     Pair,
@@ -28,7 +29,7 @@ from toolkit.report.data import (
     Training,
 )
 from toolkit.report.facts import check_setups, facts_of
-from toolkit.report.read import Folder, StepLine
+from toolkit.report.read import Folder, Routers, StepLine
 from toolkit.report.words import headline, listed, percent
 
 _Moment = Literal["at the peak", "between steps", "in host memory"]
@@ -121,6 +122,7 @@ def _training(folder: Folder, facts: RunFacts) -> Training | None:
         mfu=statistics.median(mfu) if mfu else None,
         waiting=sum(waited for waited, _ in waits) / during if during > 0 else None,
         slowest=_slowest(folder.summary.forward_seconds if folder.summary is not None else []),
+        experts=_experts([line.routers for line in steps if line.routers is not None][-LAST_STEPS:]),
         nonfinite_steps=bad,
         skipped_steps=sum(line.skipped for line in steps),
         curve=LossCurve(
@@ -143,6 +145,26 @@ def _slowest(seconds: list[float]) -> Slowest | None:
     usual = statistics.median(seconds[:rank] + seconds[rank + 1 :])
     percent = 100 * (seconds[rank] / usual - 1) if usual > 0 else 0.0
     return Slowest(rank=rank, percent=percent) if percent >= _SLOWER else None
+
+
+def _experts(routers: list[Routers]) -> list[ExpertLayer]:
+    """`routers`: of the steps to average."""
+    layers: dict[str, list[tuple[float, float, float, int]]] = {}
+    for of in routers:
+        rows = zip(of.busiest, of.idlest, of.evenness, of.unused, strict=True)
+        for layer, row in zip(of.layers, rows, strict=True):
+            layers.setdefault(layer, []).append(row)
+    return [
+        ExpertLayer(
+            layer=layer,
+            busiest=statistics.fmean(row[0] for row in rows),
+            idlest=statistics.fmean(row[1] for row in rows),
+            evenness=statistics.fmean(row[2] for row in rows),
+            unused=statistics.fmean(row[3] for row in rows),
+            over=len(rows),
+        )
+        for layer, rows in layers.items()
+    ]
 
 
 def _batches(steps: list[StepLine], facts: RunFacts) -> list[BatchChange]:

@@ -29,8 +29,8 @@ from toolkit.report.words import (
 )
 
 _STATE_MEANING = "state of the optimizer"
-_TENSORS = 10
-"""Of the largest ones, those that are seen at once."""
+_SEEN = 10
+"""Rows of a table that leads with what matters most; the others are folded."""
 _MOST_RANKS = 32
 """More bars than this say less than the table under them."""
 
@@ -45,6 +45,7 @@ def run_part(run: RunReport, palette: dict[str, str]) -> RunPart:
         ("Largest tensors", None, _largest_tensors(run.blocks) if run.blocks else []),
         ("What would change it", None, _changes(run)),
         ("Loss", "training", _loss(run)),
+        ("Experts", None, _experts(run)),
         ("The run", "run", _facts(run)),
     ]
     sections = []
@@ -219,9 +220,12 @@ def _largest_tensors(tensors: Sequence[LargeTensor]) -> list[Item]:
         ("allocated in", "code"),
         ("phase", "text"),
     ]
-    whole = table(columns, rows)
-    rest = whole.rows[_TENSORS:]
-    first: list[Item] = [Table(whole.columns, whole.rows[:_TENSORS])]
+    return _first_seen(table(columns, rows))
+
+
+def _first_seen(whole: Table) -> list[Item]:
+    rest = whole.rows[_SEEN:]
+    first: list[Item] = [Table(whole.columns, whole.rows[:_SEEN])]
     return [*first, Folded(f"{len(rest)} more", Table(whole.columns, rest))] if rest else first
 
 
@@ -298,6 +302,24 @@ def _loss(run: RunReport) -> list[Item]:
     about = f"From {ends[0]} to {ends[1]}."
     drawing = svg.lines(series, "Loss over optimizer steps, nats per token", about)
     return [sentence, Chart(drawing, legend)] if drawing else [sentence]
+
+
+def _experts(run: RunReport) -> list[Item]:
+    layers = run.training.experts if run.training is not None else []
+    if not layers:
+        return []
+    rows = [
+        [one.layer, number(one.busiest), number(one.idlest), number(one.evenness, 3), number(one.unused, 1)]
+        for one in sorted(layers, key=lambda one: -one.busiest)
+    ]
+    columns: list[tuple[str, Kind]] = [("Layer", "text"), ("busiest expert", "number"), ("idlest expert", "number")]
+    whole = [*columns, ("evenness", "number"), ("experts without a token", "number")]
+    sentence = (
+        f"How tokens were shared out among the experts of each layer, in a mean step of the last {layers[0].over}: a "
+        "load of 1 is an even share, an evenness of 1 is all experts alike, and an expert without a token learns "
+        "nothing in that step."
+    )
+    return [sentence, *_first_seen(table(whole, rows))]
 
 
 def _facts(run: RunReport) -> list[Item]:

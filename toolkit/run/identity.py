@@ -51,8 +51,9 @@ def note_base(settings: RunSettings, here: dict[str, dict[str, Any]], say: Calla
     if settings.lora is None or not settings.from_checkpoint:
         return
     from toolkit.checkpoint.base import Base  # imports torch
+    from toolkit.models.presets import folder_of
 
-    found = agreed(lambda: Base.of(Path(settings.model), say) if ranks.rank() == 0 else None)
+    found = agreed(lambda: Base.of(folder_of(settings.model), say) if ranks.rank() == 0 else None)
     here["model"]["base"] = ranks.from_first(found and found.facts)
 
 

@@ -9,6 +9,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def steps_behind(device: torch.device) -> int:
+    """Steps that the device is given before the loss of the last one is read: a GPU must not wait for the host."""
+    return 0 if device.type == "cpu" else 1
+
+
 class Moment:
     """Now; on a GPU when it has done what it has been given so far, by its own clock."""
 

@@ -127,8 +127,9 @@ def prepare(settings: RunSettings) -> PreparedRun:
     if resolved.ds.computed == "bf16" and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():
         remarks.append("matrix products are computed in fp32 from bf16 operands, since this CPU is slow at bf16 ones.")
 
+    own = Path(settings.model) if preset is not None else folder_of(settings.model)
     name = settings.tokenizer or (preset.tokenizer if preset is not None else settings.model)
-    tokenizer = data.load_tokenizer(name)
+    tokenizer = data.load_tokenizer(str(own) if name == settings.model else name)
     if len(tokenizer) > model_config.vocab_size:
         raise UserError(
             f"tokenizer {name!r} has {len(tokenizer)} entries, more than the vocabulary of model "
@@ -160,9 +161,7 @@ def prepare(settings: RunSettings) -> PreparedRun:
         parameters=models.count_parameters(model_config),
         flops_per_token=models.flops_per_token(model_config, settings.seq_len, frozen=settings.lora is not None),
         identity=identity(settings, model_config, name, training),
-        model_files=model_files(model_config, tokenizer, Path(settings.model).expanduser())
-        if ranks.rank() == 0
-        else {},
+        model_files=model_files(model_config, tokenizer, own) if ranks.rank() == 0 else {},
     )
 
 

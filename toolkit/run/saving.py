@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import shutil
 import time
@@ -25,6 +26,52 @@ if TYPE_CHECKING:
     from toolkit.checkpoint.store import Store
 
 logger = logging.getLogger("toolkit")
+
+
+class Due:
+    """At which steps a run saves, so that what is not in a checkpoint is never more than `every` steps.
+
+    A checkpoint is in place before step `every` + 1 after the last one begins: it is begun some steps earlier, beside
+    which it is written, and for what is not written by then training waits. How many steps earlier the time of the last
+    one says, in tenths of `every`, one at least and four at most: so that a run which is made again saves at the same
+    steps, though times vary. Below ten steps it is none, and training waits for each.
+
+    Args:
+        every: more than 0.
+        keep_every: multiples of it are saved, too; 0 for none.
+        start: the step that the run continues after, which is in a checkpoint or needs none.
+    """
+
+    def __init__(self, every: int, keep_every: int, start: int) -> None:
+        self._every, self._keep_every = every, keep_every
+        self._tenth = self._early = every // 10
+        self._start = self._last = start
+        self._by: int | None = None
+
+    def at(self, step: int) -> bool:
+        """Whether a checkpoint of `step` is to be begun."""
+        apart = self._every - self._early
+        kept = self._keep_every > 0 and step % self._keep_every == 0
+        return kept or step % apart == 0 or step - self._last >= apart
+
+    def begun(self, step: int, saved: int) -> None:
+        """That of `step` is being written, and `saved` is the newest that is in place."""
+        self._last, self._by = step, max(saved, self._start) + self._every
+
+    @property
+    def writing(self) -> bool:
+        """Whether one was begun that no rank has waited for; the same on all ranks."""
+        return self._by is not None
+
+    def late(self, step: int) -> bool:
+        """Whether it has to be in place before the step after `step`."""
+        return self._by is not None and step >= self._by
+
+    def ended(self, took: float) -> None:
+        """Writing it has taken as long as `took` steps, a number that is the same on all ranks."""
+        self._by = None
+        if self._tenth:
+            self._early = self._tenth * min(max(math.ceil(took / self._tenth), 1), 4)
 
 
 class Saver:
@@ -60,6 +107,8 @@ class Saver:
         self._told = False
         self.saved = 0
         """Step of the newest checkpoint that this object knows to be in place."""
+        self.seconds = 0.0
+        """From when the last one was begun until it was in place."""
         if ranks.rank() == 0:
             store.tidy()
 
@@ -94,7 +143,7 @@ class Saver:
         about = {"saved": datetime.now().astimezone().isoformat(timespec="seconds"), **facts, "versions": versions()}
         self._step = step
         manifest = Manifest(step, self._sharding, about)
-        self._running = self._worker.submit(self._write, draft, files, manifest, squeezed=copy)
+        self._running = self._worker.submit(self._write, draft, files, manifest, began, squeezed=copy)
         if not copy:
             wait([self._running])  # what it writes is the engine's own
         return time.perf_counter() - began
@@ -153,7 +202,7 @@ class Saver:
         """End the thread."""
         self._worker.shutdown(cancel_futures=True)
 
-    def _write(self, draft: Path, files: dict[Path, Any], manifest: Any, *, squeezed: bool) -> str | None:
+    def _write(self, draft: Path, files: dict[Path, Any], manifest: Any, began: float, *, squeezed: bool) -> str | None:
         """In the thread: this rank's files, then, on rank 0, the commit. Returns what went wrong on any rank."""
         from torch import distributed
 
@@ -177,6 +226,7 @@ class Saver:
                 self._store.discard(draft)
         box = [problem]
         distributed.broadcast_object_list(box, src=0, group=self._group)
+        self.seconds = time.perf_counter() - began
         return box[0]
 
     def _commit(self, draft: Path, manifest: Any, entries: dict[str, dict[str, Any]]) -> None:

@@ -113,11 +113,11 @@ class RunSettings(BaseModel):
         Path | None, typer.Option(help="Where the run's files go. (default: runs/<model>-<config>-<time>)")
     ] = None
     save_every: Annotated[
-        int, Field(ge=0), typer.Option(help="Steps between checkpoints (always one at the end); 0 for none.")
+        int, Field(ge=0), typer.Option(help="Steps that may be lost at most: sets when checkpoints begin; 0 for none.")
     ] = 100
     keep_last: Annotated[int, Field(gt=0), typer.Option(help="Newest checkpoints to keep.")] = 2
     keep_every: Annotated[
-        int, Field(ge=0), typer.Option(help="Keep checkpoints of multiples of so many steps, too; 0 for none.")
+        int, Field(ge=0), typer.Option(help="Save and keep multiples of so many steps, too; 0 for none.")
     ] = 0
     resume: Annotated[
         str,

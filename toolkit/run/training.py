@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -10,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.agreed import AgreedError, agreed
 from toolkit.errors import UserError
-from toolkit.records.run import CHECKPOINTS, METRICS, strict
+from toolkit.records.run import CHECKPOINTS, LAST_STEPS, METRICS, strict
 from toolkit.run import bad_documents, compiling, deterministic, ranks
 from toolkit.run.engine import build_engine, open_batches, optimizer_step
 from toolkit.run.folder import RunFolder
 from toolkit.run.identity import note_base
 from toolkit.run.memory import Forecast, machines, make_explainer, memory_now, watch_memory
-from toolkit.run.moment import Moment
+from toolkit.run.moment import Moment, steps_behind
 from toolkit.run.pace import Pace
 from toolkit.run.prepare import PreparedRun, claim_folder, prepare
 from toolkit.run.range_test import find_rate
 from toolkit.run.resume import checkpoint_facts, make_saver, restore
+from toolkit.run.routers import Routers
+from toolkit.run.saving import Due
 from toolkit.run.screen import Screen
 from toolkit.run.settings import AUTO, RunSettings
 from toolkit.run.start import Start, find_start
@@ -162,6 +166,7 @@ class Run:
         self._rule = rule_optimizer(self.engine)
         self._wire, self._sent = Wire(), dict[str, int]()
         self._pace = Pace(self.engine, prepared.ds.stage)
+        self._routers = Routers(self.engine)
         self._skipped_in_a_row = 0
         self._behind = steps_behind(self.engine.device)
         self._made: deque[Callable[[], tuple[dict[str, Any], bool]]] = deque()
@@ -169,6 +174,7 @@ class Run:
         self._peak = peak_of_ranks(self.engine.device, prepared.ds.computed, self.batch.world_size)
         # For the next record, what came before its step: another setting, the compiler, the copy for a checkpoint.
         self._before: dict[str, Any] = {}
+        self._due = Due(max(self.settings.save_every, 1), self.settings.keep_every, start.step)
         self.saver = make_saver(prepared, self.engine, start, screen.say)  # last: it has a thread, which `close` ends
 
     def compile(self, background: compiling.Background | None) -> None:
@@ -185,7 +191,7 @@ class Run:
             self._made.append(self.step(step, ledger))
             last = step == self.settings.steps
             validates = bool(self.prepared.validation) and (last or step % self.settings.eval_every == 0)
-            saves = self.saver is not None and step % self.settings.save_every == 0
+            saves = self.saver is not None and self._due.at(step)
             diverged = self._skipped_in_a_row >= self.settings.max_skipped
             records, asked_to_stop = self._read(0 if last or validates or saves or diverged else self._behind)
             if validates and not asked_to_stop:
@@ -228,6 +234,7 @@ class Run:
         paced = self._pace.step(waited)
         largest = [memory_now(ledger), self.stop.requested, waited]
         over_ranks = ranks.mean_max_later([mine], largest, engine.device)
+        routed = self._routers.step()
         ended = Moment(engine.device)
         norm = engine.get_global_grad_norm()
         norm_read = HostCopy(norm).wait if isinstance(norm, torch.Tensor) else lambda: norm
@@ -251,6 +258,7 @@ class Run:
                 "lr": lr,
                 "grad_norm": None if norm is None else float(norm),
                 **reported,
+                **routed(),
                 **{"sequences": self.batch.total, "tokens": tokens},
                 "tokens_per_s": tokens / seconds,
                 "step_time_s": seconds,
@@ -322,20 +330,34 @@ class Run:
         """
         if self.saver is None:
             return
-        ending = measured is not None
-        due = not ending and step % self.settings.save_every == 0
-        if due:
-            self.stop.step_boundary(last=True)  # it takes as long as the disk does, where there are no copies
-        note = self.saver.wait() if ending or due else self.saver.poll()
-        if note is not None:
-            self.screen.say(f"note: {note}")
-        if due:
-            waited = self.saver.start(step, checkpoint_facts(self.prepared, self.batches.position))
+        due = measured is None and self._due.at(step)
+        if due or self._due.late(step):
+            self.stop.step_boundary(last=True)  # it takes as long as the disk does
+            waited = self._in_place()
+            if due:
+                waited += self.saver.start(step, checkpoint_facts(self.prepared, self.batches.position))
+                self._due.begun(step, self.saver.saved)
+            if self._due.late(step):
+                waited += self._in_place()
             self._before["save_wait_s"] = waited
             self.stop.step_boundary()
-        elif measured is not None:
+        self._note(self.saver.poll() if measured is None else self.saver.wait())
+        if measured is not None:
             noted = {MEASURED: measured().model_dump()}
             self.saver.now(step, checkpoint_facts(self.prepared, self.batches.position) | noted)
+
+    def _note(self, note: str | None) -> None:
+        if note is not None:
+            self.screen.say(f"note: {note}")
+
+    def _in_place(self) -> float:
+        """Wait until the checkpoint that is being written is in place; returns the seconds."""
+        began = time.perf_counter()
+        if self.saver is not None and self._due.writing:
+            self._note(self.saver.wait())
+            usual = statistics.median(record["step_time_s"] for record in self.records[-LAST_STEPS:])
+            self._due.ended(ranks.from_first(self.saver.seconds / usual))
+        return time.perf_counter() - began
 
     def measured(self, ledger: Ledger, explainer: Explainer) -> Measured:
         """What was measured of the run so far."""
@@ -376,8 +398,3 @@ class Run:
             )
         elif step != self.settings.steps:
             self.screen.say(f"stopped after step {step} of {self.settings.steps}{where}.")
-
-
-def steps_behind(device: torch.device) -> int:
-    """Steps that the device is given before the loss of the last one is read: a GPU must not wait for the host."""
-    return 0 if device.type == "cpu" else 1

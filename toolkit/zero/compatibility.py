@@ -16,6 +16,7 @@ import deepspeed.runtime.zero.partition_parameters as ds_parameters
 import deepspeed.runtime.zero.stage3 as ds_stage3
 import deepspeed.utils as ds_utils
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -58,7 +59,7 @@ _FIELDS_3 = (
 # What `checkpoint.py` replaces or sets while it saves and loads, and `engine.py` for good.
 _METHODS_ENGINE = (
     "_take_model_step load_checkpoint save_checkpoint _save_checkpoint _save_zero_checkpoint _copy_recovery_script "
-    "_configure_lr_scheduler _broadcast_model backward zero_grad destroy"
+    "_configure_lr_scheduler _broadcast_model backward zero_grad destroy no_sync"
 )
 _FIELDS_ENGINE = "checkpoint_engine global_steps global_samples skipped_steps micro_steps lr_scheduler"
 
@@ -83,6 +84,11 @@ def incompatibilities() -> list[str]:
         "DeepSpeedEngine._configure_basic_optimizer": hasattr(ds_engine.DeepSpeedEngine, "_configure_basic_optimizer"),
         "DeepSpeedEngine._scheduler_from_config(optimizer)": (
             "self._scheduler_from_config(self.optimizer)" in inspect.getsource(ds_engine)
+        ),
+        "DeepSpeedEngine.backward, which scales for ZeRO alone; FP16_UnfusedOptimizer.unscale_and_clip_grads": (
+            "if isinstance(self.optimizer, ZeROOptimizer):\n                loss = self.optimizer.scale_if_loss(loss)"
+            in inspect.getsource(ds_engine)
+            and "self.unscale_and_clip_grads(self._global_grad_norm)" in _source(FP16_UnfusedOptimizer)
         ),
         "DeepSpeedConfig._param_dict, zero_config, timers_config, scheduler_params": all(
             f"self.{name} = " in inspect.getsource(ds_config)

@@ -26,10 +26,11 @@ from toolkit.errors import UserError
 from toolkit.masking import hide_in_logs
 from toolkit.models import cpu_matmul
 from toolkit.optim import RuleOptimizer, find_rule, param_groups
+from toolkit.optim.saved import check_settled
 from toolkit.optim.warm import kinds, warm
 from toolkit.printable import warn_once
 from toolkit.sentences import shown
-from toolkit.state.layout import check_dtype
+from toolkit.state.layout import check_dtype, dtype_name
 from toolkit.zero import calls, compatibility, partition, shared_memory
 from toolkit.zero.access import link
 from toolkit.zero.audit import Audit
@@ -182,6 +183,8 @@ def register() -> None:
         if not hasattr(self, "leanstate_audit"):  # the engine was made before
             return take(self, *args, **kwargs)
         calls.check_alive(self)
+        if isinstance(self.basic_optimizer, RuleOptimizer):
+            check_settled(self.basic_optimizer)
         self.leanstate_changes.look()
         rates = [group.get("lr", 1.0) for group in self.basic_optimizer.param_groups]
         take(self, *args, **kwargs)
@@ -287,6 +290,11 @@ def _check_model(engine: Any, client_optimizer: Any) -> None:
     for name, param in engine.module.named_parameters():
         if param.requires_grad:
             check_dtype(param.dtype, f"DeepSpeed, parameter {name!r}", (torch.float32, torch.bfloat16, torch.float16))
+    if engine.zero_optimization_partition_weights():
+        types = {param.dtype: name for name, param in engine.module.named_parameters() if param.requires_grad}
+        if len(types) > 1:
+            found = " and ".join(f"{name!r} is {dtype_name(dtype)}" for dtype, name in types.items())
+            raise UserError(f"stage 3 trains parameters of one type, but {found}; give all one, or use stage 1 or 2")
     for name, module in engine.module.named_modules():
         weight = getattr(module, "weight", None)
         if getattr(module, "sparse", False) and isinstance(weight, Tensor) and weight.requires_grad:
@@ -296,6 +304,8 @@ def _check_model(engine: Any, client_optimizer: Any) -> None:
 def _finish(engine: Any) -> None:
     if engine.zero_optimization_partition_weights():
         partition.check_stage_3(engine.optimizer)
+    calls.no_copies(engine)
+    calls.unscale_by_what_scaled(engine)
     if not isinstance(engine.basic_optimizer, RuleOptimizer):
         return
     if engine.optimizer is not engine.basic_optimizer:
@@ -305,8 +315,6 @@ def _finish(engine: Any) -> None:
             f"{type(engine.basic_optimizer).__name__} looks at whole parameters ({found}), "
             "which DeepSpeed's BF16_Optimizer flattens; use ZeRO stage 1, 2 or 3"
         )
-    if engine.fp16_enabled() and getattr(engine.optimizer, "loss_scaler", None) is None:
-        engine.optimizer.loss_scaler = _LossScale(engine.optimizer.loss_scale_config)
     if engine.zero_optimization() and isinstance(engine.optimizer, BF16_Optimizer):
         raise UserError(
             'data_types.grad_accum_dtype: "fp32" with bf16 at ZeRO stage 1 makes DeepSpeed keep unsharded fp32 '
@@ -325,20 +333,6 @@ def weights_were_loaded(engine: Any) -> None:
     if hasattr(engine, "leanstate_audit"):
         engine.leanstate_changes.accept()
         engine.leanstate_audit.accept(engine)
-
-
-class _LossScale:
-    """What `engine.backward` asks for the scaled loss.
-
-    DeepSpeed's wrapper for stage 0 (fp16/unfused_optimizer.py) has no such part: its gradients are divided by a
-    scale that the loss was never multiplied with.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def scale_loss(self, loss: Tensor) -> Tensor:
-        return loss.float() * self._config.cur_scale
 
 
 def rule_optimizer(engine: Any) -> RuleOptimizer | None:

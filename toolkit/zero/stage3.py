@@ -97,7 +97,13 @@ class ShardedZeroOptimizer3(Access, MasterWeights, DeepSpeedZeroOptimizer_Stage3
 
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any) -> None:
         """Called for each gradient that is ready to be reduced."""
-        check_gradient(param.grad, repr(self.param_names.get(param, "a parameter")))
+        name = repr(self.param_names.get(param, "a parameter"))
+        if any(one is param for bucket in self.ipg_buckets.values() for one in bucket.params):
+            raise UserError(
+                f"{name}: its gradient comes in parts, as reentrant activation checkpointing brings that of tied "
+                "weights, and stage 3 cannot add them up; use use_reentrant=False, or stage 1 or 2"
+            )
+        check_gradient(param.grad, name)
         self._order.note(param.ds_id)
         super().reduce_independent_p_g_buckets_and_remove_grads(param)
 
