@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from toolkit.printable import printable
 from toolkit.records.categories import PHASES, in_order, model_state, ordered
 from toolkit.records.memory import Measurement, Prediction
-from toolkit.records.run import LAST_STEPS, METRICS
+from toolkit.records.run import LAST_STEPS, METRICS, SUMMARY
 from toolkit.report.data import (
     BatchChange,
     Comparison,
@@ -92,6 +93,7 @@ def _training(folder: Folder, facts: RunFacts) -> Training | None:
             folder.note("training", f"{METRICS} holds no step.")
         return None
     steps, final = folder.steps, [line.loss for line in folder.steps[-LAST_STEPS:]]
+    complete = _complete(folder, facts)
     finite = [loss for loss in final if loss is not None]
     times = [line.step_time_s for line in steps if line.step_time_s]
     speeds = [line.tokens_per_s for line in steps if line.tokens_per_s is not None]
@@ -107,7 +109,7 @@ def _training(folder: Folder, facts: RunFacts) -> Training | None:
     seen = [line.seen() for line in steps]
     return Training(
         steps=len(steps),
-        complete=folder.summary is not None and not folder.summary.interrupted,
+        complete=complete,
         tokens=sum(count or 0 for count in seen) if None not in seen else None,
         batches=_batches(steps, facts),
         changes=[Resumed(first=line.step, changed=line.changed) for line in steps if line.changed],
@@ -133,6 +135,25 @@ def _training(folder: Folder, facts: RunFacts) -> Training | None:
             val_loss=[line.val_loss for line in validated],
         ),
     )
+
+
+def _complete(folder: Folder, facts: RunFacts) -> bool:
+    """Whether all steps were made; without a summary the metrics say so."""
+    if os.path.lexists(folder.path / SUMMARY):
+        return folder.summary is not None and not folder.summary.interrupted
+    last, made = folder.steps[-1].step, f"{len(folder.steps)} step{'' if len(folder.steps) == 1 else 's'}"
+    if facts.steps is not None and last >= facts.steps:
+        folder.note(
+            "training",
+            f"There is no {SUMMARY}, and all {made} are in {METRICS}: what it alone has, such as which rank is the "
+            "slowest, is not known.",
+        )
+        return True
+    folder.note(
+        "training",
+        f"There is no {SUMMARY}: the run crashed, was killed or is still going; {made} of it are in {METRICS}.",
+    )
+    return False
 
 
 def _slowest(seconds: list[float]) -> Slowest | None:
