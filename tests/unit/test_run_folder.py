@@ -150,7 +150,7 @@ def test_a_run_without_checkpoints_is_never_continued(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, {}, {})
     folder.write_step({"step": 1})
     folder.close()
-    with pytest.raises(UserError, match="which keeps no checkpoints"):
+    with pytest.raises(UserError, match=r"keeps no checkpoints .* --run-dir \(\S*toolkit report .* shows this one\)\."):
         RunFolder(tmp_path, {}, {}, resuming=True)
     # Somebody has removed the checkpoints of a longer run than one interval.
     (tmp_path / "checkpoints").mkdir()
