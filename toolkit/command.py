@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from textwrap import TextWrapper
@@ -13,6 +14,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from toolkit.usage import same_option
 
+PROJECT = "leanstate"
+"""The other name of the command `toolkit`: who types it reads it in the examples."""
 _WIDEST = 120
 """Columns of a help page, at most: longer lines are hard to read."""
 _COLUMN = 26
@@ -114,7 +117,12 @@ def page(command: Any, ctx: Any) -> str:
     width = max(40, min(shutil.get_terminal_size().columns, _WIDEST))
     paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
     told = [text for text in paragraphs if not text.startswith("\b")]
-    examples = [line for text in paragraphs if text.startswith("\b") for line in text.splitlines()[1:]]
+    examples = [
+        re.sub(r"^toolkit\b", PROJECT, line) if ctx.command_path.partition(" ")[0] == PROJECT else line
+        for text in paragraphs
+        if text.startswith("\b")
+        for line in text.splitlines()[1:]
+    ]
     arguments = [one for one in command.params if one.param_type_name == "argument" and not one.hidden]
     usage = [f"Usage: {ctx.command_path}", "[OPTIONS]", *map(_in_usage, arguments)]
     usage += ["COMMAND [ARGS]..."] if isinstance(command, Group) else []

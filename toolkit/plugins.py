@@ -6,14 +6,19 @@ import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from toolkit.errors import UserError
 
-PLUGIN = typer.Option("--plugin", help="A Python file imported first, e.g. to register a rule; repeatable.")
-Plugins = Annotated[list[Path] | None, PLUGIN]
+
+def plugin_option() -> Any:
+    """`--plugin`, made anew for each user of it: the help of `toolkit train` puts its own into a part of the page."""
+    return typer.Option("--plugin", help="A Python file imported first, e.g. to register a rule; repeatable.")
+
+
+Plugins = Annotated[list[Path] | None, plugin_option()]
 """Of every command: what it looks at may name a rule, a codec or a model that a plug-in brings."""
 
 

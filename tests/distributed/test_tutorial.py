@@ -15,6 +15,7 @@ COMMANDS = re.findall(r"^    (toolkit .*)$", (ROOT / "docs" / "tutorial.md").rea
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # it trains three times, on a machine that may be busy
 def test_the_tutorial(tmp_path: Path) -> None:
     assert [command.split()[1] for command in COMMANDS] == [
         *("doctor", "estimate", "train", "train", "train", "report", "sample", "eval", "export")

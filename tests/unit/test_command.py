@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ def test_no_word_of_help_is_cut(command: Any, ctx: Any, columns: int, monkeypatc
     # The page holds the words of one whose lines nothing breaks.
     monkeypatch.setattr("toolkit.command._WIDEST", 100_000)
     assert help_of(command, ctx, 100_000, monkeypatch).split() == words
+
+
+@every
+def test_a_part_of_the_help_is_there_for_several_options(command: Any, ctx: Any) -> None:
+    """An option that commands share does not bring the part along that it stands in elsewhere."""
+    options = [one for one in command.get_params(ctx) if one.param_type_name == "option" and not one.hidden]
+    parts = Counter(getattr(one, "rich_help_panel", None) for one in options)
+    assert all(count > 1 for part, count in parts.items() if part is not None)
 
 
 @every
@@ -140,6 +149,16 @@ def complete(words: str) -> list[str]:
 )
 def test_the_shell_completes_commands_configs_and_models(words: str, offered: set[str]) -> None:
     assert set(complete(words)) == offered
+
+
+def test_who_types_leanstate_reads_it_in_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = typer.main.get_command(cli.app)
+    ctx = group.make_context("leanstate", [], resilient_parsing=True)
+    inner = group.get_command(ctx, "fits")  # type: ignore[attr-defined]
+    shown = help_of(inner, inner.make_context("fits", [], parent=ctx, resilient_parsing=True), 80, monkeypatch)
+    assert "  leanstate fits --gpu-memory" in shown and "\n  toolkit" not in shown + help_of(
+        group, ctx, 80, monkeypatch
+    )
 
 
 def test_leanstate_is_toolkit() -> None:

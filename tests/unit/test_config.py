@@ -164,7 +164,7 @@ def test_a_syntax_error_is_placed_where_it_is(tmp_path: Path) -> None:
 def test_text_that_is_not_utf8_gets_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "latin.json"
     path.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(UserError, match="cannot be read as text"):
+    with pytest.raises(UserError, match="is not text in UTF-8 from byte 7 on; save it in that encoding"):
         load_config(path)
 
 

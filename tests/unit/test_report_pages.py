@@ -368,3 +368,25 @@ def test_a_resident_set_is_told_apart_from_what_is_predicted() -> None:
         "551.00 MB of it were there before the model; the 278.00 MB since then are the model and its steps, libraries "
         "that load later, and freed memory that the C library keeps."
     )
+
+
+def test_a_summary_that_is_missing_after_all_steps_is_no_crash(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    [with_it] = build_report([folder]).runs
+    (folder / "summary.json").unlink()
+    [run] = build_report([folder]).runs
+    assert run.training == with_it.training and run.training is not None and run.training.complete
+    [said] = [problem.sentence for problem in run.problems if "summary.json" in problem.sentence]
+    assert said == (
+        f"There is no summary.json, and all {run.training.steps} steps are in metrics.jsonl: what it alone has, such "
+        "as which rank is the slowest, is not known."
+    )
+
+
+def test_memory_of_small_models_is_in_a_unit_that_tells_them_apart(two: Report) -> None:
+    for largest, unit in ((5e9, "GB"), (5e6, "MB")):
+        for place, method in enumerate(two.methods):
+            method.memory = int(largest / (1 + place))
+        text = to_markdown(two)
+        assert [found in text for found in ("Memory (GB)", "Memory (MB)")] == [unit == "GB", unit == "MB"]
+        assert "| 5.00 |" in text and "| 2.50 |" in text

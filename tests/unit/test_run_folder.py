@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from toolkit.console import PlainConsole
 from toolkit.errors import UserError
 from toolkit.records.run import read_metrics, strict
 from toolkit.run import start as starts
 from toolkit.run.folder import RunFolder, check_free, default_folder, plot_loss
+from toolkit.run.screen import Screen
 from toolkit.run.settings import RunSettings
 from toolkit.run.summary import written_again
 
@@ -49,19 +52,36 @@ def test_a_summary_is_written_again_only_where_it_is_missing_or_of_an_earlier_en
     checkpoint = tmp_path / "run" / "checkpoints" / "global_step2"
     source: Any = SimpleNamespace(folder=checkpoint, manifest=SimpleNamespace(facts={}))
 
+    prepared: Any = SimpleNamespace(
+        folder=tmp_path / "run", parameters=8, settings=SimpleNamespace(steps=2, max_skipped=20, memory_profile="off")
+    )
+    console = PlainConsole(file=io.StringIO(), width=80)
+    screen: Any = SimpleNamespace(say=said.append, summary=lambda summary: None)
+
     def again() -> dict[str, Any] | None:
-        return written_again(None, folder, starts.Start(2, source), SimpleNamespace(say=said.append))  # type: ignore[arg-type]
+        return written_again(prepared, folder, starts.Start(2, source), screen)
 
     assert folder.write_end({"steps": 2, "interrupted": False}, records) is None
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
     assert again() == {"steps": 2, "interrupted": False} and not said
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
-    for earlier in ({"steps": 1, "interrupted": False}, {"steps": 2, "interrupted": True}):
-        assert folder.write_end(earlier, records) is None
-        assert again() is None, "the checkpoint, of an older version, has nothing to make it of"
-    assert len(said) == 2 and said[0].endswith("and the checkpoint does not say what was measured.")
+    (tmp_path / "run" / "loss.png").unlink()
+    assert again() == {"steps": 2, "interrupted": False} and (tmp_path / "run" / "loss.png").exists()
+    assert said == ["note: loss.png was missing, and is drawn now."]
+    for earlier in ({"steps": 1, "interrupted": False}, {"steps": 2, "interrupted": True}, None):
+        if earlier is None:
+            (tmp_path / "run" / "summary.json").unlink()
+        else:
+            assert folder.write_end(earlier, records) is None
+        written = again()
+        assert written == folder.summary() and written is not None
+        assert (written["steps"], written["loss"], written["interrupted"]) == (2, 1.0, False)
+        assert "peak_memory_bytes" not in written, "the checkpoint, of an older version, does not note it"
+        assert "what else was measured: summary.json is made of metrics.jsonl alone" in said[-1]
+        Screen(2, shown=True, console=console).summary(written)
+    assert "peak memory" in console.file.getvalue() and len(said) == 4  # type: ignore[attr-defined]
     source.folder = tmp_path / "other" / "checkpoints" / "global_step2"
-    assert again() is None and len(said) == 2, "of another run"
+    assert again() is None and len(said) == 4, "of another run"
     folder.close()
 
 
@@ -130,7 +150,7 @@ def test_a_run_without_checkpoints_is_never_continued(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, {}, {})
     folder.write_step({"step": 1})
     folder.close()
-    with pytest.raises(UserError, match="which keeps no checkpoints"):
+    with pytest.raises(UserError, match=r"keeps no checkpoints .* --run-dir \(\S*toolkit report .* shows this one\)\."):
         RunFolder(tmp_path, {}, {}, resuming=True)
     # Somebody has removed the checkpoints of a longer run than one interval.
     (tmp_path / "checkpoints").mkdir()

@@ -8,7 +8,7 @@ import resource
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from toolkit.cli import main
 from toolkit.errors import UserError
 from toolkit.records.run import EVENTS
 from toolkit.run.folder import RunFolder
+from toolkit.run.monitors import Monitors, check_one, check_packages
 from toolkit.run.restarting import Restarts
 from toolkit.run.settings import parse
 from toolkit.run.terms import Saved, kept_settings
-from toolkit.run.tracking import Tracking, check, check_monitors, outlive, scalars
+from toolkit.run.tracking import Tracking, check, scalars
 
 WANDB = '''
 """What a run uses of wandb, with its rules: a run that exists is continued, and takes no step twice."""
@@ -50,13 +51,19 @@ class Run:
     def finish(self, exit_code=None):
         (self._file.parent / "ended.json").write_text(json.dumps(exit_code))
 
-def init(*, id, resume, **options):
+def init(*, id="run", resume="allow", **options):
     assert resume == "allow"
     if os.environ.get("WANDB_NETWORK") == "down":
         raise CommError("Run initialization has timed out after 90.0 sec.")
     if "WANDB_KEPT" not in os.environ:
         raise UsageError("No API key configured. Use `wandb login` to log in.")
-    return Run(id, options)
+    global run
+    run = Run(id, options)
+    return run
+
+def log(values, step, commit):  # in the last run, whose step is open until there is another
+    run._next = max(run._next - 1, 0)
+    run.log(values, step)
 '''
 
 
@@ -93,14 +100,15 @@ def test_the_curves_are_the_figures_of_a_step() -> None:
     assert scalars({"step": 1, "loss": None, "nonfinite": ["loss"], "rank": 3}) == {"Train/rank": 3}  # a rule's
 
 
-def read_tensorboard(folder: Path) -> dict[int, float]:
+def read_tensorboard(folder: Path, validated: Sequence[int] = (4,)) -> dict[int, float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = EventAccumulator(str(folder / EVENTS))
     shown.Reload()
     points = [(event.step, event.value) for event in shown.Scalars("Train/loss")]
     assert len({step for step, _ in points}) == len(points), "a point is doubled"
-    assert [event.step for event in shown.Scalars("Validation/loss")] == [4]
+    validations = shown.Scalars("Validation/loss") if validated else []
+    assert [event.step for event in validations] == list(validated)
     return {step: round(value, 6) for step, value in points}
 
 
@@ -184,8 +192,8 @@ def test_deepspeeds_own_monitor_of_wandb_is_refused_beside_it(
         main()
     assert ended.value.code == 2
     assert "--track wandb and wandb.enabled in the DeepSpeed JSON would write to one" in capsys.readouterr().err
-    check_monitors("tensorboard", {"wandb": {"enabled": True}})
-    check_monitors("wandb", {"wandb": {"enabled": False}})
+    check_one("tensorboard", {"wandb": {"enabled": True}})
+    check_one("wandb", {"wandb": {"enabled": False}})
 
 
 def test_none_ends_what_a_checkpoint_has_also_through_the_launcher() -> None:
@@ -270,22 +278,81 @@ def test_steps_that_a_full_disk_broke_off_are_made_up_for(tmp_path: Path, capsys
     assert read_tensorboard(folder) == {**dict.fromkeys(range(1, 7), 2.0), 7: 1.0, 8: 1.0}
 
 
-def test_a_monitor_of_the_json_that_fails_ends_no_run(one_rank: None, tmp_path: Path) -> None:
-    from deepspeed.monitor.config import CSVConfig
-    from deepspeed.monitor.csv_monitor import csvMonitor
+def read_csv(folder: Path) -> list[str]:
+    return (folder / "Train_loss.csv").read_text().splitlines()
 
+
+def test_a_monitor_of_the_json_that_fails_ends_neither_the_run_nor_the_others(one_rank: None, tmp_path: Path) -> None:
     said: list[str] = []
-    monitor = csvMonitor(CSVConfig(enabled=True, output_path=str(tmp_path), job_name="csv"))
-    outlive(monitor, said.append)
-    monitor.write_events([("Train/loss", 2.0, 1)])
+    places = {"output_path": str(tmp_path), "job_name": "csv"}
+    config = {"csv_monitor": {"enabled": True, **places}, "tensorboard": {"enabled": True, **places, "job_name": "run"}}
+    monitors = Monitors(config, said.append)
+    monitors.write(1, {"Train/loss": 2.0})
+    assert read_csv(tmp_path / "csv") == ["step,loss", "1,2.0"]
     shutil.rmtree(tmp_path / "csv")
     (tmp_path / "csv").touch()  # nothing can be written there
     for step in (2, 3):
-        monitor.write_events([("Train/loss", 2.0, step)])
-    assert len(said) == 1 and said[0].startswith("note: the monitors of the DeepSpeed JSON: ")
+        monitors.write(step, {"Train/loss": 2.0})
+    assert len(said) == 1 and said[0].startswith("note: csv_monitor of the DeepSpeed JSON: ")
     assert said[0].endswith(
         "Not a directory; nothing more is written there, and the run continues: metrics.jsonl has every step."
     )
+    (tmp_path / "run").rename(tmp_path / EVENTS)
+    assert read_tensorboard(tmp_path, validated=[]) == {1: 2.0, 2: 2.0, 3: 2.0}
+
+
+def test_a_monitor_of_the_json_that_does_not_start_ends_no_run(
+    wandb: Path, one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    (tmp_path / "curves").touch()  # there can be no folder
+    at = {"enabled": True, "output_path": str(tmp_path), "job_name": "curves"}
+    config = {"tensorboard": at, "wandb": {"enabled": True}, "csv_monitor": {**at, "job_name": "csv"}}
+    monkeypatch.delenv("WANDB_KEPT")
+    monitors = Monitors(config, said.append)
+    monitors.write(1, {"Train/loss": 2.0})
+    monitors.write_events([("Train/Samples/lr", 1e-3, 8)])
+    assert [line.partition(";")[0] for line in said] == [
+        f"note: tensorboard of the DeepSpeed JSON: {tmp_path / 'curves'}: File exists",
+        "note: wandb of the DeepSpeed JSON: No API key configured. Use `wandb login` to log in",
+    ]
+    assert monitors.enabled and read_csv(tmp_path / "csv") == ["step,loss", "1,2.0"]
+    assert not Monitors({"wandb": {"enabled": True}}, said.append).enabled
+
+
+def test_wandb_gets_every_step_of_a_run_beside_the_sequences_that_the_engine_counts(
+    wandb: Path, one_rank: None, tmp_path: Path
+) -> None:
+    """It drops a step below the last: of two counts one at most can be its axis."""
+    said: list[str] = []
+    monitors = Monitors({"wandb": {"enabled": True, "project": "mine"}}, said.append)
+    for step in (1, 2, 3):
+        monitors.write_events([("Train/Samples/lr", 1e-3, 8 * step)])
+        monitors.write(step, {"Train/loss": 2.0, "Train/lr": 1e-3})
+    points = [json.loads(line) for line in (wandb / "run").read_text().splitlines()]
+    assert said == [] and [step for step, _ in points] == [1, 1, 2, 2, 3, 3]
+    assert {name for _, values in points for name in values} == {"Train/loss", "Train/lr"}
+
+
+@pytest.mark.parametrize(
+    ("section", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet_ml")]
+)
+def test_a_monitor_whose_package_is_missing_is_said_before_ranks_start(
+    section: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == package else found(name, *more)
+    )
+    monkeypatch.setattr(sys, "argv", ["toolkit", "train", "--set", f"{section}.enabled=True"])  # a string
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {section}.enabled in the DeepSpeed JSON needs a package that is not installed: pip install {package}, "
+        f"or --set {section}.enabled=false.\n"
+    )
+    check_packages({section: {"enabled": False}, "csv_monitor": {"enabled": True}})
 
 
 def test_a_package_that_is_missing_is_said_before_ranks_start(

@@ -143,7 +143,7 @@ def _check_free(folder: Path) -> None:
     for pattern in (CONFIG, ADAPTER_CONFIG, *_WEIGHTS):
         there = next(folder.glob(pattern), None) if folder.is_dir() else None
         if there is not None:
-            raise UserError(f"{folder} holds a model already ({there.name}); give another folder")
+            raise UserError(f"{folder} holds a model already ({there.name}); give another folder.")
 
 
 # ---- what describes the model ---------------------------------------------------------------------------------------

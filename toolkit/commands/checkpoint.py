@@ -141,8 +141,10 @@ def inspect(
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, str(value))
-    for name, size in _listed(sizes).items():
-        table.add_row("", f"{size:>15,}  {name}")
+    listed = {name: f"{size:,}" for name, size in _listed(sizes).items()}
+    widest = max(map(len, listed.values()), default=0)
+    for place, (name, size) in enumerate(listed.items()):
+        table.add_row("" if place else "files", f"{size:>{widest}}  {name}")
     console = PlainConsole()
     if not console.is_terminal:  # what a program reads is not cut into lines
         console.width = 1000

@@ -96,14 +96,15 @@ def train(
     from toolkit.config.validate import check_keys
     from toolkit.data.stream import check_source
     from toolkit.models.presets import check_name
-    from toolkit.run import launching, tracking
+    from toolkit.run import launching, monitors, tracking
 
     settings = given(ctx, values)
     if not launching.several_machines(hostfile):  # this one need not be among them
         # Said in a second here; ranks have torch and DeepSpeed to import first.
         config = apply_overrides(load_config(settings.config), settings.overrides)
         check_keys(config, origin=settings.config)
-        tracking.check_monitors(settings.tracker, config)
+        monitors.check_one(settings.tracker, config)
+        monitors.check_packages(config)
         check_name(settings.model)
         for data in (settings.data, settings.val_data):
             if data is not None:

@@ -129,8 +129,10 @@ def _parse(path: Path) -> dict[str, Any]:
 
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text: {error}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 from byte {error.start} on; save it in that encoding.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     if not text.strip():
         raise UserError(f"{path} is empty; a DeepSpeed config is one JSON object.")
     with _bounded(str(path)):

@@ -65,6 +65,8 @@ def _categories(run: RunReport) -> Iterable[str]:
 
 def _compare(report: Report, palette: dict[str, str]) -> list[Section]:
     kind = next((method.memory_kind for method in report.methods if method.memory_kind), "not known")
+    largest = max((method.memory or 0 for method in report.methods), default=0)
+    unit, bytes_of_unit = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
     rows = []
     for method in report.methods:
         paired = method.against_first
@@ -73,7 +75,7 @@ def _compare(report: Report, palette: dict[str, str]) -> list[Section]:
             [
                 method.optimizer or method.run,
                 number(method.loss, 4),
-                UNKNOWN if method.memory is None else f"{method.memory / 1e9:.2f}",
+                UNKNOWN if method.memory is None else f"{method.memory / bytes_of_unit:.2f}",
                 UNKNOWN if paired is None else signed(paired.mean, 4) + error,
                 number(method.val_loss, 4),
                 method.state_format or UNKNOWN,
@@ -89,7 +91,7 @@ def _compare(report: Report, palette: dict[str, str]) -> list[Section]:
     columns: list[tuple[str, Kind]] = [
         ("Optimizer", "text"),
         ("Loss", "number"),
-        ("Memory (GB)", "number"),
+        (f"Memory ({unit})", "number"),
         ("Loss − first", "number"),
         ("Val. loss", "number"),
         ("State", "text"),

@@ -187,12 +187,6 @@ def _read_training(folder: Folder) -> None:
     elif folder.run is not None:
         folder.note("training", f"There is no {METRICS}: nothing is known of the steps.")
     folder.summary = _load(folder, "training", SUMMARY, SummaryFile)
-    steps = f"{len(folder.steps)} step{'' if len(folder.steps) == 1 else 's'}"
-    if folder.steps and not (path / SUMMARY).is_file():
-        folder.note(
-            "training",
-            f"There is no {SUMMARY}: the run crashed, was killed or is still going; {steps} of it are in {METRICS}.",
-        )
 
 
 def _read_metrics(folder: Folder) -> None:

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from toolkit.run import heap, ranks
+from toolkit.run import heap, monitors, ranks
 from toolkit.run.prepare import PreparedRun
 from toolkit.run.weighing import weighed
 
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 
 def build_engine(prepared: PreparedRun, config: Mapping[str, Any] | None = None) -> Any:
-    """DeepSpeed's engine around the run's model. `config`: in place of the run's."""
+    """DeepSpeed's engine around the run's model, without monitors. `config`: in place of the run's."""
     import torch
 
     import toolkit
     from toolkit import memory, models
     from toolkit.zero.places import places
 
-    settings, config = prepared.settings, dict(config or prepared.config)
+    settings = prepared.settings
+    config = {name: section for name, section in (config or prepared.config).items() if name not in monitors.SECTIONS}
     on_cpu = not torch.accelerator.is_available()
     if settings.memory_profile == "full" and on_cpu:
         memory.count_from_here()

@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
@@ -36,6 +37,7 @@ from toolkit.records.run import (
     parse_metrics,
     strict,
 )
+from toolkit.usage import to_type
 
 # As style.css of the reports has them on paper.
 _LINES, _QUIET, _RULE = ("#17478a", "#c2570c"), "#5b626d", "#dfe2e7"
@@ -63,8 +65,10 @@ def check_free(folder: Path, *, resuming: bool = False) -> None:
     existing = next((name for name in (METRICS, RUN) if (folder / name).exists()), None)
     if existing is None or (resuming and (folder / CHECKPOINTS).is_dir()):
         return
-    why = "which keeps no checkpoints" if resuming else "and --resume is none"
-    raise UserError(f"the run folder {folder} already holds a run ({existing}), {why}; give another --run-dir.")
+    why = "which keeps no checkpoints to resume from" if resuming else "and --resume is none"
+    shows = to_type(f"toolkit report {shlex.quote(str(folder))}")
+    held = f"the run folder {folder} already holds a run ({existing}), {why}"
+    raise UserError(f"{held}; give another --run-dir ({shows} shows this one).")
 
 
 class RunFolder:

@@ -11,7 +11,7 @@ from toolkit.config.batch import Batch
 from toolkit.errors import UserError
 from toolkit.plugins import import_plugins
 from toolkit.run import folder as run_folder
-from toolkit.run import ranks, tracking
+from toolkit.run import monitors, ranks, tracking
 from toolkit.run.folder import RunFolder
 from toolkit.run.identity import identity, packing_fact
 from toolkit.run.resolve import ResolvedSettings, resolve
@@ -122,6 +122,7 @@ def prepare(settings: RunSettings) -> PreparedRun:
     settings, batch, remarks = resolved.settings, resolved.batch, list(resolved.remarks)
     if ranks.rank() == 0:  # the others draw nothing
         tracking.check(resolved.asked.tracker)
+        monitors.check_packages(resolved.config)
     if settings.activations is not None:
         settings.activations.check_device(get_accelerator().device_name())
     if resolved.ds.computed == "bf16" and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():

@@ -30,7 +30,7 @@ _WINDOW, _WIDTH = 8, 4.0
 """Steps that are averaged: those before one, to see the loss rise, and around one, to see how fast it falls."""
 _FALL, _RISE = 0.02, 0.1
 """Of the first loss, what counts as a fall; of the fall, what counts as a rise after it."""
-_QUIET = ("scheduler", "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler")
+_QUIET = ("scheduler", "flops_profiler")
 """Sections of the JSON that a test does without: it sets the rates itself, and is no part of the run's records."""
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.batch import Batch
-from toolkit.run import ranks, tracking
+from toolkit.run import monitors, ranks
 from toolkit.run.merge import merge_flags
 from toolkit.run.settings import RunSettings
 from toolkit.run.terms import Saved, changes, kept_settings, terms
@@ -51,7 +51,7 @@ def resolve(settings: RunSettings, config: Mapping[str, Any], saved: Saved | Non
     kept = saved.batch if saved is not None else None
     merged, batch, remarks = merge_flags(config, settings, ranks.world_size(), kept)
     configs.validate(merged, origin=settings.config, world_size=ranks.world_size(), total_steps=settings.steps)
-    tracking.check_monitors(settings.tracker, merged)
+    monitors.check_one(settings.tracker, merged)
     changed = changes(saved, terms(settings, merged, batch)) if saved is not None else []
     if told:
         remarks.append(f"taken from the checkpoint: {', '.join(told)}.")

@@ -134,37 +134,18 @@ class Screen:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         validation = summary["val_loss"]
-        peak = size_text(summary["peak_memory_bytes"])
-        predicted = summary["predicted_peak_bytes"]
-        alone = ", of the model and its steps alone" if summary["process_bytes"] else ""
         folder = Path(summary["run_dir"])
         files = [name for name in (METRICS, PLOT, MEMORY, CHECKPOINTS, EVENTS) if (folder / name).exists()]
-        by_name = summary["state_bytes_by_name"].items()
         compiling = f", after {summary['compile_s']:.0f} s of compiling" if summary["compile_s"] else ""
         rows = {
             "files": ": ".join(filter(None, [summary["run_dir"], ", ".join(files)])),
             "steps": f"{summary['steps']} ({summary['tokens']:,} tokens in {summary['seconds']:.0f} s{compiling})",
             "training loss": f"{_figure(summary['loss'])} (mean of the last {summary['loss_steps']} steps)",
             "validation loss": "not measured" if validation is None else _figure(validation),
-            "speed": f"{summary['tokens_per_s']:,.0f} tokens/s, {_arithmetic(summary)}",
+            "speed": ", ".join(filter(None, [f"{summary['tokens_per_s']:,.0f} tokens/s", _arithmetic(summary)])),
             "  waiting for data": f"{summary['data_seconds'] / summary['seconds']:.2%} of the time",
-            "peak memory": f"{peak} {summary['memory_kind']}, largest rank",
-            **_of_process(summary),
-            "  predicted peak": "not known" if predicted is None else f"{size_text(predicted)}{alone}",
-            "optimizer state": f"{summary['state_bytes_per_parameter']:.2f} bytes per parameter, "
-            f"{summary['state_bytes_per_parameter_per_rank']:.2f} of them on each rank",
-            "  of rank 0": ", ".join(f"{name} {size_text(count)}" for name, count in by_name),
+            **(_measured(summary) if "peak_memory_bytes" in summary else {"peak memory": "not known any more"}),
         }
-        if count := summary["skipped_documents"]:
-            some = " ".join(summary["skipped_documents_first"])
-            documents = "document" if count == 1 else "documents"
-            rows["skipped"] = f"{count:,} {documents} that cannot be used, the first: {some}"
-        if summary["replaced_characters"]:
-            rows["replaced"] = (
-                f"{summary['replaced_characters']:,} characters of the text, which its encoding does not have"
-            )
-        if summary["cut_conversations"]:
-            rows["cut"] = f"{summary['cut_conversations']:,} conversations that are longer than --seq-len, at their end"
         for name, value in rows.items():
             table.add_row(name, Text(printable(value)))
         self.console.print(table)
@@ -176,6 +157,31 @@ class Screen:
             self.say(f"to continue: the same command, with --run-dir {run}")
         for line in ("next:", *(f"  {to_type(command)}" for command in following)):
             self.say(line)
+
+
+def _measured(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What `toolkit.run.summary.Measured` has, by the name of a row."""
+    predicted, by_name = summary["predicted_peak_bytes"], summary["state_bytes_by_name"].items()
+    alone = ", of the model and its steps alone" if summary["process_bytes"] else ""
+    rows = {
+        "peak memory": f"{size_text(summary['peak_memory_bytes'])} {summary['memory_kind']}, largest rank",
+        **_of_process(summary),
+        "  predicted peak": "not known" if predicted is None else f"{size_text(predicted)}{alone}",
+        "optimizer state": f"{summary['state_bytes_per_parameter']:.2f} bytes per parameter, "
+        f"{summary['state_bytes_per_parameter_per_rank']:.2f} of them on each rank",
+        "  of rank 0": ", ".join(f"{name} {size_text(count)}" for name, count in by_name),
+    }
+    if count := summary["skipped_documents"]:
+        some = " ".join(summary["skipped_documents_first"])
+        documents = "document" if count == 1 else "documents"
+        rows["skipped"] = f"{count:,} {documents} that cannot be used, the first: {some}"
+    if summary["replaced_characters"]:
+        rows["replaced"] = (
+            f"{summary['replaced_characters']:,} characters of the text, which its encoding does not have"
+        )
+    if summary["cut_conversations"]:
+        rows["cut"] = f"{summary['cut_conversations']:,} conversations that are longer than --seq-len, at their end"
+    return rows
 
 
 def _of_process(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -193,6 +199,9 @@ def _of_process(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _arithmetic(of: Mapping[str, Any]) -> str:
+    """Empty of steps of an older version, which did not write it."""
+    if of["flops_per_s"] is None:
+        return ""
     mfu = f" (MFU {of['mfu']:.1%})" if of.get("mfu") is not None else ""
     return flops_text(of["flops_per_s"]) + mfu
 

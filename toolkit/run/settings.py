@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from toolkit.command import App
 from toolkit.completion import config_names, model_names
 from toolkit.errors import UserError
-from toolkit.plugins import PLUGIN
+from toolkit.plugins import plugin_option
 from toolkit.records.activations import HELP, Written
 from toolkit.records.lora import Written as Adapters
 from toolkit.run.tracking import Tracker
@@ -75,7 +75,7 @@ class RunSettings(BaseModel):
         list[str],
         typer.Option("--set", metavar="KEY=VALUE", help="Overwrite one key of the JSON; repeatable."),
     ] = []
-    plugins: Annotated[list[Path], PLUGIN] = []
+    plugins: Annotated[list[Path], plugin_option()] = []
     steps: Annotated[int, Field(gt=0), typer.Option(help="Optimizer steps.")] = 200
     seq_len: Annotated[int, Field(gt=0), typer.Option(help="Predictions per sequence.")] = 256
     micro_batch: Annotated[

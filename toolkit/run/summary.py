@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from toolkit.agreed import everyones
 from toolkit.errors import UserError
 from toolkit.records.memory import FOLDER as MEMORY_FOLDER
-from toolkit.records.run import CHECKPOINTS, LAST_STEPS, PLOT, SUMMARY, tokens_of
+from toolkit.records.run import CHECKPOINTS, LAST_STEPS, METRICS, PLOT, SUMMARY, tokens_of
 from toolkit.run import ranks
 from toolkit.run.bad_documents import document_counts
 from toolkit.run.folder import RunFolder
@@ -101,10 +101,12 @@ def measure(
     return ranks.from_first(found)
 
 
-def summarize(prepared: PreparedRun, records: list[dict[str, Any]], measured: Measured) -> dict[str, Any]:
+def summarize(prepared: PreparedRun, records: list[dict[str, Any]], measured: Measured | None) -> dict[str, Any]:
     """What summary.json says of a run that has ended.
 
-    `records`: the lines of metrics.jsonl, those of earlier starts of the run among them.
+    Args:
+        records: the lines of metrics.jsonl, those of earlier starts of the run among them.
+        measured: None where nobody knows it any more; its fields are absent then.
     """
     final = [record["loss"] for record in records[-LAST_STEPS:]]
     validated = [record["val_loss"] for record in records if "val_loss" in record]
@@ -124,19 +126,19 @@ def summarize(prepared: PreparedRun, records: list[dict[str, Any]], measured: Me
         "val_loss": validated[-1] if validated else None,
         # The median: a machine that others use has slow moments.
         "tokens_per_s": statistics.median(record["tokens_per_s"] for record in records),
-        "flops_per_s": statistics.median(flops),
+        "flops_per_s": statistics.median(flops) if flops else None,
         "mfu": statistics.median(mfu) if mfu else None,
         "data_seconds": sum(record.get("data_seconds", 0.0) for record in records),
         "memory_files": str(prepared.folder / MEMORY_FOLDER) if prepared.settings.memory_profile != "off" else None,
         "parameters": prepared.parameters,
-        **measured.model_dump(exclude_defaults=True),
+        **(measured.model_dump(exclude_defaults=True) if measured is not None else {}),
     }
 
 
 def written_again(prepared: PreparedRun, folder: RunFolder, start: Start, screen: Screen) -> dict[str, Any] | None:
     """The summary of a run that has no step left to make; where it or the loss curve is missing, they are written now.
 
-    None: `start` is of another run, or of a version that noted too little.
+    None: `start` is of another run.
 
     Raises:
         UserError: they cannot be written.
@@ -146,19 +148,28 @@ def written_again(prepared: PreparedRun, folder: RunFolder, start: Start, screen
     records, _ = folder.records(start.step)
     kept = folder.summary()
     whole = kept is not None and (kept.get("steps"), kept.get("interrupted")) == (len(records), False)
-    if whole and (folder.folder / PLOT).exists():
+    if not records or (whole and (folder.folder / PLOT).exists()):
         return kept
-    try:
-        measured = Measured.model_validate(start.source.manifest.facts.get(MEASURED))
-    except ValidationError:
-        screen.say(f"note: {SUMMARY} or {PLOT} is missing, and the checkpoint does not say what was measured.")
-        return kept if whole else None
-    summary = summarize(prepared, records, measured)
+    measured = _measured(start)
+    summary = kept if kept is not None and whole else summarize(prepared, records, measured)
     if (problem := folder.write_end(summary, records)) is not None:
         raise UserError(problem)
-    screen.say(f"note: {SUMMARY} and {PLOT} were not written when the run ended, and are now.")
+    if summary is kept:
+        screen.say(f"note: {PLOT} was missing, and is drawn now.")
+        return kept
+    unknown = f"; the checkpoint does not say what else was measured: {SUMMARY} is made of {METRICS} alone"
+    alone = unknown if measured is None else ""
+    screen.say(f"note: {SUMMARY} and {PLOT} were not written when the run ended, and are now{alone}.")
     screen.summary(summary)
     return summary
+
+
+def _measured(start: Start) -> Measured | None:
+    """What the checkpoint of a run's end notes; None of one that was saved earlier, or by an older version."""
+    try:
+        return Measured.model_validate(start.source.manifest.facts.get(MEASURED) if start.source is not None else None)
+    except ValidationError:
+        return None
 
 
 def peak_of_ranks(device: torch.device, computed: str, world_size: int) -> float | None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 from toolkit.errors import UserError
 from toolkit.records.run import EVENTS, METRICS
 from toolkit.run.folder import RunFolder
-from toolkit.sentences import one_line, value_at
+from toolkit.sentences import one_line
 
 Tracker = Literal["none", "tensorboard", "wandb"]
 _NO_CURVES = ("step", "sequences", "tokens")
@@ -45,32 +45,6 @@ def check(tracker: Tracker | None) -> None:
         raise UserError(
             f"--track {tracker} needs a package that is not installed: pip install {tracker}, or give --track none."
         )
-
-
-def check_monitors(tracker: Tracker | None, config: Mapping[str, Any]) -> None:
-    """Raise UserError where DeepSpeed's monitor of the JSON has the one W&B run that a process can write to."""
-    if tracker == "wandb" and value_at(config, "wandb.enabled"):
-        raise UserError(
-            "--track wandb and wandb.enabled in the DeepSpeed JSON would write to one W&B run, which takes no step "
-            "twice; give --track none, or --set wandb.enabled=false."
-        )
-
-
-def outlive(monitor: Any, say: Callable[[str], None]) -> None:
-    """From here on what fails in `monitor`, DeepSpeed's of the JSON, is said once and ends no run."""
-    write = monitor.write_events
-
-    def written(events: list[Any]) -> None:
-        try:
-            write(events)
-        except Exception as error:
-            monitor.write_events = lambda events: None
-            say(
-                f"note: the monitors of the DeepSpeed JSON: {one_line(error).rstrip('.')}; nothing more is written "
-                f"there, and the run continues: {METRICS} has every step."
-            )
-
-    monitor.write_events = written
 
 
 class _Writer(Protocol):

@@ -19,6 +19,7 @@ from toolkit.run.folder import RunFolder
 from toolkit.run.identity import note_base
 from toolkit.run.memory import Forecast, machines, make_explainer, memory_now, watch_memory
 from toolkit.run.moment import Moment, steps_behind
+from toolkit.run.monitors import Monitors
 from toolkit.run.pace import Pace
 from toolkit.run.prepare import PreparedRun, claim_folder, prepare
 from toolkit.run.range_test import find_rate
@@ -30,7 +31,7 @@ from toolkit.run.settings import AUTO, RunSettings
 from toolkit.run.start import Start, find_start
 from toolkit.run.stopping import MemoryRanOut, StopRequest
 from toolkit.run.summary import MEASURED, Measured, measure, peak_of_ranks, summarize, written_again
-from toolkit.run.tracking import Tracking, outlive, scalars
+from toolkit.run.tracking import Tracking, scalars
 from toolkit.run.weighing import check_apart
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class Run:
         self.unwritten: str | None = None
         """What `finish` could not write, and why; on rank 0."""
         self._tracking = agreed(lambda: self._track(folder))
-        outlive(self.engine.monitor, screen.say)
+        self.engine.monitor = self._monitors = Monitors(prepared.config, screen.say)
         self.batches = open_batches(prepared, prepared.data, start.position)
         self._notes = bad_documents.Notes(self.batches, screen.say)
         self._rule = rule_optimizer(self.engine)
@@ -307,8 +308,7 @@ class Run:
         self.records.append(record)
         if self.folder is not None:
             self.folder.write_step(record)
-        if self.engine.monitor.enabled:
-            self.engine.monitor.write_events([(name, value, record["step"]) for name, value in scalars(record).items()])
+        self._monitors.write(record["step"], scalars(record))
         if self._tracking is not None:
             self._tracking.write(record)
         self.screen.step(record, self._names)
