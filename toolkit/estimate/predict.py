@@ -108,6 +108,49 @@ def _auto(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield path + key
 
 
+@dataclass(frozen=True)
+class Simulated:
+    """The step of `case` on the rank that holds most."""
+
+    case: Case
+    run: DryRun
+    optimizer: OptimizerMemory
+    step: Step
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the device, the context left out."""
+        return int(self.step.curve.total.max())
+
+    def prediction(self) -> Prediction:
+        """What is written down of it."""
+        case, run, optimizer, step = self.case, self.run, self.optimizer, self.step
+        at = step.curve.peak_at
+        remarks = [*optimizer.remarks, *_unknown(case.config)]
+        if counted := [key for key in case.defaults if key.startswith(("zero_optimization.", "bf16.", "fp16."))]:
+            remarks.append(f'{", ".join(counted)}: "auto" is counted as DeepSpeed\'s default.')
+        if case.device == "cuda":
+            remarks.append(
+                f"{size_text(assumed_context(case.world_size))} are assumed for the CUDA context, its libraries and "
+                "NCCL; what the caching allocator reserves beyond what is allocated is not predicted."
+            )
+        return Prediction(
+            setup=setup_of(case, run),
+            peak=int(step.curve.total[at]),
+            peak_phase=step.curve.phase_at(at),
+            phases=step.curve.by_phase(),
+            timeline=step.curve.timeline(),
+            resident=step.resident,
+            host=step.host,
+            nvme=step.nvme,
+            sent=step.sent,
+            wire=step.wire,
+            context=assumed_context(case.world_size) if case.device == "cuda" else 0,
+            per_block=run.per_block,
+            remarks=remarks,
+        )
+
+
 @dataclass
 class Estimator:
     """Predicts cases; passes that several of them share are run once.
@@ -126,14 +169,14 @@ class Estimator:
         Raises:
             UserError: an unknown model or optimizer, or settings that exclude each other.
         """
-        return self._prediction(case, *self._simulate(case))
+        return self.look(case).prediction()
 
     def peak(self, case: Case) -> int:
         """Bytes of the device, the context left out, at the peak of the rank that holds most."""
-        _, _, step = self._simulate(case)
-        return int(step.curve.total.max())
+        return self.look(case).peak
 
-    def _simulate(self, case: Case) -> tuple[DryRun, OptimizerMemory, Step]:
+    def look(self, case: Case) -> Simulated:
+        """What `predict` and `peak` are made of, for who needs both."""
         run = self._dry_run(case)
         on_gpu = case.device == "cuda"
         config = settle(case.config, lambda: run.shape, on_gpu=on_gpu, world_size=case.world_size)
@@ -142,7 +185,7 @@ class Estimator:
         steps = [
             simulate(run, ds, optimizer, batch, rank=rank, on_gpu=on_gpu) for rank in _ranks(case.world_size, ds.stage)
         ]
-        return run, optimizer, max(steps, key=lambda step: int(step.curve.total.max()))
+        return Simulated(case, run, optimizer, max(steps, key=lambda step: int(step.curve.total.max())))
 
     def _optimizer_memory(
         self, case: Case, config: Mapping[str, Any], run: DryRun, ds: DeepSpeedSettings
@@ -176,32 +219,6 @@ class Estimator:
                 conversations=case.conversations,
             )
         return self._passes[key]
-
-    def _prediction(self, case: Case, run: DryRun, optimizer: OptimizerMemory, step: Step) -> Prediction:
-        at = step.curve.peak_at
-        remarks = [*optimizer.remarks, *_unknown(case.config)]
-        if counted := [key for key in case.defaults if key.startswith(("zero_optimization.", "bf16.", "fp16."))]:
-            remarks.append(f'{", ".join(counted)}: "auto" is counted as DeepSpeed\'s default.')
-        if case.device == "cuda":
-            remarks.append(
-                f"{size_text(assumed_context(case.world_size))} are assumed for the CUDA context, its libraries and "
-                "NCCL; what the caching allocator reserves beyond what is allocated is not predicted."
-            )
-        return Prediction(
-            setup=setup_of(case, run),
-            peak=int(step.curve.total[at]),
-            peak_phase=step.curve.phase_at(at),
-            phases=step.curve.by_phase(),
-            timeline=step.curve.timeline(),
-            resident=step.resident,
-            host=step.host,
-            nvme=step.nvme,
-            sent=step.sent,
-            wire=step.wire,
-            context=assumed_context(case.world_size) if case.device == "cuda" else 0,
-            per_block=run.per_block,
-            remarks=remarks,
-        )
 
     def changes(self, case: Case, peak: int) -> list[Change]:
         """What other settings than those of `case`, whose peak is `peak`, would hold; takes a few more dry runs."""

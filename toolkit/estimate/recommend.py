@@ -9,7 +9,15 @@ from typing import Any
 
 from toolkit.config import DeepSpeedSettings, load_config, shipped_configs
 from toolkit.errors import UserError
-from toolkit.estimate.predict import Case, Estimator, assumed_context, offered, offered_activations, with_section
+from toolkit.estimate.predict import (
+    Case,
+    Estimator,
+    Simulated,
+    assumed_context,
+    offered,
+    offered_activations,
+    with_section,
+)
 from toolkit.optim import RECOMMENDED, RULES, find_rule
 from toolkit.records.activations import Activations
 from toolkit.records.lora import LoRA
@@ -177,10 +185,15 @@ def _fit(
 ) -> Candidate:
     """The largest micro-batch, a power of 2, with which `case` fits."""
     context = assumed_context(case.world_size) if case.device == "cuda" else 0
-    sizes = [replace(case, micro_batch=size) for size in MICRO_BATCHES]
-    fitting = bisect_left(sizes, True, key=lambda tried: estimator.peak(tried) + context > memory)
-    best = sizes[max(fitting - 1, 0)]
-    prediction = estimator.predict(best)
+    looked: dict[int, Simulated] = {}
+
+    def too_large(size: int) -> bool:
+        looked[size] = estimator.look(replace(case, micro_batch=size))
+        return looked[size].peak + context > memory
+
+    fitting = bisect_left(MICRO_BATCHES, True, key=too_large)
+    found = looked[MICRO_BATCHES[max(fitting - 1, 0)]]
+    best, prediction = found.case, found.prediction()
     needs = prediction.needed
     peak = prediction.at_peak()
     setup = prediction.setup

@@ -9,6 +9,7 @@ import bisect
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -98,11 +99,16 @@ class StorageTrace:
 
 @dataclass(frozen=True)
 class Curve:
-    """Bytes at every moment: `by_category[name]` and `total` are int64 [moments]."""
+    """Bytes at every moment: `by_category[name]` and `total` are int64 [moments]; `changes` are what they change by."""
 
-    by_category: dict[str, np.ndarray]
+    changes: dict[str, np.ndarray]
     total: np.ndarray
     phases: Sequence[tuple[str, int]]
+
+    @cached_property
+    def by_category(self) -> dict[str, np.ndarray]:
+        """Not needed where only the peak is asked for."""
+        return {name: change.cumsum() for name, change in self.changes.items()}
 
     @property
     def peak_at(self) -> int:
@@ -178,7 +184,7 @@ def curve(
     for name, change in others.items():
         found.setdefault(name, np.zeros(moments, dtype=np.int64))[: len(change)] += change
     total = sum(found.values(), start=np.zeros(moments, dtype=np.int64)).cumsum()
-    return Curve({name: change.cumsum() for name, change in c.in_order(found).items()}, total, phases)
+    return Curve(c.in_order(found), total, phases)
 
 
 def largest_tensors(lifetimes: Iterable[Lifetime], curve: Curve, moment: int) -> list[LargeTensor]:

@@ -166,7 +166,7 @@ class StepTrace:
         # Without a count from the start its totals lack what was there, and hold what earlier traces left.
         known = bool(events) and counted()
         other = (log.totals(moments) - named.total).clip(min=0) if known else 0 * named.total
-        self.curve = Curve(named.by_category | {c.OTHER: other}, named.total + other, phases)
+        self.curve = Curve(named.changes | {c.OTHER: np.diff(other, prepend=0)}, named.total + other, phases)
 
 
 def allocations(profiled: Any) -> Iterable[Any]:
