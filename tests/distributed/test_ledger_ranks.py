@@ -155,19 +155,28 @@ def test_a_rank_that_runs_out_of_memory_says_why(tmp_path: Path) -> None:
     assert (folder / "run.json").exists() and (folder / FOLDER / PREDICTED).exists()
 
 
-def test_a_run_that_is_predicted_not_to_fit_does_not_start_unless_told(tmp_path: Path) -> None:
-    small = tmp_path / "small.py"
+def too_large(folder: Path) -> list[str]:
+    """Options of a run that is predicted not to fit."""
+    small = folder / "small.py"
     small.write_text(
         "import toolkit.memory.out_of_memory as here\n\nhere.limits = lambda device, ranks: {'GPU': 40_000_000}\n"
     )
-    arguments = [*options(tmp_path / "run", steps=1, seq_len=32, eval_every=0, save_every=0), "--plugin", str(small)]
+    return [*options(folder / "run", steps=1, seq_len=32, eval_every=0, save_every=0), "--plugin", str(small)]
+
+
+def test_a_run_that_is_predicted_not_to_fit_does_not_start(tmp_path: Path) -> None:
+    arguments = too_large(tmp_path)
     status, said = launched(tmp_path, 2, TRAIN, *arguments)
     assert status == 2, said[-3000:]
     [error] = [line for line in said.splitlines() if line.startswith("error:")]
     assert error.startswith("error: rank 0: this run is predicted to need") and "the limit of 40.00 MB (GPU)" in error
     assert error.endswith("see `toolkit plan` for settings that fit; --start-anyway starts it all the same.")
     assert "building the model" not in said
-    status, said = launched(tmp_path, 2, TRAIN, *arguments, "--start-anyway")
+
+
+@pytest.mark.slow
+def test_it_starts_where_it_is_told_to(tmp_path: Path) -> None:
+    status, said = launched(tmp_path, 2, TRAIN, *too_large(tmp_path), "--start-anyway")
     assert status == 0, said[-3000:]
     assert "note: rank 0: this run is predicted to need" in said
 

@@ -89,7 +89,7 @@ class _Time:
         """Layers that the short model lacks."""
         names = [parameter.name for parameter in run.parameters]
         numbers = [[n for n, x in enumerate(names) if x.startswith(f"{prefix}.{i}.")] for i in range(LAYERS)]
-        self.first, self.each = numbers[0][0], len(numbers[0])
+        self.first, self.each = next(iter(numbers[0]), 0), len(numbers[0])
         """Number of the layers' first parameter, and how many a layer has."""
         turn = next(moment for name, moment in run.storages.phases if name == c.BACKWARD)
         scopes = [scope for scope in run.storages.scopes if scope.opened < turn and scope.name.startswith(f"{prefix}.")]
