@@ -12,7 +12,8 @@ import transformers
 from small_models import SHAPE, qwen3
 
 from toolkit.estimate import stretch
-from toolkit.estimate.dry_run import DryRun, dry_run
+from toolkit.estimate.dry_run import DryRun, dry_run, pass_of
+from toolkit.models.build import CausalLM
 from toolkit.records.activations import Activations
 from toolkit.records.lora import LoRA
 
@@ -38,15 +39,15 @@ def facts(run: DryRun) -> dict[str, Any]:
 
 def both(monkeypatch: pytest.MonkeyPatch, model: str, **settings: Any) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """What a whole dry run finds and what `dry_run_of` does; and whether that ran the whole model."""
-    ran: list[int | None] = []
+    ran: list[CausalLM] = []
 
-    def counted(*args: Any, layers: int | None = None, **more: Any) -> DryRun:
-        ran.append(layers)
-        return dry_run(*args, layers=layers, **more)
+    def counted(whole: CausalLM, **more: Any) -> DryRun:
+        ran.append(whole)
+        return pass_of(whole, **more)
 
-    monkeypatch.setattr(stretch, "dry_run", counted)
+    monkeypatch.setattr(stretch, "pass_of", counted)
     settings = {"dtype": torch.bfloat16, "micro_batch": 2, "seq_len": 16, "device": "cuda"} | settings
-    return facts(dry_run(model, **settings)), facts(stretch.dry_run_of(model, **settings)), None in ran
+    return facts(dry_run(model, **settings)), facts(stretch.dry_run_of(model, **settings)), bool(ran)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,11 @@ def dry_run(
         layers=layers,
         lora=lora,
     )
+    return pass_of(built, micro_batch=micro_batch, seq_len=seq_len, device=device, conversations=conversations)
+
+
+def pass_of(built: CausalLM, *, micro_batch: int, seq_len: int, device: str, conversations: bool = False) -> DryRun:
+    """`dry_run` of a model that is built, by `blueprint`; it is not to be run again."""
     built.train()
     kept = kept_activations(built)
     kept.check_device(device)

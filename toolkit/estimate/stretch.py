@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from toolkit.estimate.dry_run import Call, DryRun, Parameter, dry_run
+from toolkit.estimate.dry_run import Call, DryRun, Parameter, dry_run, pass_of
 from toolkit.memory.storages import Lifetime, StorageTrace
 from toolkit.models.build import CausalLM, blocks, blueprint
 from toolkit.records import categories as c
@@ -41,7 +41,7 @@ def dry_run_of(model: str, **settings: Any) -> DryRun:
             found = stretched(short, whole)
             if found is not None:
                 return found
-    return dry_run(model, **settings)
+    return pass_of(whole, **{key: value for key, value in settings.items() if key not in _OF_THE_MODEL})
 
 
 def _layers(model: CausalLM) -> list[tuple[str, nn.Module]]:
@@ -51,7 +51,8 @@ def _layers(model: CausalLM) -> list[tuple[str, nn.Module]]:
 
 
 def _alike(layers: list[nn.Module]) -> bool:
-    return all(_form(layer) == _form(layers[0]) for layer in layers[1:])
+    first, *others = map(_form, layers)
+    return all(other == first for other in others)
 
 
 def _form(layer: nn.Module) -> list[Any]:
