@@ -158,6 +158,7 @@ def test_a_run_without_checkpoints_is_never_continued(tmp_path: Path) -> None:
     assert starts._from_the_start(RunSettings(save_every=1), tmp_path).step == 0
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2}\n')
+    assert starts._from_the_start(RunSettings(save_every=2), tmp_path).step == 0
     with pytest.raises(UserError, match="has made 2 steps and has no checkpoint"):
         starts._from_the_start(RunSettings(save_every=1), tmp_path)
 

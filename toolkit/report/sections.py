@@ -39,12 +39,12 @@ def run_part(run: RunReport, palette: dict[str, str]) -> RunPart:
     layout: list[tuple[str, Topic | None, list[Item]]] = [
         ("Out of memory", "out of memory", _out_of_memory(run, palette)),
         ("Over one step", None, _over_one_step(run, palette)),
+        ("Loss", "training", _loss(run)),
         ("Predicted and measured", "prediction", _predicted_and_measured(run, palette)),
         ("Bytes per parameter", None, _per_parameter(run)),
         ("Ranks", "measurement", _ranks(run, palette)),
         ("Largest tensors", None, _largest_tensors(run.blocks) if run.blocks else []),
         ("What would change it", None, _changes(run)),
-        ("Loss", "training", _loss(run)),
         ("Experts", None, _experts(run)),
         ("The run", "run", _facts(run)),
     ]

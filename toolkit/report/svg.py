@@ -257,7 +257,11 @@ def _bytes_unit(top: float) -> Callable[[float], str]:
 
 
 def _plain(value: float) -> str:
-    return f"{value:.4g}".replace("-", "−")
+    text = f"{value:.4g}"
+    if 0 < abs(value) < 1e-3:  # 2e-4 has room beside the axis, where 0.0002 and 2e-05 do not read as easily
+        digits, _, power = f"{value:.2e}".partition("e")
+        text = f"{float(digits):g}e{int(power)}"
+    return text.replace("-", "−")
 
 
 def _chart(parts: Iterable[Markup], height: int, title: str, about: str, *, full: bool = False) -> Markup:

@@ -149,7 +149,7 @@ def _from_the_start(settings: RunSettings, folder: Path) -> Start:
     """Step 0, unless steps are in `folder` whose checkpoints somebody must have removed."""
     metrics = folder / METRICS
     made = len(read_metrics(metrics)) if metrics.exists() else 0
-    if made >= 2 * max(settings.save_every, 1):
+    if made > max(settings.save_every, 1):  # one was in place before the step after
         raise UserError(
             f"the run in {folder} has made {made} steps and has no checkpoint; give another --run-dir to begin anew."
         )
