@@ -14,6 +14,8 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+gc.disable()  # until all tests are found: what they import stays
+
 import pytest
 import torch
 from hypothesis import settings
@@ -57,6 +59,7 @@ def pytest_collection_finish() -> None:
     """DeepSpeed collects garbage whenever it builds stage 3: half a second, were it to look at all that is imported."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

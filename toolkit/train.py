@@ -5,6 +5,7 @@ The command line, the ranks and the exit statuses are here; the run itself is `t
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -47,12 +48,17 @@ def train(settings: RunSettings) -> dict[str, Any]:
     screen.say(f"starting {ranks.world_size()} rank(s)")
     if settings.deterministic:
         deterministic.enforce()
-    background = compiling.begin(settings)
+    gc.disable()  # what is imported stays; to look through it for garbage, again and again, is a tenth of the start
+    background = None
     try:
+        background = compiling.begin(settings)
         with Heartbeat() as heartbeat:
             device = ranks.start()
+            gc.freeze()
+            gc.enable()
             return train_on_this_rank(settings, device, StopRequest(heartbeat), screen, background)
     finally:
+        gc.enable()
         if background is not None:
             background.close()
 

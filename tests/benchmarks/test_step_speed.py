@@ -33,6 +33,7 @@ def test_amcs_step_is_10_times_as_fast_as_ademamix8bit() -> None:
     raise AssertionError(f"AdEMAMix8bit's time over that of AMCS 8bit: {ratios}")
 
 
+@pytest.mark.slow
 def test_remainders_cost_less_than_a_third_of_a_step() -> None:
     ratios = []
     for _ in range(RUNS):

@@ -328,6 +328,7 @@ def _become(order: Order) -> None:
 def _serve() -> NoReturn | None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what is printed while modules are imported is no answer
+    gc.disable()
     for name in IMPORTS:
         importlib.import_module(name)
     # What Inductor looks up once in every process: the hash of its own source, what this processor can do, and the text
@@ -342,6 +343,7 @@ def _serve() -> NoReturn | None:
     CppPythonBindingsCodeCache.load_pybinding([], 'extern "C" void kernel() {}  // as those that use at::vec::')
     shared_memory.leave_out()  # as runs do; for scripts that join a process group by themselves it takes two minutes
     gc.collect()
+    gc.enable()
     gc.freeze()  # DeepSpeed collects garbage whenever it builds stage 3: half a second for all that is imported
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"a process with {threads} threads cannot be forked"

@@ -84,8 +84,10 @@ def model(optimizer_class: Any, dtype: torch.dtype = torch.float32, **options: A
     return params, optimizer
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("state_format", ["fp32", "4bit"])
+@pytest.mark.parametrize(
+    ("state_format", "compiled"),
+    [("fp32", False), ("fp32", True), ("4bit", False), pytest.param("4bit", True, marks=pytest.mark.slow)],
+)
 def test_means_over_components_and_the_model(state_format: str, compiled: bool) -> None:
     params, optimizer = model(as_optimizer(ClosedRule), state_format=state_format, compile=compiled)
     before = [p.detach().double().numpy() for p in params]
@@ -210,8 +212,10 @@ class RelativeRule(Rule):
         return theta - s["lr"] * m, m
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("state_format", ["8bit", "4bit"])
+@pytest.mark.parametrize(
+    ("state_format", "compiled"),
+    [("8bit", False), pytest.param("8bit", True, marks=pytest.mark.slow), ("4bit", False), ("4bit", True)],
+)
 def test_nothing_behind_the_end_of_a_matrix_is_seen_in_its_last_block(state_format: str, compiled: bool) -> None:
     optimizer_class = as_optimizer(RelativeRule)
     params, optimizer = model(optimizer_class, state_format=state_format, compile=compiled)

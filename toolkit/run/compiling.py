@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -211,4 +212,5 @@ def _end_with(parent: int) -> None:
 
 if __name__ == "__main__":
     _end_with(int(sys.argv[2]))
+    gc.disable()  # it imports much and ends soon
     _carry_out(json.loads(sys.argv[1]))

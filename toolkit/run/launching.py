@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -222,6 +223,7 @@ def _ranks(started: int) -> list[Any]:
 
 def _run_launcher(count: int | None, arguments: Sequence[str]) -> None:
     """DeepSpeed's launcher of `count` ranks, or its runner, with what it refuses as one sentence."""
+    gc.disable()  # it imports much and makes little
     # SLURM's warning goes to all. It is for ranks, and would end others; ranks do not inherit what only does nothing.
     signal.signal(signal.SIGUSR1, lambda *_: None)
     ranks.settle_accelerator()
