@@ -14,8 +14,6 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-gc.disable()  # until all tests are found: what they import stays
-
 import pytest
 import torch
 from hypothesis import settings
@@ -24,6 +22,8 @@ from toolkit.run.leftovers import own_build_folder
 
 # As in a run of the toolkit, also where a test uses DeepSpeed by itself: else every extension would be built twice.
 own_build_folder()
+
+gc.disable()  # until all tests are found: what they import stays
 
 # Not the user's own; all tests of a session share it, in whatever process.
 TOKENS = None if "LEANSTATE_TOKEN_CACHE" in os.environ else tempfile.mkdtemp(prefix="leanstate-tokens-")

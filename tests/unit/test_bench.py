@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -99,7 +100,10 @@ def test_the_tensors_of_a_model_are_all_its_parameters() -> None:
 
 def test_calls_alternate_and_the_first_rounds_do_not_count() -> None:
     made: list[str] = []
-    found = timing.in_turn({name: lambda name=name: made.append(name) for name in "abc"}, "cpu", 7)  # type: ignore[misc]
+    told: list[tuple[int, bool]] = []
+    calls: dict[str, timing.Call] = {name: functools.partial(made.append, name) for name in "abc"}
+    found = timing.in_turn(calls, "cpu", 7, lambda left: told.append((len(made), left > 0)))
+    assert told == [(3 * timing.WARM, True)]
     assert made == list("abc") * (timing.WARM + 7)
     assert {name: len(samples) for name, samples in found.items()} == dict.fromkeys("abc", 7)
 

@@ -70,7 +70,7 @@ def measure(
         copy, copied = copy_call(round(moved[base] * shapes.parameters), device)
         size = f"{count_text(shapes.parameters)} parameters in {shapes.tensors:,} tensor(s)"
         say(f"{len(steppers)} optimizers on {size}, {repeats} rounds")
-        taken = in_turn({COPY: copy, **steppers}, device, repeats)
+        taken = in_turn({COPY: copy, **steppers}, device, repeats, lambda left: say(f"about {left:.0f} s for them"))
         done = {name: [one.done for one in samples] for name, samples in taken.items()}
         hosts = {name: [one.host for one in samples] for name, samples in taken.items()}
         if device == "cpu":
@@ -102,7 +102,7 @@ def _steppers(
     """Those of `contenders` that can make a step here, after their first one; the others go to `left_out`."""
     tensors: dict[torch.dtype, Any] = {}
     found: dict[str, Stepper] = {}
-    for contender in contenders:
+    for number, contender in enumerate(contenders, 1):
         reason = contender.missing(device)
         if reason is not None:
             left_out[contender.name] = reason
@@ -112,7 +112,7 @@ def _steppers(
                 shapes.tensors_like(contender.dtype, device, scale) for scale in (1.0, _GRADIENTS)
             )
         weights, gradients = tensors[contender.dtype]
-        say(f"first step of {contender.name}")
+        say(f"first step of {contender.name} ({number} of {len(contenders)})")
         try:
             stepper = Stepper(contender, shapes, weights, gradients)
             stepper()

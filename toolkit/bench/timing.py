@@ -47,15 +47,23 @@ def sample(call: Call, device: str) -> Sample:
     return Sample(begin.elapsed_time(end) / 1e3 / QUEUED, host / QUEUED)
 
 
-def in_turn(calls: Mapping[str, Call], device: str, rounds: int) -> dict[str, list[Sample]]:
-    """Samples of each call by round, after `WARM` rounds; a slow moment of the machine meets all calls alike."""
+def in_turn(
+    calls: Mapping[str, Call], device: str, rounds: int, left: Callable[[float], None] = lambda seconds: None
+) -> dict[str, list[Sample]]:
+    """Samples of each call by round, after `WARM` rounds; a slow moment of the machine meets all calls alike.
+
+    `left` hears before the first of the samples about how many seconds they will take.
+    """
     taken: dict[str, list[Sample]] = {name: [] for name in calls}
     with _no_garbage_collection():
         for number in range(WARM + rounds):
+            began = time.perf_counter()
             for name, call in calls.items():
                 found = sample(call, device)
                 if number >= WARM:
                     taken[name].append(found)
+            if number == WARM - 1:
+                left((time.perf_counter() - began) * rounds)
     return taken
 
 
