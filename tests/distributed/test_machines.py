@@ -39,6 +39,8 @@ def test_a_cable_that_is_cut_ends_both_machines_and_one_alone_continues(tmp_path
             started.append(SERVER.start(command, environment() | own, logs[rank]))
         assert [process.wait(timeout=300) for process in started] == [110, 110], [log.read_text() for log in logs]
         said = [log.read_text() for log in logs]
+        for rank, machine in enumerate(both):
+            assert f"{machine.name}: rank {rank}, at most " in said[0] and f"{machine.name}: " not in said[1], said
         for other, (machine, words) in enumerate(zip(both, reversed(said), strict=True)):
             name = f"rank {other} (process {started[other].pid} on {machine.name})"
             assert f"note: {name} has given no sign of life for 2 s" in words, words

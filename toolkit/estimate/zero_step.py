@@ -78,7 +78,7 @@ class _Simulation(Simulation):
         return Step(found, resident, self.host, self.nvme, self.sent, self._wire())
 
     def _wire(self) -> dict[str, int] | None:
-        """Of gradients and weights, padding included; norms and the like are a few bytes."""
+        """Of gradients and weights, padding included; norms, counts of experts' tokens and the like are a few bytes."""
         if self.world_size == 1:
             return {}
         if not self.optimizer.ours:

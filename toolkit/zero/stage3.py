@@ -54,6 +54,7 @@ class ShardedZeroOptimizer3(Access, MasterWeights, DeepSpeedZeroOptimizer_Stage3
     def __init__(self, module: nn.Module, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
         self._order = Order()
         self._scalars: KnownScalars = {}  # of the step that has begun
+        self._came: set[int] = set()  # parameters whose gradients came in the backward pass that is under way
         if takes_mean(kwargs):
             warn_once(
                 logger,
@@ -98,7 +99,9 @@ class ShardedZeroOptimizer3(Access, MasterWeights, DeepSpeedZeroOptimizer_Stage3
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any) -> None:
         """Called for each gradient that is ready to be reduced."""
         name = repr(self.param_names.get(param, "a parameter"))
-        if any(one is param for bucket in self.ipg_buckets.values() for one in bucket.params):
+        again = param.ds_id in self._came
+        self._came.add(param.ds_id)
+        if again and any(one is param for bucket in self.ipg_buckets.values() for one in bucket.params):
             raise UserError(
                 f"{name}: its gradient comes in parts, as reentrant activation checkpointing brings that of tied "
                 "weights, and stage 3 cannot add them up; use use_reentrant=False, or stage 1 or 2"
@@ -143,6 +146,7 @@ class ShardedZeroOptimizer3(Access, MasterWeights, DeepSpeedZeroOptimizer_Stage3
             _host_waits()  # gradients are on their way to the host, which reads them next
         for param_id in self.params_already_reduced:
             self.params_already_reduced[param_id] = False
+        self._came.clear()
         self._epilogue_ran_this_backward = True
 
     def _get_fp32_grad_state_partition(self, param: Any, release_swap_buffers: bool) -> tuple[Tensor, int]:
