@@ -53,13 +53,14 @@ def test_the_measured_peak_is_the_predicted_one(
     assert largest["held"].get("other", 0) < 0.03 * largest["peak"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "stage", "phase"),
     [
         ("Muon8", 2, BACKWARD),  # where gradients are released
-        pytest.param("Muon8", 1, STEP, marks=pytest.mark.slow),
-        pytest.param("Adafactor8", 3, STEP, marks=pytest.mark.slow),
-        pytest.param("Lamb8", 2, BACKWARD, marks=pytest.mark.slow),
+        ("Muon8", 1, STEP),
+        ("Adafactor8", 3, STEP),
+        ("Lamb8", 2, BACKWARD),
     ],
 )
 def test_what_is_measured_of_a_rule_that_looks_at_whole_parameters_is_the_prediction(

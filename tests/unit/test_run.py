@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ranks import launched
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from toolkit.agreed import AgreedError
@@ -70,15 +71,11 @@ def test_plugins_are_imported_or_named(tmp_path: Path) -> None:
 # Whole runs
 
 
-def start(*arguments: str, launcher: int | None = None) -> subprocess.Popen[str]:
-    """The command line in a process of its own, under DeepSpeed's launcher where a number of ranks is given."""
-    command = [sys.executable, "-m", "toolkit.train"]
-    if launcher is not None:
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(launcher)]
-        command += ["--master_port", str(ranks.free_port()), str(REPOSITORY / "launch" / "train.py")]
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """The command line in a process of its own, that begins with nothing."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return subprocess.Popen(
-        [*command, *arguments],
+        [sys.executable, "-m", "toolkit.train", *arguments],
         cwd=REPOSITORY,
         env=environment,
         stdout=subprocess.PIPE,
@@ -87,12 +84,10 @@ def start(*arguments: str, launcher: int | None = None) -> subprocess.Popen[str]
     )
 
 
-def test_launcher_exits_with_2_and_one_sentence() -> None:
-    process = start("--model", "qwen3-tinny", launcher=2)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    errors = [line for line in err.splitlines() if line.startswith("error")]
-    assert len(errors) == 1 and "'qwen3-tiny'" in errors[0]
+def test_launcher_exits_with_2_and_one_sentence(tmp_path: Path) -> None:
+    status, said = launched(tmp_path, 2, REPOSITORY / "launch" / "train.py", "--model", "qwen3-tinny")
+    errors = [line for line in said.splitlines() if line.startswith("error")]
+    assert (status, len(errors)) == (2, 1) and "'qwen3-tiny'" in errors[0], said
 
 
 @pytest.fixture(scope="module")
