@@ -112,7 +112,10 @@ def processes(plugin: Path, word: str = "") -> list[list[str]]:
 
 @pytest.mark.parametrize(
     "end",
-    ["error", signal.SIGKILL, *(pytest.param(end, marks=pytest.mark.slow) for end in (signal.SIGINT, signal.SIGTERM))],
+    [
+        "error",
+        *(pytest.param(end, marks=pytest.mark.slow) for end in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)),
+    ],
 )
 def test_nothing_compiles_on_when_the_run_has_ended(settings: list[str], tmp_path: Path, end: Any) -> None:
     plugin = tmp_path / "plugin.py"

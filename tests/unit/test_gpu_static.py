@@ -86,7 +86,7 @@ def test_so_is_every_step_that_is_shipped(case: Case) -> None:
     ("name", "function", "state_format", "kernels"),
     [
         ("StableAdamW", "measure", "8bit", 1),
-        ("StableAdamW", "update", "8bit", 1),
+        pytest.param("StableAdamW", "update", "8bit", 1, marks=pytest.mark.slow),
         pytest.param("StableAdamW", "measure", "minimal", 1, marks=pytest.mark.slow),
         pytest.param("Adafactor8", "measure_step", "8bit", 1, marks=pytest.mark.slow),
         pytest.param("Adafactor8", "update", "8bit", 1, marks=pytest.mark.slow),
