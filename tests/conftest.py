@@ -36,9 +36,7 @@ TOKENS = None if "LEANSTATE_TOKEN_CACHE" in os.environ else tempfile.mkdtemp(pre
 if TOKENS is not None:
     os.environ["LEANSTATE_TOKEN_CACHE"] = TOKENS
 
-settings.register_profile(
-    "any machine", deadline=None, max_examples=50
-)  # a slow example on a busy machine is no failure
+settings.register_profile("any machine", deadline=None)  # a slow example on a busy machine is no failure
 settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).resolve().parent.parent

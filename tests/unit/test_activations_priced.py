@@ -83,6 +83,7 @@ def test_a_plan_tries_slower_activations_where_faster_ones_do_not_fit(tmp_path: 
     tried = found((needs["checkpoint"] + needs["checkpoint,tiled"]) // 2)
     assert tried.keys() == {"full", "checkpoint", "checkpoint,tiled"} and tried["checkpoint,tiled"].fits
     assert tried["checkpoint,tiled"].cost > tried["checkpoint"].cost
+    assert found(needs["checkpoint"]).keys() == {"full", "checkpoint"}
 
 
 def test_a_run_of_before_the_setting_had_words_is_reported_as_one_of_today(tmp_path: Path) -> None:

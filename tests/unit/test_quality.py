@@ -11,12 +11,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from toolkit.data import PackedTokens, load_tokenizer, open_documents
 from toolkit.optim import AMCS, SOAM, param_groups
 
-STEPS, ROWS, SEQ_LEN = 100, 8, 32
+STEPS, ROWS, SEQ_LEN = 200, 8, 32
 
 
 @pytest.fixture(scope="module")
 def batches() -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Training batches and one validation batch of the standard library's source."""
+    """200 training batches and one validation batch of the standard library's source."""
     documents, tokenizer = open_documents("stdlib"), load_tokenizer("python-4k")
 
     def read(part: Any, rows: int) -> torch.Tensor:
