@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import toolkit
 from toolkit.errors import UserError
@@ -66,6 +67,37 @@ class Expert(nn.Module):
         return self.down(self.up(x).relu())
 
 
+class Mixture(nn.Module):
+    """A small Qwen3 mixture of experts in transformers' own code: experts in packed tensors, chosen by its routers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = Qwen3MoeConfig(
+            vocab_size=250,
+            hidden_size=40,
+            intermediate_size=136,
+            moe_intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_experts=48,
+            num_experts_per_tok=2,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+        self.routed = Qwen3MoeForCausalLM(config)
+
+    def forward(self, x: Tensor, expert: int, turned: bool) -> Tensor:
+        tokens = (100 * x).long() % 250
+        return self.routed(input_ids=tokens, labels=tokens).loss
+
+
+def made(case: dict[str, Any]) -> nn.Module:
+    return Mixture() if case.get("mixture") else Experts()
+
+
 def batch(step: int, micro: int, rank: int) -> Tensor:
     return torch.randn(16, 32, generator=torch.Generator().manual_seed(1000 * step + 10 * micro + rank))
 
@@ -83,7 +115,7 @@ def route(case: dict[str, Any], step: int, micro: int, rank: int) -> tuple[int, 
 
 
 def reference(case: dict[str, Any], world_size: int) -> dict[str, Tensor]:
-    model, micro_batches = Experts(), case["config"].get("gradient_accumulation_steps", 1)
+    model, micro_batches = made(case), case["config"].get("gradient_accumulation_steps", 1)
     adam = case["config"]["optimizer"]["type"] == "AdamW"
     kind: Any = torch.optim.AdamW if adam else AMCS
     more = {} if adam else {"total_steps": STEPS, "compile": False} | case.get("reference", {"state_format": "fp32"})
@@ -103,7 +135,7 @@ def reference(case: dict[str, Any], world_size: int) -> dict[str, Tensor]:
 
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
-    model, rank = Experts(), dist.get_rank()
+    model, rank = made(case), dist.get_rank()
     start = {name: param.detach().clone() for name, param in model.named_parameters()}
     if case.get("leaf"):
         deepspeed.utils.set_z3_leaf_modules(model, [Routed])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -13,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-LINES = 400
+LINES, BYTES = 400, 250_000
 SHARE = 0.2
 
 DEEPSPEED = {
@@ -128,6 +129,16 @@ def test_no_file_is_too_long() -> None:
         for path in (ROOT / folder).rglob("*.py")
     }
     assert {path: length for path, length in lengths.items() if length > LINES} == {}
+
+
+def test_no_large_file_is_tracked() -> None:
+    """What is once in the history stays in every clone."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.split("\0") if (ROOT / name).is_file()}
+    assert sizes
+    assert {name: size for name, size in sizes.items() if size > BYTES} == {}
 
 
 def test_only_the_rooms_that_say_why_import_the_internals_of_deepspeed() -> None:

@@ -1,4 +1,4 @@
-"""`toolkit export --push`: what is uploaded, to whom it is shown, and what is said where it cannot be."""
+"""Names of the hub: what `toolkit export --push` uploads and to whom it is shown, and models in the hub's cache."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import Hub, hub
+from small_models import qwen3
 
 from toolkit.checkpoint.hub import Push
 from toolkit.errors import UserError
+from toolkit.models import build_model, load_config
+from toolkit.models.lora import peft_config
+from toolkit.models.presets import folder_of
+from toolkit.records.lora import LoRA
 
 
 @pytest.fixture
@@ -114,3 +120,41 @@ def test_an_upload_that_fails_leaves_the_folder_and_says_how_to_go_on(server: Hu
         told.value
     )
     assert "\n" not in str(told.value) and len(list(folder.iterdir())) == 2
+
+
+def test_a_name_of_the_hub_is_what_its_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the layout of `hf download`: files are links out of the folder of a revision, which `refs/main` names."""
+    source, place = Path(qwen3(tmp_path / "source")), tmp_path / "hub" / "models--Qwen--Qwen3-0.6B"
+    wanted = build_model(str(source), dtype=torch.bfloat16, seed=5).hf
+    wanted.save_pretrained(source)
+    for revision in ("older", "newer"):
+        (place / "snapshots" / revision).mkdir(parents=True)
+    (place / "blobs").mkdir()
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("newer")
+    for number, file in enumerate(source.iterdir()):
+        file.rename(place / "blobs" / str(number))
+        (place / "snapshots" / "newer" / file.name).symlink_to(Path("../../blobs") / str(number))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    config, preset = load_config("Qwen/Qwen3-0.6B")
+    assert preset is None and config.hidden_size == 32
+    found = build_model("Qwen/Qwen3-0.6B", dtype=torch.bfloat16, seed=6, from_checkpoint=True).hf
+    for name, param in found.named_parameters():
+        assert torch.equal(param, wanted.get_parameter(name))
+    assert folder_of("Qwen/Qwen3-0.6B") == place / "snapshots" / "newer"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
+    with pytest.raises(UserError, match="model folder 'Qwen/Qwen3-0.6B' holds no config.json"):
+        load_config("Qwen/Qwen3-0.6B")  # a folder that is here is what is meant
+
+
+def test_adapters_name_a_model_of_the_hub_as_other_machines_know_it(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    cached, own = tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "a1b2", tmp_path / "own"
+    for folder in (cached, own):
+        folder.mkdir(parents=True)
+    names = [peft_config(LoRA(), str(folder)) for folder in (cached, own)]
+    assert [(name.base_model_name_or_path, name.revision) for name in names] == [
+        ("Qwen/Qwen3-0.6B", "a1b2"),
+        (str(own.resolve()), None),
+    ]

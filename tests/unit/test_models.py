@@ -179,31 +179,6 @@ def test_unknown_model(name: str, words: str) -> None:
         load_config(name)
 
 
-def test_a_name_of_the_hub_is_what_its_cache_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the layout of `hf download`: files are links out of the folder of a revision, which `refs/main` names."""
-    source, place = Path(qwen3(tmp_path / "source")), tmp_path / "hub" / "models--Qwen--Qwen3-0.6B"
-    wanted = build_model(str(source), dtype=torch.bfloat16, seed=5).hf
-    wanted.save_pretrained(source)
-    for revision in ("older", "newer"):
-        (place / "snapshots" / revision).mkdir(parents=True)
-    (place / "blobs").mkdir()
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text("newer")
-    for number, file in enumerate(source.iterdir()):
-        file.rename(place / "blobs" / str(number))
-        (place / "snapshots" / "newer" / file.name).symlink_to(Path("../../blobs") / str(number))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    config, preset = load_config("Qwen/Qwen3-0.6B")
-    assert preset is None and config.hidden_size == 32
-    found = build_model("Qwen/Qwen3-0.6B", dtype=torch.bfloat16, seed=6, from_checkpoint=True).hf
-    for name, param in found.named_parameters():
-        assert torch.equal(param, wanted.get_parameter(name))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
-    with pytest.raises(UserError, match="model folder 'Qwen/Qwen3-0.6B' holds no config.json"):
-        load_config("Qwen/Qwen3-0.6B")  # a folder that is here is what is meant
-
-
 def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no config.json"):
         load_config(str(tmp_path))

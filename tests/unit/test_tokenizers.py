@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import transformers
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -173,7 +174,15 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "none").mkdir()
     nameless = tokenizers.train_bytes_bpe(["text"], 270).to_str().replace("<|endoftext|>", "<|nothing|>")
     (tmp_path / "nameless.json").write_text(nameless)
+    # From a model's folder without a tokenizer, transformers makes one of that family with special tokens alone.
+    transformers.Qwen3Config().save_pretrained(tmp_path / "qwen3")
+    transformers.GemmaConfig().save_pretrained(tmp_path / "gemma")
     cases = {
+        str(tmp_path / "qwen3"): [
+            "has special tokens only and no vocabulary",
+            "In training, --tokenizer names another",
+        ],
+        str(tmp_path / "gemma"): ["has special tokens only and no vocabulary"],
         "mistral-32": ["unknown tokenizer 'mistral-32'", "hub cannot be reached", "mean 'mistral-32k'?"],
         "someone/model": ["unknown tokenizer 'someone/model'", "mistral-32k, python-4k"],
         str(tmp_path / "nowhere"): ["no tokenizer file or folder"],

@@ -247,8 +247,7 @@ class _Tensors:
         }
         noted = self.source.base
         base = noted.path if noted is not None else value_at(self.source.manifest.facts, "identity.model.name")
-        path = Path(base).expanduser()
-        peft_config(lora, str(path.resolve()) if path.is_dir() else base).save_pretrained(folder)
+        peft_config(lora, base).save_pretrained(folder)
         save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         new_file_mode(folder / ADAPTER_WEIGHTS)
         return [ADAPTER_WEIGHTS]

@@ -35,7 +35,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
             tokenizer.json, or a name on the Hugging Face hub.
 
     Raises:
-        UserError: nothing of that name here or on the hub, an unreadable file, or no end-of-text token.
+        UserError: nothing of that name here or on the hub, an unreadable file, no vocabulary, or no end-of-text token.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -71,6 +71,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
             "tokenizer.json, and the Hugging Face hub cannot be reached or has no such name."
             f"{nearest(spec, TOKENIZERS)}"
         ) from error
+    _refuse_empty(spec, tokenizer)
     if tokenizer.eos_token_id is None:
         vocabulary = tokenizer.get_vocab()
         tokenizer.eos_token = next((token for token in END_TOKENS if token in vocabulary), None)
@@ -79,6 +80,21 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
             f"tokenizer {spec!r} has no end-of-text token: name it as eos_token in its tokenizer_config.json."
         )
     return tokenizer
+
+
+def _refuse_empty(spec: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where there is nothing but special tokens: all text would be nothing, or one unknown token.
+
+    From a folder with a model and no tokenizer, transformers makes such a one of the model's family.
+    """
+    special = set(tokenizer.all_special_ids)
+    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # One may be left that families with SentencePiece always make, for a space.
+    if len(set(tokenizer.get_vocab().values()) - special) <= 1:
+        raise UserError(
+            f"tokenizer {spec!r} has special tokens only and no vocabulary: its tokenizer.json is missing or empty. "
+            "In training, --tokenizer names another."
+        )
 
 
 def mistral_tokenizer() -> Tokenizer:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from toolkit.errors import UserError
-from toolkit.models.presets import first_line
+from toolkit.models.presets import first_line, hub_name
 from toolkit.records.lora import ALL, FLAG, LoRA
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def refuse_adapters(folder: Path) -> None:
 
 
 def peft_config(lora: LoRA, base: str | None = None) -> Any:
-    """As peft writes it into adapter_config.json, for the model called `base`.
+    """As peft writes it into adapter_config.json, for the model whose name or folder is `base`.
+
+    A folder in a cache of the hub's files is told by its name there, as on another machine.
 
     Raises:
         UserError: the package is not installed.
@@ -46,6 +48,10 @@ def peft_config(lora: LoRA, base: str | None = None) -> Any:
         raise UserError(
             f"{FLAG} needs the package peft, which is not installed: pip install 'leanstate[peft]'."
         ) from None
+    name, revision = base, None
+    if base is not None and Path(base).expanduser().is_dir():
+        folder = Path(base).expanduser()
+        name, revision = hub_name(folder) or (str(folder.resolve()), None)
     alpha: Any = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     return peft.LoraConfig(
         r=lora.r,
@@ -54,7 +60,8 @@ def peft_config(lora: LoRA, base: str | None = None) -> Any:
         lora_dropout=lora.dropout,
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
+        base_model_name_or_path=name,
+        revision=revision,
     )
 
 

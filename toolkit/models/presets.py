@@ -196,6 +196,13 @@ def _cached(name: str) -> Path:
     )
 
 
+def hub_name(folder: Path) -> tuple[str, str] | None:
+    """(name on the hub, revision) of a model's `folder` in a cache of the hub's files; None: it lies elsewhere."""
+    *_, model, snapshots, revision = ("", "", *folder.parts)
+    kind, *name = model.split("--")
+    return ("/".join(name), revision) if kind == "models" and name and snapshots == "snapshots" else None
+
+
 def check_length(config: PretrainedConfig, name: str, seq_len: int) -> None:
     """Raise UserError if model `name` of `config` has no positions for `seq_len` predictions."""
     positions = getattr(config, "max_position_embeddings", None)
