@@ -56,6 +56,7 @@ def test_help_has_all_options_of_a_run_and_the_launchers(
         ("--no_ssh --node_rank 1", "--no-ssh needs --master-addr, the address of the first machine"),
         ("--num_nodes 2", "--nodes is for several machines: name them with --hostfile"),
         ("--master_addr 10.0.0.1", "--master-addr is for several machines"),
+        ("--include worker-0", "--include names 'worker-0', but without --hostfile there is only localhost."),
         ("--batch-size 2", "Use --micro-batch"),
         ("--ranks 0", "but must be at least 1."),
         ("--model qwen3-tny", "Did you mean 'qwen3-tiny'?"),
@@ -78,6 +79,41 @@ def test_what_is_typed_wrong_starts_nothing(
     printed = capsys.readouterr()
     assert words in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert printed.out == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("hosts", "line", "words"),
+    [
+        ("worker-0 slots=0\nworker-1 slots=2\n", "", "line 1: worker-0 has no ranks; put a # before the line"),
+        ("worker-0 slots=2\n\nworker-0 slots=2\n", "", "line 3: worker-0 has a line already"),
+        ("worker-0 slot=2\n", "", "line 1: must be a machine and its ranks, as in worker-0 slots=8."),
+        ("worker-0 slots=2x\n", "", "line 1: must be a machine and its ranks"),
+        ("-oProxyCommand=x slots=1\n", "", "line 1: must be a machine and its ranks"),
+        ("", "", "names no machine"),
+        (None, "--node-rank 2", "--node-rank is 2, but must be 0 to 1, its place in --hostfile"),
+        (None, "--nodes 1 --node-rank 1", "--node-rank is 1, but must be 0 to 0"),
+        (None, "--nodes 5", "--nodes is 5, but --hostfile hosts names 2."),
+        (None, "--include worker-0@wroker-1:0", "has no such machine. Did you mean 'worker-1'?"),
+        (None, "--exclude other", "--exclude names 'other', but --hostfile hosts has no such machine."),
+    ],
+)
+def test_machines_that_are_wrong_start_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    hosts: str | None,
+    line: str,
+    words: str,
+) -> None:
+    """DeepSpeed's launcher would start nothing for a machine without ranks, and end with status 0."""
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text("worker-0 slots=8\nworker-1 slots=8 max_slots=8 # mine\n" if hosts is None else hosts)
+    monkeypatch.setattr(launching, "_pass_on", lambda *_: pytest.fail("it was started"))
+    place = [] if "--node-rank" in line else ["--node-rank", "0"]
+    given = ["--hostfile", "hosts", "--no-ssh", "--master-addr", "a", *place, *line.split()]
+    assert run(monkeypatch, "train", *given) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1
 
 
 def test_a_hostfile_of_several_machines_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

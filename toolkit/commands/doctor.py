@@ -60,7 +60,7 @@ def doctor(
     from toolkit.console import waiting
     from toolkit.run import hosts, leftovers
 
-    names = hosts.read_hostfile(hostfile) if hostfile is not None else []
+    names = list(hosts.read_hostfile(hostfile)) if hostfile is not None else []
     gone = leftovers.removed() if fix else []
     with waiting("looking at this machine"):
         found = examine()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,32 +42,36 @@ class Host:
     problem: str | None = None
 
 
-def read_hostfile(path: Path) -> list[str]:
-    """The names in a hostfile of DeepSpeed, in their order.
+def read_hostfile(path: Path) -> dict[str, int]:
+    """The machines in a hostfile of DeepSpeed, in their order, and how many ranks each has.
 
     Raises:
-        UserError: it cannot be read, or a line is not "worker-0 slots=8".
+        UserError: it cannot be read, a line is not "worker-0 slots=8", or a machine has no ranks or two lines.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--hostfile {path}: {getattr(error, 'strerror', None) or error}.") from None
-    names = []
+    slots: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        found = re.match(r"\s*(\S+)\s+slots=\d+", line)
+        where = f"--hostfile {path}, line {number}"
+        found = re.match(r"\s*(\S+)\s+slots=(\d+)(?=\s|#|$)", line)
         if found is None or found.group(1).startswith("-"):
-            raise UserError(
-                f"--hostfile {path}, line {number}: must be a machine and its ranks, as in worker-0 slots=8."
-            )
-        names.append(found.group(1))
-    if not names:
+            raise UserError(f"{where}: must be a machine and its ranks, as in worker-0 slots=8.")
+        name, count = found.group(1), int(found.group(2))
+        if name in slots:
+            raise UserError(f"{where}: {name} has a line already; give each machine one, with all its ranks.")
+        if not count:  # its launcher would start nothing there, and call that a success
+            raise UserError(f"{where}: {name} has no ranks; put a # before the line to leave the machine out.")
+        slots[name] = count
+    if not slots:
         raise UserError(f"--hostfile {path} names no machine; write one a line, as in worker-0 slots=8.")
-    return names
+    return slots
 
 
-def ask(names: Sequence[str]) -> list[Host]:
+def ask(names: Collection[str]) -> list[Host]:
     """Ask all of them at once, by ssh as the launcher does: with this Python, which must be where it is here."""
     if shutil.which("ssh") is None:
         raise UserError("there is no ssh, which reaches the machines of a hostfile.")

@@ -124,6 +124,31 @@ def check(options: Mapping[str, Any]) -> None:
             raise UserError(
                 f"--{_SHOWN[several]} is for several machines: name them with --hostfile, a line each, a slots=8."
             )
+    _check_machines(options, hostfile)
+
+
+def _check_machines(options: Mapping[str, Any], hostfile: Path | None) -> None:
+    """Raise UserError for a hostfile that is wrong, and for options that name machines which it does not have."""
+    from toolkit.run.hosts import read_hostfile
+
+    path = hostfile if hostfile is not None else HOSTFILE
+    several = several_machines(hostfile)
+    names = list(read_hostfile(path)) if several else ["localhost"]
+    for option in ("include", "exclude"):
+        parts = options[option].split("@") if options.get(option) else []
+        unknown = next((name for part in parts if (name := part.partition(":")[0].strip()) not in names), None)
+        if unknown is not None:
+            alone = "without --hostfile there is only localhost"
+            there = f"--hostfile {path} has no such machine" if several else alone
+            raise UserError(f"--{option} names {unknown!r}, but {there}.{nearest(unknown, names)}")
+    asked = options.get("num_nodes", 1)
+    if asked > len(names):
+        raise UserError(f"--nodes is {asked}, but --hostfile {path} names {len(names)}.")
+    most = options.get("num_nodes", len(names)) - 1
+    if options.get("node_rank", 0) > most:
+        raise UserError(
+            f"--node-rank is {options['node_rank']}, but must be 0 to {most}, its place in --hostfile {path}."
+        )
 
 
 # ---- a single rank --------------------------------------------------------------------------------------------------
