@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.commands.doctor import examine
+from toolkit.commands import doctor as doctor_command
+from toolkit.commands.doctor import Findings, examine
 from toolkit.errors import UserError
 from toolkit.run import hosts, leftovers
 from toolkit.run.folder import versions
@@ -78,7 +79,7 @@ def test_a_deepspeed_that_lacks_a_method_and_a_full_shared_memory_are_named(monk
 
 
 def test_what_killed_runs_left_in_shared_memory_is_named_and_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(leftovers, "SHARED_MEMORY", tmp_path)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
@@ -103,6 +104,10 @@ def test_what_killed_runs_left_in_shared_memory_is_named_and_removed(
         mapped = mmap.mmap(file.fileno(), 4096)
     with open(tmp_path / "nccl-open"), mapped:
         assert leftovers.left_in_shared_memory() == left
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(doctor_command, "examine", lambda: Findings({"left by killed runs": list(map(str, left))}))
+            doctor_command.doctor()
+        assert "toolkit doctor --fix removes what killed runs left\n" in capsys.readouterr().out
         assert leftovers.removed() == [lock, *left]
         assert leftovers.removed() == []
     assert sorted(path.name for path in tmp_path.glob("*_*")) == ["of_others"]

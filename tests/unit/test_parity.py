@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,24 @@ def test_ways_cover_stages_ranks_and_accumulation_with_one_batch() -> None:
 def test_a_model_that_is_none_is_one_sentence() -> None:
     with pytest.raises(UserError, match="unknown model 'qwen3-tyni'.*Did you mean 'qwen3-tiny'"):
         doctor(parity="qwen3-tyni")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"parity": "qwen3-3m", "fix": True}, "give --fix by itself"),
+        ({"parity": "qwen3-3m", "ranks": 2}, "give --ranks by itself"),
+        ({"parity": "qwen3-3m", "hostfile": Path("hosts")}, "give --hostfile by itself"),
+        ({"parity": "qwen3-3m", "data": "absent.txt"}, "there is no data file or folder 'absent.txt'"),
+        ({"data": "stdlib"}, "--data is what --parity MODEL trains on"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused_before_anything_is_trained(
+    given: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parities, "parity", lambda *_: pytest.fail("a model was trained"))
+    with pytest.raises(UserError, match=words):
+        doctor(**given)
 
 
 @pytest.mark.slow

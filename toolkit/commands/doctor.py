@@ -31,7 +31,9 @@ def doctor(
             help="Instead: train a preset, or a folder's model, in different ways and compare; takes minutes.",
         ),
     ] = None,
-    data: Annotated[str, typer.Option(help="With --parity: text to train on, as for a run.")] = "stdlib",
+    data: Annotated[
+        str | None, typer.Option(help="With --parity: text to train on, as for a run. (default: stdlib)")
+    ] = None,
     ranks: Annotated[
         int | None,
         typer.Option(min=2, help="Also time an all-reduce of so many ranks of this machine; takes half a minute."),
@@ -55,8 +57,13 @@ def doctor(
     toolkit doctor --parity qwen3-tiny
     """
     if parity is not None:
-        _parity(parity, data, as_json)
+        beside = next((name for name, given in (("ranks", ranks), ("hostfile", hostfile), ("fix", fix)) if given), None)
+        if beside is not None:
+            raise UserError(f"--parity trains a model instead of looking at this machine; give --{beside} by itself.")
+        _parity(parity, "stdlib" if data is None else data, as_json)
         return
+    if data is not None:
+        raise UserError("--data is what --parity MODEL trains on; without that nothing is trained.")
     from toolkit.console import waiting
     from toolkit.run import hosts, leftovers
 
@@ -78,6 +85,8 @@ def doctor(
         width = max(map(len, found.facts))
         for name, value in found.facts.items():
             echo(f"{name:{width}}  {', '.join(value) or 'none' if isinstance(value, list) else value}")
+        if "left by killed runs" in found.facts:
+            echo("toolkit doctor --fix removes what killed runs left")
         for problem in found.problems or ["no problem found"]:
             echo(f"problem: {problem}" if found.problems else problem)
     if found.problems:
@@ -94,7 +103,9 @@ def _parity(model: str, data: str, as_json: bool) -> None:
     from toolkit import models
     from toolkit.compare.parity import LOSS, SEQ_LEN, SEQUENCES, STEPS, WAYS, WEIGHTS, parity
     from toolkit.console import PlainConsole
+    from toolkit.data.stream import check_source
 
+    check_source(data)
     models.check_length(models.load_config(model)[0], model, SEQ_LEN)
     with tempfile.TemporaryDirectory(prefix="leanstate-parity-") as folder:
         found = parity(model, data, Path(folder), lambda line: typer.echo(line, err=True))

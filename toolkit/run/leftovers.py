@@ -49,7 +49,6 @@ def release_locks() -> None:
 
 def find_locks() -> list[Path]:
     """Locks of builds under way, or of builds that were killed."""
-    """Locks of builds under way, or of builds that were killed."""
     root = _build_root()
     folders = [root, root.parent] if root.name == _environment() else [root]
     return [lock for folder in folders for lock in folder.glob("*/lock")]
