@@ -111,6 +111,16 @@ def test_what_is_predicted_of_collectives_is_what_is_counted(runs: Results, name
         assert 0 <= norms <= 64
 
 
+@pytest.mark.parametrize("name", ["matrices-1", "held-Muon8-2", "matrices-3"])
+def test_what_is_sent_for_whole_matrices_is_as_predicted(runs: Results, name: str, tmp_path: Path) -> None:
+    """What a rank has for itself is in the same tensors, and is not sent."""
+    small_model(layers=2).config.save_pretrained(tmp_path)
+    asked = Case(str(tmp_path), CASES[name]["config"], 2, 2, 23, device="cpu", loss="plain")
+    predicted = Estimator().predict(asked)
+    counted = [rank["wire"]["all-to-all"] for rank in runs[name]]
+    assert predicted.sent and predicted.sent in counted, "of the rank that holds most"
+
+
 def test_weights_in_a_second_partition_train_as_without_it(runs: Results) -> None:
     """hpZ: the backward pass gathers from this machine's copy."""
     for one, other in zip(runs["hpz"], runs["stage-3"], strict=True):
