@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -86,15 +87,17 @@ def ended(processes: list[subprocess.Popen[str]], within: float) -> tuple[list[i
     [
         ("abandon", 1, [12, 12, 12]),
         ("kill", 0, [-signal.SIGKILL, 1]),
+        ("kill", 1, [1, -signal.SIGKILL, 1]),
     ],
 )
 def test_ranks_that_wait_in_c_end_with_another_one(what: str, ends: int, statuses: list[int]) -> None:
     processes = start(what, ends, len(statuses))
     found, errors = ended(processes, within=8.0)
     assert found == statuses, errors
-    status = 12 if what == "abandon" else 1
+    how = "with status 12" if what == "abandon" else "without a word: it was killed, or has crashed"
     for rank, error in enumerate(errors):
-        said = f"note: rank {rank} ends as well: rank {ends} has ended with status {status}.\n"
+        known = f" (process {processes[ends].pid} on {socket.gethostname()})" if 0 in (rank, ends) else ""
+        said = f"note: rank {rank} ends as well: rank {ends}{known} has ended {how}.\n"
         assert (said in error) == (rank != ends), error
 
 
@@ -112,7 +115,7 @@ def test_ranks_that_cannot_reach_one_another_train_unwatched() -> None:
 def test_a_collective_that_fails_is_put_down_to_the_rank_that_ended() -> None:
     found, [left, failed] = ended(start("fail", 1, 2), within=20.0)
     assert found == [1, 1]
-    assert "ZeroDivisionError" in failed and "LeftBehind: rank 0 ends as well: rank 1 has ended" in left
+    assert "ZeroDivisionError" in failed and "LeftBehind: rank 0 ends as well: rank 1 (process " in left
 
 
 @pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])

@@ -29,6 +29,8 @@ INTERRUPTED = 130
 OUT_OF_MEMORY = 12
 # The number of ETIMEDOUT.
 SILENT = 110
+WORDLESS = -1
+"""In place of the status of a rank whose connection has closed before it told one."""
 
 BEHIND_SECONDS = 5.0
 """How long a rank has to end by itself when another one has ended, or when the user insists."""
@@ -49,11 +51,16 @@ class MemoryRanOut(Exception):
 
 
 class LeftBehind(Exception):
-    """Another rank has ended before this one, which cannot continue without it; `status` is that rank's exit status."""
+    """Another rank has ended before this one, which cannot continue without it; `status` is for this one to end with.
 
-    def __init__(self, rank: int, status: int) -> None:
-        super().__init__(f"rank {ranks.rank()} ends as well: rank {rank} has ended with status {status}.")
-        self.status = status
+    `said`: the status that the other one has told, or WORDLESS. `place`: which process on which machine it was.
+    """
+
+    def __init__(self, rank: int, said: int, place: str | None = None) -> None:
+        who = f"rank {rank} ({place})" if place is not None else f"rank {rank}"
+        how = "without a word: it was killed, or has crashed" if said == WORDLESS else f"with status {said}"
+        super().__init__(f"rank {ranks.rank()} ends as well: {who} has ended {how}.")
+        self.status = 1 if said == WORDLESS else said
 
 
 class Heartbeat:
@@ -170,7 +177,7 @@ class Heartbeat:
 
     def _hear(self, peer: socket.socket, selector: selectors.BaseSelector) -> None:
         """A peer's sign of life, its last words, or its end without any."""
-        rank, status = self._peers[peer], 1
+        rank, status = self._peers[peer], WORDLESS
         with contextlib.suppress(OSError, ValueError):
             said = peer.recv(4096)
             if said and not said.strip():
@@ -182,7 +189,7 @@ class Heartbeat:
         peer.close()
         if status == 0 or self._left is not None:
             return
-        self._left, self._left_at = LeftBehind(rank, status), time.monotonic()
+        self._left, self._left_at = LeftBehind(rank, status, self._places.get(rank)), time.monotonic()
         self._known.set()
         if ranks.rank() == 0:
             for other in list(self._peers):
