@@ -15,8 +15,9 @@
 #SBATCH --signal=USR1@120
 set -euo pipefail
 
-# A job that comes back has the number that it had, and so finds what it has saved.
-[[ " $* " == *" --run-dir"[\ =]* ]] || set -- "$@" --run-dir "runs/slurm-$SLURM_JOB_ID"
+# A job that comes back has the number that it had, and so finds what it has saved. Of two folders the later one counts:
+# the one that was given, by whichever of its names.
+set -- --run-dir "runs/slurm-$SLURM_JOB_ID" "$@"
 
 mkdir -p runs
 hostfile=runs/hostfile-$SLURM_JOB_ID # on the file system that the nodes share

@@ -112,7 +112,7 @@ def test_slurm_starts_ranks_on_each_node_and_a_job_that_comes_back_finds_its_run
     assert (read["model"], read["steps"], read["run_dir"]) == ("qwen3-tiny", 3, Path("runs/slurm-41"))
     slurm(place, "--model", "qwen3-tiny", "--steps=3")
     assert called(place, "toolkit1") == first
-    for own in (["--run-dir", "runs/mine"], ["--run-dir=runs/mine"]):
+    for own in (["--run-dir", "runs/mine"], ["--run-dir=runs/mine"], ["--output_dir", "runs/mine"]):
         slurm(place, *own)
         assert options_of(called(place, "toolkit1"))["run_dir"] == Path("runs/mine")
 
