@@ -8,6 +8,10 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [[ -d $here/../.venv/bin ]] && PATH=$here/../.venv/bin:$PATH
 
+if [[ -z ${GPUS:-} ]] && ! command -v nvidia-smi > /dev/null; then
+    echo "error: GPUS is not set, and there is no nvidia-smi, which would count them; set GPUS to the ranks of a pod" >&2
+    exit 2
+fi
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 hostfile=$(mktemp)
 # Nobody looks these names up: every pod starts its own ranks.

@@ -164,3 +164,10 @@ def test_a_pod_starts_its_own_ranks(place: Path) -> None:
     assert list(given.values())[1:] == [True, 1, "leanstate-master-0", 23456]
     assert (options["model"], options["steps"]) == ("qwen3-8b", 1000)
     assert not {"RANK", "WORLD_SIZE"} & {line.partition("=")[0] for line in called(place, "environment")}
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="its GPUs are counted")
+def test_a_pod_whose_gpus_nobody_counts_says_so(place: Path) -> None:
+    done = run(place, ["bash", "launch/kubernetes.sh"], GPUS="", RANK="0", WORLD_SIZE="1")
+    assert (done.returncode, called(place, "toolkit")) == (2, [])
+    assert done.stderr.startswith("error: GPUS is not set") and done.stderr.count("\n") == 1
