@@ -70,6 +70,8 @@ _SAME: tuple[tuple[str, ...], ...] = (
     ("host-memory", "cpu-memory", "host-mem", "ram"),
     ("to", "out", "output"),
     ("push", "push-to-hub", "hub-model-id"),
+    ("tokens", "max-new-tokens", "max-tokens"),
+    ("count", "num-return-sequences"),
     ("track", "report-to", "tracker", "log-with"),
 )
 _ROW = {name: row for row in _SAME for name in row}
@@ -101,6 +103,16 @@ _INSTEAD: dict[tuple[str, ...], tuple[str | tuple[str, str], ...]] = {
         "recompute",
     ): (("--activations", "that is --activations checkpoint, and without it --activations full"),),
     ("pretrained",): ("--model",),
+    # DeepSpeed's --deepspeed is a flag and the Trainer's takes a file, so it is no other name of --config.
+    ("deepspeed",): (("--config", "the DeepSpeed JSON is given with --config, and every run uses DeepSpeed"),),
+    ("logging-steps", "log-every", "log-interval"): (
+        ("--steps", "every step is in metrics.jsonl, and --steps is the length of the run"),
+    ),
+    ("logging-dir", "run-name"): (("--run-dir", "--run-dir names the folder for all files of a run"),),
+    ("do-train", "do-eval"): (("--eval-every", "a run trains, and --eval-every says how often it validates"),),
+    ("use-peft", "lora-r", "lora-rank", "lora-alpha", "lora-dropout", "lora-target-modules"): (
+        ("--lora", "adapters are --lora with all of it: --lora r=16,alpha=32,targets=all-linear,dropout=0"),
+    ),
     ("bf16", "fp16", "dtype", "precision", "mixed-precision"): (
         "--dtype",
         _set("bf16.enabled=true", "fp16.enabled=true"),

@@ -113,6 +113,7 @@ def test_a_command_has_one_option_of_a_kind(command: Any, ctx: Any) -> None:
         ("plan", "--model_name_or_path m --vram 8GB", {"model": "m", "gpu_memory": "8GB"}),
         ("report", "a --output x.md", {"out": Path("x.md")}),
         ("export", "a --out b", {"to": Path("b")}),
+        ("sample", "a b --max_new_tokens 3 --num_return_sequences 2", {"tokens": 3, "count": 2}),
         ("bench train", "--zero_stage 3 --num-gpus 2 --json", {"zero_stage": 3, "ranks": 2, "json_to": "-"}),
         ("bench step", "--json a.json", {"json_to": "a.json"}),
         ("fits", "--json", {"as_json": True}),
@@ -122,6 +123,13 @@ def test_options_may_have_the_names_of_other_programs(command: str, line: str, e
     [(found, ctx)] = [rest for path, *rest in ALL if path == f"toolkit {command}"]
     params = found.make_context(found.name, line.split(), parent=ctx.parent).params
     assert {name: float(params[name]) if name == "lr" else params[name] for name in expected} == expected
+
+
+def test_the_trainers_option_for_a_deepspeed_json_is_explained() -> None:
+    [(found, ctx)] = [rest for path, *rest in ALL if path == "toolkit train"]
+    with pytest.raises(usage.USAGE_ERROR) as caught:
+        found.make_context(found.name, ["--deepspeed", "a.json"], parent=ctx.parent)
+    assert "the DeepSpeed JSON is given with --config" in usage.sentence(caught.value)
 
 
 def complete(words: str) -> list[str]:
