@@ -6,7 +6,8 @@
 Prints a Markdown table; `--write docs/benchmarks/gpu-static.md` renders the page, with
 `--rules AMCS AMCSSingle AdamW8 SOAM`: every rule takes long. `--launches` counts several launch
 configurations beside the chosen one. FlashAdamW's own kernel is counted the same way where `flashoptim` is installed
-(`pip install flashoptim`). Needs the package `triton` (extra `gpu-static`); torch may be built without CUDA.
+(`pip install flashoptim`); else its row stays. Needs the package `triton` (extra `gpu-static`); torch may be built
+without CUDA.
 """
 
 from __future__ import annotations
@@ -149,9 +150,13 @@ def flash_adamw() -> Count:
     return Count(1, 0, code, 1024 / 128, 4, 3 * 2 + 2 * (1 + 1 + 1 + 2 * 2 / 32))
 
 
-def flash_row() -> Iterator[str]:
+def flash_rows(written: Path | None) -> Iterator[str]:
+    """FlashAdamW's row; without that package the one that the page `written` has."""
     if find_spec("flashoptim") is not None:
-        yield f"| FlashAdamW {version('flashoptim')} | its own | its own | {flash_adamw()}"
+        names = f"{version('flashoptim')} (Triton {version('triton')})"
+        yield f"| FlashAdamW {names} | its own | its own | {flash_adamw()}"
+    elif written is not None and written.is_file():
+        yield from (line for line in written.read_text().splitlines() if line.startswith("| FlashAdamW"))
 
 
 def launch_rows(case: Case) -> Iterator[str]:
@@ -228,7 +233,7 @@ def main() -> None:
     def by_case() -> Iterator[str]:
         for case in cases:
             yield f"{case} {count(case, Launch())}"
-        yield from flash_row()
+        yield from flash_rows(options.write)
 
     def by_launch(some: list[Case]) -> Iterator[str]:
         for case in some:

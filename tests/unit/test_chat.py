@@ -134,6 +134,10 @@ def test_what_a_template_does_not_show_is_said() -> None:
         Chat(tokenizer(changing), "data").encode(json.dumps({"messages": said("q", "a", "q", "a")}))
     with pytest.raises(Unusable, match="holds no answer"):
         Chat(tokenizer(), "data").encode(json.dumps({"messages": said("q")}))
+    mistyped = [{"role": "usr", "content": "q"}, *said("q", "a")]
+    with pytest.raises(Unusable, match="knows no role 'usr'; usual are system, developer, user, assistant, tool"):
+        Chat(tokenizer(), "data").encode(json.dumps({"messages": mistyped}))
+    Chat(tokenizer(CHATML + "{# a 'usr' is known #}"), "data").encode(json.dumps({"messages": mistyped}))
     with pytest.raises(Unusable, match="template does not take it .*alternate"):
         refusing = "{{ raise_exception('roles must alternate') }}"
         Chat(tokenizer(refusing), "data").encode(json.dumps({"messages": said("q", "a")}))

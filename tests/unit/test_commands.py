@@ -48,6 +48,19 @@ def test_the_table_adds_up_and_says_whether_it_fits(
     assert "does not fit:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("config", "told"), [("amcs", "what each rank puts in"), ("adamw", "not predicted for AdamW")])
+def test_collectives_are_told_or_said_not_to_be_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str, told: str
+) -> None:
+    line = ["estimate", "--model", "qwen3-3m", "--config", f"{config}_zero1", "--seq-len", "64", "--ranks"]
+    assert run(monkeypatch, *line, "2") == 0
+    printed = capsys.readouterr().out
+    assert f"collectives in a step{',' if config == 'amcs' else ':'} {told}" in printed
+    assert "without the context)" in printed, "which the table has"
+    assert run(monkeypatch, *line, "1", "--device", "cpu") == 0
+    assert "collectives" not in capsys.readouterr().out
+
+
 def test_eight_billion_parameters_on_one_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

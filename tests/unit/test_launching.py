@@ -134,6 +134,25 @@ def test_a_hostfile_of_several_machines_is_taken(tmp_path: Path, monkeypatch: py
         launching.check({"hostfile": hosts, "no_ssh": True})
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train --ranks 3000000",
+        "doctor --ranks 3000000",
+        "bench train --ranks 3000000",
+        "bench save --ranks 3000000",
+        "compare --methods amcs,adamw --out compared --ranks 2 --jobs 3000000",
+    ],
+)
+def test_ranks_for_which_this_machine_has_no_room_are_not_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *line.split()) == 2
+    assert "000,000 ranks of this machine take " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ranks_of_this_machine_need_no_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(launching, "HOSTFILE", tmp_path / "none")

@@ -28,7 +28,7 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of the CPU for each rank. (default: the cores, shared out)")
 ]
 Model = Annotated[
-    str, typer.Option(help="A model preset, or a folder holding a Hugging Face model.", autocompletion=model_names)
+    str, typer.Option(help="A preset, a folder with a Hugging Face model, or its hub name.", autocompletion=model_names)
 ]
 SeqLen = Annotated[int, typer.Option(min=1, help="Predictions per sequence.")]
 MicroBatch = Annotated[int, typer.Option(min=1, help="Sequences per rank and forward pass.")]

@@ -130,7 +130,13 @@ def _prepare(threads: int | None) -> None:
 
 
 def of_a_rank(threads: int | None, ranks: int) -> int | None:
-    """Threads that each of `ranks` gets: those asked for, those of the environment (None), or a share of the cores."""
+    """Threads that each of `ranks` gets: those asked for, those of the environment (None), or a share of the cores.
+
+    Raises UserError for more ranks than this machine has room for.
+    """
+    from toolkit.run.ranks import check_room
+
+    check_room(ranks)
     if threads is not None or "OMP_NUM_THREADS" in os.environ:
         return threads
     return max(1, len(os.sched_getaffinity(0)) // ranks)

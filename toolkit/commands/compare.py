@@ -82,6 +82,7 @@ def compare(
     from toolkit.compare.plan import KEPT, extended, load, save
     from toolkit.compare.report import write
     from toolkit.compare.runs import Runs
+    from toolkit.run.ranks import check_room
     from toolkit.run.stopping import INTERRUPTED
 
     settings = _settings(ctx.args)
@@ -102,6 +103,7 @@ def compare(
             raise UserError(f"{folder} holds no comparison to report.")
         _show(write(Runs(plan, folder)), as_json)
         return
+    check_room(plan.ranks * jobs, options="--ranks times --jobs" if jobs > 1 else "--ranks")
     with locked(folder):
         save(plan, folder)
         runs = Runs(plan, folder)

@@ -66,7 +66,9 @@ def doctor(
         raise UserError("--data is what --parity MODEL trains on; without that nothing is trained.")
     from toolkit.console import waiting
     from toolkit.run import hosts, leftovers
+    from toolkit.run.ranks import check_room
 
+    check_room(ranks or 1)
     names = list(hosts.read_hostfile(hostfile)) if hostfile is not None else []
     gone = leftovers.removed() if fix else []
     with waiting("looking at this machine"):

@@ -24,7 +24,7 @@ Device = Literal["cuda", "cpu"]
 Model = Annotated[
     str,
     typer.Option(
-        help="A model preset, or a folder holding a Hugging Face model's config.json.", autocompletion=model_names
+        help="A preset, a folder with a Hugging Face model's config.json, or its hub name.", autocompletion=model_names
     ),
 ]
 Config = Annotated[

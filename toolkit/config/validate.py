@@ -83,7 +83,7 @@ def remarks(config: Mapping[str, Any]) -> list[str]:
 def _meant(rate: float) -> str:
     """6e4 is mostly meant to be 6e-4."""
     digits, exponent = f"{rate:e}".split("e")
-    return f"; was {float(digits):g}e-{int(exponent)} meant?" if int(exponent) > 0 else "."
+    return f"; was {float(digits):g}e-{int(exponent)} meant?" if 2 <= int(exponent) <= 6 else "."
 
 
 def _validate(config: dict[str, Any], world_size: int | None, total_steps: int | None, *, complete: bool) -> None:

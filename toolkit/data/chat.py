@@ -24,6 +24,7 @@ _CHATML = (
     "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """ChatML whose turns end with the tokenizer's own end of text, which every program stops at."""
+_ROLES = ("system", "developer", "user", ASSISTANT, "tool", "function")
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Templates that name a date (Llama's) take today's otherwise: a run that is resumed tomorrow would read other tokens.
@@ -92,6 +93,14 @@ class Chat:
         return self.template, sorted(self._tokenizer.special_tokens_map.items()), _FIXED
 
     @cached_property
+    def roles(self) -> frozenset[str]:
+        """Whose messages there may be: the usual ones, and those that the template names.
+
+        Templates leave messages of others out, or write any word in the place of a role.
+        """
+        return frozenset(_ROLES).union(re.findall(r"""["'](\w+)["']""", self.template))
+
+    @cached_property
     def marks_answers(self) -> bool:
         return _MARKED.search(self.template) is not None
 
@@ -109,6 +118,8 @@ class Chat:
         messages, tools = facts["messages"], facts.get("tools")
         if not any(message["role"] == ASSISTANT for message in messages):
             raise Unusable(f"it holds no answer: no message of the role {ASSISTANT!r}")
+        if unknown := sorted({message["role"] for message in messages} - self.roles):
+            raise Unusable(f"the chat template knows no role {unknown[0]!r}; usual are {', '.join(_ROLES)}")
         text, answers = self._marked(messages, tools) if self.marks_answers else self._found(messages, tools)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = np.array(encoded["input_ids"], np.int64)

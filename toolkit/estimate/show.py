@@ -54,7 +54,8 @@ def show_prediction(
     table.add_row("all", *sums, f"{found.needed / s.parameters:.2f}", style="bold")
     console.print(table)
     peaks = ", ".join(f"{phase.name} {size_text(phase.peak or 0)}" for phase in found.phases)
-    console.print_line(f"the peak lies in the phase {found.peak_phase} ({peaks})")
+    apart = f"; without the {c.CONTEXT}" if found.context else ""
+    console.print_line(f"the peak lies in the phase {found.peak_phase} ({peaks}{apart})")
     for title, sizes in (("host memory of a rank", found.host), ("NVMe of a rank", found.nvme)):
         if any(sizes.values()):
             parts = ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())
@@ -64,6 +65,8 @@ def show_prediction(
     if found.wire:
         parts = ", ".join(f"{kind} {size_text(size)}" for kind, size in found.wire.items())
         console.print_line(f"collectives in a step, what each rank puts in: {parts}")
+    elif found.wire is None:
+        console.print_line(f"collectives in a step: not predicted for {s.optimizer}; runs count them")
     if variants:
         loss = ", and of the loss" if len(variants) > 2 else ""
         console.print_line(f"activations of one transformer block{loss} (kept: until its backward pass):")

@@ -70,6 +70,8 @@ def train(options: Mapping[str, Any], settings: RunSettings, restarts: int = 0) 
         UserError: the options contradict one another, or name nothing.
     """
     check(options)
+    if not settings.start_anyway:
+        ranks.check_room(options.get("num_gpus", 1))
     again = Restarts(settings, restarts)
     environment = os.environ | {"PYTHONSAFEPATH": "1"}  # nothing is imported that happens to lie in the working folder
     local = not several_machines(options.get("hostfile"))

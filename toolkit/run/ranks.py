@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from toolkit.agreed import AgreedError
 from toolkit.errors import UserError
 from toolkit.records.machine import local_size
+from toolkit.records.sizes import size_text
 from toolkit.run import leftovers
 from toolkit.usage import SHELL_PATH
 
@@ -38,6 +39,8 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLO
 
 _OF_MPI = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """In which MPI says how many processes it has started."""
+EMPTY_BYTES = 400_000_000
+"""Bytes of memory that no two ranks share, at least: what Python holds with PyTorch, DeepSpeed and transformers."""
 _PROBE = "198.51.100.1"  # kept for documents: nobody has it, and the way to it is the way to everywhere
 
 
@@ -52,6 +55,21 @@ def local_rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_room(count: int, *, options: str = "--ranks") -> None:
+    """Raise UserError where this machine's memory does not even hold `count` ranks without a model.
+
+    A machine on which they were started would be of no more use.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if count > 1 and count * EMPTY_BYTES > free:
+        raise UserError(
+            f"{options}: {count:,} ranks of this machine take {size_text(count * EMPTY_BYTES)} without any model, "
+            f"and {size_text(free)} of its memory are free, enough for {max(1, free // EMPTY_BYTES):,}."
+        )
 
 
 def prepare_environment() -> None:

@@ -37,7 +37,10 @@ class RunSettings(BaseModel):
 
     model: Annotated[
         str,
-        typer.Option(help="A model preset, or a folder holding a Hugging Face model.", autocompletion=model_names),
+        typer.Option(
+            help="A preset, a folder with a Hugging Face model, or its hub name, once downloaded.",
+            autocompletion=model_names,
+        ),
     ] = "qwen3-tiny"
     from_checkpoint: Annotated[
         bool, typer.Option("--from-checkpoint", help="Start from the weights in the model's folder.")
