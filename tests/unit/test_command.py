@@ -106,6 +106,7 @@ def test_a_command_has_one_option_of_a_kind(command: Any, ctx: Any) -> None:
         ("train", "--gradient-accumulation-steps 2 --learning_rate 1e-3", {"grad_accum": 2, "lr": 1e-3}),
         ("train", "--num_gpus 2 --max_steps 7", {"num_gpus": 2, "steps": 7}),
         ("train", "--output_dir a --resume_from_checkpoint b", {"run_dir": Path("a"), "resume": "b"}),
+        ("train", "--from_pretrained --model m", {"from_checkpoint": True, "model": "m"}),
         ("train", "--resume --steps 3", {"resume": "auto", "steps": 3}),
         ("train", "--resume", {"resume": "auto"}),
         ("train", "--deepspeed-config soam_zero3 --master_port 5", {"config": "soam_zero3", "master_port": 5}),

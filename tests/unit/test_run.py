@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def test_segments_can_grow_unless_the_user_says_otherwise(name: str | None, monk
     found = {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")}
     assert found == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
     assert os.environ[SHELL_PATH] == path, "what is said to be typed next is for the user's shell"
+
+
+@pytest.mark.parametrize(("rank", "terminal", "shown"), [("0", True, True), ("0", False, False), ("1", True, False)])
+def test_bars_of_libraries_are_for_one_rank_on_a_terminal(
+    rank: str, terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"], "RANK": rank})
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with warnings.catch_warnings():
+        ranks.prepare_environment()
+    assert ("HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ) == shown
 
 
 def test_the_allocator_is_set_before_torch_is_there() -> None:

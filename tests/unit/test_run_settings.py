@@ -99,6 +99,7 @@ def test_help_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
         ("--lr 0", "--lr is 0.0, but must be above 0"),
         ("--epochs 3", "--steps, in optimizer steps"),
         ("--num_train_epochs 3", "--steps, in optimizer steps"),
+        ("--out a", "there is no option --out. Use --run-dir."),
         ("--logging_steps 5", "every step is in metrics.jsonl"),
         ("--run_name a", "--run-dir names the folder"),
         ("--do_train", "--eval-every says how often"),

@@ -103,7 +103,7 @@ def test_pieces_give_what_the_whole_gives(
     assert_same(train(Model(LARGE, dtype, state_format, False), CUTTINGS[cutting]), whole)
 
 
-@layouts
+@pytest.mark.parametrize(("dtype", "state_format"), [*LAYOUTS[:2], pytest.param(*LAYOUTS[2], marks=pytest.mark.slow)])
 def test_compiled_pieces_give_what_the_whole_gives(
     dtype: torch.dtype, state_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

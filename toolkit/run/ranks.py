@@ -92,6 +92,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if rank() != 0:
         warnings.simplefilter("ignore")
+    if rank() != 0 or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars, too
 
 
