@@ -259,10 +259,10 @@ def test_commands(runs: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert runs.digest("main") == open_checkpoint(find(tmp_path / "one")).digest()
     assert call("checkpoint", "convert", run, "--out", tmp_path / "u" / "x", "--universal").exit_code == 0
     assert runs.digest("main") == open_checkpoint(find(tmp_path / "u" / "x")).digest()
-    assert "step 5 as trained, 1 file(s)" in call("export", run, "--out", tmp_path / "hf").output
+    assert "step 5 as trained, 1 file" in call("export", run, "--out", tmp_path / "hf").output
     with hub(monkeypatch) as server:
         pushed = call("export", run, "--out", tmp_path / "pushed", "--push_to_hub", "owner/name")
-        assert f"1 file(s); uploaded to {server.url}/owner/name" in pushed.output
+        assert f"1 file; uploaded to {server.url}/owner/name" in pushed.output
         assert server.files["owner/name"].keys() == {path.name for path in (tmp_path / "hf").iterdir()}
         assert server.private == {"owner/name": True}
     assert "--public is for --push" in str(call("export", run, "--out", tmp_path / "x", "--public").exception)

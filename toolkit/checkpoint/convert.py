@@ -20,8 +20,8 @@ from toolkit.masking import masked
 from toolkit.state.sharding import Sharding, reshard, share_of
 
 
-def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> None:
-    """Write `source` into `folder`/global_step<n> as `world_size` ranks at `stage` would have saved it.
+def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> Sharding:
+    """Write `source` into `folder`/global_step<n> as `world_size` ranks at `stage` would have saved it: cut so.
 
     One rank's tensors are in memory at a time.
 
@@ -59,6 +59,7 @@ def convert(source: Source, folder: Path, *, stage: int, world_size: int) -> Non
         raise UserError(f"{source.folder} cannot be converted: {error}") from None
     finally:
         store.discard(draft)
+    return target
 
 
 def _optimizer_file(transfer: Transfer, rank: int) -> Any:

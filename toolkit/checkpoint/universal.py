@@ -6,6 +6,7 @@ the parameters stand two files that only this package reads: the manifest and `l
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ def write(source: Source, folder: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists already; give another one")
     homes = {name: _home(folder, name) for name in source.sharding.by_name}
+    try:
+        _write(source, folder, homes)
+    except BaseException:  # in half a folder nobody could try again
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    replace_text(folder.parent / f"{LATEST}_universal", folder.name, durable=True)
+
+
+def _write(source: Source, folder: Path, homes: Mapping[str, Path]) -> None:
     entries: dict[str, dict[str, Any]] = {}
 
     def put(content: Any, path: Path) -> None:
@@ -81,7 +91,6 @@ def write(source: Source, folder: Path) -> None:
     for name, path in source.model_files().items():
         put(path.read_bytes(), folder / name)
     manifests.write(folder, Manifest(source.manifest.step, source.origin, source.manifest.facts, entries))
-    replace_text(folder.parent / f"{LATEST}_universal", folder.name, durable=True)
 
 
 def _home(folder: Path, name: str) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,9 +16,11 @@ from toolkit.console import waiting
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.printable import echo
+from toolkit.records.sizes import counted
 
 if TYPE_CHECKING:
     from toolkit.checkpoint.source import Source
+    from toolkit.state.sharding import Sharding
 
 app = App()
 Where = Annotated[Path, typer.Argument(metavar="RUN", help="A run (its newest checkpoint is taken) or a checkpoint.")]
@@ -33,6 +36,9 @@ BaseFolder = Annotated[
     typer.Option("--model", metavar="FOLDER", help="Of a run with --lora: where the model that it began from is now."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_TRIES = 5
+"""Of reading the newest checkpoint of a run that goes on, and removes it meanwhile."""
+_Found = TypeVar("_Found")
 _SHOWN = 5
 """Files that are not of a checkpoint, at most."""
 _LISTED = 20
@@ -69,12 +75,49 @@ def find(path: Path, step: int | None = None) -> Path:
     return path
 
 
-def _open(path: Path, trust_pickle: bool, plugins: Plugins) -> Source:
-    from toolkit.checkpoint.universal import open_checkpoint
+def reading(path: Path, use: Callable[[Path], _Found], step: int | None = None) -> _Found:
+    """What `use` makes of the folder that `find` gives: whatever reads the checkpoint of a run goes through here.
+
+    A run that goes on removes old checkpoints. Where its newest one is removed while it is read, `use` is called again
+    with the one that is the newest by then.
+
+    Raises:
+        UserError: as `find`; the checkpoint that was named is removed while it is read.
+    """
+    for _ in range(_TRIES):
+        folder = find(path, step)
+        try:
+            return use(folder)
+        except Exception:  # whatever a reader says of files that are gone
+            if folder.is_dir():
+                raise
+            if step is not None or folder == path:
+                raise _removed(folder) from None
+    raise _removed_too_often(path)
+
+
+def _removed(folder: Path) -> UserError:
+    return UserError(f"{folder} was removed while it was read.")
+
+
+def _removed_too_often(path: Path) -> UserError:
+    return UserError(
+        f"the newest checkpoint of {path} was removed {_TRIES} times while it was read: the run there goes on, and its "
+        "--keep-last is too small for that."
+    )
+
+
+def _with_source(path: Path, trust_pickle: bool, plugins: Plugins, use: Callable[[Source], _Found]) -> _Found:
+    """The same of the checkpoint, opened."""
+    from toolkit.checkpoint import universal
 
     import_plugins(plugins)
-    with waiting(f"opening {path}"):
-        return open_checkpoint(find(path), trust_pickle=trust_pickle)
+
+    def opened(folder: Path) -> Source:
+        with waiting(f"opening {path}"):
+            return universal.open_checkpoint(folder, trust_pickle=trust_pickle)
+
+    return reading(path, lambda folder: use(opened(folder)))
 
 
 _PLACE = (("epoch", "epoch"), ("window", "window"), ("document", "index"))
@@ -109,7 +152,7 @@ def inspect(
 
     from toolkit.console import PlainConsole
 
-    source = _open(path, trust_pickle, plugins)
+    source = _with_source(path, trust_pickle, plugins, lambda source: source)
     manifest, sharding = source.manifest, source.origin
     facts: dict[str, Any] = manifest.facts
     at = facts.get("position")
@@ -178,22 +221,39 @@ def verify(path: Where, plugins: Plugins = None, as_json: Json = False) -> None:
     \b
     toolkit checkpoint verify runs/first
     """
-    from toolkit.checkpoint.store import Store
-
     import_plugins(plugins)
-    stores = [Store(folder) for folder in (path / "checkpoints", path) if Store(folder).steps()]
-    folders = [stores[0].path(step) for step in stores[0].steps()] if stores else [find(path)]
     found: dict[str, list[str]] = {}
-    for folder in folders:
-        with waiting(f"reading {folder.name}"):
-            found[folder.name] = _problems(folder)
-        if not as_json:
-            echo(f"{folder.name}: {'; '.join(found[folder.name]) or 'intact'}")
+    for _ in range(_TRIES):
+        folders = _all_in(path)
+        for folder in folders:
+            with waiting(f"reading {folder.name}"):
+                problems = _problems(folder)
+            if not folder.is_dir():  # a run that goes on removes old ones, which is no damage
+                if folder == path:
+                    raise _removed(folder)
+                if not as_json:
+                    echo(f"{folder.name}: removed while it was read")
+                continue
+            found[folder.name] = problems
+            if not as_json:
+                echo(f"{folder.name}: {'; '.join(problems) or 'intact'}")
+        if found:
+            break
+    else:
+        raise _removed_too_often(path)
     if as_json:
         typer.echo(json.dumps({"folder": str(folders[0].parent), "problems": found}, indent=1))
     damaged = sum(map(bool, found.values()))
     if damaged:
-        raise UserError(f"{damaged} of {len(folders)} checkpoints are damaged.")
+        raise UserError(f"{damaged} of {counted(len(found), 'checkpoint')} {'is' if damaged == 1 else 'are'} damaged.")
+
+
+def _all_in(path: Path) -> list[Path]:
+    """Of a run or a folder of checkpoints all, newest first; else what `find` gives."""
+    from toolkit.checkpoint.store import Store
+
+    stores = [Store(folder) for folder in (path / "checkpoints", path) if Store(folder).steps()]
+    return [stores[0].path(step) for step in stores[0].steps()] if stores else [find(path)]
 
 
 def _problems(folder: Path) -> list[str]:
@@ -235,18 +295,21 @@ def convert(
     from toolkit.checkpoint import universal as layout
     from toolkit.checkpoint.convert import convert as rewrite
 
-    source = _open(path, trust_pickle, plugins)
-    if universal:
+    def write(source: Source) -> Sharding:
         with waiting(f"writing {to}"):
-            layout.write(source, to)
-        said = f"{to}: DeepSpeed's universal layout, {len(source.sharding.by_name)} parameters"
-        _say(said, as_json, folder=to, universal=True, parameters=len(source.sharding.by_name))
+            if universal:
+                layout.write(source, to)
+                return source.sharding
+            made = (stage or source.origin.stage, ranks or source.origin.world_size)
+            return rewrite(source, to, stage=made[0], world_size=made[1])
+
+    made = _with_source(path, trust_pickle, plugins, write)
+    if universal:
+        said = f"{to}: DeepSpeed's universal layout, {counted(len(made.by_name), 'parameter')}"
+        _say(said, as_json, folder=to, universal=True, parameters=len(made.by_name))
         return
-    stage, ranks = stage or source.origin.stage, ranks or source.origin.world_size
-    with waiting(f"writing {to}"):
-        rewrite(source, to, stage=stage, world_size=ranks)
-    said = f"{find(to)}: {ranks} rank(s) at ZeRO stage {stage}"
-    _say(said, as_json, folder=find(to), universal=False, ranks=ranks, stage=stage)
+    said = f"{find(to)}: {counted(made.world_size, 'rank')} at ZeRO stage {made.stage}"
+    _say(said, as_json, folder=find(to), universal=False, ranks=made.world_size, stage=made.stage)
 
 
 def export(
@@ -286,13 +349,15 @@ def export(
         raise UserError(f"--dtype is {dtype!r}, but must be bf16, fp16 or fp32.{nearest(wanted, DTYPES)}")
     if public and push is None:
         raise UserError("--public is for --push.")
-    source = _open(path, trust_pickle, plugins)
-    moved(source, model)
-    pushed = Push.checked(push, to, public=public) if push is not None else None
-    step = source.manifest.step
-    with waiting(f"writing {to}"):
-        files = write(source, to, dtype=wanted, merge=merge)
-    said = f"{to}: step {step} {f'in {wanted}' if wanted is not None else 'as trained'}, {len(files)} file(s)"
+
+    def written(source: Source) -> tuple[Push | None, int, list[Path]]:
+        moved(source, model)
+        pushed = Push.checked(push, to, public=public) if push is not None else None
+        with waiting(f"writing {to}"):
+            return pushed, source.manifest.step, write(source, to, dtype=wanted, merge=merge)
+
+    pushed, step, files = _with_source(path, trust_pickle, plugins, written)
+    said = f"{to}: step {step} {f'in {wanted}' if wanted is not None else 'as trained'}, {counted(len(files), 'file')}"
     facts: dict[str, Any] = {"folder": to, "step": step, "dtype": wanted, "files": [str(file) for file in files]}
     if pushed is not None:
         with waiting(f"uploading to {push}"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from toolkit.checkpoint.wrong import is_exported
-from toolkit.commands.checkpoint import BaseFolder, find
+from toolkit.commands.checkpoint import BaseFolder, find, reading
 from toolkit.errors import UserError
 from toolkit.plugins import Plugins, import_plugins
 from toolkit.printable import printable
@@ -40,9 +40,14 @@ def opened_run(run: Path, step: int | None, plugins: list[Path] | None, base: Pa
     prepare_environment()
     settle_accelerator()
     import_plugins(plugins)
-    from toolkit.inference.opened import open_model
+    from toolkit.inference import opened
 
-    return open_model(folder, base)
+    def load(chosen: Path) -> Opened:
+        if chosen != folder:
+            print(f"loading {printable(str(chosen))}, which is newer", file=sys.stderr)
+        return opened.open_model(chosen, base)
+
+    return load(run) if exported else reading(run, load, step)
 
 
 def sample(

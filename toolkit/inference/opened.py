@@ -13,6 +13,7 @@ from toolkit import data, models
 from toolkit.checkpoint.export import load_model, moved
 from toolkit.checkpoint.universal import open_checkpoint
 from toolkit.checkpoint.wrong import is_exported
+from toolkit.errors import UserError
 from toolkit.models.build import complete
 from toolkit.records.activations import Activations
 from toolkit.sentences import value_at
@@ -85,4 +86,6 @@ def _of_a_checkpoint(folder: Path, base: Path | None) -> Opened:
     tokenizer = data.load_tokenizer(str(folder) if kept else value_at(facts, "identity.tokenizer.name"))
     preset = models.PRESETS.get(value_at(facts, "identity.model.name") or "")
     model = complete(hf, preset, Activations(), value_at(facts, "run.settings.loss"))
+    if not folder.is_dir():  # of a tokenizer's files some may be missing without an error
+        raise UserError(f"{folder} was removed while it was read")
     return Opened(folder, model, tokenizer, source.manifest.step, source.origin.world_size, facts)
