@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
-from small_checkpoints import call, stock
+from small_checkpoints import STEP, call, stock, whole
 
 from toolkit.checkpoint import universal
 from toolkit.checkpoint.source import Source
@@ -23,3 +25,50 @@ def test_files_of_a_folder_of_many_are_one_line(tmp_path: Path, monkeypatch: pyt
     shown = call("checkpoint", "inspect", folder).output
     assert f"{sum(many.values()):,}  zero/ ({len(many)} files)" in shown
     assert [name for name in files if name in shown] == [name for name in files if name not in many]
+
+
+def test_json_is_for_programs(tmp_path: Path) -> None:
+    folder = whole(tmp_path / "own").path(STEP)
+    found = json.loads(call("checkpoint", "inspect", folder, "--json", "--digest").output)
+    assert all(re.fullmatch("[a-z_]+", key) for key in found)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json"}
+    matrices, others = 48 * 32 + 16 * 16, 48 + 40
+    expected = {
+        "step": STEP,
+        "ranks": 1,
+        "zero_stage": 1,
+        "optimizer": "AMCS",
+        "states": ["m_fast", "m_slow", "v"],
+        "parameters": matrices + others,
+        "frozen_parameters": 0,
+        "buffer_elements": 4,
+        "base": None,
+        "bytes": sum(sizes.values()),
+        "bytes_per_parameter": pytest.approx(sum(sizes.values()) / (matrices + others)),
+        "identity": {"model": "qwen3-tiny", "tokenizer": "python-4k", "data": "d"},
+        "data_position": {"epoch": 0, "window": 0, "document": 3},
+        "files": sizes,
+        "digest": Source(folder).digest(),
+    }
+    assert {key: found[key] for key in expected} == expected
+    states = ("m_fast", "m_slow", "v")
+    assert [(one["kinds"], one["parameters"], one["formats"], one["weights"]) for one in found["stored_as"]] == [
+        (["matrices"], matrices, dict.fromkeys(states, "8bit"), "bf16+8"),
+        (["1-D parameters"], others, dict.fromkeys(states, "fp32"), "bf16+16"),
+    ]
+
+
+def test_each_format_is_after_the_parameters_that_it_is_of(tmp_path: Path) -> None:
+    shown = call("checkpoint", "inspect", whole(tmp_path).path(STEP)).output
+    matrices, others = (f"m_fast={kept} m_slow={kept} v={kept}" for kept in ("8bit", "fp32"))
+    assert f"matrices: {matrices} weights=bf16+8; 1-D parameters: {others} weights=bf16+16" in shown
+
+
+def test_of_deepspeeds_own_what_is_not_known_is_null_and_files_are_counted(tmp_path: Path) -> None:
+    folder = stock(tmp_path / "stock")
+    found = json.loads(call("checkpoint", "inspect", folder, "--json").output)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert (found["files"], found["bytes"]) == (sizes, sum(sizes.values()))
+    assert found["saved"] is None and found["data_position"] is None and found["identity"] == found["versions"] == {}
+    shown = call("checkpoint", "inspect", folder).output
+    assert "exp_avg=fp32 exp_avg_sq=fp32 weights=float32" in shown and "matrices" not in shown

@@ -120,10 +120,6 @@ def _with_source(path: Path, trust_pickle: bool, plugins: Plugins, use: Callable
     return reading(path, lambda folder: use(opened(folder)))
 
 
-_PLACE = (("epoch", "epoch"), ("window", "window"), ("document", "index"))
-"""Of a position in the data, the word and the field."""
-
-
 @app.callback()
 def checkpoint() -> None:
     """Inspect, verify and convert checkpoints.
@@ -150,41 +146,19 @@ def inspect(
     """
     from rich.table import Table
 
+    from toolkit.checkpoint.described import describe, rows
     from toolkit.console import PlainConsole
 
-    source = _with_source(path, trust_pickle, plugins, lambda source: source)
-    manifest, sharding = source.manifest, source.origin
-    facts: dict[str, Any] = manifest.facts
-    at = facts.get("position")
-    rows = {
-        "folder": source.folder,
-        "step": manifest.step,
-        "saved": facts.get("saved", "?"),
-        "ranks": f"{sharding.world_size} at ZeRO stage {sharding.stage}",
-        "optimizer": f"{sharding.rule or 'Adam'}: {', '.join(state.name for state in sharding.states)}",
-        "stored as": "; ".join(sorted(_formats(sharding.flats))),
-        "parameters": f"{manifest.parameters:,}",
-        "not trained": f"{sum(kept.numel() for kept in source.frozen.values()):,} in frozen parameters, "
-        f"{sum(buffer.numel() for buffer in source.buffers().values()):,} in buffers",
-        **({"beside": source.base.path} if source.based and source.base is not None else {}),
-        "bytes": f"{manifest.bytes:,} ({manifest.bytes / max(manifest.parameters, 1):.2f} per parameter)",
-        **{part: entry["name"] for part, entry in facts.get("identity", {}).items()},
-        "data continue at": ", ".join(f"{word} {at.get(key, 0)}" for word, key in _PLACE) if at else "?",
-        "versions": ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items()) or "?",
-    }
-    if digest:
-        with waiting("hashing the state"):
-            rows["digest"] = source.digest()
-    sizes = {name: int(entry["bytes"]) for name, entry in manifest.files.items()}
+    found = _with_source(path, trust_pickle, plugins, lambda source: describe(source, digest=digest))
     if as_json:
-        typer.echo(json.dumps({**rows, "files": sizes}, default=str, indent=1))
+        typer.echo(json.dumps(found, indent=1))
         return
     table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    listed = {name: f"{size:,}" for name, size in _listed(sizes).items()}
+    for name, value in rows(found).items():
+        table.add_row(name, value)
+    listed = {name: f"{size:,}" for name, size in _listed(found["files"]).items()}
     widest = max(map(len, listed.values()), default=0)
     for place, (name, size) in enumerate(listed.items()):
         table.add_row("" if place else "files", f"{size:>{widest}}  {name}")
@@ -204,14 +178,6 @@ def _listed(sizes: dict[str, int]) -> dict[str, int]:
         line = f"{folder}/ ({counts[folder]} files)" if many else name
         shown[line] = shown.get(line, 0) + sizes[name]
     return shown
-
-
-def _formats(flats: Any) -> set[str]:
-    found = set()
-    for flat in flats:
-        states = " ".join(f"{name}={value}" for name, value in flat.formats.items())
-        found.add(f"{states} weights={flat.weights if flat.dtype == 'bfloat16' else flat.dtype}")
-    return found
 
 
 @app.command()
