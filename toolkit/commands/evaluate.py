@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,10 @@ from toolkit.commands.sample import Run, Step, opened_run
 from toolkit.errors import UserError
 from toolkit.plugins import Plugins
 from toolkit.printable import echo, printable
+from toolkit.records.sizes import counted
+
+if TYPE_CHECKING:
+    from toolkit.inference.evaluate import Evaluation
 
 
 def evaluate(
@@ -30,7 +34,10 @@ def evaluate(
     sequences: Annotated[
         int | None, typer.Option(min=1, help="At most so many. (default: the run's, and of --data all)")
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Predictions per sequence. (default: the run's)")] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="Predictions per sequence. (default: the run's; of an exported model 256)"),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness instead; needs the package lm_eval."),
@@ -64,19 +71,32 @@ def evaluate(
     with progress("evaluating", total=text.count) as done:
         found = measure.evaluate(opened, text, done)
     skipped, cut = text.packed.position.skipped, text.packed.position.cut
-    remarks = [*text.remarks, *([f"{skipped:,} document(s) that cannot be used are left out."] if skipped else [])]
-    remarks += [f"{cut:,} conversation(s) longer than --seq-len are cut at their end."] if cut else []
+    remarks = [*text.remarks, *_left_out(skipped, "document that cannot be used", "documents that cannot be used")]
+    longer = ("conversation longer than --seq-len", "conversations longer than --seq-len")
+    remarks += _left_out(cut, *longer, "cut at the end")
     for remark in remarks:
         print(f"note: {printable(remark)}", file=sys.stderr)
     figures = {**vars(found), "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}
     if as_json:
         typer.echo(json.dumps(strict({"model": str(opened.folder), "step": opened.step, **figures}), indent=1))
         return
-    echo(f"data           {found.data}: {found.sequences:,} sequences of {found.seq_len:,} tokens")
-    echo(f"tokens         {found.tokens:,}, which stand for {found.bytes:,} bytes")
+    echo(f"data           {found.data}: {_sequences(found)}")
+    stand = "stands" if found.tokens == 1 else "stand"
+    echo(f"tokens         {found.tokens:,}, which {stand} for {counted(found.bytes, 'byte')}")
     echo(f"loss           {found.loss:.4f} nats per token")
     echo(f"perplexity     {found.perplexity:,.2f}")
     echo(f"bits per byte  {found.bits_per_byte:.4f}")
+
+
+def _left_out(count: int, one: str, many: str, what: str = "left out") -> list[str]:
+    return [f"{counted(count, one, many)} {'is' if count == 1 else 'are'} {what}."] if count else []
+
+
+def _sequences(found: Evaluation) -> str:
+    if found.sequences == 1:
+        return f"1 sequence of {counted(found.last_seq_len, 'token')}"
+    shorter = f", the last of {found.last_seq_len:,}" if found.last_seq_len < found.seq_len else ""
+    return f"{found.sequences:,} sequences of {counted(found.seq_len, 'token')}{shorter}"
 
 
 def _evaluate_tasks(

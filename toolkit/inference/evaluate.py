@@ -19,17 +19,23 @@ from toolkit.models import predictions
 from toolkit.run.settings import RunSettings
 from toolkit.run.texts import digest, open_text
 
+_SEQ_LEN = "identity.data.seq_len"
+"""Where a checkpoint notes the run's; an exported folder notes nothing."""
 _FOREVER = ("fineweb",)
 """Texts that nobody reads to their end."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss`: mean cross-entropy in nats of `tokens` predictions, which stand for `bytes` of text in UTF-8."""
+    """`loss`: mean cross-entropy in nats of `tokens` predictions, which stand for `bytes` of text in UTF-8.
+
+    The last of the `sequences` may have fewer than `seq_len` predictions.
+    """
 
     data: str
     sequences: int
     seq_len: int
+    last_seq_len: int
     tokens: int
     bytes: int
     loss: float
@@ -95,12 +101,17 @@ def text_of(opened: Opened, name: str, text_column: str, sequences: int | None, 
     """
     if name in _FOREVER and sequences is None:
         raise UserError(f"--data {name} is read without end: say with --sequences how much of it.")
-    length = _length(opened, seq_len)
+    length, remarks = _length(opened, seq_len), []
+    if seq_len is None and opened.note(_SEQ_LEN) is None:
+        remarks.append(
+            f"{opened.folder} does not say how long the sequences of its run were: here they have at most {length} "
+            "tokens, and the loss depends on it; --seq-len gives another number."
+        )
     text = {"name": name, "part": "all", "subset": None, "text_column": text_column}
     packed = open_text(text, opened.tokenizer, length, 0, shuffle_window=1)
     taken = islice(packed.once(), sequences)
     passes = _passes(taken, _micro_batch(opened, length))
-    return Sequences(name, length, packed, passes, sequences, [])
+    return Sequences(name, length, packed, passes, sequences, remarks)
 
 
 def _passes(sequences: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
@@ -110,7 +121,9 @@ def _passes(sequences: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndar
 
 
 def _length(opened: Opened, seq_len: int | None) -> int:
-    length = seq_len or opened.note("identity.data.seq_len") or RunSettings().seq_len
+    length = seq_len or opened.note(_SEQ_LEN)
+    if length is None:
+        length = min(RunSettings().seq_len, opened.positions or RunSettings().seq_len)
     if opened.positions is not None and length > opened.positions:
         raise UserError(f"--seq-len is {length}, but the model has {opened.positions} positions.")
     return int(length)
@@ -118,7 +131,7 @@ def _length(opened: Opened, seq_len: int | None) -> int:
 
 def _micro_batch(opened: Opened, seq_len: int) -> int:
     """Sequences of a pass: the run's, and of longer ones no more tokens."""
-    micro, trained = opened.note(f"run.terms.{MICRO}"), opened.note("identity.data.seq_len") or seq_len
+    micro, trained = opened.note(f"run.terms.{MICRO}"), opened.note(_SEQ_LEN) or seq_len
     return max(1, micro * trained // max(trained, seq_len)) if isinstance(micro, int) else 1
 
 
@@ -130,15 +143,16 @@ def evaluate(opened: Opened, text: Sequences, done: Callable[[int], None]) -> Ev
         UserError: the text has nothing to predict.
     """
     total: Any = 0.0
-    tokens = sequences = 0
+    tokens = sequences = last = 0
     for rows in text.passes:
         batch = torch.from_numpy(np.stack(rows)).to(opened.device)
         predicted = int(predictions(batch))
         total = total + opened.model(batch).double() * predicted
         tokens += predicted
         sequences += len(rows)
+        last = batch.shape[-1] - 1
         done(len(rows))
     if not tokens:
         raise UserError(f"the text {text.name!r} is a single token: there is nothing to predict.")
     covered = text.packed.text_bytes()
-    return Evaluation(text.name, sequences, text.seq_len, tokens, covered, float(total) / tokens)
+    return Evaluation(text.name, sequences, text.seq_len, last, tokens, covered, float(total) / tokens)
