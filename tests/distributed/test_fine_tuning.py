@@ -195,6 +195,10 @@ def test_under_lora_the_base_is_unchanged_to_the_bit_and_not_in_checkpoints(tuni
     trained = source.sharding.by_name
     assert len(trained) == 2 * 2 * 7 and all(".lora_" in name for name in trained)
     assert all(source.weights(name, 0, place.numel).any() for name, (_, place) in trained.items()), "B has moved"
+    summary = json.loads((tuning.root / run / "summary.json").read_text())
+    assert summary["trained_parameters"] == source.manifest.parameters < summary["parameters"]
+    held = sum(summary["state_bytes_by_name"].values())  # of rank 0; ranks are padded to the same size
+    assert summary["state_bytes_per_parameter_per_rank"] * summary["trained_parameters"] == pytest.approx(held)
 
 
 def test_adapters_are_the_same_at_every_stage_and_number_of_ranks_and_resumed_exactly(tuning: Tuning) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
-from small_checkpoints import STEP, call, stock, whole
+import torch
+from small_checkpoints import STEP, call, refile, stock, whole
 
 from toolkit.checkpoint import universal
-from toolkit.checkpoint.source import Source
+from toolkit.checkpoint.source import Source, model_file
 
 
 def test_files_of_a_folder_of_many_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +58,21 @@ def test_json_is_for_programs(tmp_path: Path) -> None:
         (["matrices"], matrices, dict.fromkeys(states, "8bit"), "bf16+8"),
         (["1-D parameters"], others, dict.fromkeys(states, "fp32"), "bf16+16"),
     ]
+
+
+def test_bytes_are_divided_by_all_parameters_in_the_files(tmp_path: Path) -> None:
+    folder, name = whole(tmp_path).path(STEP), model_file(1, 0)
+    trained = json.loads(call("checkpoint", "inspect", folder, "--json").output)["parameters"]
+    content = torch.load(folder / name)
+    content["module"]["f.weight"] = torch.empty(0)
+    content["frozen_param_shapes"] = OrderedDict({"f.weight": torch.Size([300, 20])})
+    content["frozen_param_fragments"] = OrderedDict({"f.weight": torch.zeros(300, 20)})
+    refile(folder, name, content)
+    found = json.loads(call("checkpoint", "inspect", folder, "--json").output)
+    assert (found["parameters"], found["frozen_parameters"]) == (trained, 6000)
+    assert found["bytes_per_parameter"] == pytest.approx(found["bytes"] / (trained + 6000))
+    shown = call("checkpoint", "inspect", folder).output
+    assert f"{found['bytes']:,} ({found['bytes'] / (trained + 6000):.2f} per parameter)" in shown
 
 
 def test_each_format_is_after_the_parameters_that_it_is_of(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from toolkit import console as console_of
 from toolkit.records.sizes import size_text
 from toolkit.run.screen import Screen
+from toolkit.run.summary import trained_parameters
 from toolkit.usage import SHELL_PATH, to_type
 
 SUMMARY: dict[str, Any] = {
@@ -94,6 +96,29 @@ def test_screen_shows_progress_and_summary(terminal: bool, tmp_path: Path, monke
     if not terminal:
         assert sum(line.startswith("step") for line in shown.splitlines()) < 32
         assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("trained", "words"),
+    [
+        ({}, "3.05 bytes per parameter, 1.52 of"),  # of a run of an older version
+        ({"parameters": 5000, "trained_parameters": 5000}, "3.05 bytes per parameter, 1.52 of"),
+        ({"parameters": 5000, "trained_parameters": 80}, "3.05 bytes per trained parameter, 1.52 of"),
+    ],
+)
+def test_of_frozen_parameters_state_is_not_counted(trained: dict[str, int], words: str) -> None:
+    out = io.StringIO()
+    Screen(1, shown=True, console=Console(file=out, width=200)).summary(SUMMARY | trained)
+    assert words in out.getvalue()
+
+
+def test_trained_parameters_are_whole_ones_without_those_that_are_frozen() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2, bias=False))
+    assert trained_parameters(module) == 21
+    module[0].requires_grad_(False)
+    shell: Any = module[1].weight
+    shell.ds_numel, shell.data = shell.numel(), torch.empty(0)  # as at ZeRO stage 3
+    assert trained_parameters(module) == 6
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -20,6 +20,8 @@ def describe(source: Source, *, digest: bool = False) -> dict[str, Any]:
     facts: Mapping[str, Any] = manifest.facts
     at = facts.get("position")
     sizes = {name: int(entry["bytes"]) for name, entry in manifest.files.items()} or _on_disk(source)
+    frozen = {name: kept.numel() for name, kept in source.frozen.items()}
+    inside = manifest.parameters + sum(count for name, count in frozen.items() if name not in source.based)
     found: dict[str, Any] = {
         "folder": str(source.folder),
         "step": manifest.step,
@@ -30,11 +32,11 @@ def describe(source: Source, *, digest: bool = False) -> dict[str, Any]:
         "states": [state.name for state in sharding.states],
         "stored_as": _stored(sharding.flats),
         "parameters": manifest.parameters,
-        "frozen_parameters": sum(kept.numel() for kept in source.frozen.values()),
+        "frozen_parameters": sum(frozen.values()),
         "buffer_elements": sum(buffer.numel() for buffer in source.buffers().values()),
         "base": source.base.path if source.based and source.base is not None else None,
         "bytes": sum(sizes.values()),
-        "bytes_per_parameter": sum(sizes.values()) / max(manifest.parameters, 1),
+        "bytes_per_parameter": sum(sizes.values()) / max(inside, 1),
         "identity": {part: entry["name"] for part, entry in facts.get("identity", {}).items()},
         "data_position": {word: at.get(key, 0) for word, key in _PLACE.items()} if at else None,
         "versions": dict(facts.get("versions", {})),

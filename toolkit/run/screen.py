@@ -162,12 +162,14 @@ class Screen:
 def _measured(summary: Mapping[str, Any]) -> dict[str, str]:
     """What `toolkit.run.summary.Measured` has, by the name of a row."""
     predicted, by_name = summary["predicted_peak_bytes"], summary["state_bytes_by_name"].items()
+    trained = summary.get("trained_parameters")
+    per = "per trained parameter" if trained is not None and trained != summary["parameters"] else "per parameter"
     alone = ", of the model and its steps alone" if summary["process_bytes"] else ""
     rows = {
         "peak memory": f"{size_text(summary['peak_memory_bytes'])} {summary['memory_kind']}, largest rank",
         **_of_process(summary),
         "  predicted peak": "not known" if predicted is None else f"{size_text(predicted)}{alone}",
-        "optimizer state": f"{summary['state_bytes_per_parameter']:.2f} bytes per parameter, "
+        "optimizer state": f"{summary['state_bytes_per_parameter']:.2f} bytes {per}, "
         f"{summary['state_bytes_per_parameter_per_rank']:.2f} of them on each rank",
         "  of rank 0": ", ".join(f"{name} {size_text(count)}" for name, count in by_name),
     }

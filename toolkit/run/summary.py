@@ -47,7 +47,10 @@ class Measured(BaseModel):
     predicted_peak_bytes: _Count | None
     state_bytes_by_name: dict[str, _Count]
     """On rank 0."""
+    trained_parameters: _Count | None = None
+    """Elements of those that the optimizer trains; None of a run of an older version, which divided by all."""
     state_bytes_per_parameter: float
+    """Of those that are trained."""
     state_bytes_per_parameter_per_rank: float
     counted_peak_bytes: _Count | None = None
     """Of the model and its steps, on a CPU where a step was traced; on a GPU the peak is theirs."""
@@ -84,6 +87,7 @@ def measure(
     [mean], [largest] = ranks.mean_max([mine - whole], [mine], engine.device)
     peak, before = max(everyones((ledger.largest, explainer.at_start)))  # both of the rank that has the peak
     counted = [found for found in everyones(ledger.counted) if found is not None]
+    trained = trained_parameters(engine.module)
     size, alone = prepared.batch.world_size, [seconds for seconds in everyones(forward) if seconds is not None]
     found = Measured(
         peak_memory_bytes=peak,
@@ -93,12 +97,18 @@ def measure(
         counted_peak_bytes=max(counted, default=None),
         predicted_peak_bytes=explainer.predicted.peak if explainer.predicted is not None else None,
         state_bytes_by_name=states,
-        state_bytes_per_parameter=(mean * size + whole) / prepared.parameters,
-        state_bytes_per_parameter_per_rank=largest / prepared.parameters,
+        trained_parameters=trained,
+        state_bytes_per_parameter=(mean * size + whole) / trained,
+        state_bytes_per_parameter_per_rank=largest / trained,
         collective_bytes=sent if size > 1 else {},
         forward_seconds=alone if 1 < size == len(alone) else [],
     )
     return ranks.from_first(found)
+
+
+def trained_parameters(module: torch.nn.Module) -> int:
+    """Elements of the parameters that are trained, whole ones also where a rank holds a part (ZeRO 3)."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
 
 
 def summarize(prepared: PreparedRun, records: list[dict[str, Any]], measured: Measured | None) -> dict[str, Any]:
