@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.records.sizes import counted
 from toolkit.run import compiling, deterministic, ranks, stopping
 from toolkit.run.folder import pretty
 from toolkit.run.meeting import AbsentError
@@ -45,7 +46,7 @@ def train(settings: RunSettings) -> dict[str, Any]:
         KeyboardInterrupt: an error after the user had stopped the run.
     """
     screen = Screen(settings.steps, shown=ranks.rank() == 0)
-    screen.say(f"starting {ranks.world_size()} rank(s)")
+    screen.say(f"starting {counted(ranks.world_size(), 'rank')}")
     if settings.deterministic:
         deterministic.enforce()
     gc.disable()  # what is imported stays; to look through it for garbage, again and again, is a tenth of the start

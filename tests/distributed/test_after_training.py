@@ -107,7 +107,7 @@ def evaluated(clean: Clean, call: Any) -> None:
 
 def test_the_wheel_trains_where_no_checkout_is(clean: Clean, call: Any) -> None:
     out, _ = clean.call("train", *clean.arguments, "--steps", "4")
-    assert out.startswith("starting 1 rank(s)\n") and "next:" in out
+    assert out.startswith("starting 1 rank\n") and "next:" in out
     assert set(clean.where.read_text().split()) == {str(clean.site / "toolkit" / "__init__.py")}
     evaluated(clean, call)
 
@@ -124,13 +124,13 @@ def test_a_run_that_ctrl_c_stopped_and_that_changed_its_ranks_has_its_validation
     out, error = process.communicate(timeout=200)
     assert process.returncode == 130, out + error
     assert psutil.wait_procs(everyone, timeout=10)[1] == []
-    assert "Run interrupted" in out and out.startswith("starting 2 rank(s)\n") and "Traceback" not in out + error
+    assert "Run interrupted" in out and out.startswith("starting 2 ranks\n") and "Traceback" not in out + error
     assert not any(word in out + error for word in ("[INFO]", "[WARNING]", "[ERROR]")), "its banner is quiet"
     steps = len(read_metrics(metrics))
     assert Store(clean.run / "checkpoints").steps()[0] == steps == read_metrics(metrics)[-1]["step"]
     assert json.loads((clean.run / "run.json").read_text())["world_size"] == 2
     out, _ = clean.call("train", *clean.arguments, "--steps", str(steps + 2))
-    assert out.startswith("starting 1 rank(s)\n") and f"after step {steps}" in out
+    assert out.startswith("starting 1 rank\n") and f"after step {steps}" in out
     evaluated(clean, call)
 
 

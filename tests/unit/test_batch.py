@@ -143,6 +143,8 @@ def test_warmup(kind: str, params: dict[str, Any], flags: dict[str, Any], expect
 def test_a_run_shorter_than_its_warmup_is_said_aloud() -> None:
     _, _, remarks = merge_flags(JSON, RunSettings(steps=20, warmup=50), world_size=1)
     assert remarks == ["the warm-up takes 50 steps and the run 20: the learning rate never gets past the warm-up."]
+    [remark] = merge_flags(JSON, RunSettings(steps=1), world_size=1)[2]
+    assert remark.startswith("the warm-up takes 1 step and the run 1: ")
 
 
 def test_auto_values_are_dropped() -> None:

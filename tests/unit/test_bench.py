@@ -259,7 +259,7 @@ def test_growth_is_measured_and_drawn(
     monkeypatch.setattr(steps, "free_memory", lambda device: 100_000)
     capsys.readouterr()
     assert run(monkeypatch, "step", "--growth", *given) == 0
-    assert "8k parameters in 9 tensor(s): left out, since it needs" in capsys.readouterr().out
+    assert "8k parameters in 9 tensors: left out, since it needs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ import torch
 from rich.console import Console
 
 from toolkit import console as console_of
-from toolkit.records.sizes import size_text
+from toolkit.records.sizes import counted, size_text
+from toolkit.run.prepare import PreparedRun
 from toolkit.run.screen import Screen
+from toolkit.run.settings import RunSettings
 from toolkit.run.summary import trained_parameters
 from toolkit.usage import SHELL_PATH, to_type
 
@@ -226,6 +229,32 @@ def test_what_takes_long_says_so_on_a_terminal(
         time.sleep(seconds)
     printed = capsys.readouterr()
     assert ("predicting" in printed.err) is said and printed.out == ""
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(n, "step") for n in (0, 1, 2, 2000)] == ["0 steps", "1 step", "2 steps", "2,000 steps"]
+    assert [counted(n, "loss", "losses") for n in (1, 2)] == ["1 loss", "2 losses"]
+    out = io.StringIO()
+    one = {name: 1 for name in ("loss_steps", "skipped_documents", "replaced_characters", "cut_conversations")}
+    Screen(1, shown=True, console=Console(file=out, width=200)).summary(SUMMARY | one)
+    for words in ("(of the last step)", "1 document that", "1 character of the text", "1 conversation that is longer"):
+        assert words in out.getvalue()
+
+
+def test_the_header_of_a_run_of_one(tmp_path: Path) -> None:
+    def header(steps: int, total: int, ranks: int, seq_len: int, validation: int) -> list[str]:
+        batch = SimpleNamespace(total=total, micro=total, accumulation=1, world_size=ranks)
+        settings = RunSettings(steps=steps, seq_len=seq_len, eval_every=1, eval_sequences=2)
+        run: Any = SimpleNamespace(settings=settings, batch=batch, remarks=[], validation=[0] * validation)
+        run.parameters, run.folder = 5, tmp_path
+        return PreparedRun.lines(run, torch.device("cpu"))
+
+    one = header(1, 1, 1, 1, 1)
+    assert one[1] == "1 step of 1 sequence x 1 token: micro-batch 1 x accumulation 1 x 1 rank"
+    assert one[-1] == "note: the validation text fills only 1 sequence; it is used."
+    many = header(20, 8, 2, 128, 0)
+    assert many[1] == "20 steps of 8 sequences x 128 tokens: micro-batch 8 x accumulation 1 x 2 ranks"
+    assert many[-1] == "note: the validation text fills only 0 sequences; all are used."
 
 
 def test_size_text() -> None:

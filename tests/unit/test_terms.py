@@ -121,7 +121,7 @@ def test_a_global_batch_below_the_jsons_micro_batch_lowers_that_and_says_so(monk
     run = settled("--global-batch 4")
     assert run.batch == Batch(2, 1, 2)
     assert run.remarks == [
-        "the micro-batch is 2, not the 4 of the DeepSpeed JSON, so that 4 sequences a step divide among 2 rank(s)."
+        "the micro-batch is 2, not the 4 of the DeepSpeed JSON, so that 4 sequences a step divide among 2 ranks."
     ]
     with pytest.raises(UserError, match=r"5 is not a multiple of world size 2; nearest that fit: 4 or 6\.$"):
         settled("--global-batch 5")

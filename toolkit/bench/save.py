@@ -20,6 +20,7 @@ from toolkit.bench.step import Measured
 from toolkit.bench.train import finish
 from toolkit.compare.plan import Method
 from toolkit.paths import read_text
+from toolkit.records.sizes import counted
 from toolkit.run.ranks import free_port, launch_command
 
 DEEPSPEED = "deepspeed"
@@ -50,7 +51,7 @@ def measure(
     """
     found = Measured()
     for name, method in methods.items():
-        say(f"{name}: {settings['steps']} steps, then {WARM + repeats} times saving and loading")
+        say(f"{name}: {counted(settings['steps'], 'step')}, then {counted(WARM + repeats, 'time')} saving and loading")
         own = folder / name
         own.mkdir(parents=True)
         (own / "config.json").write_text(json.dumps(method.config), encoding="utf-8")

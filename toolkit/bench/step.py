@@ -15,7 +15,7 @@ from toolkit.bench.record import Row, Spread, ratios
 from toolkit.bench.shapes import Shapes, count_text, even, smallest
 from toolkit.bench.timing import copy_call, in_turn
 from toolkit.errors import UserError
-from toolkit.records.sizes import size_text
+from toolkit.records.sizes import counted, size_text
 
 COPY = "copy"
 """The row of a copy that moves as many bytes as the baseline must."""
@@ -68,8 +68,8 @@ def measure(
             raise UserError(f"--baseline {base} is not measured: {found.left_out[base]}.")
         moved = {name: stepper.bytes_moved() for name, stepper in steppers.items()}
         copy, copied = copy_call(round(moved[base] * shapes.parameters), device)
-        size = f"{count_text(shapes.parameters)} parameters in {shapes.tensors:,} tensor(s)"
-        say(f"{len(steppers)} optimizers on {size}, {repeats} rounds")
+        size = f"{count_text(shapes.parameters)} parameters in {counted(shapes.tensors, 'tensor')}"
+        say(f"{counted(len(steppers), 'optimizer')} on {size}, {counted(repeats, 'round')}")
         taken = in_turn({COPY: copy, **steppers}, device, repeats, lambda left: say(f"about {left:.0f} s for them"))
         done = {name: [one.done for one in samples] for name, samples in taken.items()}
         hosts = {name: [one.host for one in samples] for name, samples in taken.items()}
@@ -85,14 +85,14 @@ def measure(
         if name in hosts and name != COPY:
             timed["host_seconds"] = Spread.of(hosts[name])
         width = copied / shapes.parameters if name == COPY else moved[name]
-        counted = {
+        counts = {
             "bytes_moved": width,
             "of_copy": width * shapes.parameters / timed["seconds"].median / bandwidth,
             "ratio": against[name].median,
         }
         if name != COPY:
-            counted["state_bytes"] = steppers[name].state_bytes()
-        found.rows.append(Row(name=name, at=at or {}, timed=timed, counted=counted))
+            counts["state_bytes"] = steppers[name].state_bytes()
+        found.rows.append(Row(name=name, at=at or {}, timed=timed, counted=counts))
     return found
 
 
@@ -168,7 +168,7 @@ def growth(
     plan += [(even(spread, count), {"parameters": spread, "tensors": count}) for count in TENSORS]
     held = 0.0
     for shapes, at in plan:
-        where = f"{count_text(at['parameters'])} parameters in {at['tensors']:,} tensor(s)"
+        where = f"{count_text(at['parameters'])} parameters in {counted(at['tensors'], 'tensor')}"
         free = free_memory(device)
         needed = held * shapes.parameters * _SPARE
         if needed > free:

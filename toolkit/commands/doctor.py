@@ -12,6 +12,7 @@ import typer
 
 from toolkit.errors import UserError
 from toolkit.printable import echo
+from toolkit.records.sizes import counted
 
 
 @dataclass
@@ -76,10 +77,10 @@ def doctor(
     if fix:
         found.facts["removed"] = [str(path) for path in gone]
     if ranks is not None:
-        with waiting(f"timing an all-reduce of {ranks} ranks"):
+        with waiting(f"timing an all-reduce of {counted(ranks, 'rank')}"):
             _reach(found, ranks)
     if names:
-        with waiting(f"asking {len(names)} machine(s)"):
+        with waiting(f"asking {counted(len(names), 'machine')}"):
             _hosts(found, names)
     if as_json:
         typer.echo(json.dumps({"facts": found.facts, "problems": found.problems}, indent=1))
@@ -164,7 +165,7 @@ def _reach(found: Findings, count: int) -> None:
         return
     rate = size_text(int(bus_bytes(seconds, count)))
     found.facts["all-reduce"] = (
-        f"{size_text(BYTES)} in {1000 * seconds:.1f} ms, {count} ranks, {backend}: {rate}/s a rank"
+        f"{size_text(BYTES)} in {1000 * seconds:.1f} ms, {counted(count, 'rank')}, {backend}: {rate}/s a rank"
     )
 
 

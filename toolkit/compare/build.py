@@ -14,6 +14,7 @@ from toolkit.compare.runs import Cell, Runs, point_settings, read_summary
 from toolkit.compare.tuning import Swept, Tuning
 from toolkit.errors import UserError
 from toolkit.masking import masked
+from toolkit.records.sizes import counted
 from toolkit.report.compare import comparable, gaps, version
 from toolkit.report.data import RunReport
 from toolkit.report.read import read_folder
@@ -182,13 +183,13 @@ def _setting(runs: Runs, first: Mapping[str, RunReport]) -> str:
     settings = plan.settings
     facts = known.facts if known is not None else None
     parameters = f" ({facts.parameters:,} parameters)" if facts is not None and facts.parameters else ""
-    batch = f" of {facts.global_batch} sequences" if facts is not None and facts.global_batch else ""
+    batch = f" of {counted(facts.global_batch, 'sequence')}" if facts is not None and facts.global_batch else ""
     device = f" ({facts.device})" if facts is not None and facts.device else ""
     held_out = settings.get("val_data") or f"a part held out of {settings['data']}"
     return (
-        f"Every run: {settings['model']}{parameters}, {settings['steps']} steps{batch} of {settings['seq_len']} tokens "
-        f"of {settings['data']}, {plan.ranks} rank{'s' if plan.ranks > 1 else ''}{device}; the loss is that after the "
-        f"last step, on at most {settings['eval_sequences']} sequences of {held_out}."
+        f"Every run: {settings['model']}{parameters}, {counted(settings['steps'], 'step')}{batch} of "
+        f"{counted(settings['seq_len'], 'token')} of {settings['data']}, {counted(plan.ranks, 'rank')}{device}; the "
+        f"loss is that after the last step, on at most {counted(settings['eval_sequences'], 'sequence')} of {held_out}."
     )
 
 

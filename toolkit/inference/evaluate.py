@@ -16,6 +16,7 @@ from toolkit.data import PackedTokens
 from toolkit.errors import UserError
 from toolkit.inference.opened import Opened
 from toolkit.models import predictions
+from toolkit.records.sizes import counted
 from toolkit.run.settings import RunSettings
 from toolkit.run.texts import digest, open_text
 
@@ -125,7 +126,7 @@ def _length(opened: Opened, seq_len: int | None) -> int:
     if length is None:
         length = min(RunSettings().seq_len, opened.positions or RunSettings().seq_len)
     if opened.positions is not None and length > opened.positions:
-        raise UserError(f"--seq-len is {length}, but the model has {opened.positions} positions.")
+        raise UserError(f"--seq-len is {length}, but the model has {counted(opened.positions, 'position')}.")
     return int(length)
 
 

@@ -11,6 +11,7 @@ import torch
 from toolkit.data.chat import Chat, Unusable
 from toolkit.errors import UserError
 from toolkit.inference.opened import Opened
+from toolkit.records.sizes import counted
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def encode(opened: Opened, prompts: Sequence[str], sampling: Sampling) -> list[l
         ids = list(encoded) or [opened.tokenizer.eos_token_id]
         if opened.positions is not None and len(ids) + sampling.tokens > opened.positions:
             raise UserError(
-                f"a prompt of {len(ids)} tokens and --tokens {sampling.tokens} are more than the {opened.positions} "
-                "positions of the model."
+                f"a prompt of {counted(len(ids), 'token')} and --tokens {sampling.tokens} are more than the "
+                f"{opened.positions} positions of the model."
             )
         found.append(ids)
     return found

@@ -36,7 +36,7 @@ from toolkit.records.memory import (
     Setup,
     write_record,
 )
-from toolkit.records.sizes import size_text
+from toolkit.records.sizes import counted, size_text
 
 RESERVE = 64 << 20
 """Bytes of address space that are kept free for writing; they are never resident."""
@@ -262,8 +262,8 @@ class Explainer:
             s = record.setup
             lines.append(
                 f"* run: {s.model}, {s.parameters:,} parameters, {s.optimizer} ({s.state_format}, "
-                f"weights {s.weights}), ZeRO {s.stage}, {s.world_size} rank(s), micro-batch {s.micro_batch} x "
-                f"accumulation {s.gradient_accumulation}, {s.seq_len} tokens a sequence"
+                f"weights {s.weights}), ZeRO {s.stage}, {counted(s.world_size, 'rank')}, micro-batch {s.micro_batch} x "
+                f"accumulation {s.gradient_accumulation}, {counted(s.seq_len, 'token')} a sequence"
             )
         lines += self._table(record)
         if record.blocks:

@@ -32,7 +32,7 @@ SHOWN_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 """The units that sizes are shown in, and their bytes."""
 
 
-def counted(count: int, one: str, many: str = "") -> str:
+def counted(count: float, one: str, many: str = "") -> str:
     """A number of things: "1 step", "2,000 steps"; `many` where the plural is not `one` with an s."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 

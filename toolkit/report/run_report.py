@@ -9,6 +9,7 @@ from typing import Literal
 from toolkit.printable import printable
 from toolkit.records.categories import PHASES, in_order, model_state, ordered
 from toolkit.records.memory import Measurement, Prediction
+from toolkit.records.sizes import counted
 from toolkit.report.data import (
     Comparison,
     Imbalance,
@@ -281,7 +282,7 @@ def _measuring(largest: Measurement | None, training: Training | None) -> str | 
     sentence = f"Measured by {largest.source}, level {largest.level}"
     if largest.step is not None:
         sentence += f", traced in step {largest.step}"
-    sentence += f"; measuring took {largest.overhead_seconds:.2f} s over {largest.steps} steps"
+    sentence += f"; measuring took {largest.overhead_seconds:.2f} s over {counted(largest.steps, 'step')}"
     if training is not None and training.seconds > 0 and training.steps == largest.steps:
         sentence += f", {100 * largest.overhead_seconds / training.seconds:.1f} % of their time"
     return sentence + "."

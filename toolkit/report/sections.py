@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from toolkit.records.categories import MEANING, in_order
 from toolkit.records.memory import LargeTensor
-from toolkit.records.sizes import flops_text
+from toolkit.records.sizes import counted, flops_text
 from toolkit.report import svg
 from toolkit.report.data import Explanation, RunReport, Topic
 from toolkit.report.elements import Chart, Folded, Item, Kind, Preformatted, RunPart, Section, Table, legend, table
@@ -274,13 +274,15 @@ def _loss(run: RunReport) -> list[Item]:
     training = run.training
     if training is None:
         return []
-    planned = f" of {run.facts.steps:,}" if run.facts.steps else ""
-    tokens = f", {training.tokens:,} tokens" if training.tokens else ""
+    steps = counted(training.steps, "step")
+    if run.facts.steps:
+        steps = f"{training.steps:,} of {counted(run.facts.steps, 'step')}"
+    tokens = f", {counted(training.tokens, 'token')}" if training.tokens else ""
     compiling = f" after {duration(training.compile_s)} of compiling" if training.compile_s else ""
     validated = "" if training.val_loss is None else f", validation loss {number(training.val_loss, 4)}"
     state = "" if training.complete else " The run did not finish."
     sentence = (
-        f"{training.steps:,}{planned} steps{tokens} in {duration(training.seconds)}{compiling}; training loss "
+        f"{steps}{tokens} in {duration(training.seconds)}{compiling}; training loss "
         f"{number(training.loss, 4)} (mean of the last {training.loss_steps}){validated}.{state}"
     )
     if training.skipped_steps:
@@ -341,7 +343,7 @@ def _facts(run: RunReport) -> list[Item]:
         "weight decay": facts.weight_decay,
         "gradient clipping": facts.clipping,
         "scheduler": facts.scheduler,
-        "warm-up": facts.warmup and f"{facts.warmup:,} steps",
+        "warm-up": facts.warmup and counted(facts.warmup, "step"),
         "activations": facts.activations,
         "loss": facts.loss,
         "data": facts.data,

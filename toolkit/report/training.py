@@ -6,6 +6,7 @@ import os
 import statistics
 
 from toolkit.records.run import LAST_STEPS, METRICS, SUMMARY
+from toolkit.records.sizes import counted
 from toolkit.report.data import BatchChange, ExpertLayer, LossCurve, Resumed, RunFacts, Slowest, Training
 from toolkit.report.read import Folder, Routers, StepLine
 from toolkit.report.words import listed
@@ -70,7 +71,7 @@ def _complete(folder: Folder, facts: RunFacts) -> bool:
     """Whether all steps were made; without a summary the metrics say so."""
     if os.path.lexists(folder.path / SUMMARY):
         return folder.summary is not None and not folder.summary.interrupted
-    last, made = folder.steps[-1].step, f"{len(folder.steps)} step{'' if len(folder.steps) == 1 else 's'}"
+    last, made = folder.steps[-1].step, counted(len(folder.steps), "step")
     if facts.steps is not None and last >= facts.steps:
         folder.note(
             "training",

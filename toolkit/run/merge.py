@@ -11,6 +11,7 @@ from toolkit.config.deepspeed import current
 from toolkit.config.files import without_auto
 from toolkit.config.schedulers import LENGTHS
 from toolkit.errors import UserError
+from toolkit.records.sizes import counted
 from toolkit.run.settings import RunSettings
 from toolkit.sentences import value_at
 
@@ -85,9 +86,10 @@ def _lowered(flags: Mapping[str, int | None], config: Mapping[str, Any], batch: 
         return []
     if flags[MICRO] is not None or stated is None or not _number(stated) or batch.micro >= stated:
         return []
+    divide = "divides" if batch.total == 1 else "divide"
     return [
-        f"the micro-batch is {batch.micro}, not the {stated} of the DeepSpeed JSON, so that {batch.total} sequences "
-        f"a step divide among {batch.world_size} rank(s)."
+        f"the micro-batch is {batch.micro}, not the {stated} of the DeepSpeed JSON, so that "
+        f"{counted(batch.total, 'sequence')} a step {divide} among {counted(batch.world_size, 'rank')}."
     ]
 
 
@@ -150,7 +152,7 @@ def _merge_scheduler(scheduler: dict[str, Any], settings: RunSettings) -> list[s
     warmup = params["warmup_num_steps"]
     if _number(warmup) and warmup >= settings.steps:
         return [
-            f"the warm-up takes {warmup} steps and the run {settings.steps}: "
+            f"the warm-up takes {counted(warmup, 'step')} and the run {settings.steps}: "
             "the learning rate never gets past the warm-up."
         ]
     return []
@@ -170,12 +172,13 @@ def _settle_length(kind: str, params: dict[str, Any], steps: int) -> list[str]:
         length = TORCH_DEFAULT_LENGTH
     if not _number(length) or length == steps:  # a wrong type is left for the validation of the whole JSON to name
         return []
-    what = f"scheduler.params.{key} is {length}" if params.get(key) else f"the schedule of {kind} takes {length} steps"
+    takes = f"the schedule of {kind} takes {counted(length, 'step')}"
+    what, run = f"scheduler.params.{key} is {length}" if params.get(key) else takes, counted(steps, "step")
     if length > steps:
-        return [f"{what} and the run takes {steps} steps: it ends before the schedule does."]
+        return [f"{what} and the run takes {run}: it ends before the schedule does."]
     if kind == "OneCycleLR":
-        raise UserError(f"{what}, and {kind} cannot continue after that; the run takes {steps} steps (--steps).")
-    return [f"{what} and the run takes {steps} steps: from step {length + 1} on {afterwards}."]
+        raise UserError(f"{what}, and {kind} cannot continue after that; the run takes {run} (--steps).")
+    return [f"{what} and the run takes {run}: from step {length + 1} on {afterwards}."]
 
 
 def _number(value: Any) -> TypeGuard[float]:

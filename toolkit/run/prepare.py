@@ -10,6 +10,7 @@ from toolkit.checkpoint.model_files import model_files
 from toolkit.config.batch import Batch
 from toolkit.errors import UserError
 from toolkit.plugins import import_plugins
+from toolkit.records.sizes import counted
 from toolkit.run import folder as run_folder
 from toolkit.run import monitors, ranks, tracking
 from toolkit.run.folder import RunFolder
@@ -77,12 +78,14 @@ class PreparedRun:
         """What the user is told before the model is built."""
         settings, batch, remarks = self.settings, self.batch, list(self.remarks)
         if settings.eval_every and len(self.validation) < settings.eval_sequences:
-            remarks.append(f"the validation text fills only {len(self.validation)} sequences; all are used.")
+            are = "it is" if len(self.validation) == 1 else "all are"
+            remarks.append(f"the validation text fills only {counted(len(self.validation), 'sequence')}; {are} used.")
         return [
             f"{settings.model}: {self.parameters:,} parameters on {batch.world_size} x {_device_name(device)}; "
             f"{settings.config}; data {settings.data}",
-            f"{settings.steps} steps of {batch.total} sequences x {settings.seq_len} tokens: micro-batch "
-            f"{batch.micro} x accumulation {batch.accumulation} x {batch.world_size} rank(s)",
+            f"{counted(settings.steps, 'step')} of {counted(batch.total, 'sequence')} x "
+            f"{counted(settings.seq_len, 'token')}: micro-batch {batch.micro} x accumulation {batch.accumulation} x "
+            f"{counted(batch.world_size, 'rank')}",
             *([f"adapters alone are trained: --lora {settings.lora}"] if settings.lora is not None else []),
             f"files in {self.folder}",
             *(f"note: {remark}" for remark in remarks),

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.errors import UserError
+from toolkit.records.sizes import counted
 from toolkit.run import compiling, ranks
 from toolkit.run.engine import build_engine, open_batches, optimizer_step
 from toolkit.run.prepare import PreparedRun
@@ -45,8 +46,8 @@ class Found:
 
     def words(self) -> str:
         return (
-            f"--lr auto: {self.lr:.2e}, found in {self.seconds:.1f} s by {len(self.rates)} steps with rates from "
-            f"{self.rates[0]:.0e} to {self.rates[-1]:.1e}; the run begins anew with it"
+            f"--lr auto: {self.lr:.2e}, found in {self.seconds:.1f} s by {counted(len(self.rates), 'step')} with "
+            f"rates from {self.rates[0]:.0e} to {self.rates[-1]:.1e}; the run begins anew with it"
         )
 
     def record(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from toolkit.printable import printable
 from toolkit.records.memory import BESIDE
 from toolkit.records.memory import FOLDER as MEMORY
 from toolkit.records.run import CHECKPOINTS, EVENTS, LAST_STEPS, METRICS, PLOT, tokens_of
-from toolkit.records.sizes import flops_text, size_text
+from toolkit.records.sizes import counted, flops_text, size_text
 from toolkit.usage import to_type
 
 # Where there is no terminal for a progress bar: about so many lines, but one at least every so many steps.
@@ -140,7 +140,8 @@ class Screen:
         rows = {
             "files": ": ".join(filter(None, [summary["run_dir"], ", ".join(files)])),
             "steps": f"{summary['steps']} ({summary['tokens']:,} tokens in {summary['seconds']:.0f} s{compiling})",
-            "training loss": f"{_figure(summary['loss'])} (mean of the last {summary['loss_steps']} steps)",
+            "training loss": f"{_figure(summary['loss'])} ({'mean ' if summary['loss_steps'] > 1 else ''}of the last "
+            f"{'step' if summary['loss_steps'] == 1 else counted(summary['loss_steps'], 'step')})",
             "validation loss": "not measured" if validation is None else _figure(validation),
             "speed": ", ".join(filter(None, [f"{summary['tokens_per_s']:,.0f} tokens/s", _arithmetic(summary)])),
             "  waiting for data": f"{summary['data_seconds'] / summary['seconds']:.2%} of the time",
@@ -175,14 +176,14 @@ def _measured(summary: Mapping[str, Any]) -> dict[str, str]:
     }
     if count := summary["skipped_documents"]:
         some = " ".join(summary["skipped_documents_first"])
-        documents = "document" if count == 1 else "documents"
-        rows["skipped"] = f"{count:,} {documents} that cannot be used, the first: {some}"
+        rows["skipped"] = f"{counted(count, 'document')} that cannot be used, the first: {some}"
     if summary["replaced_characters"]:
         rows["replaced"] = (
-            f"{summary['replaced_characters']:,} characters of the text, which its encoding does not have"
+            f"{counted(summary['replaced_characters'], 'character')} of the text, which its encoding does not have"
         )
-    if summary["cut_conversations"]:
-        rows["cut"] = f"{summary['cut_conversations']:,} conversations that are longer than --seq-len, at their end"
+    if count := summary["cut_conversations"]:
+        is_or_are, ends = ("is", "its end") if count == 1 else ("are", "their end")
+        rows["cut"] = f"{counted(count, 'conversation')} that {is_or_are} longer than --seq-len, at {ends}"
     return rows
 
 

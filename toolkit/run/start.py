@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.agreed import agreed, everyones
 from toolkit.errors import UserError
 from toolkit.records.run import CHECKPOINTS, METRICS, read_metrics
+from toolkit.records.sizes import counted
 from toolkit.run import ranks
 from toolkit.run.identity import check_same
 from toolkit.run.settings import AUTO, NONE, RunSettings
@@ -151,7 +152,8 @@ def _from_the_start(settings: RunSettings, folder: Path) -> Start:
     made = len(read_metrics(metrics)) if metrics.exists() else 0
     if made > max(settings.save_every, 1):  # one was in place before the step after
         raise UserError(
-            f"the run in {folder} has made {made} steps and has no checkpoint; give another --run-dir to begin anew."
+            f"the run in {folder} has made {counted(made, 'step')} and has no checkpoint; give another "
+            "--run-dir to begin anew."
         )
     return Start()
 

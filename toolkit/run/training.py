@@ -157,7 +157,7 @@ class Run:
         )
         """The records of metrics.jsonl."""
         if folder is not None and folder.dropped:
-            screen.say(f"note: {folder.dropped} line(s) of {METRICS} were no steps and are dropped.")
+            screen.say(f"note: lines of {METRICS} that were no steps are dropped: {folder.dropped}.")
         self.unwritten: str | None = None
         """What `finish` could not write, and why; on rank 0."""
         self._tracking = agreed(lambda: self._track(folder))
