@@ -270,7 +270,7 @@ def test_commands(runs: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     file = next((tmp_path / "one" / "global_step5").glob("*optim*"))
     file.write_bytes(file.read_bytes()[:-1])
     verified = call("checkpoint", "verify", tmp_path / "one")
-    assert f"{file} has" in verified.output and "1 of 1 checkpoints are damaged" in str(verified.exception)
+    assert f"{file} has" in verified.output and "1 of 1 checkpoint is damaged" in str(verified.exception)
     with pytest.raises(UserError, match="there is no such folder"):
         find(tmp_path / "absent")
 

@@ -36,7 +36,7 @@ BaseFolder = Annotated[
     typer.Option("--model", metavar="FOLDER", help="Of a run with --lora: where the model that it began from is now."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_TRIES = 5
+_TRIES = 10
 """Of reading the newest checkpoint of a run that goes on, and removes it meanwhile."""
 _Found = TypeVar("_Found")
 _SHOWN = 5
