@@ -7,8 +7,8 @@ with AMCS and fp32 state; every rule sees its gradients and weights, and keeps i
 update is set against the one of the same rule with fp32 state: the norm of the difference over the norm, over all
 matrices and by kind. It lies at 30 % of the training that schedules are told of. Rates of components and weight decay
 are left out: they weigh tensors against each other, and cost no state. --alone also codes one state at a time, the
-others in fp32; --codecs also has other codes than the shipped ones; --above P lists the tensors whose update is more
-than P % wrong.
+others in fp32; --codecs also has other codes than the shipped ones, and AMCS in its mode "mixed"; --above P lists the
+tensors whose update is more than P % wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from toolkit.state.codecs import FORMATS, MIXES, Format, Root, Scale, Signed
 from toolkit.state.layout import elementwise
 
 KINDS = ("embedding", "head", "attention", "ffn", "all")
-SHIPPED = ("8bit", "compact", "minimal", "4bit", "factored", "lean")
+SHIPPED = ("8bit", "compact", "minimal", "4bit", "factored", "lean", "leanest")
 ROWS, SEQ_LEN = 8, 32
 DONE = 0.3
 
@@ -83,6 +83,7 @@ OTHERS = {
     "compact, momenta linear, no residual": mix("compact", signed="linear4", residual="whole linear4"),
     "minimal, v as square root": mix("minimal", second="linear4"),
     "8bit, v 4 bits": mix("8bit", second="4bit"),
+    "compact, residual 2 bits": mix("compact", residual="2bit"),
 }
 MIXES.update(OTHERS)
 
@@ -115,9 +116,11 @@ def coded_states(optimizer: type[RuleOptimizer]) -> tuple[str, ...]:
     return tuple(state.name for state in elementwise(all_states(optimizer.rule.variants(settings))))
 
 
-def candidate(kind: type[RuleOptimizer], name: str, state_format: Any, like: Candidates, steps: int) -> Candidate:
+def candidate(
+    kind: type[RuleOptimizer], name: str, state_format: Any, like: Candidates, steps: int, **more: Any
+) -> Candidate:
     given = {"lr": 1e-3, "weight_decay": 0.0, "total_steps": 1 + round((steps - 1) / DONE)}
-    known = {key: value for key, value in given.items() if key in kind.rule.model_fields}
+    known = {key: value for key, value in given.items() if key in kind.rule.model_fields} | more
     parameters = {key: nn.Parameter(torch.empty_like(matrix)) for key, (matrix, _) in like.items()}
     groups: list[dict[str, Any]] = [
         {"params": [parameters[key]], "component": component, "lr_scale": 1.0} for key, (_, component) in like.items()
@@ -128,7 +131,9 @@ def candidate(kind: type[RuleOptimizer], name: str, state_format: Any, like: Can
 Candidates = Mapping[str, tuple[nn.Parameter, str]]
 
 
-def candidates(kind: type[RuleOptimizer], like: Candidates, options: argparse.Namespace) -> list[Candidate]:
+def candidates(
+    kind: type[RuleOptimizer], like: Candidates, options: argparse.Namespace, **more: Any
+) -> list[Candidate]:
     """The exact one first. Formats that come to the same as an earlier one are left out."""
     formats: dict[str, Any] = {name: name for name in ("fp32", *SHIPPED, *(OTHERS if options.codecs else ()))}
     states = coded_states(kind)
@@ -136,7 +141,7 @@ def candidates(kind: type[RuleOptimizer], like: Candidates, options: argparse.Na
         formats |= {f"8bit, {one} alone": dict.fromkeys(states, "fp32") | {one: "8bit"} for one in states}
     found: dict[Any, Candidate] = {}
     for name, state_format in formats.items():
-        made = candidate(kind, name, state_format, like, options.steps)
+        made = candidate(kind, name, state_format, like, options.steps, **more)
         groups = made.optimizer.param_groups
         found.setdefault(tuple(made.optimizer.layout(group, torch.float32) for group in groups), made)
     return list(found.values())
@@ -164,6 +169,8 @@ def main() -> None:
     matrices = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     like = {name: (p, component_of(name, modules)) for name, p in matrices.items()}
     measured = {name: candidates(RULES[name], like, options) for name in options.rules if coded_states(RULES[name])}
+    if options.codecs and "AMCS" in measured:
+        measured["AMCS, mixed"] = candidates(AMCS, like, options, mode="mixed")
     exact: dict[str, dict[str, float]] = {}
     for _ in range(options.steps):
         tokens = torch.stack([torch.as_tensor(next(sequences)) for _ in range(ROWS)])

@@ -66,6 +66,7 @@ CASES: dict[str, tuple[dict[str, Any], bool, str | None]] = {
     "AMCS minimal, bf16+4": (ours("AMCS", "minimal", "bf16+4"), True, None),
     "AMCS factored, bf16+8": (ours("AMCS", "factored", "bf16+8"), True, None),
     "AMCS lean, bf16": (ours("AMCS", "lean", "bf16"), True, None),
+    "AMCS mixed, leanest, bf16": (ours("AMCS", "leanest", "bf16", mode="mixed"), True, None),
     "AMCS single, lean, bf16": (ours("AMCS", "lean", "bf16", mode="single"), True, None),
     "AdamW8 lean, bf16": (ours("AdamW8", "lean", "bf16"), True, None),
     "SOAM 8bit, fp32 weights": (ours("SOAM", "8bit", "fp32"), True, None),
@@ -75,6 +76,11 @@ CASES: dict[str, tuple[dict[str, Any], bool, str | None]] = {
     "AMCS minimal, bf16+4, released": (ours("AMCS", "minimal", "bf16+4", release_gradients=True), True, None),
     "AMCS compact, bf16+4, released": (ours("AMCS", "compact", "bf16+4", release_gradients=True), True, None),
     "AMCS factored, bf16+8, released": (ours("AMCS", "factored", "bf16+8", release_gradients=True), True, None),
+    "AMCS mixed, leanest, bf16, released": (
+        ours("AMCS", "leanest", "bf16", mode="mixed", release_gradients=True),
+        True,
+        None,
+    ),
     "AMCS lean, bf16, released": (ours("AMCS", "lean", "bf16", release_gradients=True), True, None),
     "AdamW8 lean, bf16, released": (ours("AdamW8", "lean", "bf16", release_gradients=True), True, None),
 }
@@ -91,7 +97,9 @@ GOALS = {
     "SOAM compact, bf16+4": 6.3,
     "AMCS compact, bf16+4, released": 5.6,
     "AMCS lean, bf16": 5.0,
+    "AMCS mixed, leanest, bf16": 5.0,
     "AMCS lean, bf16, released": 4.0,
+    "AMCS mixed, leanest, bf16, released": 4.0,
 }
 
 

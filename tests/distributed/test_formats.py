@@ -79,6 +79,9 @@ def cases(world_size: int, stages: Iterable[int]) -> dict[str, dict[str, Any]]:
             made[f"offload-{stage}"] = case(config(world_size, stage, LEAN, zero=offload), full=True)
             single = LEAN | {"mode": "single", "state_format": "minimal"}
             made[f"single-{stage}"] = case(config(world_size, stage, single), steps=8)
+            mixed = {"mode": "mixed", "state_format": "leanest", "weights": "bf16", "compile": False}
+            for name, save_at in (("mixed", None), ("mixed-saved", 4)):
+                made[f"{name}-{stage}"] = case(config(world_size, stage, mixed), steps=8, save_at=save_at)
         released = LEAN | {"release_gradients": True}
         made[f"released-{stage}"] = case(config(world_size, stage, released), steps=8)
         made[f"released-saved-{stage}"] = case(config(world_size, stage, released), steps=8, save_at=4)
@@ -254,3 +257,13 @@ def test_one_momentum_and_4_bit_states(here: Results, stage: int) -> None:
     for rank in here[f"single-{stage}"]:
         assert set(rank["state_bytes"]) == {"m", "v", "remainder"}
         assert rank["losses"][-1] < rank["losses"][0] - 0.3
+
+
+@places(2, 3)
+def test_mixed_momenta_in_2_and_4_bits(runs: dict[int, Results], here: Results, world_size: int, stage: int) -> None:
+    ranks = here[f"mixed-{stage}"]
+    for rank in ranks:
+        assert {"m", "m_far"} < set(rank["state_bytes"]) and "m_slow" not in rank["state_bytes"]
+        assert rank["losses"][-1] < rank["losses"][0] - 0.3
+    assert here[f"mixed-saved-{stage}"][0]["losses"] == ranks[0]["losses"]
+    assert ranks[0]["losses"] == pytest.approx(runs[1]["mixed-2"][0]["losses"], rel=2e-2)

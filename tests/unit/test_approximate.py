@@ -63,7 +63,7 @@ def steps(rule: type[Rule], state_format: str, places: int) -> tuple[Tensor, Ten
         with Approximate(places):
             function(False, theta, g, scalars, torch.ones(()), parts, (0, step, 0))
     named = zip((key for key, _ in kept.specs), parts, strict=True)
-    codes = {key: torch.cat(unpack(x), dim=1) if x.shape[1] < BLOCK else x for key, x in named if x.shape[1] > 1}
+    codes = {key: torch.cat(unpack([x]), dim=1) if x.shape[1] < BLOCK else x for key, x in named if x.shape[1] > 1}
     return start, theta, codes
 
 

@@ -18,6 +18,7 @@ from toolkit.state.codecs import (
     Scale,
     Signed,
     decode_blocks,
+    decode_halves,
     encode_blocks,
     encode_halves,
     pack,
@@ -28,12 +29,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = torch.finfo(torch.float32).tiny
 
-RESIDUAL = Signed(4, relative=True)
+RESIDUAL, QUARTER = Signed(4, relative=True), Signed(2, relative=True)
 
-LARGEST: dict[Codec, int] = {Signed(8): 127, Signed(4): 7, RESIDUAL: 7, Root(8): 255, Root(4): 15}
+LARGEST: dict[Codec, int] = {Signed(8): 127, Signed(4): 7, RESIDUAL: 7, QUARTER: 1, Root(8): 255, Root(4): 15}
 """The largest code of each codec that has codes."""
 
-signed = pytest.mark.parametrize("codec", [Signed(8), Signed(4), RESIDUAL])
+ZERO = {4: 8, 2: 2}
+"""By bits, what is added to codes of either sign."""
+
+signed = pytest.mark.parametrize("codec", [Signed(8), Signed(4), RESIDUAL, QUARTER])
 second = pytest.mark.parametrize("codec", [Root(8), Root(4)])
 coded = pytest.mark.parametrize("codec", LARGEST)
 every = pytest.mark.parametrize("codec", [Fp32(), *LARGEST])
@@ -245,7 +249,7 @@ def all_codes(codec: Codec) -> Tensor:
     """[1, codes]"""
     largest = LARGEST[codec]
     codes = torch.arange(1, largest + 1) if codec in (Root(8), Root(4)) else torch.arange(-largest, largest + 1)
-    return (codes + (8 if codec in (Signed(4), RESIDUAL) else 0)).to(codec.dtype).unsqueeze(0)
+    return (codes + (0 if codec in (Root(8), Root(4)) else ZERO.get(codec.bits, 0))).to(codec.dtype).unsqueeze(0)
 
 
 @coded
@@ -276,8 +280,20 @@ def test_what_is_a_code_stays_it_under_a_scale_of_few_bits(codec: Codec, size: f
 def test_halves_of_blocks_are_coded_like_whole_ones(codec: Codec, x: Tensor) -> None:
     """The step works on halves where anything takes 4 bits, on whole blocks elsewhere."""
     x = values(codec, x)
-    for halves, whole in zip(encode_halves(codec, x.split(BLOCK // 2, dim=1)), encode_halves(codec, [x]), strict=True):
-        assert torch.equal(torch.cat(halves, dim=1), whole[0])
+    for parts in (2, 4):
+        cut = encode_halves(codec, x.split(BLOCK // parts, dim=1))
+        for some, whole in zip(cut, encode_halves(codec, [x]), strict=True):
+            assert torch.equal(torch.cat(some, dim=1), whole[0])
+
+
+@pytest.mark.parametrize("codec", [Signed(4), RESIDUAL, Root(4)])
+@given(x=blocks())
+def test_quarters_of_blocks_are_packed_like_halves(codec: Codec, x: Tensor) -> None:
+    """Where a state takes 2 bits, those of 4 are worked on in quarters, too."""
+    x = values(codec, x)
+    stored, scale = encode_halves(codec, x.split(BLOCK // 4, dim=1))
+    assert torch.equal(torch.cat(stored, dim=1), encode_blocks(codec, x)[0])
+    assert torch.equal(torch.cat(decode_halves(codec, stored, scale), dim=1), round_trip(codec, x))
 
 
 def reference_codes(codec: Codec, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -290,7 +306,7 @@ def reference_codes(codec: Codec, x: np.ndarray, scale: np.ndarray) -> np.ndarra
     square = largest**2 * np.abs(x).astype(np.float64) / scale
     low = np.floor(np.sqrt(square))
     code = np.where(square > low**2 + dither * (2 * low + 1), low + 1, low)
-    return np.sign(x) * code + (8 if codec in (Signed(4), RESIDUAL) else 0)
+    return np.sign(x) * code + ZERO.get(codec.bits, 0)
 
 
 @coded
@@ -298,18 +314,20 @@ def test_codes_are_those_of_a_reference(codec: Codec) -> None:
     torch.manual_seed(0)
     x = values(codec, torch.randn(64, BLOCK) ** 3)
     stored, scale = encode_blocks(codec, x)
-    codes = torch.cat(unpack(stored), dim=1) if codec.bits == 4 else stored
+    codes = torch.cat(unpack([stored], codec.bits), dim=1) if codec.bits < 8 else stored
     want = reference_codes(codec, x.numpy(), scale.numpy())
     apart = codes.double().numpy() - want
     assert np.abs(apart).max() <= 1
     assert np.mean(apart != 0) < 1e-3, "what lies on a threshold may fall to either side"
 
 
-def test_a_byte_holds_any_two_codes() -> None:
+@pytest.mark.parametrize("bits", [4, 2])
+def test_a_byte_holds_any_codes(bits: int) -> None:
     every_byte = torch.arange(256, dtype=torch.uint8).view(2, 128)
-    assert torch.equal(pack(unpack(every_byte)), every_byte)
-    low, high = (half.reshape(2, 128) for half in torch.cartesian_prod(*[torch.arange(16, dtype=torch.uint8)] * 2).T)
-    for got, want in zip(unpack(pack([low, high])), (low, high), strict=True):
+    assert torch.equal(*pack(unpack([every_byte], bits), bits), every_byte)
+    every_code = torch.cartesian_prod(*[torch.arange(2**bits, dtype=torch.uint8)] * (8 // bits))
+    parts = [part.reshape(2, 128) for part in every_code.T]
+    for got, want in zip(unpack(pack(parts, bits), bits), parts, strict=True):
         assert torch.equal(got, want)
 
 
@@ -321,19 +339,28 @@ def test_lane_i_shares_a_byte_with_lane_i_plus_half_a_block() -> None:
     assert set(stored[0, torch.arange(BLOCK // 2) != 5].tolist()) == {8 + 16 * 8}
 
 
+def test_a_lane_of_2_bits_shares_a_byte_with_those_a_quarter_block_away() -> None:
+    x = torch.zeros(1, BLOCK)
+    x[0, 5], x[0, 5 + 3 * BLOCK // 4] = 1.0, -1.0  # codes 2 + 1 and 2 - 1; zero is 2
+    stored, _ = encode_blocks(QUARTER, x)
+    assert stored.shape == (1, BLOCK // 4)
+    assert stored[0, 5].item() == 3 + 4 * 2 + 16 * 2 + 64 * 1
+    assert set(stored[0, torch.arange(BLOCK // 4) != 5].tolist()) == {2 * (1 + 4 + 16 + 64)}
+
+
 def test_a_residual_is_coded_like_a_momentum() -> None:
     """What it is the residual of is up to the step: `tests/unit/test_step.py`."""
     x = torch.randn(8, BLOCK)
     for got, want in zip(encode_blocks(RESIDUAL, x), encode_blocks(Signed(4), x), strict=True):
         assert torch.equal(got, want)
-    assert [codec for codec in (Fp32(), *LARGEST) if codec.relative] == [RESIDUAL]
-    assert FORMATS["4bit"].residual == RESIDUAL
+    assert [codec for codec in (Fp32(), *LARGEST) if codec.relative] == [RESIDUAL, QUARTER]
+    assert (FORMATS["4bit"].residual, FORMATS["2bit"].residual) == (RESIDUAL, QUARTER)
 
 
 @every
 def test_bytes_per_element(codec: Codec) -> None:
     parts = encode_blocks(codec, torch.rand(4, BLOCK))
-    want = {Fp32(): 4.0, Signed(8): 1 + 4 / BLOCK, Root(8): 1 + 4 / BLOCK}.get(codec, 0.5 + 4 / BLOCK)
+    want = codec.bits / 8 + (0 if codec == Fp32() else 4 / BLOCK)
     assert codec.bytes_per_element() == want
     assert sum(part.nbytes for part in parts) == want * 4 * BLOCK, "what is stored is what is counted"
     for spec, stored in zip(codec.specs(), parts, strict=True):

@@ -53,7 +53,7 @@ def whole(optimizer: Any, p: nn.Parameter) -> Tensor:
         return p.detach()
     parts = [value for key, value in state.items() if key.split(".")[0] == "remainder"]
     if remainder.bits == 4:
-        parts = [torch.cat(unpack(parts[0]), dim=1)]
+        parts = [torch.cat(unpack(parts), dim=1)]
     flat = p.detach().flatten()
     return remainder.join(flat, *(part.flatten()[: flat.numel()] for part in parts)).view(p.shape)
 

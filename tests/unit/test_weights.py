@@ -130,7 +130,7 @@ def test_no_remainder_means_the_bf16_weight_itself(kind: Remainder) -> None:
     weight = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     fresh = [torch.zeros(2**16 // BLOCK, spec.per_block, dtype=spec.dtype) for spec in kind.specs()]
     if kind.bits == 4:
-        fresh = [torch.cat(unpack(fresh[0]), dim=1)]
+        fresh = [torch.cat(unpack(fresh), dim=1)]
     joined = kind.join(weight, *(part.view(-1) for part in fresh))
     assert torch.equal(bits(joined), bits(weight.float()))
 
@@ -213,7 +213,7 @@ def test_stored_parts_are_the_bytes_that_are_counted(kind: Remainder) -> None:
     assert weight.dtype == torch.bfloat16
     if kind.bits == 4:
         assert int(rest[0].max()) <= 15
-        rest = [pack(list(rest[0].split(BLOCK // 2, dim=1)))]
+        rest = pack(list(rest[0].split(BLOCK // 2, dim=1)))
     for spec, tensor in zip(kind.specs(), rest, strict=True):
         assert (tensor.dtype, tensor.shape) == (spec.dtype, (3, spec.per_block))
 

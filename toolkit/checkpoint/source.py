@@ -214,7 +214,7 @@ class Source:
             return self.elements(name, key, start, stop)
         first = start // BLOCK
         rows = self.blocks(name, key, first, blocks_of(stop))
-        return torch.cat(unpack(rows), dim=1).reshape(-1)[start - first * BLOCK : stop - first * BLOCK]
+        return torch.cat(unpack([rows]), dim=1).reshape(-1)[start - first * BLOCK : stop - first * BLOCK]
 
     def weights(self, name: str, start: int, stop: int) -> Tensor:
         """Elements of a parameter as trained, fp32, 1-D: joined with its remainder where it has one."""

@@ -194,7 +194,7 @@ def _put(into: Tensor, fragment: Fragment, lanes: Tensor) -> None:
         return
     whole = lanes.new_zeros(blocks_of(fragment.numel) * BLOCK)
     whole[: fragment.numel] = lanes
-    into[fragment.blocks] = pack(whole.view(-1, BLOCK).split(BLOCK // 2, dim=1))
+    (into[fragment.blocks],) = pack(whole.view(-1, BLOCK).split(BLOCK // 2, dim=1))
 
 
 def _codecs(kept: Layout) -> dict[str, Codec | str]:

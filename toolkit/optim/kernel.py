@@ -3,9 +3,9 @@
 Inductor makes it one Triton kernel on a GPU and one vectorised, threaded C++ loop on a CPU. The same source runs
 eagerly as reference and fallback. The number of blocks is dynamic: one graph serves every size.
 
-Where a code takes 4 bits, lane i of a block shares a byte with lane i + BLOCK/2. The function then gets the halves of
-every block as tensors of their own and works on both at once, so that packing is elementwise too: written on whole
-blocks, it would be a second loop with an intermediate of full size.
+Where a code takes 4 bits, lane i of a block shares a byte with lane i + BLOCK/2; of 2 bits, with three others. The
+function then gets the halves (quarters) of every block as tensors of their own and works on all at once, so that
+packing is elementwise too: written on whole blocks, it would be a second loop with an intermediate of full size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from toolkit.optim.inductor import BlockStep, Launch, compile_blocks, first_of_all
 from toolkit.optim.kept import ours
 from toolkit.optim.rule import Rule
-from toolkit.state.codecs import BLOCK, decode_halves, encode_halves, pack, unpack
+from toolkit.state.codecs import BLOCK, decode_halves, encode_halves, pack, parts_of, unpack
 from toolkit.state.layout import Layout
 from toolkit.state.remainders import rounding_phase, thresholds
 
@@ -76,9 +76,8 @@ class StepFunction:
         )
         stored = [codec.name for codec in layout.codecs] + ([layout.remainder.name] if layout.remainder else [])
         self.name = "_".join([rule.__name__, *([] if function == "update" else [function]), *stored])
-        self._wide = [*(part.per_block == BLOCK for _, part in layout.specs), *self.wide]
-        narrow = [codec.bits for codec in layout.codecs] + ([layout.remainder.bits] if layout.remainder else [])
-        self._lanes = BLOCK // 2 if 4 in narrow else BLOCK
+        bits = [codec.bits for codec in layout.codecs] + ([layout.remainder.bits] if layout.remainder else [])
+        self._lanes = BLOCK // parts_of(bits)
         given = self.numbers + self.spread
         self.rounds = function == "update" and layout.remainder is not None and layout.remainder.bits < 16
         if function == "update":
@@ -157,12 +156,9 @@ class StepFunction:
         return self._compiled[kind]
 
     def _inputs(self, theta: Tensor, g: Tensor, parts: Sequence[Tensor]) -> list[list[Tensor]]:
-        whole = [theta, g, *parts]
-        if self._lanes == BLOCK:
-            return [[x] for x in whole]
-        # Scales and packed codes are taken whole, what has a value for every lane in halves.
-        wide = [True, True, *self._wide]
-        return [list(x.split(self._lanes, dim=1)) if cut else [x] for x, cut in zip(whole, wide, strict=True)]
+        # Scales and what is packed most are taken whole, what has a value for every lane in parts.
+        lanes = self._lanes
+        return [list(x.split(lanes, dim=1)) if x.shape[1] > lanes else [x] for x in (theta, g, *parts)]
 
     def _phase(self, theta: Tensor, rounding: tuple[int, int, int]) -> Tensor | None:
         return torch.full((), float(rounding_phase(*rounding)), device=theta.device) if self.rounds else None
@@ -208,7 +204,7 @@ class _Opened:
                 self.states[index] = [x + base for x, base in zip(self.states[index], self.states[anchor], strict=True)]
         self.weights = [_at_least_fp32(half) for half in theta]
         if remainder is not None:
-            low = [unpack(self.low[0][0])] if remainder.bits == 4 else self.low
+            low = [unpack(self.low[0])] if remainder.bits == 4 else self.low
             self.weights = [remainder.join(*half) for half in zip(theta, *low, strict=True)]
         self._g, self._scale = g, scale
 
@@ -252,7 +248,7 @@ def _block_step(rule: type[Rule], names: tuple[str, ...], given: tuple[str, ...]
         written, *rest_parts = zip(*cut, strict=True)
         _write(theta, written)
         for target, new_rests in zip(opened.low, rest_parts, strict=True):
-            _write(target, [pack(new_rests)] if remainder.bits == 4 else new_rests)
+            _write(target, pack(new_rests) if remainder.bits == 4 else new_rests)
 
     return step
 

@@ -38,9 +38,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     Args:
         params: tensors, or groups of them as in torch.optim; `toolkit.optim.param_groups(model)` makes groups by
             component. A group may set any hyper-parameter, `component`, `state_format` and `weights` for itself.
-        state_format: "fp32", "8bit", "compact", "minimal", "factored", "lean", or a mapping from state to "fp32",
-            "8bit" or "4bit", or for a second moment "factored"; states that a mapping leaves out are "8bit". 1-D
-            tensors always keep fp32 state.
+        state_format: "fp32", "8bit", "compact", "minimal", "factored", "lean", "leanest", or a mapping from state to
+            "fp32", "8bit", "4bit" or "2bit", or for a second moment "factored"; states that a mapping leaves out are
+            "8bit". 1-D tensors always keep fp32 state.
         weights: how bf16 tensors keep the bits that rounding drops: "bf16+8", "bf16+16", "bf16+4", as state; "bf16":
             not at all. Other types are whole by themselves. "fp32" leaves them to DeepSpeed's fp32 master weights.
         seed: of the stochastic rounding of "bf16+8", "bf16+4" and "bf16".

@@ -13,7 +13,7 @@ gradients of large models do get there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,8 +53,9 @@ class Scale(NamedTuple):
 class Codec(ABC):
     """How one value of a block is coded. Tensors are fp32 [blocks, w], w lanes of each block.
 
-    `dtype` is that of a code. `bits` is 4 where codes are 0 to 15 in uint8 and stored two to a byte; else it is the
-    width of `dtype`. A codec that is `relative` codes the difference to the state that its state is a residual of.
+    `dtype` is that of a code. `bits` below 8 are those of codes from 0 on, in uint8, several of which are stored in a
+    byte; else it is the width of `dtype`. A codec that is `relative` codes the difference to the state that its state
+    is a residual of.
     """
 
     name: str
@@ -98,10 +99,15 @@ class Codec(ABC):
         return sum(spec.bytes_per_element for spec in self.specs())
 
 
-def encode_halves(codec: Codec, halves: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Code whole blocks, given as halves of lanes, fp32 [blocks, w], that make up BLOCK lanes.
+def parts_of(bits: Iterable[int]) -> int:
+    """Into how many parts of lanes a block is cut where codes of so many bits are kept: one for each code of a byte."""
+    return max([1, *(8 // one for one in bits if 0 < one < 8)])
 
-    Returns one list for each of `codec.specs()`: the codes of each half (of 4 bits, packed: one tensor), the scales.
+
+def encode_halves(codec: Codec, halves: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Code whole blocks, given as halves (or quarters) of lanes, fp32 [blocks, w], that make up BLOCK lanes.
+
+    Returns one list for each of `codec.specs()`: the codes of each half (below 8 bits, packed), the scales.
     """
     scale = Scale(halves[0], halves[0])  # not looked at, if it stays
     if codec.scaled:
@@ -114,30 +120,42 @@ def encode_halves(codec: Codec, halves: Sequence[Tensor]) -> list[list[Tensor]]:
         dither = _dither(scale.value, lane, half.shape[1]) if codec.scaled else half
         codes.append(codec.encode(half, scale, dither))
         lane += half.shape[1]
-    stored = [pack(codes)] if codec.bits == 4 else codes
+    stored = pack(codes, codec.bits) if codec.bits < 8 else codes
     return [stored, [scale.value]] if codec.scaled else [stored]
 
 
 def decode_halves(codec: Codec, stored: Sequence[Tensor], scale: Sequence[Tensor] = ()) -> list[Tensor]:
     """The inverse of `encode_halves`, as far as the codes go."""
-    codes = unpack(stored[0]) if codec.bits == 4 else stored
+    codes = unpack(stored, codec.bits) if codec.bits < 8 else stored
     return [codec.decode(half, scale[0] if codec.scaled else half) for half in codes]
 
 
-def pack(codes: Sequence[Tensor]) -> Tensor:
-    """Two halves of 4-bit codes [blocks, w] to bytes [blocks, w]: the first half in the low halves."""
-    low, high = codes
-    return low | (high << 4)
+def pack(codes: Sequence[Tensor], bits: int = 4) -> list[Tensor]:
+    """Codes of `bits` bits, by part of lanes [blocks, w], to bytes [blocks, w]: those of the first parts in low bits.
+
+    A byte holds lanes that are as far apart as possible, so that packing is elementwise: of four parts in 4 bits there
+    are two tensors of bytes, of the first and the third and of the second and the fourth.
+    """
+    count = len(codes) * bits // 8
+    packed = list(codes[:count])
+    for place, code in enumerate(codes[count:]):
+        packed[place % count] = packed[place % count] | (code << bits * (1 + place // count))
+    return packed
 
 
-def unpack(packed: Tensor) -> list[Tensor]:
+def unpack(packed: Sequence[Tensor], bits: int = 4) -> list[Tensor]:
     """The inverse of `pack`."""
-    return [packed & 15, packed >> 4]
+    codes: list[Tensor] = []
+    for shift in range(0, 8, bits):
+        some = [byte >> shift if shift else byte for byte in packed]
+        codes += some if shift + bits == 8 else [code & (2**bits - 1) for code in some]
+    return codes
 
 
 def encode_blocks(codec: Codec, x: Tensor) -> tuple[Tensor, ...]:
     """fp32 [blocks, BLOCK] to one tensor for each of `codec.specs()`."""
-    return tuple(torch.cat(halves, dim=1) for halves in encode_halves(codec, x.split(BLOCK // 2, dim=1)))
+    parts = x.split(BLOCK // parts_of([4, codec.bits]), dim=1)
+    return tuple(torch.cat(pieces, dim=1) for pieces in encode_halves(codec, parts))
 
 
 def decode_blocks(codec: Codec, *parts: Tensor) -> Tensor:
@@ -201,7 +219,8 @@ class Fp32(Codec):
 class Signed(Codec):
     """Momentum: code = sign(x) c sqrt(|x| / max|x|), rounded down or up so as to be right on average.
 
-    8 bits are int8 with c = 127. 4 bits have c = 7 and are stored as code + 8; 0 stands for zero too.
+    8 bits are int8 with c = 127. 4 bits have c = 7 and are stored as code + 8, 2 bits c = 1 and code + 2; 0 stands for
+    zero too.
 
     The root spends codes near zero, where most of a heavy-tailed block lies: gradients of vocabulary matrices
     and of down projections have columns hundreds of times larger than their neighbours. It is odd, so zero is
@@ -214,19 +233,20 @@ class Signed(Codec):
 
     def __init__(self, bits: int, *, relative: bool = False) -> None:
         self.name = f"{'residual' if relative else 'signed'}{bits}"
-        self.dtype = torch.uint8 if bits == 4 else torch.int8
+        self.dtype = torch.uint8 if bits < 8 else torch.int8
         self.bits = bits
         self.relative = relative
         self.largest = 2.0 ** (bits - 1) - 1.0
+        self._zero = 2.0 ** (bits - 1)
 
     def encode(self, x: Tensor, scale: Scale, dither: Tensor) -> Tensor:
         code = _signed_root(x, scale, dither, self.largest)
-        # In 4 bits cut towards zero before the sign is lost.
-        return (torch.trunc(code) + 8.0 if self.bits == 4 else code).to(self.dtype)
+        # Cut towards zero before the sign is lost.
+        return (torch.trunc(code) + self._zero if self.bits < 8 else code).to(self.dtype)
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
         code = codes.to(torch.float32)
-        z = (code - 8.0 if self.bits == 4 else code) * (1.0 / self.largest)
+        z = (code - self._zero if self.bits < 8 else code) * (1.0 / self.largest)
         return z * z.abs() * scale
 
 
@@ -307,6 +327,7 @@ FORMATS: dict[str, Format] = {
     "fp32": Format(Fp32(), Fp32()),
     "8bit": Format(Signed(8), Root(8)),
     "4bit": Format(Signed(4), Root(4), residual=Signed(4, relative=True)),
+    "2bit": Format(Signed(4), Root(4), residual=Signed(2, relative=True)),
 }
 
 FACTORED = "factored"
@@ -314,6 +335,7 @@ FACTORED = "factored"
 
 MIXES: dict[str, dict[str, str]] = {
     "lean": {"signed": "4bit", "anchor": "4bit", "residual": "4bit", "second": FACTORED},
+    "leanest": {"signed": "4bit", "anchor": "4bit", "residual": "2bit", "second": FACTORED},
     FACTORED: {"signed": "8bit", "anchor": "8bit", "residual": "8bit", "second": FACTORED},
     "compact": {"signed": "4bit", "anchor": "8bit", "residual": "4bit", "second": "8bit"},
     "minimal": {"signed": "4bit", "anchor": "8bit", "residual": "4bit", "second": "4bit"},

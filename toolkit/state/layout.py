@@ -17,8 +17,8 @@ REMAINDER = "remainder"
 """Key of the lower bits of bf16 weights in a tensor's state."""
 
 DEFAULT_FORMAT = "8bit"
-LEAN = "lean"
-"""The mix of least state, which settles `weights`, too, where these are not given."""
+LEAN, LEANEST = "lean", "leanest"
+"""The mixes of least state, which settle `weights`, too, where these are not given."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types of weights that can be trained. fp64 weights are updated in fp64, from states in fp32."""
@@ -239,7 +239,7 @@ def format_text(formats: str | Mapping[str, str]) -> str:
 
 def default_weights(state_format: object) -> str:
     """How weights are kept where nobody says it."""
-    return Remainder(0).name if state_format == LEAN else DEFAULT_WEIGHTS
+    return Remainder(0).name if state_format in (LEAN, LEANEST) else DEFAULT_WEIGHTS
 
 
 def check_weights(value: object, *, where: str) -> None:

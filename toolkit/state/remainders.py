@@ -57,7 +57,7 @@ class Remainder:
 
     def unpacked(self, *stored: Tensor) -> tuple[Tensor, ...]:
         """The tensors of `specs()` with a value for every lane, [blocks, BLOCK]."""
-        return (torch.cat(unpack(stored[0]), dim=1),) if self.bits == 4 else stored
+        return (torch.cat(unpack(stored), dim=1),) if self.bits == 4 else stored
 
     def join(self, weight: Tensor, *stored: Tensor) -> Tensor:
         """The fp32 weight of a bf16 weight and its remainder (4-bit codes unpacked), tensors of one shape."""

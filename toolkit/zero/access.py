@@ -269,7 +269,7 @@ class Access:
         for lanes, part in zip(remainder.unpacked(*stored), low, strict=True):
             lanes.reshape(-1)[_lanes(own)] = part.to(lanes.device)
             if remainder.bits == 4:  # `unpacked` has made a copy
-                stored[0].copy_(pack(lanes.split(BLOCK // 2, dim=1)))
+                stored[0].copy_(pack(lanes.split(BLOCK // 2, dim=1))[0])
 
     def _show_whole(self, param: Any, weight: Tensor) -> None:
         """Give the model the weights of a parameter, flat, wherever it holds any of them."""

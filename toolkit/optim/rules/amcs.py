@@ -42,7 +42,8 @@ class AMCSRule(ScaledRule):
     value) points joined by straight lines; or "agreement" (`AMCSAgreementRule`). `component_scales` is gamma by
     component, likewise, laid over the paper's values; or "dynamic" (`DynamicScales`).
 
-    `mode` "single" is an approximation that keeps one momentum, whose beta follows a(t) (`AMCSSingleRule`).
+    `mode` "mixed" keeps both momenta in another form, which small formats disturb less (`AMCSMixedRule`); "single" is
+    an approximation that keeps one, whose beta follows a(t) (`AMCSSingleRule`).
     """
 
     default_scales = PAPER_SCALES
@@ -62,7 +63,7 @@ class AMCSRule(ScaledRule):
     total_steps: int | None = Field(default=None, ge=1, strict=True)
     alpha: Setting = "linear"
     component_scales: Scales = None
-    mode: Literal["dual", "single"] = "dual"
+    mode: Literal["dual", "mixed", "single"] = "dual"
 
     @field_validator("alpha", mode="before")
     @classmethod
@@ -72,7 +73,7 @@ class AMCSRule(ScaledRule):
     @field_validator("mode")
     @classmethod
     def _check_mode(cls, value: str, info: ValidationInfo) -> str:
-        if value == "single" and info.data.get("alpha") == AGREEMENT:
+        if value != "dual" and info.data.get("alpha") == AGREEMENT:
             raise ValueError(f"must be 'dual' with alpha {AGREEMENT!r}, which compares two momenta")
         return value
 
@@ -92,6 +93,8 @@ class AMCSRule(ScaledRule):
     def variant(cls, settings: Mapping[str, Any], **group: Any) -> type[Rule]:
         if settings.get("mode") == "single":
             return AMCSSingleDynamicRule if cls.is_dynamic(settings) else AMCSSingleRule
+        if settings.get("mode") == "mixed":
+            return AMCSMixedDynamicRule if cls.is_dynamic(settings) else AMCSMixedRule
         if settings.get("alpha") == AGREEMENT:
             return AMCSAgreementDynamicRule if cls.is_dynamic(settings) else AMCSAgreementRule
         return AMCSDynamicRule if cls.is_dynamic(settings) else AMCSRule
@@ -126,6 +129,40 @@ class AMCSRule(ScaledRule):
 
     def report(self, t: int) -> dict[str, float]:
         return {"alpha": self.alpha_at(t)} | super().report(t)
+
+
+class AMCSMixedRule(AMCSRule):
+    """AMCS that keeps the mixture of both momenta that the update takes, and how far they are from each other.
+
+    ::
+
+        w_f    =  a(t) / (1 - b_f^t),   w_s = (1 - a(t)) / (1 - b_s^t),   p(t) = w_f / (w_f + w_s)
+        m      =  p(t) m_fast + (1 - p(t)) m_slow,     m_far = m + d,     d = m_fast - m_slow
+        m_fast =  m + (1 - p(t - 1)) d,                m_slow = m - p(t - 1) d               (before step t)
+
+    All else is AMCS. Formats that keep differences keep d. The update is made of m alone, and what rounding does to d
+    gets into later ones only by p (1 - p) times the difference of both betas, so that few bits will do. p follows from
+    the step and the settings: where those of a(t) change in between, both momenta move by the change of p times d, and
+    m does not.
+    """
+
+    states: ClassVar[tuple[State, ...]] = (State("m_far", residual_of="m"), State("m"), State("v", signed=False))
+    update_error = MappingProxyType({})
+    loss_price = MappingProxyType({})
+
+    def scalars(self, t: int) -> dict[str, float]:
+        before = self.mixture(max(t - 1, 1))  # there is nothing to take apart before the first step
+        return super().scalars(t) | {"share": before["fast_weight"] / sum(before.values())}
+
+    @staticmethod
+    def direction(g: Tensor, *states: Tensor, **s: Tensor) -> tuple[Tensor, ...]:
+        far, m, v = states
+        d = far - m
+        m_fast, m_slow = m + (1.0 - s["share"]) * d, m - s["share"] * d
+        direction, m_fast, m_slow, v = AMCSRule.direction(g, m_fast, m_slow, v, **s)
+        mixed = s["fast_weight"] * m_fast + s["slow_weight"] * m_slow
+        m = mixed / (s["fast_weight"] + s["slow_weight"])
+        return direction, m + (m_fast - m_slow), m, v
 
 
 class AMCSSingleRule(AMCSRule):
@@ -247,6 +284,12 @@ class AMCSAgreementDynamicRule(DynamicScales, AMCSAgreementRule):
 
     states = (*AMCSRule.states, DynamicScales.LOG_SCALE)
     statistics: ClassVar[tuple[Mean | Matrix, ...]] = (*AMCSAgreementRule.statistics, *DynamicScales.statistics)
+
+
+class AMCSMixedDynamicRule(DynamicScales, AMCSMixedRule):
+    """Both."""
+
+    states = (*AMCSMixedRule.states, DynamicScales.LOG_SCALE)
 
 
 class AMCSSingleDynamicRule(DynamicScales, AMCSSingleRule):
