@@ -25,6 +25,7 @@ _CHATML = (
 )
 """ChatML whose turns end with the tokenizer's own end of text, which every program stops at."""
 _ROLES = ("system", "developer", "user", ASSISTANT, "tool", "function")
+"""Whose messages chat templates usually take."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Templates that name a date (Llama's) take today's otherwise: a run that is resumed tomorrow would read other tokens.
