@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import toolkit
-from toolkit.zero import rule_optimizer
+from toolkit.zero import release, rule_optimizer
 
 
 class Model(nn.Module):
@@ -33,11 +33,13 @@ class Model(nn.Module):
 def main() -> None:
     settings = json.loads(Path(sys.argv[-1]).read_text())
     found = {}
+    release.to_host = torch.clone  # what is moved to the host of a device is copied
     for name, config in settings["cases"].items():
         torch.manual_seed(0)
         engine, *_ = toolkit.initialize(model=Model(), config=config)
-        if name == "delayed":
+        if name in ("delayed", "moved"):
             engine.optimizer._delays = True  # as on a device
+        engine.optimizer._offloads = name == "moved"
         allocated, after = [], []
         for factor in settings.get("factors", (float("nan"), 1.0)):
             loss = engine(1.0) * factor if name == "lost" else engine(factor)

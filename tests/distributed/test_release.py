@@ -48,6 +48,12 @@ def factored(stage: int, released: bool, m: str, **top: Any) -> dict[str, Any]:
     return config(stage, released) | {"optimizer": {"type": "AdamW8", "params": params}} | top
 
 
+def offloaded(made: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The same with the step on the host."""
+    zero = made["zero_optimization"] | {"offload_optimizer": {"device": "cpu"}} | more
+    return made | {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+
+
 def cases() -> dict[str, dict[str, Any]]:
     made = {}
     for rule, stages in WHOLE.items():
@@ -57,13 +63,18 @@ def cases() -> dict[str, dict[str, Any]]:
                 kind = {"type": rule, "params": params | {"release_gradients": released}}
                 top = {"bf16": {"enabled": True}, "optimizer": kind}
                 made[f"{rule}-bf16-{stage}-{released}"] = config(stage, released, **top)
+            made[f"{rule}-bf16-{stage}-offloaded"] = offloaded(made[f"{rule}-bf16-{stage}-True"])
     for stage in STAGES:
         made[f"factored-fp32-{stage}"] = factored(stage, True, "fp32")
         for released in (False, True):
             made[f"factored-bf16-{stage}-{released}"] = factored(stage, released, "8bit", bf16={"enabled": True})
+        made[f"factored-bf16-{stage}-offloaded"] = offloaded(made[f"factored-bf16-{stage}-True"])
         made[f"fp32-{stage}"] = config(stage, True)
         for released in (False, True):
             made[f"bf16-{stage}-{released}"] = config(stage, released, bf16={"enabled": True})
+        made[f"bf16-{stage}-offloaded"] = offloaded(made[f"bf16-{stage}-True"])
+    weights = {"offload_param": {"device": "cpu"}}
+    made["factored-bf16-3-weights, too"] = offloaded(made["factored-bf16-3-True"], **weights)
     return {name: {"config": one, "steps": STEPS, "same": False, "warm": False} for name, one in made.items()}
 
 
@@ -123,6 +134,24 @@ def test_release_changes_no_bit_of_bf16_weights_and_state(ranks: Any, stage: int
         assert bool(lines) == (kind in ("factored-", "Adafactor8-", "NorMuon-"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [
+        *((kind, stage) for kind in ("", "factored-") for stage in STAGES),
+        *((f"{rule}-", stage) for rule, stages in WHOLE.items() for stage in stages),
+    ],
+)
+def test_offload_of_what_is_released_changes_no_bit(ranks: Any, stage: int, kind: str) -> None:
+    ways = ["offloaded", *(["weights, too"] if (kind, stage) == ("factored-", 3) else [])]
+    for rank in ranks:
+        released = rank[f"{kind}bf16-{stage}-True"]
+        for way in ways:
+            moved = rank[f"{kind}bf16-{stage}-{way}"]
+            assert moved["bytes"] == released["bytes"] and moved["norm"] == released["norm"]
+            for name, value in released["weights"].items():
+                assert torch.equal(moved["weights"][name], value), name
+
+
 def test_a_step_that_is_skipped_half_way_is_counted_on_all_ranks_or_on_none(tmp_path: Path) -> None:
     """One rank has applied the gradient of its matrix when the other one's turns out to be NaN."""
     made = {kind: factored(2, True, "8bit", bf16={"enabled": True}) for kind in ("factored", "whole")}
@@ -157,10 +186,12 @@ def test_a_gradient_that_is_all_of_a_bucket_is_not_overwritten_while_it_waits(tm
     made = factored(3, True, "8bit", bf16={"enabled": True})
     made["optimizer"]["params"]["state_format"] = "8bit"
     made["zero_optimization"]["reduce_bucket_size"] = 64 * 64  # a matrix
-    settings = {"cases": {"at once": made, "delayed": made}, "factors": [2.0, 3.0]}
+    cases = {"at once": made, "delayed": made, "moved": offloaded(made, offload_param={"device": "cpu"})}
+    settings = {"cases": cases, "factors": [2.0, 3.0]}
     [found] = launch(tmp_path, 1, Path(__file__).with_name("release_worker.py"), settings)
     for kind in ("after the first", "weights"):
         assert differ(found["at once"][kind], found["delayed"][kind]) == [False] * 3
+        assert differ(found["at once"][kind], found["moved"][kind]) == [False] * 3
 
 
 def differ(one: list[torch.Tensor], other: list[torch.Tensor]) -> list[bool]:

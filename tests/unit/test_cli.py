@@ -35,7 +35,7 @@ def test_the_matrix_says_which_configs_there_are_and_each_way_has_a_row(columns:
         usual = shipped_configs()[f"{optimizer}_zero2"].state_format
         _, state, *cells = row.split(maxsplit=5)
         assert (state, cells[3]) == (usual, config.idea)
-        ends = {"x": "", "l": "_lean", "o": "_offload"}
+        ends = {"x": "", "l": "_lean", "o": "_offload", "b": "_offload_lean"}
         found |= {f"{optimizer}_zero{stage}{ends[mark]}" for stage in (1, 2, 3) for mark in cells[stage - 1]}
         [row] = [line for line in lines if line.split()[:1] == [way]]
         assert row.endswith(config.placing)

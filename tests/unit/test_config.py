@@ -33,7 +33,7 @@ def test_every_rule_has_a_file_for_every_stage() -> None:
     optimizers = ["AdamW", *(name for name, made in RULES.items() if made.rule.__module__.startswith("toolkit."))]
     wanted = {f"{optimizer.lower()}_{stage}" for optimizer in optimizers for stage in stages}
     wanted |= {f"{optimizer}_{way}" for optimizer in ("adamw", "amcs", "soam") for way in offload}
-    assert set(SHIPPED) == wanted | {"amcs_zero2_lean", "amcs_zero3_lean"}
+    assert set(SHIPPED) == wanted | {"amcs_zero2_lean", "amcs_zero3_lean", "amcs_zero3_offload_lean"}
 
 
 @pytest.mark.parametrize("name", [name for name, config in SHIPPED.items() if find_rule(config.optimizer)])
@@ -61,9 +61,9 @@ def test_a_shipped_file_is_what_its_name_says_and_valid_at_any_world_size(name: 
     assert f"zero{config['zero_optimization']['stage']}" == stage
     parts = [key for key in config["zero_optimization"] if key.startswith("offload_")]
     wanted = {"zero2": ["offload_optimizer"], "zero3": ["offload_optimizer", "offload_param"]}
-    assert parts == (wanted[stage] if more == ["offload"] else [])
+    assert parts == (wanted[stage] if "offload" in more else [])
     params = config["optimizer"]["params"]
-    assert (params.get("state_format") == "lean" and params["release_gradients"]) == (more == ["lean"])
+    assert (params.get("state_format") == "lean" and params["release_gradients"]) == ("lean" in more)
     for world_size in (None, 1, 2, 8):
         validate(config, origin=name, world_size=world_size)
 
@@ -75,7 +75,7 @@ def test_a_shipped_file_describes_itself(name: str) -> None:
     rule = find_rule(config.optimizer)
     coded = rule is not None and any(state.of is None for state in all_states(rule.rule.variants({})))
     assert config.state_format == ("lean" if name.endswith("_lean") else "8bit" if coded else "fp32")
-    assert bool(config.offload) == name.endswith("offload")
+    assert bool(config.offload) == ("_offload" in name)
     assert name == f"{config.optimizer.lower()}_{config.way}"
     assert config.idea and config.placing and "\n" not in config.idea + config.placing
 

@@ -11,7 +11,7 @@ from toolkit.completion import config_names
 from toolkit.errors import UserError, nearest
 from toolkit.plugins import Plugins, import_plugins
 
-_MARKS = {"": "x", "_lean": "l", "_offload": "o"}
+_MARKS = {"": "x", "_lean": "l", "_offload": "o", "_offload_lean": "b"}
 """What a cell of the matrix says, by what a name has behind its stage."""
 
 
@@ -63,5 +63,5 @@ def configs(
         ways.add_row(way, config.placing)
     console = PlainConsole()
     console.print_line("The name of a configuration is <optimizer>_<way>, such as amcs_zero2.")
-    console.print_line("By ZeRO stage: x there is one, o with _offload too, l with _lean too.\n")
+    console.print_line("By ZeRO stage: x there is one, o with _offload, l with _lean, b with both.\n")
     console.print(matrix, "", ways, sep="\n")

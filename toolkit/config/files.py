@@ -53,7 +53,8 @@ class ShippedConfig:
     def placing(self) -> str:
         """What this way of sharding is good for."""
         if self.way.endswith("_lean"):
-            return f"least state; gradients are released; {'several devices' if self.stage == 3 else 'one device'}"
+            where = "on the host" if self.offload else "several devices" if self.stage == 3 else "one device"
+            return f"least state; gradients are released; {where}"
         return (_OFFLOAD if self.offload else _STAGES)[self.stage]
 
 

@@ -158,11 +158,6 @@ def check_combination(ds: DeepSpeedSettings, *, accumulation: int | None) -> Non
                 f"{place} uses each gradient as soon as it is there, and {ds.optimizer} looks at several parameters "
                 f"({ds.waits_for}) before it updates any; leave it out."
             )
-        if ds.offload_optimizer != "none":
-            raise UserError(
-                f"{place} updates weights on the device, and zero_optimization.offload_optimizer moves that to the "
-                "host; use one of them."
-            )
         if ds.computed == "fp16":
             raise UserError(f"{place} cannot skip a whole step, as fp16 must for one gradient out of range; use bf16.")
         if accumulation is not None and accumulation > 1:

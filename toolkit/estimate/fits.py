@@ -72,7 +72,7 @@ def ways(optimizers: Sequence[str], gpus: int, state_format: str, *, offload: bo
         for state, params in formats_of(kind, state_format).items():
             config = with_section(base, ["optimizer", "params"], params)
             ds = DeepSpeedSettings.read(config)
-            released = params.get("release_gradients", False)
+            released = params.get("release_gradients", False)  # with offload that is for the host's memory
             if params["state_format"] == state_format and not (released and (offload or ds.waits_for)):
                 found.append(Way(kind, state, config))
     return found

@@ -310,7 +310,7 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
     ours, in_bf16 = ds.rule is not None, ds.computed == "bf16"
     without_masters = ours and ds.without_masters
     offloaded, released = ds.offload_optimizer != "none", ds.releases_gradients
-    can_release = without_masters and case.accumulation == 1 and not offloaded and not ds.waits_for
+    can_release = without_masters and case.accumulation == 1 and not ds.waits_for
 
     def params_with(**changed: Any) -> Case:
         return replace(case, config=with_section(config, ["optimizer", "params"], changed))
@@ -335,7 +335,7 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
         own = {"lr": ds.params.get("lr", 1e-4), **({} if stage else {"weights": "fp32"})}
         optimizer = {"type": RECOMMENDED, "params": own}
         yield f"optimizer.type {RECOMMENDED} (8bit)", replace(case, config={**config, "optimizer": optimizer})
-    if not offloaded and stage > 0 and not released and case.device == "cuda":
+    if not offloaded and stage > 0 and case.device == "cuda":
         yield "zero_optimization.offload_optimizer", zero_with(offload_optimizer={"device": "cpu"})
     for kept in offered_activations(case.model, case.device, case.lora):
         if kept != Activations() and kept != case.activations:

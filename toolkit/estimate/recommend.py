@@ -147,7 +147,7 @@ def _cases(plain: Case, optimizer: str, wanted: str) -> Iterator[tuple[str, str,
     for name, base in _bases(optimizer).items():
         ds = DeepSpeedSettings.read(base)
         for state, params in formats.items():
-            if params.get("release_gradients") and (ds.offload_optimizer != "none" or ds.waits_for):
+            if params.get("release_gradients") and ds.waits_for:
                 continue
             config = with_section(base, ["optimizer", "params"], params)
             yield name, state, replace(plain, config=config)

@@ -26,11 +26,16 @@ class Simulation:
         self.dry_run, self.ds, self.optimizer = dry_run, ds, optimizer
         self.world_size, self.accumulation = batch.world_size, batch.accumulation
         self.buckets, self.width, self.rank, self.on_gpu = ds.buckets, ds.dtype.itemsize, rank, on_gpu
+        self.on_host = on_gpu and ds.offload_optimizer != "none"
+        """Whether the step runs on the host of a GPU, in memory of its own."""
+        self.stepped_on = "cuda" if on_gpu and not self.on_host else "cpu"
         self.lifetimes = [replace(x) for x in dry_run.gradients]
         """Of gradients and of what ZeRO and the optimizer hold; all else is the dry run's own."""
         self.host: dict[str, int] = {c.ACTIVATIONS: dry_run.offloaded} if dry_run.offloaded else {}
         self.nvme: dict[str, int] = {}
-        self.unapplied: list[tuple[list[Lifetime], int]] = []
+        self.unapplied: list[tuple[list[Lifetime], int, int]] = []
+        self.most_waiting = 0
+        """Bytes of released gradients that wait on the host, at most."""
         self.busy: list[Lifetime] = []
         self.used: list[tuple[int, list[int], float]] = []
         """Gradients that are released, by bucket: when they are used, of which parameters they are, and how many of the
@@ -63,7 +68,7 @@ class Simulation:
             [flat for group in optimizer.groups if not group.released for flat in self._flats(group)],
             ranks=self.world_size if ds.stage else 1,
             rank=rank if ds.stage else 0,
-            device="cuda" if on_gpu else "cpu",
+            device=self.stepped_on,
         )
         self.end = self.step + 1 + len(self.together.moments)
         self.sent = self.together.sent
@@ -136,26 +141,36 @@ class Simulation:
     def opening(self) -> None:
         """What released groups hold when their gradients are used: of whole parameters, or of factored states what a
         step finds of them, and a stretch of each parameter in turn."""
-        what, device = "rows and columns of second moments", "cuda" if self.on_gpu else "cpu"
+        what = "rows and columns of second moments"
         settled = [flat for flat in self.released if not flat.rule.statistics]
         sums = sum(flat.sums for flat in settled)
         first = min((moment for moment, *_ in self.used), default=self.reduced)
-        self.allocate(sums + sum(flat.shares for flat in settled), c.TRANSIENTS, what, first, self.end)
-        self.allocate(sums, c.TRANSIENTS, what, self.step, self.end)
+        found = sums + sum(flat.shares for flat in settled)
+        if not self.on_host:
+            self.allocate(found, c.TRANSIENTS, what, first, self.end)
+            self.allocate(sums, c.TRANSIENTS, what, self.step, self.end)
+        on_host = float(sums)
         parts = {part.number: (flat, part) for flat in self.released for part in flat.parts}
         for moment, numbers, gone in self.used:
             here = [parts[number] for number in numbers if number in parts]
             looks = [replace(flat, parts=(part,)) for flat, part in here if flat.rule.statistics]
-            together = step_together(looks, ranks=self.world_size, rank=self.rank, device=device)
+            together = step_together(looks, ranks=self.world_size, rank=self.rank, device=self.stepped_on)
             self.sent += together.sent
             self._keep_counts(together.counts)
             most = [(one.bytes, one.what) for one in together.moments]
             for flat, part in here:
                 if not flat.rule.statistics:
-                    most.append((flat.factored * opened(part, device), "second moments of a stretch"))
-            if most:
-                size, name = max(most)
+                    most.append((flat.factored * opened(part, self.stepped_on), "second moments of a stretch"))
+            size, name = max(most, default=(0, what))
+            if self.on_host:
+                on_host = max(on_host, size)
+            else:
                 self.allocate(size - gone, c.TRANSIENTS, name, moment, moment + 1)
+        if self.on_host:
+            self._transient_on_host(found + on_host)
+
+    def _transient_on_host(self, size: float) -> None:
+        self.host[c.TRANSIENTS] = max(self.host.get(c.TRANSIENTS, 0), round(size))
 
     def _keep_counts(self, size: int) -> None:
         """The host's, from step to step."""
@@ -215,8 +230,8 @@ class Simulation:
                 used_at.update(dict.fromkeys(group.numbers, self.step + 1))
         for moment, one in enumerate(self.together.moments, self.step + 1):
             used_at.update(dict.fromkeys(one.used, moment + 1))
-            if self.ds.offload_optimizer != "none" and self.on_gpu:
-                self.host[c.TRANSIENTS] = max(self.host.get(c.TRANSIENTS, 0), round(one.bytes))
+            if self.on_host:
+                self._transient_on_host(one.bytes)
                 self.allocate(one.exchanged, c.TRANSIENTS, one.what, moment, moment + 1)
             else:
                 self.allocate(one.bytes, c.TRANSIENTS, one.what, moment, moment + 1)

@@ -69,6 +69,8 @@ class _Simulation(Simulation):
         else:
             self._deepspeed_stages_1_and_2()
         self.opening()
+        if self.most_waiting:
+            self.allocate_resident(self.most_waiting, c.GRADIENTS, "gradients that wait for their norms", "cpu")
         phases = [*self.dry_run.storages.phases, (c.REDUCE, self.reduced), (c.STEP, self.step)]
         self.step_together()
         found = curve(self.lifetimes, self.end, phases, self.dry_run.others)
@@ -152,7 +154,7 @@ class _Simulation(Simulation):
                     self.accumulated(number, self.width * self.numels[number])
                 else:
                     self.use_released(moment, [number])
-                    self._apply_later([self.gradients[number]], self.numels[number], moment)
+                    self._apply_later([self.gradients[number]], self.numels[number], moment, self.numels[number])
                 continue
             if self.numels[number] >= self.buckets.reduce and waiting:
                 self._flush(waiting, moment, released)
@@ -165,7 +167,7 @@ class _Simulation(Simulation):
                 self.gradients[number].freed_at = self.reduced
         self._flush(waiting, self.last, released)
         if self.ds.offload_optimizer != "none":
-            share = sum(self.group_share(group) for group in self.optimizer.groups)
+            share = sum(self.group_share(group) for group in self.optimizer.groups if not group.released)
             self.allocate_resident(self.width * share, c.GRADIENTS, "gradients to step on", "cpu")
         self.staging(self.total, self.step)
 
@@ -199,7 +201,7 @@ class _Simulation(Simulation):
             autograds.freed_at = 1 + (used if whole else moment)
             if number in in_place and not whole:
                 self.busy.append(autograds)
-            if number in released and self.on_gpu:
+            if number in released and self.on_gpu and not self.on_host:
                 waits = autograds if whole else self.allocate(size, c.GRADIENTS, name, moment, moment + 1)
                 unapplied.append(waits)
                 continue
@@ -220,7 +222,7 @@ class _Simulation(Simulation):
         self.joined.append(buffer)
         held = [sum(numel for _, numel in found) for found in parts.values()]
         most = max(held, default=0)  # all ranks use a bucket at the same moment
-        self._apply_later(unapplied, most, moment)
+        self._apply_later(unapplied, most, moment, sum(self.own[number] for number in waiting if number in released))
         if self.buckets.overlap:
             for lifetime in self.busy:
                 lifetime.freed_at = self.reduced
@@ -256,14 +258,18 @@ class _Simulation(Simulation):
             lifetime.freed_at = max(lifetime.allocated_at + 1, moment)
         self.busy.clear()
 
-    def _apply_later(self, released: list[Lifetime], elements: int, moment: int) -> None:
-        """toolkit/zero/release.py: on a GPU a bucket of gradients waits for its norms."""
+    def _apply_later(self, released: list[Lifetime], elements: int, moment: int, own: int) -> None:
+        """toolkit/zero/release.py: on a GPU a bucket of gradients waits for its norms, `elements` at most on one rank.
+
+        `own` of them wait on this one: in `released`, or with offload on the host.
+        """
         for lifetime in released:
             lifetime.freed_at = self.end if self.on_gpu else moment + 1
         if not self.on_gpu:
             return
-        self.unapplied.append((released, elements))
-        while len(self.unapplied) > 1 and sum(size for _, size in self.unapplied) > self.buckets.reduce:
+        self.unapplied.append((released, elements, self.width * own if self.on_host else 0))
+        self.most_waiting = max(self.most_waiting, sum(size for *_, size in self.unapplied))
+        while len(self.unapplied) > 1 and sum(size for _, size, _ in self.unapplied) > self.buckets.reduce:
             for lifetime in self.unapplied.pop(0)[0]:
                 lifetime.freed_at = moment + 1
 
@@ -367,9 +373,10 @@ class _Simulation(Simulation):
         if used := [number for number in waiting if number in self.optimizer.released]:
             self.use_released(moment, used)
             own = sum(self.own[number] for number in used)
-            if self.on_gpu:
-                kept = self.allocate(self.width * own, c.GRADIENTS, "gradients to be used", moment, moment + 1)
-                self._apply_later([kept], own, moment)
+            kept = []
+            if self.on_gpu and not self.on_host:
+                kept = [self.allocate(self.width * own, c.GRADIENTS, "gradients to be used", moment, moment + 1)]
+            self._apply_later(kept, own, moment, own)
         waiting.clear()
 
     def _largest_sub_group(self) -> int:

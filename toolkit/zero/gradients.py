@@ -192,6 +192,14 @@ def squared_norm(tensors: Sequence[Tensor], device: torch.device | str) -> Tenso
     return total
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, once the device has done what is queued so far; on a CPU the tensor itself."""
+    if tensor.is_cpu:
+        return tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
 class HostCopy:
     """A few numbers on their way from a device to the host.
 
@@ -200,15 +208,14 @@ class HostCopy:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._copy, self._arrived = tensor, None
+        self._copy, self._arrived = to_host(tensor), None
         if not tensor.is_cpu:
-            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._copy.copy_(tensor, non_blocking=True)
             self._arrived = get_accelerator().Event()
             self._arrived.record()
 
     def wait(self) -> Tensor:
-        """The numbers, on the host. Without offload, ZeRO's step makes the host wait for the device nowhere else."""
+        """The numbers, on the host, and with them whatever was queued to be copied there before. Without offload,
+        ZeRO's step makes the host wait for the device nowhere else."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._copy

@@ -16,6 +16,8 @@ backward pass, whatever is gathered, computed again or shared. So no part of tha
 
 The host decides what is applied, and a device would stand still if the host waited for each norm as soon as it is asked
 for. So on a device up to a bucket of gradients waits for their norms, with the backward pass queued behind them.
+
+With `offload_optimizer` those that wait do so on the host, which steps them there while the device does what is queued.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from toolkit.state.codecs import BLOCK
 from toolkit.zero.access import Access
 from toolkit.zero.agreement import Order
 from toolkit.zero.exchange import DataParallel, whole_parameters, with_small
-from toolkit.zero.gradients import GradientFragment, HostCopy, squared_norms
+from toolkit.zero.gradients import GradientFragment, HostCopy, squared_norms, to_host
 from toolkit.zero.shards import Shard
 
 RELEASED_NORM = "released_norm"
@@ -88,12 +90,18 @@ class Releasing(Access):
         if refusal := _refusal(self):
             raise UserError(f"optimizer.params.release_gradients {refusal}")
         self._delays = not get_accelerator().is_synchronized_device()
-        placed = [member for shard in self._shards for member in shard.members]
-        late = {one.group for one in placed if len(one.shape) < 2 or one.shape.numel() % BLOCK}
-        self._late = [shard for shard in self._shards if shard.group in late]
-        self._early = [shard for shard in self._shards if shard.group not in late]
+        self._offloads = self._delays and self._shards[0].tensor.is_cpu
+        self._late = self._waiting_shards()
+        late = {shard.number for shard in self._late}
+        self._early = [shard for shard in self._shards if shard.number not in late]
         self._numbers_early = {shard.number for shard in self._early}
         self._start()
+
+    def _waiting_shards(self) -> list[Shard]:
+        """Those that are updated at the end of the step."""
+        placed = [member for shard in self._shards for member in shard.members]
+        late = {one.group for one in placed if len(one.shape) < 2 or one.shape.numel() % BLOCK}
+        return [shard for shard in self._shards if shard.group in late]
 
     @property
     def _previous_norm(self) -> float | None:
@@ -137,7 +145,11 @@ class Releasing(Access):
                 )
             self._seen.add(id(param))
         order, self._order = self._order, Order()
-        squares = HostCopy(self._squared_norms(params, pieces, order))
+        sums = self._squared_norms(params, pieces, order)
+        if self._offloads:
+            for piece in pieces:
+                piece.gradient = to_host(piece.gradient)
+        squares = HostCopy(sums)
         self._measured.append(_Measured(params, pieces, squares, order, self._most(params)))
         if not self._delays:
             self._apply()
@@ -295,6 +307,4 @@ def _refusal(zero: Any) -> str | None:
         return "needs data_types.grad_accum_dtype to be that of the model; leave that out"
     if zero.dtype == torch.float16:
         return "cannot skip a whole step, as fp16 must for one gradient out of range; use bf16"
-    if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
-        return "updates weights on the device, and zero_optimization.offload_optimizer moves that to the host"
     return None

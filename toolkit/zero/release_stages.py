@@ -68,11 +68,12 @@ class ReleasingZeroOptimizer3(Releasing, ShardedZeroOptimizer3):
 
     def _setup_for_real_optimizer(self) -> None:
         """DeepSpeed makes a buffer for all gradients here; there is one for those that are held."""
-        device = self.device
+        device, pins = self.device, self.offload_optimizer_pin_memory
         super()._setup_for_real_optimizer()
-        self.device = device
+        self.device, self.offload_optimizer_pin_memory = device, pins
         size = sum(shard.tensor.numel() for shard in self._late)
-        self.grad_partitions_flat_buffer = torch.zeros(size, dtype=self.gradient_accumulation_dtype, device=device)
+        held_gradients = torch.zeros(size, dtype=self.gradient_accumulation_dtype, device=device)
+        self.grad_partitions_flat_buffer = get_accelerator().pin_memory(held_gradients) if pins else held_gradients
         held = [member for shard in self._late for member in shard.members]
         parts = self.grad_partitions_flat_buffer.split([member.share for member in held])
         self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition = {
@@ -83,7 +84,7 @@ class ReleasingZeroOptimizer3(Releasing, ShardedZeroOptimizer3):
         """Called right before DeepSpeed makes that buffer, which takes no memory on this device."""
         super().initialize_optimizer_states()
         self._plan()
-        self.device = torch.device("meta")
+        self.device, self.offload_optimizer_pin_memory = torch.device("meta"), False
 
     def _gradient_of(self, param: Any) -> Tensor:
         gradients = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
@@ -101,7 +102,8 @@ class ReleasingZeroOptimizer3(Releasing, ShardedZeroOptimizer3):
             storage = gradient.untyped_storage()
             # One rank's only gradient of a bucket may be all of the bucket's buffer.
             shared = storage.nbytes() > gradient.nbytes or storage.data_ptr() in overwritten
-            own = gradient.clone() if self._delays and shared else gradient  # the next bucket overwrites this one
+            waits = self._delays and not self._offloads
+            own = gradient.clone() if waits and shared else gradient  # the next bucket overwrites this one
             member = self._placed[id(param)][1]
             pieces.append(GradientFragment(param, member.group, member.offset, own.view(-1)))
             if param.grad is not None and not get_accelerator().is_synchronized_device():

@@ -162,14 +162,18 @@ class ShardedZeroOptimizer(Access, MasterWeights, OrderedZeroOptimizer):
         if self.holds_weights and not self.cpu_offload:
             assert all(shard.tensor.data_ptr() == model_weights(self, shard).data_ptr() for shard in self._shards)
         if self.cpu_offload:
-            self._host_gradients = [
-                self._pinned(torch.zeros(shard.tensor.numel(), dtype=self.gradient_accumulation_dtype))
-                for shard in self._shards
-            ]
+            self._host_gradients = {
+                shard.number: self._pinned(torch.zeros(shard.tensor.numel(), dtype=self.gradient_accumulation_dtype))
+                for shard in self._waiting_shards()
+            }
             # DeepSpeed's staging buffers: weights go to the device as they are, gradients come from it in pieces.
             self.temp_grad_buffer_for_cpu_offload = self.temp_grad_buffer_for_gpu_offload = torch.empty(0)
             if self.holds_weights:
                 self.param_buffer_of_bit16_for_cpu_offload_groups = [shard.tensor for shard in self._shards]
+
+    def _waiting_shards(self) -> list[Shard]:
+        """Those whose gradients are kept until the step."""
+        return self._shards
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return get_accelerator().pin_memory(tensor) if self.cpu_offload_pin_memory else tensor
@@ -273,7 +277,7 @@ class ShardedZeroOptimizer(Access, MasterWeights, OrderedZeroOptimizer):
     def _get_offload_gradient_dict(self) -> None:
         for i, params in enumerate(self.params_in_partition):
             found = []
-            for param in params:
+            for param in params if i in self._host_gradients else ():
                 _, _, offset, size = self.grad_position[self.get_param_id(param)]
                 found.append(self._host_gradients[i][offset : offset + size])
             self.offload_gradient_dict[i] = found

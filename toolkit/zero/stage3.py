@@ -48,6 +48,7 @@ class ShardedZeroOptimizer3(Access, MasterWeights, DeepSpeedZeroOptimizer_Stage3
     """DeepSpeed's stage 3 optimizer around a `RuleOptimizer`."""
 
     offload_optimizer: bool
+    offload_optimizer_pin_memory: bool
     device: Any
     micro_step_id: int
 

@@ -1,0 +1,63 @@
+"""What the host of a GPU holds where the step runs there, and gradients are released to it or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit.config import load_config
+from toolkit.estimate.predict import Case, Estimator, with_section
+from toolkit.models.build import blueprint
+from toolkit.records import categories as c
+from toolkit.records.activations import Activations
+
+MODEL = "qwen3-134m"
+CHUNK = 1_048_576
+"""Elements that a step with factored states works on at a time, on a CPU."""
+BUCKET = 4_194_304
+
+
+@pytest.fixture(scope="module")
+def estimator() -> Estimator:
+    return Estimator()
+
+
+def predicted(estimator: Estimator, stage: int, ranks: int, **params: Any) -> Any:
+    config = load_config(f"amcs_zero{stage}_offload")
+    lean = {"state_format": "lean", "weights": "bf16"}
+    config = with_section(config, ["optimizer", "params"], lean | params)
+    config = with_section(config, ["zero_optimization"], {"reduce_bucket_size": BUCKET})
+    return estimator.predict(Case(MODEL, config, ranks, 1, 64, device="cuda", activations=Activations(), loss="plain"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_of_released_gradients_the_host_holds_what_waits(estimator: Estimator, stage: int, ranks: int) -> None:
+    held = predicted(estimator, stage, ranks)
+    released = predicted(estimator, stage, ranks, release_gradients=True)
+    share = held.setup.parameters / ranks
+    # A stretch of second moments in fp32, and twice rows and columns, which are 1 MB.
+    assert all(one.host.pop(c.TRANSIENTS) == pytest.approx(4 * CHUNK + 2e6, rel=0.02) for one in (held, released))
+    # Weights, gradients, state.
+    assert sum(held.host.values()) / share == pytest.approx(2 + 2 + 1.03, rel=0.02)
+    # Weights and state; the largest gradient and a bucket before it wait for their norms.
+    waits = released.host.pop(c.GRADIENTS)
+    largest = max(p.numel() for p in blueprint(MODEL, dtype=torch.bfloat16).parameters()) / ranks
+    assert 2 * largest <= waits <= 2 * (largest + 1.2 * BUCKET)
+    assert sum(released.host.values()) / share == pytest.approx(2 + 1.03, rel=0.02)
+    assert released.peak <= held.peak
+
+
+def test_what_a_step_looks_at_lies_where_it_runs(estimator: Estimator) -> None:
+    """A whole matrix in fp32, for NorMuon's means."""
+    config = with_section(load_config("normuon_zero2"), ["optimizer", "params"], {"release_gradients": True})
+    moved = with_section(config, ["zero_optimization"], {"offload_optimizer": {"device": "cpu"}})
+    here, there = (
+        estimator.predict(Case(MODEL, one, 1, 1, 64, device="cuda", activations=Activations(), loss="plain"))
+        for one in (config, moved)
+    )
+    most = max(phase.held.get(c.TRANSIENTS, 0) for phase in here.phases)
+    assert not here.host and most > 10e6
+    assert there.host[c.TRANSIENTS] > 10e6 and there.peak < here.peak - most
