@@ -50,6 +50,13 @@ def test_of_released_gradients_the_host_holds_what_waits(estimator: Estimator, s
     assert released.peak <= held.peak
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_one_rank_gathers_weights_from_the_host_of_a_gpu_and_none_on_a_cpu(estimator: Estimator, device: str) -> None:
+    case = Case(MODEL, load_config("amcs_zero3_offload_lean"), 1, 1, 64, device=device)
+    gathered = [c.GATHERED in phase.held for phase in estimator.predict(case).phases]
+    assert any(gathered) == (device == "cuda")
+
+
 def test_what_a_step_looks_at_lies_where_it_runs(estimator: Estimator) -> None:
     """A whole matrix in fp32, for NorMuon's means."""
     config = with_section(load_config("normuon_zero2"), ["optimizer", "params"], {"release_gradients": True})

@@ -329,7 +329,7 @@ class _Simulation(Simulation):
         offloaded = self.ds.offload_optimizer != "none"
         held = sum(self.group_share(group) for group in self.optimizer.groups if not group.released)
         self.allocate_resident(self.width * held, c.GRADIENTS, "this rank's gradients", "cpu" if offloaded else "none")
-        if self.world_size > 1 or self.ds.offload_param != "none":
+        if self.world_size > 1 or (self.ds.offload_param != "none" and self.on_gpu):
             self.gathered = gather(
                 self.dry_run,
                 self.width,

@@ -214,6 +214,22 @@ PARTS: tuple[Part, ...] = (
             Check("step_ms", "second step", "ms"),
         ),
     ),
+    Part(
+        "offload",
+        "Weights, state and the step on the host",
+        60,
+        "The 134M model at stage 3 with weights and AMCS lean on the host, 8 steps of 4 x 1,024 tokens, "
+        "`--deterministic`, without clipping: gradients held on the host until the step, and released to it during the "
+        "backward pass (`amcs_zero3_offload_lean`).",
+        (
+            Check("losses_differ", "steps whose losses differ", "", "==", 0),
+            Check("released_over_held", "step time with release over that without", "", "<=", 1),
+            Check("held_ms", "median step without release", "ms"),
+            Check("mfu", "MFU", "%"),
+            *_SPEED,
+            *_PEAK,
+        ),
+    ),
 )
 
 BY_NAME = {part.name: part for part in PARTS}
