@@ -49,7 +49,7 @@ def test_what_is_saved_without_copies_is_the_same(
         step(engine)
     saver = Saver(engine, Store(tmp_path / "copied"))
     saver.now(3, {})
-    monkeypatch.setattr("toolkit.memory.watermarks.unused", lambda: copied_bytes(engine))
+    monkeypatch.setattr("toolkit.memory.machine.unused", lambda: copied_bytes(engine))
     lean = Saver(engine, Store(tmp_path / "lean", keep_last=1))
     with caplog.at_level(logging.WARNING, "toolkit"):
         for number in (3, 4):

@@ -192,6 +192,6 @@ def _held(contenders: Sequence[Contender], rows: Sequence[Row]) -> float:
 
 def free_memory(device: str) -> int:
     """Bytes that new tensors can take."""
-    from toolkit.memory.watermarks import unused
+    from toolkit.memory.machine import unused
 
     return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else unused()

@@ -237,16 +237,15 @@ def _collectives() -> list[str]:
 
 
 def _memory(found: Findings) -> None:
-    import psutil
     import torch
 
+    from toolkit.memory.machine import unused
     from toolkit.memory.watermarks import limits
     from toolkit.records.sizes import size_text
     from toolkit.run.leftovers import left_in_shared_memory, little_shared_memory
 
     what, most = min(limits(torch.device("cpu")).items(), key=lambda limit: limit[1])
-    available = psutil.virtual_memory().available
-    found.facts["memory"] = f"{size_text(most)} ({what}), {size_text(min(available, most))} available"
+    found.facts["memory"] = f"{size_text(most)} ({what}), {size_text(min(unused(), most))} available"
     try:
         shared = os.statvfs("/dev/shm")
     except OSError as error:

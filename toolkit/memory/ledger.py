@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from toolkit.memory import snapshot
+from toolkit.memory.machine import host
 from toolkit.memory.out_of_memory import Explainer
 from toolkit.memory.phases import PhasePeaks
 from toolkit.memory.storages import largest_tensors
 from toolkit.memory.trace import StepTrace, counted
-from toolkit.memory.watermarks import CachingAllocator, host, watermark
+from toolkit.memory.watermarks import CachingAllocator, watermark
 from toolkit.models.build import CausalLM
 from toolkit.records import categories as c
 from toolkit.records.by_category import Named, by_category

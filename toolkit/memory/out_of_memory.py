@@ -21,8 +21,9 @@ from types import TracebackType
 import torch
 
 from toolkit.memory import snapshot
+from toolkit.memory.machine import address_space
 from toolkit.memory.saved_tensors import reachable_tensors
-from toolkit.memory.watermarks import RESERVED_SPACE, address_space, limits, watermark
+from toolkit.memory.watermarks import RESERVED_SPACE, limits, watermark
 from toolkit.records import categories as c
 from toolkit.records.by_category import Named, by_category
 from toolkit.records.machine import local_size

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import socket
-import sys
-from pathlib import Path
 from typing import Protocol
 
 import psutil
 import torch
 
+from toolkit.memory.machine import control_groups
 from toolkit.records.memory import Allocator
 
 RESERVED_SPACE = "address space (RLIMIT_AS)"
@@ -132,10 +130,6 @@ def watermark(device: torch.device) -> ResidentSet | CachingAllocator:
     return CachingAllocator(device) if device.type == "cuda" else ResidentSet()
 
 
-def host() -> str:
-    return socket.gethostname()
-
-
 def limits(device: torch.device, ranks: int = 1) -> dict[str, int]:
     """Bytes that this process may have, by what sets the limit; only what limits it.
 
@@ -149,54 +143,9 @@ def limits(device: torch.device, ranks: int = 1) -> dict[str, int]:
     if soft != resource.RLIM_INFINITY:
         found[RESERVED_SPACE] = soft
     machine = psutil.virtual_memory().total
-    group = _control_group()
+    group = min((limit for limit, _ in control_groups()), default=None)
     shared = f", shared by {ranks} ranks" if ranks > 1 else ""
     if group is not None and group < machine:
         found[f"control group{shared}"] = group // ranks
     found[f"this machine{shared or ', all processes'}"] = machine // ranks
     return found
-
-
-def _control_group() -> int | None:
-    """The smallest limit of this process's control group and those above it (version 2, or 1)."""
-    return min((limit for limit, _ in _control_groups()), default=None)
-
-
-def _control_groups() -> list[tuple[int, int]]:
-    """By control group of this process with a limit, and those above it: the limit, and bytes that it holds (0 where
-    that cannot be read).
-
-    Files that the system keeps in memory until it needs it are left out.
-    """
-    root = Path("/sys/fs/cgroup")
-    found = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            first, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            if not controllers:
-                first, names = root, ("memory.max", "memory.current")
-            own = first / path.lstrip("/")
-            for folder in (own, *own.parents):
-                with contextlib.suppress(OSError, ValueError):
-                    limit, used = int((folder / names[0]).read_text()), 0
-                    with contextlib.suppress(OSError, ValueError):
-                        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                        used = int((folder / names[1]).read_text()) - int(stat.get("inactive_file", 0))
-                    found.append((limit, used))
-                if folder == first:
-                    break
-    return found
-
-
-def unused() -> int:
-    """Bytes that processes of this machine, or of this control group, can still have."""
-    rooms = [limit - used for limit, used in _control_groups()]
-    return max(0, min([psutil.virtual_memory().available, *rooms]))
-
-
-def address_space() -> int | None:
-    """Bytes of address space in use, which RLIMIT_AS counts: far more than are resident."""
-    return psutil.Process().memory_info().vms if sys.platform == "linux" else None

@@ -58,13 +58,14 @@ def world_size() -> int:
 
 
 def check_room(count: int, *, options: str = "--ranks") -> None:
-    """Raise UserError where this machine's memory does not even hold `count` ranks without a model.
+    """Raise UserError where this machine's memory, or its control group's, does not even hold `count` ranks without a
+    model.
 
     A machine on which they were started would be of no more use.
     """
-    import psutil
+    from toolkit.memory.machine import unused
 
-    free = psutil.virtual_memory().available
+    free = unused()
     if count > 1 and count * EMPTY_BYTES > free:
         raise UserError(
             f"{options}: {count:,} ranks of this machine take {size_text(count * EMPTY_BYTES)} without any model, "

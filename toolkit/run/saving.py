@@ -150,7 +150,7 @@ class Saver:
 
     def _can_copy(self) -> bool:
         """Whether this machine has the memory for copies of what its ranks hold, as far as rank 0 can tell."""
-        from toolkit.memory.watermarks import unused
+        from toolkit.memory.machine import unused
         from toolkit.records.sizes import size_text
         from toolkit.zero.checkpoint import copied_bytes
 
