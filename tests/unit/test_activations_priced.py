@@ -83,7 +83,31 @@ def test_a_plan_tries_slower_activations_where_faster_ones_do_not_fit(tmp_path: 
     tried = found((needs["checkpoint"] + needs["checkpoint,tiled"]) // 2)
     assert tried.keys() == {"full", "checkpoint", "checkpoint,tiled"} and tried["checkpoint,tiled"].fits
     assert tried["checkpoint,tiled"].cost > tried["checkpoint"].cost
-    assert found(needs["checkpoint"]).keys() == {"full", "checkpoint"}
+    # The last block's activations are what the backward pass begins with, kept or not.
+    assert found(needs["checkpoint"]).keys() == {"full", "checkpoint:2"}
+
+
+def test_a_plan_computes_as_few_blocks_again_as_fit(tmp_path: Path) -> None:
+    model = qwen3(tmp_path, hidden_size=128, intermediate_size=1024, num_hidden_layers=6)
+    about: dict[str, Any] = {"world_size": 1, "seq_len": 4096, "optimizer": "AMCS", "loss": "chunked"}
+    about |= {"host_memory": 0, "ranks_per_machine": 1}
+
+    def needs(blocks: int, size: int = 1) -> int:
+        kept = Activations(checkpoint=True, blocks=blocks) if blocks else Activations()
+        one = Case(model, load_config("amcs_zero2"), 1, size, 4096, activations=kept, loss="chunked")
+        return Estimator().predict(one).needed
+
+    sizes = [needs(blocks) for blocks in range(7)]
+    assert sizes[:6] == sorted({*sizes[:6]}, reverse=True)
+    assert sizes[5] <= sizes[6], "the last block's are what the backward pass begins with"
+    for memory in (sizes[2], sizes[4], sizes[6]):
+        best, *others = recommend(model, gpu_memory=memory, **about)
+        blocks, size = best.activations.blocks, best.micro_batch
+        assert blocks and best.fits and best.config == "amcs_zero2"
+        assert best.needs == needs(blocks, size) <= memory < needs(blocks - 1, size)
+        [whole] = [one for one in others if (one.config, one.state, one.fits) == ("amcs_zero1", best.state, True)]
+        assert whole.activations == Activations(checkpoint=True) and best.cost < whole.cost
+    assert recommend(model, gpu_memory=sizes[0], **about)[0].activations == Activations()
 
 
 def test_a_run_of_before_the_setting_had_words_is_reported_as_one_of_today(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from toolkit.estimate.predict import (
     offered_activations,
     with_section,
 )
+from toolkit.models.activations import checkpointable
 from toolkit.optim import RECOMMENDED, RULES, find_rule
 from toolkit.records.activations import Activations
 from toolkit.records.lora import LoRA
@@ -56,7 +58,7 @@ def formats_of(optimizer: str, wanted: str = ANY) -> dict[str, dict[str, Any]]:
 
 
 # How much longer a token takes than without, for ranking only: assumed, not measured.
-_CHECKPOINT = 4 / 3  # one more forward pass
+_CHECKPOINT = 1 / 3  # one more forward pass, where all blocks are computed again
 _TILED = 1.05  # sums of weight gradients that go to memory and back
 _OFFLOADED_ACTIVATIONS = 1.1  # copies beside the computation, which share its memory's bandwidth
 _STAGE = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.15}
@@ -107,6 +109,9 @@ def recommend(
 ) -> list[Candidate]:
     """All candidates: first what fits in the state format asked for, the fastest of them first, then what else fits.
 
+    Where the first computes all blocks again, it is changed to do so with as few as fit, and the micro-batch that is
+    fastest then.
+
     Args:
         model: a preset or a folder with a config.json.
         gpu_memory: bytes of one device.
@@ -119,27 +124,45 @@ def recommend(
     Raises:
         UserError: as `Estimator.predict`.
     """
-    estimator = Estimator(several=True)
+    estimator, room = Estimator(several=True), _Room(gpu_memory, host_memory, ranks_per_machine)
     found: list[Candidate] = []
     choices = offered_activations(model, device, lora)
     plain = Case(model, {}, world_size, 1, seq_len, device=device, loss=loss, lora=lora, conversations=conversations)
     for name, state, case in _cases(plain, optimizer, state_format):
         tried: list[Candidate] = []
         for kept in choices:
-            slower = kept.tiled or kept.offload  # for what does not fit otherwise
-            if slower and any(one.fits for one in tried):
+            slower = kept.tiled or kept.offload  # for what does not fit on the device otherwise; the host gains nothing
+            if slower and (any(one.fits for one in tried) or not any(one.host_fits for one in tried)):
                 break
-            changed = replace(case, activations=kept)
-            tried.append(
-                _fit(estimator, changed, gpu_memory, name, state, state_format, host_memory, ranks_per_machine)
-            )
+            largest = _largest(estimator, replace(case, activations=kept), room)
+            tried.append(_candidate(largest, room, name, state, state_format))
         found += tried
 
     def order(one: Candidate) -> tuple[Any, ...]:
         # Where ranks do not matter stages 1 and 2 are the same: the usual choice comes first.
         return not one.fits, one.fits and not one.asked, one.cost if one.fits else one.needs, "zero2" not in one.config
 
-    return sorted(found, key=order)
+    first, *others = sorted(found, key=order)
+    if first.fits and first.asked and first.activations == Activations(checkpoint=True):
+        sizes = (size for size in MICRO_BATCHES if size <= first.micro_batch)
+        cases = [replace(plain, config=first.json, micro_batch=size) for size in sizes]
+        fewest = _fewest_blocks(estimator, cases, room)
+        first = _candidate(fewest, room, first.config, first.state, state_format)
+    return [first, *others]
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Bytes of a device and of a machine's host, and the ranks that share the latter."""
+
+    device: int
+    host: int
+    ranks: int
+
+    def left(self, found: Simulated) -> int:
+        """Bytes that are left of a device; below 0 where it does not hold that."""
+        context = assumed_context(found.case.world_size) if found.case.device == "cuda" else 0
+        return self.device - found.peak - context
 
 
 def _cases(plain: Case, optimizer: str, wanted: str) -> Iterator[tuple[str, str, Case]]:
@@ -173,50 +196,85 @@ def _bases(optimizer: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _fit(
-    estimator: Estimator,
-    case: Case,
-    memory: int,
-    name: str,
-    state: str,
-    wanted: str,
-    host_memory: int,
-    ranks_per_machine: int,
-) -> Candidate:
-    """The largest micro-batch, a power of 2, with which `case` fits."""
-    context = assumed_context(case.world_size) if case.device == "cuda" else 0
+def _largest(estimator: Estimator, case: Case, room: _Room) -> Simulated:
+    """With the largest micro-batch, a power of 2, with which `case` fits; with 1 where none does."""
     looked: dict[int, Simulated] = {}
 
     def too_large(size: int) -> bool:
         looked[size] = estimator.look(replace(case, micro_batch=size))
-        return looked[size].peak + context > memory
+        return room.left(looked[size]) < 0
 
     fitting = bisect_left(MICRO_BATCHES, True, key=too_large)
-    found = looked[MICRO_BATCHES[max(fitting - 1, 0)]]
+    return looked[MICRO_BATCHES[max(fitting - 1, 0)]]
+
+
+def _fewest_blocks(estimator: Estimator, cases: Sequence[Case], room: _Room) -> Simulated:
+    """The fastest of `cases`, which differ in the micro-batch and fit where all blocks are computed again, with as few
+    of them as fit."""
+    every = Activations(checkpoint=True)
+    most = len(checkpointable(estimator.look(replace(cases[0], activations=every)).run.model))
+
+    def look(case: Case, count: int) -> Simulated:
+        some = Activations(checkpoint=True, blocks=count) if count else Activations()
+        return estimator.look(replace(case, activations=every if count == most else some))
+
+    def share(few: Simulated, many: Simulated) -> float:
+        """Of the blocks that `many` computes again and `few` does not, those that must be, if all take as much."""
+        lacks, left = -room.left(few), room.left(many)
+        return lacks / (lacks + left) if lacks > 0 else 0.0
+
+    ends = [(look(case, 0), look(case, most)) for case in cases]
+    few, many = min(ends, key=lambda both: _overhead(both[0].case) * (1 + _CHECKPOINT * share(*both)))
+    if room.left(few) >= 0:
+        return few
+    low, high = 0, most
+    while high - low > 1:
+        between = low + math.ceil(share(few, many) * (high - low))
+        count = min(max(between, low + 1), high - 1)
+        tried = look(few.case, count)
+        if room.left(tried) >= 0:
+            high, many = count, tried
+        else:
+            low, few = count, tried
+    return many
+
+
+def _overhead(case: Case) -> float:
+    return 1 + _OVERHEAD_TOKENS / (case.micro_batch * case.seq_len)
+
+
+def _candidate(found: Simulated, room: _Room, name: str, state: str, wanted: str) -> Candidate:
+    """What is said of it."""
     best, prediction = found.case, found.prediction()
     needs = prediction.needed
     peak = prediction.at_peak()
     setup = prediction.setup
-    tokens = best.micro_batch * best.seq_len
-    cost = _STAGE[setup.stage] * _OFFLOAD[tuple(setup.offload)] * (1 + _OVERHEAD_TOKENS / tokens)
+    cost = _STAGE[setup.stage] * _OFFLOAD[tuple(setup.offload)] * _overhead(best)
     kept = setup.activations
-    cost *= (_CHECKPOINT if kept.checkpoint else 1.0) * (_TILED if kept.tiled else 1.0)
+    again = (
+        0.0
+        if not kept.checkpoint
+        else 1.0
+        if kept.blocks is None
+        else kept.blocks / len(checkpointable(found.run.model))
+    )
+    cost *= (1 + _CHECKPOINT * again) * (_TILED if kept.tiled else 1.0)
     cost *= _OFFLOADED_ACTIVATIONS if kept.offload else 1.0
     cost *= 1 + _FORMAT * (list(FORMATS).index(state) if state in FORMATS else 0)
     state_format = FORMATS[state]["state_format"] if state in FORMATS else state
-    host = sum(prediction.host.values()) * ranks_per_machine
+    host = sum(prediction.host.values()) * room.ranks
     return Candidate(
         config=name,
         state=state,
         activations=setup.activations,
         micro_batch=best.micro_batch,
         needs=needs,
-        fits=needs <= memory and host <= host_memory,
+        fits=needs <= room.device and host <= room.host,
         host=host,
         cost=cost,
         state_format=state_format,
         asked=wanted in (ANY, state_format) or state not in FORMATS,
-        host_fits=host <= host_memory,
+        host_fits=host <= room.host,
         holds_most=max(peak, key=lambda category: peak[category]),
         json={**best.config, "train_micro_batch_size_per_gpu": best.micro_batch},
     )

@@ -35,7 +35,7 @@ def keep_activations(hf: PreTrainedModel, wanted: Activations) -> None:
 
 def kept_activations(model: nn.Module) -> Activations:
     """What `model`, of this package or the user's own, keeps of its activations."""
-    flags = [_checkpoints(block) for block in _blocks(model)]
+    flags = [_checkpoints(block) for block in checkpointable(model)]
     others = any(_checkpoints(module) for module in model.modules())
     checkpoint = any(flags) if flags else others
     first = flags.index(False) if False in flags else None
@@ -61,14 +61,15 @@ def _checkpoints(module: nn.Module) -> bool:
     return bool(getattr(module, "gradient_checkpointing", False))
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def checkpointable(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model that can be computed again one by one, in order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _checkpoint(hf: PreTrainedModel, wanted: Activations) -> None:
-    kind, blocks = hf.config.model_type, _blocks(hf)
+    kind, blocks = hf.config.model_type, checkpointable(hf)
     if not hf.supports_gradient_checkpointing:
         raise UserError(f"{kind!r} models do not support activation checkpointing: leave {CHECKPOINT} out of {FLAG}.")
     if (wanted.blocks is not None or wanted.offload) and not blocks:
@@ -94,7 +95,7 @@ def _tile(hf: PreTrainedModel) -> None:
             f"the MLPs of {kind!r} models are not known to run in tiles, only those of {known}: leave {TILED} "
             f"out of {FLAG}."
         )
-    mlps = [mlp for block in _blocks(hf) if isinstance(mlp := getattr(block, "mlp", None), nn.Module)]
+    mlps = [mlp for block in checkpointable(hf) if isinstance(mlp := getattr(block, "mlp", None), nn.Module)]
     for mlp in mlps:
         if TiledMLP.fits(mlp):
             TiledMLP.adopt(mlp)
