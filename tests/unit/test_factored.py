@@ -11,6 +11,7 @@ from references import FACTORED, follow
 from torch import nn
 
 from toolkit.config import DeepSpeedSettings, load_config
+from toolkit.config.validate import remarks
 from toolkit.errors import UserError
 from toolkit.optim import AMCS, OPTIONS, RULES, RuleOptimizer
 from toolkit.state.layout import MIXES
@@ -213,3 +214,20 @@ def test_lean_keeps_less_than_a_byte_of_any_rule_with_one_momentum() -> None:
         p.grad = torch.ones_like(p)
         optimizer.step()
         assert sum(optimizer.state_bytes().values()) < (1.05 if name == "AMCS" else 0.55) * p.numel(), name
+
+
+@pytest.mark.parametrize(
+    ("rule", "params", "said"),
+    [
+        ("AMCS", {"state_format": "leanest"}, "is made for mode 'mixed', and mode is 'dual', with which updates are"),
+        ("AMCS", {"state_format": "leanest", "mode": "mixed"}, ""),
+        ("AMCS", {"state_format": "leanest", "mode": "single"}, ""),
+        ("AMCS", {"state_format": "lean"}, ""),
+        ("AMCS", {"state_format": {"v": "fp32"}}, ""),
+        ("AdamW8", {"state_format": "leanest"}, ""),
+        ("AdamW", {}, ""),
+    ],
+)
+def test_what_goes_with_a_format_is_said_where_it_is_missing(rule: str, params: dict[str, Any], said: str) -> None:
+    found = " ".join(remarks({"optimizer": {"type": rule, "params": params}}))
+    assert said in found and bool(found) == bool(said)

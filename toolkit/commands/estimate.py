@@ -157,7 +157,7 @@ def plan(
     ] = None,
     plugins: Plugins = None,
     state_format: Annotated[
-        Literal["8bit", "compact", "minimal", "lean", "any"],
+        Literal["8bit", "compact", "minimal", "lean", "leanest", "any"],
         typer.Option(help="The state format to recommend; smaller ones change updates more. For rules only."),
     ] = "8bit",
     host_memory: Annotated[

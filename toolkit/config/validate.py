@@ -77,7 +77,22 @@ def remarks(config: Mapping[str, Any]) -> list[str]:
     ds = DeepSpeedSettings.read(config)
     named: list[Any] = [ds.params.get("lr"), *rates(ds.scheduler_params)]
     high = [rate for rate in named if type(rate) in (int, float) and rate > HIGHEST_USUAL_RATE]
-    return [f"the learning rate is {rate:g}, far above what is usual{_meant(rate)}" for rate in dict.fromkeys(high)]
+    found = [f"the learning rate is {rate:g}, far above what is usual{_meant(rate)}" for rate in dict.fromkeys(high)]
+    return [*found, *_beside(ds)]
+
+
+def _beside(ds: DeepSpeedSettings) -> Iterator[str]:
+    """What goes with the state format and is not there; formats of residuals matter only to a rule that has some."""
+    made = ds.rule
+    if made is None or not any(state.residual_of for rule in made.rule.variants(ds.params) for state in rule.states):
+        return
+    for key, value in made.rule.beside.get(str(ds.state_format), {}).items():
+        own = ds.params.get(key, made.rule.model_fields[key].get_default())
+        if own != value:
+            yield (
+                f"optimizer.params.state_format {ds.state_format!r} is made for {key} {value!r}, and {key} is {own!r}, "
+                "with which updates are further from those with fp32 state."
+            )
 
 
 def _meant(rate: float) -> str:

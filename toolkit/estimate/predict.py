@@ -29,7 +29,7 @@ from toolkit.records.lora import LoRA
 from toolkit.records.memory import Change, Prediction, Setup
 from toolkit.records.sizes import size_text
 from toolkit.sentences import value_at
-from toolkit.state.layout import LEAN, format_text
+from toolkit.state.layout import LEAN, LEANEST, format_text
 
 _CONTEXT = 1_000_000_000
 _COMMUNICATOR = 200_000_000
@@ -289,9 +289,9 @@ def setup_of(case: Case, run: DryRun) -> Setup:
 
 
 def offered(optimizer: str, state_format: str) -> bool:
-    """Whether a format is offered for an optimizer, where that has formats: the leanest where its price is measured."""
+    """Whether a format is offered for an optimizer, where that has formats; lean ones where their price is measured."""
     made = find_rule(optimizer)
-    return made is None or state_format != LEAN or LEAN in made.rule.loss_price
+    return made is None or state_format not in (LEAN, LEANEST) or state_format in made.rule.loss_price
 
 
 def offered_activations(model: str, device: str, lora: LoRA | None) -> list[Activations]:
@@ -321,10 +321,12 @@ def alternatives(case: Case) -> Iterator[tuple[str, Case]]:
     for other in (1, 2, 3):
         if other > stage and (case.world_size > 1 or stage == 0):
             yield f"zero_optimization.stage {other}", zero_with(stage=other)
-    if ours:
-        for name in ("8bit", "compact", "minimal", LEAN):
+    if (made := find_rule(ds.optimizer)) is not None:
+        for name in ("8bit", "compact", "minimal", LEAN, LEANEST):
             if ds.state_format != name and offered(str(ds.optimizer), name):
-                yield f"optimizer.params.state_format {name}", params_with(state_format=name)
+                changed = {"state_format": name, **made.rule.beside.get(name, {})}
+                words = " and ".join(f"optimizer.params.{key} {value}" for key, value in changed.items())
+                yield words, params_with(**changed)
     if without_masters and ds.weights not in ("bf16+4", "bf16"):
         yield "optimizer.params.weights bf16+4", params_with(weights="bf16+4")
     if ours and not without_masters and stage > 0 and in_bf16:

@@ -23,7 +23,7 @@ from toolkit.models.activations import checkpointable
 from toolkit.optim import RECOMMENDED, RULES, find_rule
 from toolkit.records.activations import Activations
 from toolkit.records.lora import LoRA
-from toolkit.state.layout import LEAN
+from toolkit.state.layout import LEAN, LEANEST
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ANY = "any"
@@ -37,24 +37,32 @@ FORMATS: dict[str, dict[str, Any]] = {
     "minimal, bf16+4": {"state_format": "minimal", "weights": "bf16+4"},
     "lean, bf16": {"state_format": LEAN, "weights": "bf16"},
     "lean, bf16, released": {"state_format": LEAN, "weights": "bf16", "release_gradients": True},
+    "leanest, bf16": {"state_format": LEANEST, "weights": "bf16"},
+    "leanest, bf16, released": {"state_format": LEANEST, "weights": "bf16", "release_gradients": True},
 }
 """What is tried for this package's rules, in order of preference."""
 
 
 def formats_of(optimizer: str, wanted: str = ANY) -> dict[str, dict[str, Any]]:
-    """Those of FORMATS that are offered for an optimizer: the leanest where its price in loss has been measured.
+    """Those of FORMATS that are offered for an optimizer: the lean ones where their price in loss has been measured.
 
-    Raises UserError where that one is `wanted`, and is not offered.
+    Raises UserError where such a one is `wanted`, and is not offered.
     """
-    if find_rule(optimizer) is None:
+    made = find_rule(optimizer)
+    if made is None:
         return {"fp32": {}}
     if not offered(optimizer, wanted):
-        names = ", ".join(name for name, one in RULES.items() if LEAN in one.rule.loss_price)
+        names = ", ".join(name for name, one in RULES.items() if wanted in one.rule.loss_price)
         raise UserError(
-            f"--state-format is {LEAN!r}, but its price in loss is not measured for {optimizer}, only for {names}. "
-            f"A config can have it (optimizer.params.state_format={LEAN}), and `toolkit estimate` says what it needs."
+            f"--state-format is {wanted!r}, but its price in loss is not measured for {optimizer}, only for {names}. "
+            f"A config can have it (optimizer.params.state_format={wanted}), and `toolkit estimate` says what it needs."
         )
-    return {state: params for state, params in FORMATS.items() if offered(optimizer, params["state_format"])}
+    beside = made.rule.beside
+    return {
+        state: {**params, **beside.get(params["state_format"], {})}
+        for state, params in FORMATS.items()
+        if offered(optimizer, params["state_format"])
+    }
 
 
 # How much longer a token takes than without, for ranking only: assumed, not measured.
@@ -118,7 +126,7 @@ def recommend(
         optimizer: of the shipped configurations to try; for ways of sharding without one, a rule is tried in the
             recommended optimizer's.
         lora, conversations: as of `Case`.
-        state_format: "8bit", "compact", "minimal", "lean", or "any" of them; what is no rule has its own.
+        state_format: that of one of FORMATS, or "any"; what is no rule has its own.
         host_memory: bytes of one machine, which what is offloaded by its `ranks_per_machine` must fit into.
 
     Raises:

@@ -98,6 +98,9 @@ class Rule(BaseModel):
     Paired by seed: `python tests/benchmarks/quality.py`, whose table is in docs/benchmarks.
     """
 
+    beside: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """By state format, the hyper-parameters that it is made for: a plan sets them, and `loss_price` is measured so."""
+
     lr: NonNegative
 
     @staticmethod
