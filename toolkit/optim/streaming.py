@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from toolkit.errors import UserError
 from toolkit.optim.kernel import StepFunction
@@ -17,6 +18,9 @@ STAGED = {"cpu": 2**16}
 
 STAGED_ELSEWHERE = 2**22
 """On a GPU each use is a launch, which takes the host longer than the device takes for a million elements."""
+
+FEW = 16
+"""Blocks that are copied as a whole where the last one ends early."""
 
 
 def check_gradient(gradient: Tensor, name: str = "a parameter") -> None:
@@ -115,8 +119,8 @@ class StreamedStep:
         if size != theta.numel():
             theta = theta[start : start + size]
             parts = [part[first : first + blocks] for part in parts]
-        # The compiled step takes two blocks or more.
-        padded = 0 if size % BLOCK == 0 and blocks > 1 else min(blocks, 3 if blocks == 3 else 2)
+        # The compiled step takes two blocks or more; of a few, one call with a copy is faster than two.
+        padded = 0 if size % BLOCK == 0 and blocks > 1 else blocks if blocks <= FEW else 2
         head = blocks - padded
         if not padded:
             view = (blocks, BLOCK)
@@ -126,16 +130,16 @@ class StreamedStep:
             self._run(theta[cut].view(view), gradient[cut].view(view), scale, [part[:head] for part in parts], first)
         if padded:
             tail, rows = slice(head * BLOCK, None), max(padded, 2)
-            theta_copy, gradient_copy = theta.new_zeros(rows * BLOCK), gradient.new_zeros(rows * BLOCK)
-            part_copies = [part.new_zeros(rows, part.shape[1]) for part in parts]
-            theta_copy[: size - head * BLOCK], gradient_copy[: size - head * BLOCK] = theta[tail], gradient[tail]
-            for copied, part in zip(part_copies, parts, strict=True):
-                copied[:padded] = part[head:]
+            theta_copy, gradient_copy = (pad(x[tail], (0, (head + rows) * BLOCK - size)) for x in (theta, gradient))
+            own = [part[head:] for part in parts]
+            # State is of whole blocks; of one alone the step takes a copy with another.
+            used = own if padded == rows else [torch.cat([part, torch.zeros_like(part)]) for part in own]
             view = (rows, BLOCK)
-            self._run(theta_copy.view(view), gradient_copy.view(view), scale, part_copies, first + head)
+            self._run(theta_copy.view(view), gradient_copy.view(view), scale, used, first + head)
             theta[tail] = theta_copy[: size - head * BLOCK]
-            for copied, part in zip(part_copies, parts, strict=True):
-                part[head:] = copied[:padded]
+            if used is not own:
+                for copied, part in zip(used, own, strict=True):
+                    part.copy_(copied[:padded])
 
     def _run(self, theta: Tensor, gradient: Tensor, scale: Tensor, parts: list[Tensor], block: int) -> None:
         seed, step, base = self._rounding
