@@ -165,6 +165,19 @@ def test_a_plan_recommends_eight_bits_unless_asked(
     assert json.loads(capsys.readouterr().out)["optimizer"]["params"]["state_format"] == "8bit"
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "state_format", "where"),
+    [("soam", "lean", "for SOAM, only for AdamW8, AMCS."), ("amcs", "leanest", "for AMCS, nor for any other.")],
+)
+def test_no_format_is_planned_whose_price_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], optimizer: str, state_format: str, where: str
+) -> None:
+    arguments = ["--model", "qwen3-tiny", "--gpu-memory", "8GB", "--optimizer", optimizer]
+    assert run(monkeypatch, "plan", *arguments, "--state-format", state_format, "--json") == 2
+    said = capsys.readouterr().err
+    assert f"--state-format is {state_format!r}, but its price in loss is not measured {where} A config can" in said
+
+
 def test_update_errors_are_those_of_the_docs() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "state.md").read_text()
     rows = [[cell.strip(" `") for cell in line.split("|")] for line in page.splitlines() if line.count("|") == 9]

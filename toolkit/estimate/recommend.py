@@ -53,8 +53,9 @@ def formats_of(optimizer: str, wanted: str = ANY) -> dict[str, dict[str, Any]]:
         return {"fp32": {}}
     if not offered(optimizer, wanted):
         names = ", ".join(name for name, one in RULES.items() if wanted in one.rule.loss_price)
+        others = f"only for {names}" if names else "nor for any other"
         raise UserError(
-            f"--state-format is {wanted!r}, but its price in loss is not measured for {optimizer}, only for {names}. "
+            f"--state-format is {wanted!r}, but its price in loss is not measured for {optimizer}, {others}. "
             f"A config can have it (optimizer.params.state_format={wanted}), and `toolkit estimate` says what it needs."
         )
     beside = made.rule.beside
@@ -259,13 +260,7 @@ def _candidate(found: Simulated, room: _Room, name: str, state: str, wanted: str
     setup = prediction.setup
     cost = _STAGE[setup.stage] * _OFFLOAD[tuple(setup.offload)] * _overhead(best)
     kept = setup.activations
-    again = (
-        0.0
-        if not kept.checkpoint
-        else 1.0
-        if kept.blocks is None
-        else kept.blocks / len(checkpointable(found.run.model))
-    )
+    again = kept.blocks / len(checkpointable(found.run.model)) if kept.blocks else float(kept.checkpoint)
     cost *= (1 + _CHECKPOINT * again) * (_TILED if kept.tiled else 1.0)
     cost *= _OFFLOADED_ACTIVATIONS if kept.offload else 1.0
     cost *= 1 + _FORMAT * (list(FORMATS).index(state) if state in FORMATS else 0)
