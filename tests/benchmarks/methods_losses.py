@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from toolkit.compare.differences import difference
+
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "methods-losses.json"
 BASELINE = "adamw"
 HEADING = f"method | - {BASELINE}, paired by seed | seeds | validation loss | peak, MB | state, bytes a parameter | lr"
@@ -47,16 +49,16 @@ def add(kept: dict[str, Any], report: Mapping[str, Any], where: str) -> None:
 def rows(kept: Mapping[str, Any]) -> list[str]:
     """Of a Markdown table, the lowest difference first."""
     methods = kept["methods"]
-    base = methods[BASELINE]["losses"]
     found = []
     for name, one in methods.items():
-        pairs = [loss - base[seed] for seed, loss in one["losses"].items() if seed in base]
-        difference = statistics.fmean(pairs)
-        spread = f" ± {statistics.stdev(pairs) / len(pairs) ** 0.5:.3f}" if len(pairs) > 1 else ""
-        said = "" if name == BASELINE else f"{difference:+.3f}{spread}"
+        beside = difference(one["losses"], methods[BASELINE]["losses"])
+        assert beside is not None
+        error = "" if beside.standard_error is None else f" ± {beside.standard_error:.3f}"
+        said = "" if name == BASELINE else f"{beside.mean:+.3f}{error}"
         loss = f"{statistics.fmean(one['losses'].values()):.4f}"
-        cells = (name, said, len(pairs), loss, f"{one['peak_mb']:.2f}", f"{one['state']:.2f}", f"{one['lr']:g}")
-        found.append((difference, f"| {' | '.join(map(str, cells))} |"))
+        held = f"{one['peak_mb']:.2f}", f"{one['state']:.2f}"
+        cells = (name, said, len(beside.by_seed), loss, *held, f"{one['lr']:g}")
+        found.append((beside.mean, f"| {' | '.join(map(str, cells))} |"))
     return [row for _, row in sorted(found)]
 
 

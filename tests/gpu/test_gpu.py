@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fp32_weights import whole
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +15,6 @@ from toolkit.checkpoint.files import Staging
 from toolkit.models.loss import linear_cross_entropy
 from toolkit.models.offload import HostActivations
 from toolkit.optim import AMCS, SOAM
-from toolkit.state.codecs import unpack
 from toolkit.zero.gradients import HostCopy, squared_norm
 
 pytestmark = pytest.mark.gpu
@@ -47,17 +47,6 @@ CASES = [
 RULES = [(AMCS, {"total_steps": 20}), (SOAM, {})]
 
 
-def whole(optimizer: Any, p: nn.Parameter) -> Tensor:
-    """The fp32 weights, flat: those of `p`, with their remainder if there is one."""
-    remainder = optimizer.layout(optimizer.param_groups[0], p.dtype).remainder
-    flat = p.detach().flatten()
-    if remainder is None:
-        return flat.cpu()
-    rest = optimizer.state[p]["remainder"]
-    rest = torch.cat(unpack(rest), dim=1) if remainder.bits == 4 else rest
-    return remainder.join(flat, rest.flatten()[: flat.numel()]).cpu()
-
-
 @pytest.mark.parametrize(("dtype", "settings", "most"), CASES)
 @pytest.mark.parametrize(("rule", "extra"), RULES)
 def test_cuda_gives_the_cpu_numbers(
@@ -72,7 +61,7 @@ def test_cuda_gives_the_cpu_numbers(
         for _ in range(10):
             p.grad = (torch.randn(300, 257, generator=generator) * 1e-2).to(dtype).to(device)
             optimizer.step()
-        moved[device] = whole(optimizer, p) - start.flatten().float()
+        moved[device] = whole(optimizer, p).cpu() - start.float()
     error = (moved["cuda"] - moved["cpu"]).norm() / moved["cpu"].norm()
     assert error < most, error
 

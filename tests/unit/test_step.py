@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fp32_weights import whole
 from torch import Tensor, nn
 
 import toolkit.optim.kernel as step_module
 from toolkit.errors import UserError
 from toolkit.optim import AMCS, RULES, SOAM, AMCSRule, NonNegative, Rule, State, as_optimizer, inductor
 from toolkit.optim.kernel import StepFunction, step_function
-from toolkit.state.codecs import BLOCK, Root, Signed, decode_blocks, unpack
+from toolkit.state.codecs import BLOCK, Root, Signed, decode_blocks
 from toolkit.state.layout import layout_of
 from toolkit.state.remainders import WEIGHTS
 
@@ -42,20 +43,6 @@ def train(
             p.grad = draw(p.shape, size)
         optimizer.step()
     return parameters, optimizer
-
-
-def whole(optimizer: Any, p: nn.Parameter) -> Tensor:
-    """The fp32 weights: those of `p`, with their remainder if there is one."""
-    state = optimizer.state[p]
-    group = next(group for group in optimizer.param_groups if any(p is member for member in group["params"]))
-    remainder = optimizer.layout(group, p.dtype).remainder
-    if remainder is None:
-        return p.detach()
-    parts = [value for key, value in state.items() if key.split(".")[0] == "remainder"]
-    if remainder.bits == 4:
-        parts = [torch.cat(unpack(parts), dim=1)]
-    flat = p.detach().flatten()
-    return remainder.join(flat, *(part.flatten()[: flat.numel()] for part in parts)).view(p.shape)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def equal_codes(one: Run, other: Run) -> float:
         if mine.is_floating_point():
             same = torch.isclose(mine, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
         elif spec.per_block < 256:
-            same = torch.cat([a == b for a, b in zip(unpack(mine), unpack(theirs), strict=True)])
+            same = torch.cat([a == b for a, b in zip(unpack([mine]), unpack([theirs]), strict=True)])
         else:
             same = mine == theirs
         equal, total = equal + int(same.sum()), total + same.numel()
