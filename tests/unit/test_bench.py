@@ -21,6 +21,7 @@ from toolkit.bench.against import Change, check, compare
 from toolkit.bench.contenders import DEFAULT, Stepper, read_contenders
 from toolkit.bench.record import Machine, Record, Row, Spread, loaded, ratios
 from toolkit.bench.shapes import even, of_model, parse_count
+from toolkit.commands.bench_call import UNFINISHED
 from toolkit.compare.methods import read_methods
 from toolkit.errors import UserError
 from toolkit.models import count_parameters, load_config
@@ -116,6 +117,7 @@ def test_a_slow_round_moves_no_ratio() -> None:
 def test_processes_alternate_and_ratios_are_those_of_a_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Both slow down fourfold in the second round."""
     made: list[str] = []
+    kept: list[list[int]] = []
 
     def finished(runs: Any, name: str, number: int, threads: int) -> runs_in_turn.Finished:
         made.append(f"{name}{number}")
@@ -126,8 +128,15 @@ def test_processes_alternate_and_ratios_are_those_of_a_round(monkeypatch: pytest
     settings = {"seq_len": 8, "micro_batch": 2, "grad_accum": 3}
     methods = read_methods(["adamw,amcs"], [], 2, [])
     found = runs_in_turn.measure(
-        methods, None, ["adamw", "amcs"], settings, 2, 1, 3, "adamw", tmp_path, say=lambda words: None
+        methods,
+        None,
+        ["adamw", "amcs"],
+        settings,
+        *(2, 1, 3, "adamw", tmp_path),
+        say=lambda words: None,
+        keep=lambda found: kept.append([row.timed["step_seconds"].samples for row in found.rows]),
     )
+    assert kept == [[3, 3], [6, 6], [9, 9]]
     assert made == ["adamw0", "amcs0", "adamw1", "amcs1", "adamw2", "amcs2"]
     own = found.rows[1]
     assert own.counted == {"speed_ratio": 2, "peak_bytes": 2}
@@ -241,6 +250,31 @@ def test_a_record_is_shown_written_and_compared(
 def test_json_on_stdout_is_nothing_else(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "step", *SMALL, "--json", "-") == 0
     assert Record.model_validate_json(capsys.readouterr().out).rows
+
+
+def test_a_benchmark_that_is_cut_short_has_written_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(steps, "SIZES", (2000, 4000))
+    monkeypatch.setattr(steps, "TENSORS", (3,))
+    file, whole, sizes = tmp_path / "cut.json", steps.measure, list[int]()
+
+    def cut(contenders: Any, shapes: Any, *rest: Any, **options: Any) -> steps.Measured:
+        sizes.append(shapes.parameters)
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        return whole(contenders, shapes, *rest, **options)
+
+    monkeypatch.setattr(steps, "measure", cut)
+    given = ["step", "--growth", "--optimizers", "torch-adamw", "--parameters", "8k", *SHORT]
+    assert run(monkeypatch, *given, "--json", str(file)) != 0
+    kept = Record.model_validate_json(file.read_text())
+    assert [row.at["parameters"] for row in kept.rows if row.name != steps.COPY] == [2000, 4000]
+    assert kept.notes == [UNFINISHED]
+    monkeypatch.setattr(steps, "measure", whole)
+    capsys.readouterr()
+    run(monkeypatch, *given, "--against", str(file), "--tolerance", "1000000")
+    assert f"not compared, since {file} does not have them: " in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_growth_is_measured_and_drawn(

@@ -16,7 +16,7 @@ from typing import Any
 
 from toolkit.agreed import agreed
 from toolkit.bench.record import Row, Spread
-from toolkit.bench.step import Measured
+from toolkit.bench.step import Keep, Measured
 from toolkit.bench.train import finish
 from toolkit.compare.plan import Method
 from toolkit.paths import read_text
@@ -39,6 +39,7 @@ def measure(
     folder: Path,
     *,
     say: Callable[[str], None],
+    keep: Keep = lambda found: None,
 ) -> Measured:
     """Save and load `repeats` times with each of `methods`, by name.
 
@@ -61,6 +62,7 @@ def measure(
         finish(command, threads, own / "log", name)
         found.rows.append(_row(name, json.loads(read_text(own, "found.json"))))
         shutil.rmtree(own)
+        keep(found)
     return found
 
 

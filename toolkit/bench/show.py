@@ -117,7 +117,7 @@ def table(rows: Sequence[Row]) -> Table:
     return found
 
 
-def show_changes(changes: Sequence[Change], console: PlainConsole, file: Path) -> None:
+def show_changes(changes: Sequence[Change], record: Record, console: PlainConsole, file: Path) -> None:
     """What became slower, and that nothing else did."""
     slower = [change for change in changes if change.slower]
     for change in slower:
@@ -128,6 +128,9 @@ def show_changes(changes: Sequence[Change], console: PlainConsole, file: Path) -
             f"({change.times:.2f} times as slow)"
         )
     others = len(changes) - len(slower)
+    new = sum(len(row.timed) for row in record.rows) - len(changes)
+    if new:
+        console.print_line(f"not compared, since {file} does not have them: {new} figures.")
     console.print_line(
         f"against {file}: {len(slower)} of {len(changes)} figures are slower beyond their spread."
         if slower

@@ -36,6 +36,10 @@ class Measured:
     notes: list[str] = field(default_factory=list)
 
 
+Keep = Callable[[Measured], None]
+"""Called with all that was found so far, whenever there is more: a benchmark that is cut short loses nothing."""
+
+
 def measure(
     contenders: Sequence[Contender],
     shapes: Shapes,
@@ -155,7 +159,14 @@ SPREAD_OVER = 10**7
 
 
 def growth(
-    contenders: Sequence[Contender], largest: int, device: str, repeats: int, baseline: str | None, *, say: Say
+    contenders: Sequence[Contender],
+    largest: int,
+    device: str,
+    repeats: int,
+    baseline: str | None,
+    *,
+    say: Say,
+    keep: Keep = lambda found: None,
 ) -> Measured:
     """Time steps of one tensor of ever more parameters, up to `largest`, and of ever more tensors of `SPREAD_OVER`.
 
@@ -180,6 +191,7 @@ def growth(
         found.left_out |= one.left_out
         found.notes += [note for note in one.notes if note not in found.notes]
         held = held or _held(contenders, one.rows)
+        keep(found)
     return found
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.bench.record import Row, Spread
-from toolkit.bench.step import Measured
+from toolkit.bench.step import Keep, Measured
 from toolkit.compare.plan import CONFIGS, Method, Plan, save
 from toolkit.compare.runs import Cell, Runs, read_summary
 from toolkit.errors import UserError
@@ -48,6 +48,7 @@ def measure(
     folder: Path,
     *,
     say: Callable[[str], None],
+    keep: Keep = lambda found: None,
 ) -> Measured:
     """Run every method in each of `rounds`, in the order of their names in `order`.
 
@@ -71,7 +72,9 @@ def measure(
             say(f"round {number + 1} of {rounds}: {name}")
             one = _trainer_run if name == TRAINER else _own_run
             found[name].append(one(runs, name, number, threads))
-    return Measured(rows=[_row(name, found, _tokens(settings, ranks), baseline) for name in order])
+        measured = Measured(rows=[_row(name, found, _tokens(settings, ranks), baseline) for name in order])
+        keep(measured)
+    return measured
 
 
 def _tokens(settings: Mapping[str, Any], ranks: int) -> int:

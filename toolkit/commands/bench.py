@@ -137,7 +137,7 @@ def step(
     if growth:
         largest = shapes.parse_count(parameters or _LARGEST, where="--parameters")
         call.begin({"growth": True, "parameters": largest})
-        found = step.growth(contenders, largest, call.device, repeats, base, say=say)
+        found = step.growth(contenders, largest, call.device, repeats, base, say=say, keep=call.keep)
     else:
         if model is not None:
             chosen = shapes.of_model(model)
@@ -216,7 +216,9 @@ def train(
     }
     call.begin(settings | {"ranks": ranks, "zero_stage": zero_stage})
     with tempfile.TemporaryDirectory(prefix="leanstate-bench-") as folder:
-        found = train.measure(own, trainer, order, settings, ranks, call.threads, rounds, base, Path(folder), say=say)
+        found = train.measure(
+            own, trainer, order, settings, ranks, call.threads, rounds, base, Path(folder), say=say, keep=call.keep
+        )
     call.finish(call.record(found), base)
 
 
@@ -296,5 +298,5 @@ def save(
     if folder is not None and not folder.is_dir():
         raise UserError(f"--folder {folder} is no folder.")
     with tempfile.TemporaryDirectory(prefix="leanstate-bench-", dir=folder) as scratch:
-        found = save.measure(named, settings, ranks, call.threads, repeats, Path(scratch), say=say)
+        found = save.measure(named, settings, ranks, call.threads, repeats, Path(scratch), say=say, keep=call.keep)
     call.finish(call.record(found), None)

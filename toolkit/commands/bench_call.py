@@ -26,6 +26,7 @@ OPTIONS = {
     "save": ("methods", "model", "steps", "repeats", "ranks", "zero_stage", "threads"),
 }
 """Options that are kept with what was measured. Plug-ins are not: a file must not say which code is run."""
+UNFINISHED = "The benchmark had not ended when this was written: there was more to measure."
 
 
 def say(words: str) -> None:
@@ -51,9 +52,9 @@ class Call:
         anyway: bool,
         tolerance: float,
     ) -> None:
-        from toolkit.bench.record import load_average, read
+        from toolkit.bench.record import load_average, now, read
 
-        self._load = load_average()
+        self._load, self._began = load_average(), now()
         self._ctx, self._json_to, self._against, self._tolerance = ctx, json_to, against, tolerance
         self._anyway = anyway
         self._before = None if against is None else read(against)
@@ -76,8 +77,16 @@ class Call:
         if (warning := loaded(empty)) is not None:
             say(f"warning: {warning}")
 
+    def keep(self, found: Measured) -> None:
+        """Write what is found so far where `finish` will write all of it, with a note that it is not all."""
+        from toolkit.bench.record import write
+
+        if self._json_to not in (None, "-"):
+            record = self.record(found)
+            write(record.model_copy(update={"notes": [*record.notes, UNFINISHED]}), Path(self._json_to))
+
     def record(self, found: Measured) -> Record:
-        from toolkit.bench.record import Record, machine, now
+        from toolkit.bench.record import Record, machine
         from toolkit.run.folder import versions
 
         name: Any = self._ctx.info_name
@@ -87,7 +96,7 @@ class Call:
             options={key: self._ctx.params[key] for key in OPTIONS[name]},
             machine=machine(self.device),
             load=self._load,
-            began=now(),
+            began=self._began,
             versions=versions(),
             rows=found.rows,
             left_out=found.left_out,
@@ -109,7 +118,7 @@ class Call:
         show(record, console, baseline)
         if self._before is not None and self._against is not None:
             changes = compare(self._before, record, self._against, self._tolerance)
-            show_changes(changes, console, self._against)
+            show_changes(changes, record, console, self._against)
             if any(change.slower for change in changes):
                 raise typer.Exit(_SLOWER)
 
