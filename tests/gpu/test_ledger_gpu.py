@@ -36,6 +36,7 @@ def test_the_allocators_peak_is_that_of_the_phase() -> None:
     large = torch.empty(256 * MEGABYTE, dtype=torch.uint8, device="cuda")
     del large
     peak, reserved = watermark.read()
+    assert peak is not None and before is not None and reserved is not None
     assert peak - before == 256 * MEGABYTE and reserved >= peak
     watermark.begin()
     assert watermark.read()[0] == before
