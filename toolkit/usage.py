@@ -74,6 +74,7 @@ _SAME: tuple[tuple[str, ...], ...] = (
     ("tokens", "max-new-tokens", "max-tokens"),
     ("count", "num-return-sequences"),
     ("track", "report-to", "tracker", "log-with"),
+    ("compile-model", "torch-compile", "compile"),
 )
 _ROW = {name: row for row in _SAME for name in row}
 

@@ -18,7 +18,14 @@ from typing import Any
 
 from memory import TOKENS, configuration, launch, predict
 
-FORMATS = {"8bit": "bf16+8", "compact": "bf16+4", "minimal": "bf16+4", "factored": "bf16+8", "lean": "bf16"}
+FORMATS = {
+    "8bit": "bf16+8",
+    "compact": "bf16+4",
+    "minimal": "bf16+4",
+    "factored": "bf16+8",
+    "lean": "bf16",
+    "mixed, leanest": "bf16",
+}
 RELEASED = ", released"
 PLACES = ((2, 2), (3, 2), (2, 1), (3, 1), (1, 2), (1, 1))  # stage, ranks
 LIMIT = 0.01

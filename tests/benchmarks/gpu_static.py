@@ -103,7 +103,7 @@ def shipped_rules() -> list[type[Rule]]:
     found: dict[type[Rule], None] = {}
     for optimizer in RULES.values():
         if optimizer.__module__.startswith("toolkit."):
-            for mode in ("", "single"):
+            for mode in ("", "mixed", "single"):
                 found |= dict.fromkeys(optimizer.rule.variants({"mode": mode}))
     return list(found)
 

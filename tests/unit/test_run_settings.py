@@ -22,7 +22,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         "--activations checkpoint:2,offload --loss plain "
         "--from-checkpoint --save-every 6 --keep-last 4 --keep-every 12 "
         "--resume none --convert-state --max-skipped 3 --memory-profile full --deterministic "
-        "--trust-pickle --chat-template chatml --lora r=8 --report_to wandb --json --start-anyway"
+        "--trust-pickle --chat-template chatml --lora r=8 --report_to wandb --json --start-anyway --compile-model"
     )
     settings = parse(line.split())
     assert settings == RunSettings(
@@ -64,6 +64,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         track="wandb",
         print_json=True,
         start_anyway=True,
+        compile_model=True,
     )
     defaults = parse([])
     assert defaults == RunSettings()

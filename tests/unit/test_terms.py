@@ -201,6 +201,7 @@ def test_what_is_not_typed_stays_and_what_is_typed_is_said(name: str, monkeypatc
         ("--config soam_zero2", "optimizer.type AMCS, now SOAM"),
         ("--config amcs_zero2_offload", "zero_optimization.offload_optimizer.device not given, now cpu"),
         ("--deterministic", "--deterministic false, now true"),
+        ("--compile-model", "--compile-model false, now true"),
     ],
 )
 def test_a_json_that_changes_the_curve_is_said(line: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

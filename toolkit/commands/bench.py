@@ -172,6 +172,9 @@ def train(
     grad_accum: Annotated[int, typer.Option(min=1, help="Micro-batches per optimizer step.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a run that are timed, after three that are not.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each method, in turn.")] = 3,
+    compile_model: Annotated[
+        bool, typer.Option("--compile-model", help="As for `toolkit train`; the Trainer's model is left as it is.")
+    ] = False,
     ranks: Ranks = 1,
     zero_stage: Stage = 2,
     threads: Threads = None,
@@ -214,6 +217,7 @@ def train(
         "eval_every": 0,
         "save_every": 0,
     }
+    settings |= {"compile_model": True} if compile_model else {}  # records of before the option have no such setting
     call.begin(settings | {"ranks": ranks, "zero_stage": zero_stage})
     with tempfile.TemporaryDirectory(prefix="leanstate-bench-") as folder:
         found = train.measure(

@@ -20,7 +20,7 @@ OPTIONS = {
     "step": ("optimizers", "parameters", "model", "baseline", "repeats", "threads", "device", "growth"),
     "train": (
         *("methods", "baseline", "model", "data", "seq_len", "micro_batch", "grad_accum"),
-        *("steps", "rounds", "ranks", "zero_stage", "threads"),
+        *("steps", "rounds", "ranks", "zero_stage", "threads", "compile_model"),
     ),
     "data": ("data", "tokenizer", "model", "seq_len", "micro_batch", "batches", "step_ms", "repeats", "threads"),
     "save": ("methods", "model", "steps", "repeats", "ranks", "zero_stage", "threads"),

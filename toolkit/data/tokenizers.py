@@ -69,7 +69,11 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
         raise UserError(
             f"unknown tokenizer {spec!r}: it is none of {', '.join(TOKENIZERS)}, no local folder or "
             "tokenizer.json, and the Hugging Face hub cannot be reached or has no such name."
-            f"{nearest(spec, TOKENIZERS)}"
+            # Users meet this for a preset's tokenizer, which they did not name themselves.
+            + (
+                nearest(spec, TOKENIZERS)
+                or f" With a network, 'hf download {spec}' fetches it; in training, --tokenizer names another."
+            )
         ) from error
     _refuse_empty(spec, tokenizer)
     if tokenizer.eos_token_id is None:

@@ -21,13 +21,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.agreed import everyones
+from toolkit.agreed import agreed, everyones
 from toolkit.run import ranks
 from toolkit.run.merge import merge_flags
 from toolkit.run.settings import RunSettings
 
 if TYPE_CHECKING:
     from toolkit.config import DeepSpeedSettings
+    from toolkit.run.prepare import PreparedRun
 
 LIMIT_SECONDS = 900.0
 """How long ranks wait for the background process before each compiles for itself."""
@@ -104,6 +105,40 @@ def step_compiled(engine: Any, background: Background | None, say: Callable[[str
         background.wait(say)
     everyones(None)  # they wait for rank 0 of their machine
     compile_step(engine)
+    _, [seconds] = ranks.mean_max([], [time.perf_counter() - began], engine.device)
+    return seconds
+
+
+def run_compiled(
+    prepared: PreparedRun, engine: Any, background: Background | None, say: Callable[[str], None]
+) -> float | None:
+    """Have the optimizer step compiled and, if the run asks for that, the model; every rank must call this.
+
+    Returns:
+        The seconds that this took; None where there is nothing to compile.
+
+    Raises:
+        UserError: raised by every rank, where the model cannot be compiled on one of them.
+    """
+    of_step = step_compiled(engine, background, say)
+    if not prepared.settings.compile_model:
+        return of_step
+    return (of_step or 0.0) + _model_compiled(prepared, engine, say)
+
+
+def _model_compiled(prepared: PreparedRun, engine: Any, say: Callable[[str], None]) -> float:
+    """Have the blocks of the model compiled for batches like those of the run; the seconds of the slowest rank."""
+    import torch
+
+    from toolkit.models import compiled
+
+    began = time.perf_counter()
+    say("compiling the model (minutes on a CPU; later runs take it from a cache)")
+    rows = (3,) if prepared.data.documents.conversations else ()
+    shape = (prepared.batch.micro, *rows, prepared.settings.seq_len + 1)
+    agreed(lambda: compiled.compile_blocks(engine.module))
+    tokens = torch.zeros(shape, dtype=torch.int64, device=engine.device)
+    agreed(lambda: compiled.warm(engine.module, tokens, evaluates=bool(prepared.validation)))
     _, [seconds] = ranks.mean_max([], [time.perf_counter() - began], engine.device)
     return seconds
 

@@ -100,6 +100,7 @@ def terms(settings: RunSettings, config: Mapping[str, Any], batch: Batch) -> dic
     kept = settings.model_dump(mode="json", include=set(KEPT))
     found |= {flag_of(name): kept[name] for name in KEPT if name not in ("lr", "warmup")}
     found["--track"] = settings.tracker
+    found["--compile-model"] = settings.compile_model
     found["--deterministic"] = settings.deterministic
     for path in _TOLD:
         found.update(_flat(path, value_at(config, path)))

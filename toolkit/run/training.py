@@ -179,8 +179,8 @@ class Run:
         self.saver = make_saver(prepared, self.engine, start, screen.say)  # last: it has a thread, which `close` ends
 
     def compile(self, background: compiling.Background | None) -> None:
-        """Wait for the compiled optimizer step, which the process `background` may be working on."""
-        seconds = compiling.step_compiled(self.engine, background, self.screen.say)
+        """Compile what the run wants compiled; the process `background` may be working on the optimizer step."""
+        seconds = compiling.run_compiled(self.prepared, self.engine, background, self.screen.say)
         if seconds is not None:
             self._before["compile_s"] = seconds
 
