@@ -271,8 +271,15 @@ def test_a_benchmark_that_is_cut_short_has_written_what_it_measured(
     kept = Record.model_validate_json(file.read_text())
     assert [row.at["parameters"] for row in kept.rows if row.name != steps.COPY] == [2000, 4000]
     assert kept.notes == [UNFINISHED]
-    monkeypatch.setattr(steps, "measure", whole)
+    before = json.loads(file.read_text()) | {"notes": []}
+    file.write_text(json.dumps(before))
+    sizes.clear()
     capsys.readouterr()
+    assert run(monkeypatch, *given, "--against", str(file), "--json", str(file)) != 0
+    assert json.loads(file.read_text()) == before, "what an earlier call has measured is not lost with this one"
+    assert Record.model_validate_json((tmp_path / "cut-unfinished.json").read_text()).notes == [UNFINISHED]
+    assert f"{tmp_path / 'cut-unfinished.json'}" in capsys.readouterr().err
+    monkeypatch.setattr(steps, "measure", whole)
     run(monkeypatch, *given, "--against", str(file), "--tolerance", "1000000")
     assert f"not compared, since {file} does not have them: " in capsys.readouterr().out.replace("\n", " ")
 
@@ -294,6 +301,10 @@ def test_growth_is_measured_and_drawn(
     capsys.readouterr()
     assert run(monkeypatch, "step", "--growth", *given) == 0
     assert "8k parameters in 9 tensors: left out, since it needs" in capsys.readouterr().out
+    monkeypatch.setattr(steps, "free_memory", lambda device: 0)
+    plot.unlink()
+    assert run(monkeypatch, "step", "--growth", *given, "--plot", str(plot)) == 0, "one size alone is drawn, too"
+    assert "</svg>" in plot.read_text()
 
 
 @pytest.mark.parametrize(
@@ -313,6 +324,10 @@ def test_growth_is_measured_and_drawn(
         (["step", "--parameters", "many"], "such as 33.5M"),
         (["step", "--parameters", "1M", "--model", "qwen3-tiny"], "give one of them"),
         (["step", "--plot", "x.png"], "give --growth, too"),
+        (["step", "--growth", "--plot", "x.xyz"], "--plot x.xyz is no kind of picture that can be drawn; those are"),
+        (["step", "--growth", "--plot", "missing/x.png"], "--plot missing/x.png cannot be written: No such file"),
+        (["step", "--json", "missing/x.json"], "--json missing/x.json cannot be written: No such file"),
+        (["data", "--json", "."], "--json . cannot be written: it is a folder"),
         (["step", "--repeats", "3"], "7"),
         (["train", "--steps", "2", "--rounds", "3"], "a median is of 7 steps at least"),
         (["train", "--methods", "amcs,hf-trainer", "--baseline", "adamw"], "is none of --methods amcs, hf-trainer"),
@@ -326,6 +341,7 @@ def test_growth_is_measured_and_drawn(
 def test_what_is_wrong_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str], words: str
 ) -> None:
+    monkeypatch.setattr(steps, "in_turn", None)  # it is said before anything is measured
     assert run(monkeypatch, *given) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and words in said[0], said

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolkit.errors import UserError
-from toolkit.paths import read_text, replace_text
+from toolkit.paths import draft_of, read_text, replace_text
 from toolkit.sentences import explain
 
 Command = Literal["step", "train", "data", "save"]
@@ -144,6 +144,18 @@ def now() -> str:
 
 def record_text(record: Record) -> str:
     return record.model_dump_json(indent=1) + "\n"
+
+
+def check_place(path: Path, option: str) -> None:
+    """Before anything is measured. Raises UserError where the file that `option` names cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} cannot be written: it is a folder.")
+    try:
+        draft = draft_of(path)
+        draft.touch(exist_ok=False)
+        draft.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be written: {error.strerror}.") from None
 
 
 def write(record: Record, path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from toolkit.bench.against import Change
-from toolkit.bench.record import Record, Row, Spread, loaded
+from toolkit.bench.record import Record, Row, Spread, check_place, loaded
 from toolkit.bench.shapes import count_text
 from toolkit.console import PlainConsole
 from toolkit.errors import UserError
@@ -138,6 +138,17 @@ def show_changes(changes: Sequence[Change], record: Record, console: PlainConsol
     )
 
 
+def check_plot(path: Path) -> None:
+    """Before anything is measured. Raises UserError where `plot` could not write `path`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    check_place(path, "--plot")
+    kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+    kind = path.suffix.removeprefix(".").lower()
+    if kind and kind not in kinds:  # without one it is a PNG
+        raise UserError(f"--plot {path} is no kind of picture that can be drawn; those are {', '.join(kinds)}.")
+
+
 def plot(record: Record, path: Path) -> None:
     """Step time over parameters, and over tensors, as a PNG, SVG or PDF: straight lines are linear growth.
 
@@ -152,6 +163,9 @@ def plot(record: Record, path: Path) -> None:
     for index, (by, fixed) in enumerate((("parameters", "tensors"), ("tensors", "parameters"))):
         axes = figure.add_subplot(1, 2, index + 1)
         rows = [row for row in record.rows if (row.at["tensors"] == 1) == (by == "parameters")]
+        if not rows:  # there was no memory for any
+            figure.delaxes(axes)
+            continue
         for name in dict.fromkeys(row.name for row in rows):
             own = sorted((row for row in rows if row.name == name), key=lambda row: row.at[by])
             places, spreads = [row.at[by] for row in own], [row.timed["seconds"] for row in own]

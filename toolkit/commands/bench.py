@@ -128,6 +128,10 @@ def step(
     if plot is not None and not growth:
         raise UserError("--plot draws growth: give --growth, too.")
     call = Call(ctx, threads, device, plugins, json_to, against, anyway, tolerance)
+    if plot is not None:
+        from toolkit.bench.show import check_plot
+
+        check_plot(plot)
     from toolkit.bench import shapes, step
     from toolkit.bench.contenders import DEFAULT, read_contenders
 

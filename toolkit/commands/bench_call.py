@@ -52,11 +52,14 @@ class Call:
         anyway: bool,
         tolerance: float,
     ) -> None:
-        from toolkit.bench.record import load_average, now, read
+        from toolkit.bench.record import check_place, load_average, now, read
 
+        if json_to not in (None, "-"):
+            check_place(Path(json_to), "--json")
         self._load, self._began = load_average(), now()
         self._ctx, self._json_to, self._against, self._tolerance = ctx, json_to, against, tolerance
         self._anyway = anyway
+        self._draft: Path | None = None
         self._before = None if against is None else read(against)
         self._settings: dict[str, Any] = {}
         _prepare(threads)
@@ -78,12 +81,22 @@ class Call:
             say(f"warning: {warning}")
 
     def keep(self, found: Measured) -> None:
-        """Write what is found so far where `finish` will write all of it, with a note that it is not all."""
+        """Write what is found so far where `finish` will write all of it, with a note that it is not all.
+
+        What an earlier call has written there (`--against` may be about to compare with it) stays until then: beside
+        it, if there is such a file.
+        """
         from toolkit.bench.record import write
 
-        if self._json_to not in (None, "-"):
-            record = self.record(found)
-            write(record.model_copy(update={"notes": [*record.notes, UNFINISHED]}), Path(self._json_to))
+        if self._json_to in (None, "-"):
+            return
+        path = Path(self._json_to)
+        if self._draft is None:
+            self._draft = path.with_name(f"{path.stem}-unfinished{path.suffix}") if path.exists() else path
+            if self._draft != path:
+                say(f"{path} stays until the end; until then figures are in {self._draft}")
+        record = self.record(found)
+        write(record.model_copy(update={"notes": [*record.notes, UNFINISHED]}), self._draft)
 
     def record(self, found: Measured) -> Record:
         from toolkit.bench.record import Record, machine
@@ -110,12 +123,15 @@ class Call:
         from toolkit.bench.show import show, show_changes
         from toolkit.console import PlainConsole
 
+        console = PlainConsole(stderr=self._json_to == "-")
+        show(record, console, baseline)  # first: what cannot be written is not lost
         if self._json_to == "-":
             typer.echo(record_text(record), nl=False)
         elif self._json_to is not None:
-            write(record, Path(self._json_to))
-        console = PlainConsole(stderr=self._json_to == "-")
-        show(record, console, baseline)
+            path = Path(self._json_to)
+            write(record, path)
+            if self._draft not in (None, path):
+                self._draft.unlink(missing_ok=True)
         if self._before is not None and self._against is not None:
             changes = compare(self._before, record, self._against, self._tolerance)
             show_changes(changes, record, console, self._against)
