@@ -19,6 +19,7 @@ from toolkit.bench import timing
 from toolkit.bench import train as runs_in_turn
 from toolkit.bench.against import Change, check, compare
 from toolkit.bench.contenders import DEFAULT, Stepper, read_contenders
+from toolkit.bench.methods import read_each
 from toolkit.bench.record import Machine, Record, Row, Spread, loaded, ratios
 from toolkit.bench.shapes import even, of_model, parse_count
 from toolkit.commands.bench_call import UNFINISHED
@@ -332,6 +333,11 @@ def test_growth_is_measured_and_drawn(
         (["train", "--steps", "2", "--rounds", "3"], "a median is of 7 steps at least"),
         (["train", "--methods", "amcs,hf-trainer", "--baseline", "adamw"], "is none of --methods amcs, hf-trainer"),
         (["train", "--methods", "amcz"], "'amcz' is no shipped config"),
+        (["train", "--methods", "hf-trainer,amcs,hf-trainer"], "'hf-trainer' is there twice"),
+        (["train", "--methods", "amcs,hf-trainer=soam"], "'hf-trainer' is another project's, and takes no config"),
+        (["save", "--methods", "deepspeed,deepspeed"], "'deepspeed' is there twice"),
+        (["save", "--methods", "amcs,soam,amcs"], "'amcs' is there twice"),
+        (["save", "--methods", ","], "--methods names no method"),
         (["save", "--folder", "missing"], "is no folder"),
         (["data", "--data", "missing.txt"], "missing.txt"),
         (["--against", "missing.json"], "missing.json is missing"),
@@ -367,3 +373,9 @@ def test_the_default_optimizers_are_known() -> None:
 @pytest.mark.parametrize(("text", "count"), [("33.5M", 33_500_000), ("1B", 10**9), ("64k", 64_000), ("7", 7)])
 def test_numbers_of_parameters(text: str, count: int) -> None:
     assert parse_count(text, where="here") == count
+
+
+def test_a_file_of_methods_names_all_of_them(tmp_path: Path) -> None:
+    file = tmp_path / "methods.json"
+    file.write_text(json.dumps({"one": "amcs_zero2", "two": "soam_zero2"}))
+    assert list(read_each([str(file), "deepspeed"], "deepspeed", 2)) == ["one", "two", "deepspeed"]

@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,17 +178,6 @@ class _Deepspeed:
 
     def close(self) -> None:
         pass
-
-
-def methods_of(names: Sequence[str], stage: int) -> dict[str, Method]:
-    """The methods that are saved, by name; `DEEPSPEED` has the JSON of AdamW."""
-    from toolkit.compare.methods import read_methods
-
-    found: dict[str, Method] = {}
-    for name in names:
-        [method] = read_methods(["adamw" if name == DEEPSPEED else name], [], stage, [])
-        found[name.partition("=")[0]] = method
-    return found
 
 
 if __name__ == "__main__":

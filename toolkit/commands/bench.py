@@ -198,14 +198,13 @@ def train(
     import tempfile
 
     from toolkit.bench import train
+    from toolkit.bench.methods import read_each
     from toolkit.bench.record import LEAST
-    from toolkit.compare.methods import read_methods
 
-    names = listed(methods)
-    given = ",".join(name for name in names if name != train.TRAINER)
-    own = read_methods([given], [], zero_stage, []) if given or not names else []
-    trainer = read_methods(["adamw"], [], zero_stage, [])[0] if train.TRAINER in names else None
-    order = [name.partition("=")[0] for name in names]
+    each = read_each(listed(methods), train.TRAINER, zero_stage)
+    trainer = each.get(train.TRAINER)
+    own = [method for name, method in each.items() if name != train.TRAINER]
+    order = list(each)
     if steps * rounds < LEAST:
         raise UserError(f"--steps {steps} in --rounds {rounds} are too few: a median is of {LEAST} steps at least.")
     base = baseline or order[0]
@@ -299,8 +298,9 @@ def save(
     import tempfile
 
     from toolkit.bench import save
+    from toolkit.bench.methods import read_each
 
-    named = save.methods_of(listed(methods), zero_stage)
+    named = read_each(listed(methods), save.DEEPSPEED, zero_stage)
     settings = {"model": model, "steps": steps, "seq_len": 64, "micro_batch": 2, "eval_every": 0, "save_every": 0}
     call.begin({"model": model, "steps": steps, "ranks": ranks, "zero_stage": zero_stage})
     if folder is not None and not folder.is_dir():
