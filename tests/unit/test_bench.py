@@ -281,8 +281,17 @@ def test_a_benchmark_that_is_cut_short_has_written_what_it_measured(
     assert Record.model_validate_json((tmp_path / "cut-unfinished.json").read_text()).notes == [UNFINISHED]
     assert f"{tmp_path / 'cut-unfinished.json'}" in capsys.readouterr().err
     monkeypatch.setattr(steps, "measure", whole)
+    before["notes"] = [UNFINISHED]
+    [row, _] = [row for row in before["rows"] if row["name"] != steps.COPY]
+    before["rows"].append(row | {"name": "gone", "timed": {"seconds": row["timed"]["seconds"]}})
+    file.write_text(json.dumps(before))
     run(monkeypatch, *given, "--against", str(file), "--tolerance", "1000000")
-    assert f"not compared, since {file} does not have them: " in capsys.readouterr().out.replace("\n", " ")
+    shown = capsys.readouterr()
+    printed = shown.out.replace("\n", " ")
+    assert f"not compared, since {file} does not have them: 6 figures, of copy, torch-adamw:fp32." in printed
+    assert "not compared, since they are not measured any more: 1 figure, of gone." in printed
+    assert "none of 6 figures is slower beyond its spread." in printed
+    assert "of a benchmark that was cut short" in shown.err
 
 
 def test_growth_is_measured_and_drawn(

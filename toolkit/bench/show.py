@@ -12,7 +12,7 @@ from toolkit.bench.record import Record, Row, Spread, check_place, loaded
 from toolkit.bench.shapes import count_text
 from toolkit.console import PlainConsole
 from toolkit.errors import UserError
-from toolkit.records.sizes import size_text
+from toolkit.records.sizes import counted, size_text
 
 UNKNOWN = "-"
 _TITLES = {
@@ -92,7 +92,7 @@ def table(rows: Sequence[Row]) -> Table:
     """Every quantity that any of `rows` has in a column of its own."""
     timed = list(dict.fromkeys(key for row in rows for key in row.timed))
     places = list(dict.fromkeys(key for row in rows for key in row.at))
-    counted = [
+    counts = [
         key for key in dict.fromkeys(key for row in rows for key in row.counted) if key not in _NOT_SHOWN[bool(places)]
     ]
     found = Table(box=None, pad_edge=False)
@@ -103,7 +103,7 @@ def table(rows: Sequence[Row]) -> Table:
         found.add_column(_TITLES.get(key, key), justify="right", no_wrap=True)
         if number == 0:
             found.add_column("spread", justify="right", no_wrap=True)
-    for key in counted:
+    for key in counts:
         found.add_column(_TITLES.get(key, key), justify="right", no_wrap=True)
     for row in rows:
         cells = [row.name, *(count_text(row.at[place]) if place in row.at else UNKNOWN for place in places)]
@@ -112,13 +112,13 @@ def table(rows: Sequence[Row]) -> Table:
             cells.append(UNKNOWN if spread is None else text_of(key, spread.median))
             if number == 0:
                 cells.append(UNKNOWN if spread is None else spread_of(spread))
-        cells += [text_of(key, row.counted[key]) if key in row.counted else UNKNOWN for key in counted]
+        cells += [text_of(key, row.counted[key]) if key in row.counted else UNKNOWN for key in counts]
         found.add_row(*cells)
     return found
 
 
-def show_changes(changes: Sequence[Change], record: Record, console: PlainConsole, file: Path) -> None:
-    """What became slower, and that nothing else did."""
+def show_changes(changes: Sequence[Change], earlier: Record, record: Record, console: PlainConsole, file: Path) -> None:
+    """What became slower, that nothing else did, and what only one of the two records has."""
     slower = [change for change in changes if change.slower]
     for change in slower:
         where = "".join(f", {count_text(value)} {key}" for key, value in change.row.at.items())
@@ -127,15 +127,15 @@ def show_changes(changes: Sequence[Change], record: Record, console: PlainConsol
             f"slower: {change.row.name}{where}: {_TITLES.get(change.quantity, change.quantity)} {now}, was {before} "
             f"({change.times:.2f} times as slow)"
         )
-    others = len(changes) - len(slower)
-    new = sum(len(row.timed) for row in record.rows) - len(changes)
-    if new:
-        console.print_line(f"not compared, since {file} does not have them: {new} figures.")
-    console.print_line(
-        f"against {file}: {len(slower)} of {len(changes)} figures are slower beyond their spread."
-        if slower
-        else f"against {file}: none of {others} figures is slower beyond its spread."
-    )
+    compared = {(change.row.key, change.quantity) for change in changes}
+    for words, one in ((f"{file} does not have them", record), ("they are not measured any more", earlier)):
+        alone = [row for row in one.rows if any((row.key, key) not in compared for key in row.timed)]
+        count = sum(len(row.timed) for row in one.rows) - len(changes)
+        names = ", ".join(dict.fromkeys(row.name for row in alone))
+        if count:
+            console.print_line(f"not compared, since {words}: {counted(count, 'figure')}, of {names}.")
+    what = f"{len(slower) or 'none'} of {counted(len(changes), 'figure')} {'are' if len(slower) > 1 else 'is'} slower"
+    console.print_line(f"against {file}: {what} beyond {'their' if len(slower) > 1 else 'its'} spread.")
 
 
 def check_plot(path: Path) -> None:

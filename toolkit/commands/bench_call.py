@@ -77,6 +77,8 @@ class Call:
         empty = self.record(Measured())
         if self._before is not None and self._against is not None:
             check(self._before, empty, self._against, anyway=self._anyway)
+            if UNFINISHED in self._before.notes:
+                say(f"warning: {self._against} is of a benchmark that was cut short, and has not all figures.")
         if (warning := loaded(empty)) is not None:
             say(f"warning: {warning}")
 
@@ -134,7 +136,7 @@ class Call:
                 self._draft.unlink(missing_ok=True)
         if self._before is not None and self._against is not None:
             changes = compare(self._before, record, self._against, self._tolerance)
-            show_changes(changes, record, console, self._against)
+            show_changes(changes, self._before, record, console, self._against)
             if any(change.slower for change in changes):
                 raise typer.Exit(_SLOWER)
 
