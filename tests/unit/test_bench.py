@@ -270,7 +270,7 @@ def test_a_benchmark_that_is_cut_short_has_written_what_it_measured(
     given = ["step", "--growth", "--optimizers", "torch-adamw", "--parameters", "8k", *SHORT]
     assert run(monkeypatch, *given, "--json", str(file)) != 0
     kept = Record.model_validate_json(file.read_text())
-    assert [row.at["parameters"] for row in kept.rows if row.name != steps.COPY] == [2000, 4000]
+    assert [row.at["parameters"] for row in kept.rows if row.name != steps.COPY] == [1024, 3072]
     assert kept.notes == [UNFINISHED]
     before = json.loads(file.read_text()) | {"notes": []}
     file.write_text(json.dumps(before))
@@ -304,13 +304,17 @@ def test_growth_is_measured_and_drawn(
     assert run(monkeypatch, "step", "--growth", *given, "--plot", str(plot)) == 0
     rows = Record.model_validate_json(file.read_text()).rows
     assert [tuple(row.at.values()) for row in rows if row.name != steps.COPY] == [
-        *((2000, 1), (4000, 1), (8000, 1), (8000, 3), (8000, 9)),
-    ]
+        *((1024, 1), (3072, 1), (7168, 1), (6144, 3), (7992, 9)),
+    ], "as many as there are"
     assert "</svg>" in plot.read_text()
+    few = [*given[:3], "6", *given[4:]]
+    assert run(monkeypatch, "step", "--growth", *few) == 0
+    rows = Record.model_validate_json(file.read_text()).rows
+    assert [row.at["tensors"] for row in rows if row.name != steps.COPY] == [1, 3], "no 9 tensors have 6 parameters"
     monkeypatch.setattr(steps, "free_memory", lambda device: 100_000)
     capsys.readouterr()
     assert run(monkeypatch, "step", "--growth", *given) == 0
-    assert "8k parameters in 9 tensors: left out, since it needs" in capsys.readouterr().out
+    assert "7.99k parameters in 9 tensors: left out, since it needs" in capsys.readouterr().out
     monkeypatch.setattr(steps, "free_memory", lambda device: 0)
     plot.unlink()
     assert run(monkeypatch, "step", "--growth", *given, "--plot", str(plot)) == 0, "one size alone is drawn, too"

@@ -175,7 +175,7 @@ def plot(record: Record, path: Path) -> None:
             if by == "tensors" and all("host_seconds" in row.timed for row in own):
                 hosts = [1e3 * row.timed["host_seconds"].median for row in own]
                 axes.plot(places, hosts, linestyle=":", color=line.get_color())
-        [value] = {row.at[fixed] for row in rows}
+        value = max(row.at[fixed] for row in rows)  # what does not divide evenly is a little less
         axes.set_title(f"{count_text(value)} {fixed if value > 1 else fixed.removesuffix('s')}")
         axes.set(xscale="log", yscale="log", xlabel=by, ylabel="ms a step" + (" (dotted: the host's)" if index else ""))
         axes.grid(alpha=0.3)

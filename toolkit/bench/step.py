@@ -153,9 +153,9 @@ def _fallbacks(notes: list[str]) -> Iterator[None]:
 # ---- growth -------------------------------------------------------------------------------------------------------
 
 SIZES = (10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8, 3 * 10**8, 10**9)
-TENSORS = (10, 30, 100, 300, 1000, 3000, 10_000)
-SPREAD_OVER = 10**7
-"""Parameters that are cut into ever more tensors."""
+TENSORS = (10, 40, 160, 640, 2560, 10_240)
+SPREAD_OVER = 10_240 * 1024
+"""Parameters that are cut into ever more tensors, which divide them evenly."""
 
 
 def growth(
@@ -174,11 +174,11 @@ def growth(
     """
     found = Measured()
     sizes = [size for size in SIZES if size < largest] + [largest]
-    plan = [(even(size), {"parameters": size, "tensors": 1}) for size in sizes]
     spread = min(SPREAD_OVER, largest)
-    plan += [(even(spread, count), {"parameters": spread, "tensors": count}) for count in TENSORS]
+    plan = [even(size) for size in sizes] + [even(spread, count) for count in TENSORS if count <= spread]
     held = 0.0
-    for shapes, at in plan:
+    for shapes in plan:
+        at = {"parameters": shapes.parameters, "tensors": shapes.tensors}  # as they are, not as they were asked for
         where = f"{count_text(at['parameters'])} parameters in {counted(at['tensors'], 'tensor')}"
         free = free_memory(device)
         needed = held * shapes.parameters * _SPARE

@@ -103,7 +103,7 @@ def step(
         Literal["cpu", "cuda"] | None, typer.Option(help="Where the step runs. (default: a GPU, where there is one)")
     ] = None,
     growth: Annotated[
-        bool, typer.Option("--growth", help="From 1M parameters up to --parameters, and from 10 to 10,000 tensors.")
+        bool, typer.Option("--growth", help="From 1M parameters up to --parameters, and from 10 to 10,240 tensors.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="With --growth: draw it (.png, .svg, .pdf).")] = None,
     json_to: Json = None,
