@@ -133,7 +133,7 @@ def test_a_plan_that_cannot_be_says_why(
     wanted = ["plan", "--model", "qwen3-tiny", "--gpu-memory", "1.01GB", "--optimizer", "adamw", "--out", str(path)]
     assert run(monkeypatch, *wanted) == 1
     printed = capsys.readouterr().out
-    assert "does not fit in 1.01 GB" in printed and "too much" in printed and "hold most" in printed
+    assert "does not fit in 1.01 GB" in printed and "too much" in printed and "; most: " in printed
     assert not path.exists()
     assert run(monkeypatch, "plan", "--model", "qwen3-tiny", "--gpu-memory", "1GB", "--optimizer", "Adm") == 2
     sentence = capsys.readouterr().err
@@ -176,6 +176,14 @@ def test_no_format_is_planned_whose_price_is_not_measured(
     assert run(monkeypatch, "plan", *arguments, "--state-format", state_format, "--json") == 2
     said = capsys.readouterr().err
     assert f"--state-format is {state_format!r}, but its price in loss is not measured {where} A config can" in said
+
+
+def test_a_plan_does_not_pass_over_a_format_that_deepspeeds_optimizers_lack(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "qwen3-tiny", "--gpu-memory", "8GB", "--optimizer", "adamw", "--state-format", "lean"]
+    assert run(monkeypatch, "plan", *arguments) == 2
+    assert "--state-format is 'lean', but the state of AdamW, DeepSpeed's own, is fp32." in capsys.readouterr().err
 
 
 def test_update_errors_are_those_of_the_docs() -> None:

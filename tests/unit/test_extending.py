@@ -19,6 +19,7 @@ from toolkit.cli import app
 from toolkit.config import load_config, validate
 from toolkit.errors import UserError
 from toolkit.optim import AMCS, RULES, NonNegative, Rule, State, as_optimizer
+from toolkit.plugins import import_plugin
 from toolkit.state.codecs import BLOCK, FORMATS, Codec, decode_blocks, encode_blocks
 
 ROOT = Path(__file__).parents[2]
@@ -130,16 +131,33 @@ def test_every_command_takes_plugins() -> None:
 
 
 def test_a_rule_of_a_plugin_is_planned_with(registered: None, tmp_path: Path) -> None:
-    line = ["plan", "--model", "qwen3-tiny", "--gpu-memory", "1.6GB", "--seq-len", "128", "--json"]
+    out = tmp_path / "plan.json"
+    line = ["plan", "--model", "qwen3-tiny", "--gpu-memory", "1.6GB", "--seq-len", "128", "--nodes", "2"]
+    line += ["--out", str(out)]
     refused = CliRunner().invoke(app, [*line, "--optimizer", "PlannedLion"])
     assert isinstance(refused.exception, UserError) and "but must be AMCS" in str(refused.exception)
     plugin = tmp_path / "lion.py"
     plugin.write_text(LION.read_text().replace("LionRule", "PlannedLionRule"))
     result = CliRunner().invoke(app, [*line, "--optimizer", "plannedlion", "--plugin", str(plugin)])
     assert result.exit_code == 0, result.output
-    config = json.loads(result.stdout)
+    said = " ".join(result.stdout.split())
+    assert "amcs_zero2 with PlannedLion" in said, "no shipped configuration has this rule"
+    assert f"train --ranks 1 --hostfile hosts --nodes 2 --model qwen3-tiny --config {out} --plugin {plugin} " in said
+    config = json.loads(out.read_text())
     assert config["optimizer"]["type"] == "PlannedLion" and config["optimizer"]["params"]["lr"] == 1e-4
     validate(config, origin="plan", world_size=1, total_steps=10)
+
+
+def test_a_rule_that_is_not_registered_is_named_with_what_is_missing(tmp_path: Path) -> None:
+    plugin = tmp_path / "forgotten.py"
+    lines = LION.read_text().replace("LionRule", "ForgottenRule").splitlines()
+    plugin.write_text("\n".join(line for line in lines if "= as_optimizer(" not in line))
+    import_plugin(plugin)
+    config = {"optimizer": {"type": "forgotten", "params": {"lr": 1e-3}}, "train_batch_size": 1}
+    with pytest.raises(UserError) as caught:
+        validate(config, origin="mine")
+    assert f"ForgottenRule is defined in {plugin}, but not registered" in str(caught.value)
+    assert str(caught.value).endswith("add Forgotten = as_optimizer(ForgottenRule) there.")
 
 
 def test_a_checkpoint_in_the_format_of_a_plugin(registered: None, tmp_path: Path) -> None:

@@ -239,7 +239,9 @@ def plan(
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
     kept = f"{FLAG} {best.activations}" + (f" --loss {loss}" if loss else "") + (f" --lora {lora}" if lora else "")
-    following = f"toolkit train --ranks {gpus} --model {model} --config {path} --seq-len {seq_len} {kept}"
+    where = f"--ranks {gpus}" + (f" --hostfile hosts --nodes {nodes}" if nodes > 1 else "")
+    own = "".join(f" --plugin {plugin}" for plugin in plugins or ())
+    following = f"toolkit train {where} --model {model} --config {path}{own} --seq-len {seq_len} {kept}"
     console.print_line(f"{path} written; train with: {to_type(following)}")
 
 

@@ -47,6 +47,12 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
             f"of AdamW, {', '.join(RULES)}."
         )
     if kind.lower() not in DEEPSPEED_OPTIMIZERS and kind not in in_torch:
+        if (rule := _unregistered(kind)) is not None:
+            raise UserError(
+                f"optimizer.type {kind!r} is no optimizer yet: {rule.__name__} is defined in "
+                f"{inspect.getsourcefile(rule)}, but not registered; add {rule.__name__.removesuffix('Rule')} = "
+                f"as_optimizer({rule.__name__}) there."
+            )
         # Of spellings that differ in case only, the last is offered.
         hint = nearest(kind, [*DEEPSPEED_OPTIMIZERS, *in_torch, *RULES])
         raise UserError(
@@ -74,6 +80,16 @@ def check_optimizer(kind: str, params: Mapping[str, Any], *, offloaded: bool) ->
         # On which devices it works is no matter of the JSON.
         arguments = {key: value for key, value in params.items() if key not in ("capturable", "fused")}
         try_step(f"torch.optim.{kind}", getattr(torch.optim, kind), arguments, (2, 2))
+
+
+def _unregistered(kind: str) -> type | None:
+    """The rule that an optimizer called `kind` would run, if it is defined and nobody has made an optimizer of it."""
+    from toolkit.optim import Rule
+
+    found: list[type] = [Rule]
+    for rule in found:  # which grows meanwhile
+        found += rule.__subclasses__()
+    return next((rule for rule in found[1:] if rule.__name__.removesuffix("Rule").lower() == kind.lower()), None)
 
 
 def check_ready(ds: DeepSpeedSettings, total_steps: int | None) -> None:

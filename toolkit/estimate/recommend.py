@@ -50,6 +50,8 @@ def formats_of(optimizer: str, wanted: str = ANY) -> dict[str, dict[str, Any]]:
     """
     made = find_rule(optimizer)
     if made is None:
+        if wanted not in (DEFAULT_FORMAT, ANY):
+            raise UserError(f"--state-format is {wanted!r}, but the state of {optimizer}, DeepSpeed's own, is fp32.")
         return {"fp32": {}}
     if not offered(optimizer, wanted):
         names = ", ".join(name for name, one in RULES.items() if wanted in one.rule.loss_price)
@@ -186,7 +188,7 @@ def _cases(plain: Case, optimizer: str, wanted: str) -> Iterator[tuple[str, str,
 
 
 def _bases(optimizer: str) -> dict[str, dict[str, Any]]:
-    """The JSONs to try, by the name of the shipped configuration that each is or was made from."""
+    """The JSONs to try, by the name of the shipped configuration that each is, or was made from with another rule."""
     rule = find_rule(optimizer)
     shipped = {name: one for name, one in shipped_configs().items() if one.state_format != LEAN}
     found = {name: load_config(name) for name, one in shipped.items() if one.optimizer == optimizer}
@@ -201,7 +203,7 @@ def _bases(optimizer: str) -> dict[str, dict[str, Any]]:
         if one.optimizer == RECOMMENDED and one.way not in ways:
             config = load_config(name)
             lr = section["params"]["lr"] or config["optimizer"]["params"]["lr"]
-            found[name] = config | {"optimizer": with_section(section, ["params"], {"lr": lr})}
+            found[f"{name} with {optimizer}"] = config | {"optimizer": with_section(section, ["params"], {"lr": lr})}
     return found
 
 
@@ -256,7 +258,7 @@ def _candidate(found: Simulated, room: _Room, name: str, state: str, wanted: str
     """What is said of it."""
     best, prediction = found.case, found.prediction()
     needs = prediction.needed
-    peak = prediction.at_peak()
+    held = prediction.at_peak() | {"context": prediction.context}
     setup = prediction.setup
     cost = _STAGE[setup.stage] * _OFFLOAD[tuple(setup.offload)] * _overhead(best)
     kept = setup.activations
@@ -278,6 +280,6 @@ def _candidate(found: Simulated, room: _Room, name: str, state: str, wanted: str
         state_format=state_format,
         asked=wanted in (ANY, state_format) or state not in FORMATS,
         host_fits=host <= room.host,
-        holds_most=max(peak, key=lambda category: peak[category]),
+        holds_most=max(held, key=lambda category: held[category]),
         json={**best.config, "train_micro_batch_size_per_gpu": best.micro_batch},
     )

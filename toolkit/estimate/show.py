@@ -129,7 +129,7 @@ def show_candidates(
         console.print_line(f"does not fit {where}, with one sequence:")
         for one in failed[:_SHOWN]:
             state = f"{one.state}, {one.activations}"
-            lacks = f"{size_text(one.needs)}, {size_text(one.needs - memory)} too much; {one.holds_most} hold most"
+            lacks = f"{size_text(one.needs)}, {size_text(one.needs - memory)} too much; most: {one.holds_most}"
             if one.needs <= memory:
                 lacks = f"{size_text(one.host)} of host memory"
             console.print_line(f"  {one.config} ({state}): {lacks}")
