@@ -66,6 +66,14 @@ def test_each_expert_counts_its_tokens(family: str, layers: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_pass_that_is_of_no_step_can_be_forgotten() -> None:
+    model, routers = trained("Qwen3-MoE")
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    routers.forget()
+    assert routers.step()() == {}
+
+
+@pytest.mark.usefixtures("alone")
 def test_only_training_counts_and_nothing_hangs_on_a_dense_model() -> None:
     model, routers = trained("Qwen3-MoE")
     tokens = torch.zeros(1, 4, dtype=torch.int64)

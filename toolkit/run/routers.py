@@ -54,6 +54,10 @@ class Routers:
 
         return count
 
+    def forget(self) -> None:
+        """What has been counted since the last step is of none."""
+        self._counts.zero_()
+
     def step(self) -> Callable[[], dict[str, Any]]:
         """To be called by every rank after each step; what is returned gives its part of the step's record, once the
         step has ended."""
@@ -64,7 +68,7 @@ class Routers:
         from toolkit.zero.gradients import HostCopy
 
         everyones = self._counts.clone()
-        self._counts.zero_()
+        self.forget()
         distributed.all_reduce(everyones)
         copy = HostCopy(everyones)
         sizes = [counts.numel() for counts in self._layers.values()]

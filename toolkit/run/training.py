@@ -166,8 +166,7 @@ class Run:
         self._notes = bad_documents.Notes(self.batches, screen.say)
         self._rule = rule_optimizer(self.engine)
         self._wire, self._sent = Wire(), dict[str, int]()
-        self._pace = Pace(self.engine, prepared.ds.stage)
-        self._routers = Routers(self.engine)
+        self._pace, self._routers = Pace(self.engine, prepared.ds.stage), Routers(self.engine)
         self._skipped_in_a_row = 0
         self._behind = steps_behind(self.engine.device)
         self._made: deque[Callable[[], tuple[dict[str, Any], bool]]] = deque()
@@ -181,6 +180,7 @@ class Run:
     def compile(self, background: compiling.Background | None) -> None:
         """Compile what the run wants compiled; the process `background` may be working on the optimizer step."""
         seconds = compiling.run_compiled(self.prepared, self.engine, background, self.screen.say)
+        self._routers.forget()  # what compiling the model has sent through it
         if seconds is not None:
             self._before["compile_s"] = seconds
 
