@@ -16,14 +16,12 @@ import torch
 from toolkit import cli
 from toolkit.bench import step as steps
 from toolkit.bench import timing
-from toolkit.bench import train as runs_in_turn
 from toolkit.bench.against import Change, check, compare
 from toolkit.bench.contenders import DEFAULT, Stepper, read_contenders
 from toolkit.bench.methods import read_each
 from toolkit.bench.record import Machine, Record, Row, Spread, loaded, ratios
 from toolkit.bench.shapes import even, of_model, parse_count
 from toolkit.commands.bench_call import UNFINISHED
-from toolkit.compare.methods import read_methods
 from toolkit.errors import UserError
 from toolkit.models import count_parameters, load_config
 from toolkit.optim import arguments
@@ -113,35 +111,6 @@ def test_calls_alternate_and_the_first_rounds_do_not_count() -> None:
 def test_a_slow_round_moves_no_ratio() -> None:
     times = {"a": [1.0, 1.0, 8.0, 1.0], "b": [2.0, 2.0, 16.0, 2.0]}
     assert ratios(times, "a")["b"] == Spread(median=2, lower=2, upper=2, samples=4)
-
-
-def test_processes_alternate_and_ratios_are_those_of_a_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Both slow down fourfold in the second round."""
-    made: list[str] = []
-    kept: list[list[int]] = []
-
-    def finished(runs: Any, name: str, number: int, threads: int) -> runs_in_turn.Finished:
-        made.append(f"{name}{number}")
-        base = (1.0 if name == "adamw" else 0.5) * (4.0 if number == 1 else 1.0)
-        return runs_in_turn.Finished([base, base, base], peak=number)
-
-    monkeypatch.setattr(runs_in_turn, "_own_run", finished)
-    settings = {"seq_len": 8, "micro_batch": 2, "grad_accum": 3}
-    methods = read_methods(["adamw,amcs"], [], 2, [])
-    found = runs_in_turn.measure(
-        methods,
-        None,
-        ["adamw", "amcs"],
-        settings,
-        *(2, 1, 3, "adamw", tmp_path),
-        say=lambda words: None,
-        keep=lambda found: kept.append([row.timed["step_seconds"].samples for row in found.rows]),
-    )
-    assert kept == [[3, 3], [6, 6], [9, 9]]
-    assert made == ["adamw0", "amcs0", "adamw1", "amcs1", "adamw2", "amcs2"]
-    own = found.rows[1]
-    assert own.counted == {"speed_ratio": 2, "peak_bytes": 2}
-    assert own.timed["tokens_per_s"].median == 8 * 2 * 3 * 2 / 0.5 and own.timed["step_seconds"].samples == 9
 
 
 # ---- what is said -------------------------------------------------------------------------------------------------

@@ -28,6 +28,10 @@ WARM = 3
 _LAST_LINES = 15
 
 
+COMPILED = ", compiled"
+"""After the name of a method in the rows of runs whose model is compiled."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a run of one method found: seconds of each step that counts, and bytes at its peak."""
@@ -50,7 +54,8 @@ def measure(
     say: Callable[[str], None],
     keep: Keep = lambda found: None,
 ) -> Measured:
-    """Run every method in each of `rounds`, in the order of their names in `order`.
+    """Run every method in each of `rounds`, in the order of their names in `order`; with `compile_model` among the
+    settings each but the Trainer a second time, with its model compiled.
 
     Args:
         methods: runs of `toolkit.train`.
@@ -61,18 +66,24 @@ def measure(
     Raises:
         UserError: a run failed.
     """
-    plan = Plan(settings=dict(settings), ranks=ranks, seeds=rounds, baseline=baseline, methods=list(methods))
-    save(plan, folder)
+    plain = {key: value for key, value in settings.items() if key != "compile_model"}
+    ways = {"": (plain, folder)} | ({} if plain == settings else {COMPILED: (dict(settings), folder / "compiled")})
+    runs = dict[str, Runs]()
+    for way, (given, place) in ways.items():
+        plan = Plan(settings=given, ranks=ranks, seeds=rounds, baseline=baseline, methods=list(methods))
+        place.mkdir(exist_ok=True)
+        save(plan, place)
+        runs[way] = Runs(plan, place)
     if trainer is not None:
         (folder / CONFIGS / f"{TRAINER}.json").write_text(json.dumps(trainer.config), encoding="utf-8")
-    runs = Runs(plan, folder)
-    found: dict[str, list[Finished]] = {name: [] for name in order}
+    each = [(name, way) for name in order for way in (runs if name != TRAINER else [""])]
+    found: dict[str, list[Finished]] = {name + way: [] for name, way in each}
     for number in range(rounds):
-        for name in order:
-            say(f"round {number + 1} of {rounds}: {name}")
+        for name, way in each:
+            say(f"round {number + 1} of {rounds}: {name}{way}")
             one = _trainer_run if name == TRAINER else _own_run
-            found[name].append(one(runs, name, number, threads))
-        measured = Measured(rows=[_row(name, found, _tokens(settings, ranks), baseline) for name in order])
+            found[name + way].append(one(runs[way], name, number, threads))
+        measured = Measured(rows=[_row(name, found, _tokens(settings, ranks), baseline) for name in found])
         keep(measured)
     return measured
 

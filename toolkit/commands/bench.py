@@ -177,7 +177,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Steps of a run that are timed, after three that are not.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each method, in turn.")] = 3,
     compile_model: Annotated[
-        bool, typer.Option("--compile-model", help="As for `toolkit train`; the Trainer's model is left as it is.")
+        bool, typer.Option("--compile-model", help="Each method but the Trainer once more, with its model compiled.")
     ] = False,
     ranks: Ranks = 1,
     zero_stage: Stage = 2,
