@@ -172,7 +172,7 @@ def page(table: str, launches: str) -> str:
     )
     return f"""# The optimizer step on a GPU, counted without one
 
-Rendered by `python tests/benchmarks/gpu_static.py --rules AMCS AMCSSingle AdamW8 SOAM --write
+Rendered by `python tests/benchmarks/gpu_static.py --rules AMCS AMCSMixed AMCSSingle AdamW8 SOAM --write
 docs/benchmarks/gpu-static.md` ({versions}).
 
 **No GPU has run any of this.** Inductor writes the step's Triton kernel for an H100 that is not there, Triton's own
