@@ -20,8 +20,10 @@ from toolkit.models.offload import HostActivations
 from toolkit.optim import AMCS, SOAM
 from toolkit.zero.gradients import HostCopy, squared_norm
 
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+@pytest.fixture(params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -93,15 +95,13 @@ def test_pieces_give_what_the_whole_gives(
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(results[1][key])), key
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", [CUDA], indirect=True)
 @pytest.mark.parametrize(("dtype", "settings", "most"), CASES)
 @pytest.mark.parametrize(("rule", "extra"), RULES)
 def test_the_step_keeps_no_full_size_temporaries(
-    rule: Any, extra: dict[str, Any], dtype: torch.dtype, settings: dict[str, Any], most: float
+    device: str, rule: Any, extra: dict[str, Any], dtype: torch.dtype, settings: dict[str, Any], most: float
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    p = nn.Parameter(torch.randn(4096, 4096, device="cuda", dtype=dtype))
+    p = nn.Parameter(torch.randn(4096, 4096, device=device, dtype=dtype))
     p.grad = torch.randn_like(p)
     optimizer = rule([p], **settings, **extra)
     optimizer.step()

@@ -128,12 +128,12 @@ def prepare(settings: RunSettings) -> PreparedRun:
         monitors.check_packages(resolved.config)
     if settings.activations is not None:
         settings.activations.check_device(get_accelerator().device_name())
-    if settings.compile_model and resolved.ds.stage == 3:
-        raise UserError(
-            "--compile-model works at ZeRO stages 0, 1 and 2, and this configuration is of stage 3, which gathers "
-            "weights between the operations of a block."
-        )
     if settings.compile_model:
+        if resolved.ds.stage == 3:
+            raise UserError(
+                "--compile-model works at ZeRO stages 0, 1 and 2, and this configuration is of stage 3, which gathers "
+                "weights between the operations of a block."
+            )
         remarks.append("--compile-model: the prediction is of the model as it is not compiled, which holds more.")
     if resolved.ds.computed == "bf16" and not torch.accelerator.is_available() and models.cpu_matmul.computes_in_fp32():
         remarks.append("matrix products are computed in fp32 from bf16 operands, since this CPU is slow at bf16 ones.")
