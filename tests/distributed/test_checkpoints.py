@@ -25,6 +25,8 @@ WAYS = {
     "amcs-3": ["--config", "amcs_zero3"],
     "offload-2": ["--config", "amcs_zero2_offload"],
     "offload-3": ["--config", "amcs_zero3_offload"],
+    "nvme-3": ["--config", "amcs_zero3_offload", "--set", "zero_optimization.offload_optimizer.device=nvme"]
+    + ["--set", "zero_optimization.offload_optimizer.nvme_path=."],
     "released": ["--config", "soam_zero2", "--set", "optimizer.params.release_gradients=true"],
     "compact": ["--config", "amcs_zero3", *COMPACT],
     # A window of two steps, so that the loss scale changes before a stop and after it.
@@ -221,7 +223,13 @@ def test_files_are_plain_and_deepspeeds_own_script_reads_them(
         assert torch.equal(found[key].flatten(), source.elements(key, None, 0, place.numel).float()), key
 
 
-MOVES = (("amcs-2", "amcs-2"), ("amcs-3", "amcs-1"), ("amcs-1", "offload-3"), ("offload-2", "amcs-3"))
+MOVES = (
+    ("amcs-2", "amcs-2"),
+    ("amcs-3", "amcs-1"),
+    ("amcs-1", "offload-3"),
+    ("offload-2", "amcs-3"),
+    ("amcs-2", "nvme-3"),
+)
 
 
 @pytest.mark.parametrize("ranks", [1, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])

@@ -75,6 +75,9 @@ def cases() -> dict[str, dict[str, Any]]:
         made[f"bf16-{stage}-offloaded"] = offloaded(made[f"bf16-{stage}-True"])
     weights = {"offload_param": {"device": "cpu"}}
     made["factored-bf16-3-weights, too"] = offloaded(made["factored-bf16-3-True"], **weights)
+    files = {"offload_optimizer": {"device": "nvme", "nvme_path": "."}}
+    for stage in STAGES:
+        made[f"factored-bf16-{stage}-in files"] = offloaded(made[f"factored-bf16-{stage}-True"], **files)
     return {name: {"config": one, "steps": STEPS, "same": False, "warm": False} for name, one in made.items()}
 
 
@@ -142,7 +145,8 @@ def test_release_changes_no_bit_of_bf16_weights_and_state(ranks: Any, stage: int
     ],
 )
 def test_offload_of_what_is_released_changes_no_bit(ranks: Any, stage: int, kind: str) -> None:
-    ways = ["offloaded", *(["weights, too"] if (kind, stage) == ("factored-", 3) else [])]
+    ways = ["offloaded", *(["in files"] if kind == "factored-" else [])]
+    ways += ["weights, too"] if (kind, stage) == ("factored-", 3) else []
     for rank in ranks:
         released = rank[f"{kind}bf16-{stage}-True"]
         for way in ways:

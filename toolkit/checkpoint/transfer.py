@@ -14,6 +14,7 @@ from torch import Tensor
 from toolkit.checkpoint.source import Source
 from toolkit.errors import some
 from toolkit.state.codecs import BLOCK, FACTORED, Codec, pack
+from toolkit.state.files import StateFiles
 from toolkit.state.layout import REMAINDER, Layout, State, kept_whole, lines_of
 from toolkit.state.remainders import MASTER
 from toolkit.state.sharding import Flat, Fragment, Place, Sharding, blocks_of, lines
@@ -81,16 +82,17 @@ class Transfer:
             said[f"{some(names, 3)}: other states are kept than in the checkpoint ({pairs or 'none'})"] = None
         return list(said)
 
-    def tensors(self, index: int, rank: int) -> dict[str, Tensor]:
+    def tensors(self, index: int, rank: int, files: StateFiles | None = None) -> dict[str, Tensor]:
         """What `rank` holds of flat tensor `index`: the tensor (key WEIGHTS), its state by key; padding is zero.
 
         States are [blocks, per_block] as `Layout.allocate` makes them, those of rows and columns 1-D, whole for every
-        rank. Without state in the checkpoint (no step has been made) there is the flat tensor alone.
+        rank. Without state in the checkpoint (no step has been made) there is the flat tensor alone. The state of
+        single elements is made in `files`, where that is given.
         """
         flat, kept = self.target.flats[index], self.target.layout(index)
         made = {WEIGHTS: torch.zeros(flat.size, dtype=flat.torch_dtype)}
         if self.source.trained():
-            made |= kept.allocate(flat.size, torch.device("cpu"))
+            made |= kept.allocate(flat.size, torch.device("cpu"), files)
             made |= self._small_states(index)
         for place, fragment in self.target.on_rank(index, rank):
             self._fill_weights(made, flat, kept, place.name, fragment)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from toolkit.config.limits import Facts
-from toolkit.errors import UserError
+from toolkit.errors import UserError, but
 from toolkit.sentences import one_line
+from toolkit.state.files import problem_of
 
 # What a section imports where it is enabled.
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
@@ -72,7 +74,7 @@ def _check_experts(facts: Facts, world_size: int) -> None:
 
 def check_machine(facts: Facts) -> None:
     """Raises UserError for the first thing that this machine lacks."""
-    for problem in (*_precision(facts), *_launcher(facts), *_extensions(facts), *_packages(facts)):
+    for problem in (*_precision(facts), *_launcher(facts), *_extensions(facts), *_packages(facts), *_folders(facts)):
         raise UserError(problem)
 
 
@@ -103,7 +105,7 @@ def _extensions(facts: Facts) -> Iterator[str]:
     """Code that DeepSpeed compiles for a device, and has for some devices only."""
     ds = facts.ds
     kind, offloaded, zero = ds.foreign, ds.offload_optimizer != "none", facts.zero
-    nvme = "nvme" in (ds.offload_optimizer, ds.offload_param)
+    nvme = ds.offload_param == "nvme" or (ds.offload_optimizer == "nvme" and not ds.rule)
     for place, builder, wanted in (
         ("optimizer.type 'Lamb'", "FusedLambBuilder", kind == "lamb"),
         ("optimizer.type 'Lion'", "CPULionBuilder" if offloaded else "FusedLionBuilder", kind == "lion"),
@@ -121,6 +123,13 @@ def _extensions(facts: Facts) -> Iterator[str]:
     ):
         if wanted and ds.stage == 3 and _device().device_name() != "cuda":
             yield f"zero_optimization.{place} needs a CUDA device, not {_device().device_name()}."
+
+
+def _folders(facts: Facts) -> Iterator[str]:
+    if facts.ds.rule and facts.ds.offload_optimizer == "nvme":
+        folder = Path(facts.zero.offload_optimizer.nvme_path)
+        if problem := problem_of(folder):
+            yield f"zero_optimization.offload_optimizer.nvme_path is {str(folder)!r}, {but(problem)}"
 
 
 def _has_extension(builder: str) -> bool:

@@ -149,11 +149,6 @@ def check_combination(ds: DeepSpeedSettings, *, accumulation: int | None) -> Non
     Raises UserError.
     """
     weights, place = ds.params.get("weights"), "optimizer.params.weights"
-    if ds.offload_optimizer == "nvme":
-        raise UserError(
-            f"zero_optimization.offload_optimizer.device 'nvme' swaps states of the size and type of fp32 weights, and "
-            f"{ds.optimizer} keeps others; use 'cpu'."
-        )
     if weights not in (None, "auto", "fp32"):
         if ds.computed != "bf16":
             raise UserError(

@@ -30,6 +30,8 @@ _JSON = TypeAdapter(DeepSpeedJson)
 HIGHEST_USUAL_RATE = 1.0
 """Learning rates above it are remarked upon."""
 
+_SWAPPING = ("buffer_count", "pipeline_read", "pipeline_write", "fast_init")
+
 
 def validate(
     config: Mapping[str, Any], *, origin: str, world_size: int | None = None, total_steps: int | None = None
@@ -78,7 +80,7 @@ def remarks(config: Mapping[str, Any]) -> list[str]:
     named: list[Any] = [ds.params.get("lr"), *rates(ds.scheduler_params)]
     high = [rate for rate in named if type(rate) in (int, float) and rate > HIGHEST_USUAL_RATE]
     found = [f"the learning rate is {rate:g}, far above what is usual{_meant(rate)}" for rate in dict.fromkeys(high)]
-    return [*found, *_beside(ds)]
+    return [*found, *_beside(ds), *_swapping(config, ds)]
 
 
 def _beside(ds: DeepSpeedSettings) -> Iterator[str]:
@@ -93,6 +95,21 @@ def _beside(ds: DeepSpeedSettings) -> Iterator[str]:
                 f"optimizer.params.state_format {ds.state_format!r} is made for {key} {value!r}, and {key} is {own!r}, "
                 "with which updates are further from those with fp32 state."
             )
+
+
+def _swapping(config: Mapping[str, Any], ds: DeepSpeedSettings) -> Iterator[str]:
+    """What says how DeepSpeed swaps state, and is for its own optimizers."""
+    if ds.rule is None or ds.offload_optimizer != "nvme":
+        return
+    section = config["zero_optimization"]["offload_optimizer"]
+    place = "zero_optimization.offload_optimizer"
+    given = [f"{place}.{key}" for key in _SWAPPING if key in section]
+    given += ["aio"] if "aio" in config and ds.offload_param != "nvme" else []
+    if given:
+        yield (
+            f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: the state of {ds.optimizer} lies in "
+            "files that the operating system reads and writes."
+        )
 
 
 def _meant(rate: float) -> str:

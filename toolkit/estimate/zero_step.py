@@ -102,18 +102,21 @@ class _Simulation(Simulation):
 
     def _model_state(self) -> None:
         group_of = {}
+        offloaded = self.ds.offload_optimizer
+        # Rules have what they keep of each element on NVMe, and the rest on the host.
+        beside = "cpu" if offloaded == "nvme" and self.optimizer.ours else offloaded
         for group in self.optimizer.groups:
             share = self.group_share(group)
             group_of.update(dict.fromkeys(group.numbers, group))
             for category, size in group.per_element.items():
-                self.allocate_resident(size * share, category, category, self.ds.offload_optimizer)
+                self.allocate_resident(size * share, category, category, offloaded)
             for category, size in group.whole.items():
-                self.allocate_resident(size, category, category, self.ds.offload_optimizer)
-            self.allocate_resident(group.master * share, c.MASTER, "fp32 weights", self.ds.offload_optimizer)
+                self.allocate_resident(size, category, category, beside)
+            self.allocate_resident(group.master * share, c.MASTER, "fp32 weights", beside)
             # The step runs on the host, on its own copy of the weights, unless those are there anyway.
             on_host = self.ds.offload_param != "none" or (self.ds.stage == 3 and not self.on_gpu)
-            if self.ds.offload_optimizer != "none" and not group.master and not on_host:
-                self.allocate_resident(self.width * share, c.WEIGHTS, "weights to step on", self.ds.offload_optimizer)
+            if offloaded != "none" and not group.master and not on_host:
+                self.allocate_resident(self.width * share, c.WEIGHTS, "weights to step on", beside)
             if self.ds.stage == 3:
                 self.allocate_resident(self.width * share, c.WEIGHTS, "this rank's weights", self.ds.offload_param)
         for number, parameter in enumerate(self.dry_run.parameters):

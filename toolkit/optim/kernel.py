@@ -25,6 +25,7 @@ from toolkit.optim.inductor import BlockStep, Launch, compile_blocks, first_of_a
 from toolkit.optim.kept import ours
 from toolkit.optim.rule import Rule
 from toolkit.state.codecs import BLOCK, decode_halves, encode_halves, pack, parts_of, unpack
+from toolkit.state.files import bring_in, let_go, read_ahead
 from toolkit.state.layout import Layout
 from toolkit.state.remainders import rounding_phase, thresholds
 
@@ -118,13 +119,20 @@ class StepFunction:
         if run:
             most = min(COMPILED_ROWS, CPU_ROWS) if theta.device.type == "cpu" else COMPILED_ROWS
         if theta.shape[0] <= most:
+            bring_in(parts)
             (run or self.eager)(*self._inputs(theta, g, parts), scalars, scale, self._phase(theta, rounding))
+            let_go(parts)
             return
         seed, step, block = rounding
-        for rows in _slices(theta.shape[0], most):
-            inputs = self._inputs(theta[rows], g[rows], [part[rows] for part in parts])
+        slices = _slices(theta.shape[0], most)
+        for rows, following in zip(slices, [*slices[1:], slice(0)], strict=True):
+            held = [part[rows] for part in parts]
+            bring_in(held)
+            read_ahead(part[following] for part in parts)
+            inputs = self._inputs(theta[rows], g[rows], held)
             phase = self._phase(theta, (seed, step, block + rows.start))
             (run or self.eager)(*inputs, scalars, scale, phase)
+            let_go(held)
 
     def _prepare(
         self, theta: Tensor, g: Tensor, scalars: Tensor, scale: Tensor, parts: Sequence[Tensor]

@@ -24,6 +24,7 @@ from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_stat
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.optim.together import Found, step_together
 from toolkit.state.codecs import BLOCK, FACTORED
+from toolkit.state.files import StateFiles
 from toolkit.state.layout import REMAINDER, Layout, check_weights, kept_whole, layout, state_formats, state_of
 from toolkit.state.remainders import MASTER, Remainder
 from toolkit.state.sharding import Fragment, whole_shape
@@ -61,6 +62,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     rule: ClassVar[type[Rule]]
     settled: tuple[Settled, ...] = ()
     """What the groups were made with and state is kept in; empty in a copy."""
+    files: StateFiles | None = None
+    """Where the state of tensors on the host is made, instead of in memory."""
     _allocate_only: ClassVar[bool] = False
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -227,7 +230,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The state of `tensor`, made of zeros if there is none yet."""
         state = self.state[tensor]
         if not state:
-            state.update({"step": 0} | kept.allocate(tensor.numel(), tensor.device))
+            state.update({"step": 0} | kept.allocate(tensor.numel(), tensor.device, self.files))
         return state
 
     def _scalars(self, groups: Mapping[int, Mapping[str, Any]], t: int, device: torch.device) -> KnownScalars:

@@ -158,7 +158,7 @@ def _order(settings: RunSettings) -> dict[str, Any] | None:
         return None
     # Without ZeRO, DeepSpeed hands over fp32 master weights and their gradients.
     gradient = (ds.gradients or ds.computed) if ds.stage else "fp32"
-    on_host = ds.offload_optimizer == "cpu" or not torch.accelerator.is_available()
+    on_host = ds.offload_optimizer != "none" or not torch.accelerator.is_available()
     accelerator = torch.accelerator.current_accelerator()
     return {
         "plugins": [str(path) for path in settings.plugins],

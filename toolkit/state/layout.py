@@ -11,6 +11,7 @@ from torch import Tensor
 
 from toolkit.errors import UserError, nearest
 from toolkit.state.codecs import BLOCK, FACTORED, FORMATS, MIXES, Codec, TensorSpec, decode_blocks, encode_blocks
+from toolkit.state.files import StateFiles
 from toolkit.state.remainders import DEFAULT_WEIGHTS, MASTER, WEIGHTS, Remainder
 
 REMAINDER = "remainder"
@@ -110,10 +111,15 @@ class Layout:
         """Whether elements of a block are stored together: under one scale, or two to a byte."""
         return any(spec.per_block != BLOCK for _, spec in self.specs)
 
-    def allocate(self, numel: int, device: torch.device) -> dict[str, Tensor]:
-        """Zeros for a tensor of `numel` elements: each stored tensor as [ceil(numel / BLOCK), per_block]."""
-        blocks = -(-numel // BLOCK)
-        return {key: torch.zeros(blocks, spec.per_block, dtype=spec.dtype, device=device) for key, spec in self.specs}
+    def allocate(self, numel: int, device: torch.device, files: StateFiles | None = None) -> dict[str, Tensor]:
+        """Zeros for a tensor of `numel` elements: each stored tensor as [ceil(numel / BLOCK), per_block].
+
+        On the host they lie in a file of `files`, where that is given.
+        """
+        wanted = {key: ((-(-numel // BLOCK), spec.per_block), spec.dtype) for key, spec in self.specs}
+        if files is not None and device.type == "cpu":
+            return files.zeros(wanted)
+        return {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype) in wanted.items()}
 
     def keys(self, name: str) -> list[str]:
         """The keys of the stored tensors of a state, or of the remainder."""

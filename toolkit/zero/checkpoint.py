@@ -292,9 +292,10 @@ def _fitting(engine: Any, transfer: Transfer, untrained: Untrained, convert: boo
 
 def _take_over(engine: Any, transfer: Transfer) -> None:
     """Set this rank's flat tensors and their state."""
+    files = optimizer.files if (optimizer := rule_optimizer(engine)) else None
     for shard in shards(engine.optimizer):
         step = transfer.step_of(shard.number) if transfer.source.trained() else None
-        _put(engine, shard.tensor, transfer.tensors(shard.number, dist.get_rank()), step)
+        _put(engine, shard.tensor, transfer.tensors(shard.number, dist.get_rank(), files), step)
 
 
 def _put(engine: Any, flat: Tensor, made: dict[str, Tensor], step: int | None) -> None:

@@ -31,7 +31,7 @@ from toolkit.optim.warm import kinds, warm
 from toolkit.printable import warn_once
 from toolkit.sentences import shown
 from toolkit.state.layout import check_dtype, dtype_name
-from toolkit.zero import calls, compatibility, partition, shared_memory
+from toolkit.zero import calls, compatibility, nvme, partition, shared_memory
 from toolkit.zero.access import link
 from toolkit.zero.audit import Audit
 from toolkit.zero.changes import ChangeDetector, steps_alone, steps_copies
@@ -168,10 +168,13 @@ def register() -> None:
     def configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
         _settle(self)
         _check_model(self, client_optimizer)
+        files = nvme.take_over(self) if _runs_rule(self, client_optimizer) else None
         calls.claim(self)
         # Stage 0 in bf16 steps once on zero gradients when it starts.
         with RuleOptimizer.allocating():
             configure(self, client_optimizer, model_parameters)
+        if files is not None:
+            self.basic_optimizer.files = files
         _finish(self)
         zero, copies, both = bool(self.zero_optimization()), steps_copies(self), link(self)
         self.leanstate_changes = ChangeDetector(
@@ -282,10 +285,13 @@ def _settle(engine: Any) -> None:
         setattr(engine._config.zero_config, key.removeprefix("stage3_"), settled["zero_optimization"][key])
 
 
+def _runs_rule(engine: Any, client_optimizer: Any) -> bool:
+    return isinstance(client_optimizer, RuleOptimizer) or find_rule(engine.optimizer_name()) is not None
+
+
 def _check_model(engine: Any, client_optimizer: Any) -> None:
     """Raise UserError for parameters that would train wrongly, and for sparse gradients."""
-    own = isinstance(client_optimizer, RuleOptimizer) or find_rule(engine.optimizer_name()) is not None
-    if not own and not engine.zero_optimization():
+    if not _runs_rule(engine, client_optimizer) and not engine.zero_optimization():
         return
     for name, param in engine.module.named_parameters():
         if param.requires_grad:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from toolkit.records import categories as c
 from toolkit.records.by_category import Named
+from toolkit.state.files import lies_in_file
 
 
 def inventory(engine: Any) -> Iterator[Named]:
-    """What `engine` holds now. Several names may share one storage; the first one is the best.
+    """What `engine` holds in memory now. Several names may share one storage; the first one is the best.
 
     A plain (module, optimizer) pair works as well: an object with `module` and `basic_optimizer`.
     """
@@ -67,7 +68,7 @@ def _states(engine: Any) -> Iterator[Named]:
     }
     for parameter, held in getattr(basic, "state", {}).items():
         for key, value in held.items():
-            if isinstance(value, Tensor) and value.dim() > 0:
+            if isinstance(value, Tensor) and value.dim() > 0 and not lies_in_file(value):
                 name = f"{key} of {groups[id(parameter)]}" if id(parameter) in groups else key
                 yield c.category_of_state(key), name, value
 

@@ -32,7 +32,7 @@ from toolkit.zero.access import NO_GRADIENTS, Access
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import GradientFragment, HostCopy, Reducer, clip_scale, squared_norm, takes_mean
 from toolkit.zero.lending import gather_in_place
-from toolkit.zero.master import MasterWeights
+from toolkit.zero.master import MasterWeights, Uncloned
 from toolkit.zero.places import laid_out
 from toolkit.zero.shards import Shard, model_weights, shards
 from toolkit.zero.turns import OrderedZeroOptimizer
@@ -65,17 +65,6 @@ def gather_weights(zero: DeepSpeedZeroOptimizer, placed: Sequence[Shard]) -> Non
         start, width = flat.data_ptr(), flat.element_size()
         if any(one.param.data_ptr() != start + one.offset * width for one in shard.members if one.param.numel()):
             zero._update_model_bit16_weights(shard.number)
-
-
-class _Uncloned(Tensor):
-    """This rank's part of a group's weights, while DeepSpeed converts a clone of it to master weights.
-
-    The clones of all groups would be a second model. Where the weights are the master weights they are shared, and what
-    is converted is copied by that.
-    """
-
-    def clone(self, **_: Any) -> Tensor:
-        return self.data.as_subclass(Tensor)
 
 
 class ShardedZeroOptimizer(Access, MasterWeights, OrderedZeroOptimizer):
@@ -142,7 +131,7 @@ class ShardedZeroOptimizer(Access, MasterWeights, OrderedZeroOptimizer):
             wanted = torch.device(self.device).type, self.master_weights_and_grads_dtype
             if (tensor.device.type, tensor.dtype) != wanted or (self.holds_weights and not self.cpu_offload):
                 rank = dist.get_rank(group=self.real_dp_process_group[group_id])
-                parts[rank] = parts[rank].as_subclass(_Uncloned)
+                parts[rank] = parts[rank].as_subclass(Uncloned)
         return parts
 
     def initialize_optimizer_states(self) -> None:

@@ -38,7 +38,7 @@ from toolkit.zero.access import NO_GRADIENTS, Access
 from toolkit.zero.agreement import Order, have_nothing
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mean
-from toolkit.zero.master import MasterWeights
+from toolkit.zero.master import MasterWeights, Uncloned
 from toolkit.zero.shards import Shard, model_weights, part_masters, shards
 
 logger = logging.getLogger("toolkit")
@@ -64,8 +64,6 @@ class ShardedZeroOptimizer3(Access, MasterWeights, DeepSpeedZeroOptimizer_Stage3
                 type(init_optimizer).__name__,
             )
         super().__init__(module, init_optimizer, *args, **kwargs)
-        if self.swap_optimizer:
-            raise UserError(f"{type(init_optimizer).__name__}'s state cannot be offloaded to NVMe; use the CPU")
         cut_over = {id(one.process_group): one.process_group for shard in self._shards for one in shard.members}
         self._one_group = self.model_parallel_group is None and len(cut_over) == 1
         self._ranks = DataParallel(self.dp_process_group)
@@ -84,7 +82,11 @@ class ShardedZeroOptimizer3(Access, MasterWeights, DeepSpeedZeroOptimizer_Stage3
         if self.holds_weights:
             # DeepSpeed compares it with tensors' devices, and a name is none: it would copy all weights first.
             self.device = torch.device(name)
+        flats: list[Any] = self.fp16_partitioned_groups_flat
+        if self.offload_optimizer:  # else they are the master weights as they are, or DeepSpeed converts them
+            self.fp16_partitioned_groups_flat = [flat if flat is None else flat.as_subclass(Uncloned) for flat in flats]
         super()._create_fp32_partitions()
+        self.fp16_partitioned_groups_flat = flats
         self.device = name
         part_masters(self)
         self._shards = shards(self)
