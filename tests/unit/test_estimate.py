@@ -211,23 +211,6 @@ def test_nvme_holds_what_is_offloaded_there(estimator: Estimator) -> None:
     assert sum(found.nvme.values()) / found.setup.parameters == pytest.approx(12 + 4, rel=0.01)
 
 
-def test_nvme_holds_the_state_of_rules_and_the_host_the_rest(estimator: Estimator) -> None:
-    for stage, device in ((2, "cuda"), (3, "cuda"), (3, "cpu")):
-        there, host = (
-            estimator.predict(case(config("AMCS", stage, {"offload_optimizer": {"device": to}}), device=device))
-            for to in ("nvme", "cpu")
-        )
-        kept = {name: size for name, size in host.host.items() if name in there.nvme} or there.nvme
-        assert set(there.nvme) == {"m_fast", "m_slow", "v", c.SCALES, c.REMAINDER} and there.nvme == kept
-        state = sum(there.nvme.values())
-        assert state / there.setup.parameters == pytest.approx(4.05, rel=0.01)
-        if device == "cuda":
-            assert there.host == {name: size for name, size in host.host.items() if name not in kept}
-            assert there.peak == host.peak
-        else:
-            assert there.peak == host.peak - state
-
-
 def test_stage_3_gathers_no_more_than_the_model(estimator: Estimator) -> None:
     alone = estimator.predict(case(config("AMCS", 3)))
     shared = estimator.predict(case(config("AMCS", 3), 2))

@@ -68,3 +68,23 @@ def test_what_a_step_looks_at_lies_where_it_runs(estimator: Estimator) -> None:
     most = max(phase.held.get(c.TRANSIENTS, 0) for phase in here.phases)
     assert not here.host and most > 10e6
     assert there.host[c.TRANSIENTS] > 10e6 and there.peak < here.peak - most
+
+
+@pytest.mark.parametrize(("stage", "device"), [(2, "cuda"), (3, "cuda"), (3, "cpu")])
+def test_nvme_holds_the_state_of_rules_and_the_host_the_rest(estimator: Estimator, stage: int, device: str) -> None:
+    base = load_config(f"amcs_zero{stage}_offload")
+    found = {}
+    for place in ("nvme", "cpu"):
+        config = with_section(base, ["zero_optimization"], {"offload_optimizer": {"device": place}})
+        found[place] = estimator.predict(
+            Case(MODEL, config, 1, 1, 64, device=device, activations=Activations(), loss="plain")
+        )
+    there, host = found["nvme"], found["cpu"]
+    state = sum(there.nvme.values())
+    assert set(there.nvme) == {"m_fast", "m_slow", "v", c.SCALES, c.REMAINDER} and not host.nvme
+    assert state / there.setup.parameters == pytest.approx(4.05, rel=0.01)
+    if device == "cuda":
+        assert there.nvme | there.host == host.host and not there.nvme.keys() & there.host.keys()
+        assert there.peak == host.peak
+    else:
+        assert there.peak == host.peak - state

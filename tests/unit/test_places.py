@@ -24,6 +24,7 @@ from toolkit.optim import param_groups
 from toolkit.state.codecs import BLOCK
 from toolkit.zero.places import Places, laid_out, places
 from toolkit.zero.shards import model_weights, shards
+from toolkit.zero.stage3 import ShardedZeroOptimizer3
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -75,6 +76,30 @@ def test_an_engine_takes_no_more_than_it_keeps_and_a_layer(stage: int, tmp_path:
         assert shard.tensor.data_ptr() == model_weights(engine.optimizer, shard).data_ptr()
     expected = dict(build_model(folder, dtype=torch.bfloat16, seed=1).named_parameters())
     assert all(torch.equal(value, expected[name]) for name, value in engine.module.named_parameters())
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp32"])
+def test_weights_on_the_host_are_not_cloned_on_the_way_to_master_weights(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, peaks = ShardedZeroOptimizer3._create_fp32_partitions, list[int]()
+
+    def watched(self: Any) -> None:
+        with counted() as sizes:
+            create(self)
+        peaks.append(max(accumulate(sizes), default=0))
+
+    monkeypatch.setattr(ShardedZeroOptimizer3, "_create_fp32_partitions", watched)
+    given = config(3, weights)
+    given["optimizer"]["params"] |= {"state_format": "8bit", "release_gradients": False}
+    given["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    given["zero_force_ds_cpu_optimizer"] = False
+    toolkit.register()
+    built = build_model(qwen3(tmp_path, **WIDE), dtype=torch.bfloat16, seed=1, zero3_config=given)
+    engine = toolkit.initialize(model=built, config=given, total_steps=4)[0]
+    model = sum(param.ds_numel for param in engine.module.parameters())
+    assert peaks[0] < 4.05 * model if weights == "fp32" else peaks[0] < 0.01 * model
+    engine.destroy()
 
 
 def test_at_stage_3_weights_are_no_copies_of_themselves(tmp_path: Path) -> None:

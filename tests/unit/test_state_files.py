@@ -16,6 +16,7 @@ import torch
 from engines import BASE, build, step
 from torch import Tensor
 
+import toolkit
 from toolkit.checkpoint.source import Source
 from toolkit.checkpoint.store import Store
 from toolkit.config import remarks, validate
@@ -166,6 +167,21 @@ def test_training_has_the_same_bits_as_with_state_in_memory(
     assert found["nvme"][0] == losses and found["nvme"][2] == sizes and sizes["m_fast"]
     for x, y in zip(found["nvme"][1], held, strict=True):
         assert torch.equal(x, y)
+
+
+def test_weights_that_are_stepped_on_in_the_backward_pass_are_not_written_to_from_outside(
+    one_rank: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the host they are the model's own; a copy would be compared with the model before each step."""
+    made = config("nvme", tmp_path, 3, release_gradients=True)
+    made["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    engine, *_ = toolkit.initialize(model=torch.nn.Linear(32, 16), config=made)  # the matrix is whole blocks
+    with caplog.at_level(logging.WARNING, "toolkit"):
+        for _ in range(3):
+            engine.backward(engine(torch.randn(1, 32, dtype=torch.bfloat16)).float().square().mean())
+            engine.step()
+    assert "written to from outside" not in caplog.text
+    engine.destroy()
 
 
 @pytest.mark.parametrize(("there", "here"), [("nvme", "nvme"), ("nvme", "cpu"), ("cpu", "nvme")])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from toolkit.errors import some
 from toolkit.printable import warn_once
 from toolkit.zero.gradients import HostCopy
+from toolkit.zero.shards import model_weights, shards
 from toolkit.zero.stage3 import ShardedZeroOptimizer3
 from toolkit.zero.stage12 import ShardedZeroOptimizer
 
@@ -23,10 +24,9 @@ SAMPLED = 64
 def steps_copies(engine: Any) -> bool:
     """Whether the optimizer's tensors are others than the model's weights."""
     zero = engine.optimizer
-    if isinstance(zero, ShardedZeroOptimizer):
-        return not zero.holds_weights or bool(zero.cpu_offload)
-    if isinstance(zero, ShardedZeroOptimizer3):
-        return not zero.holds_weights or bool(zero.offload_optimizer)
+    if isinstance(zero, ShardedZeroOptimizer | ShardedZeroOptimizer3):
+        both = [(shard.tensor, model_weights(zero, shard)) for shard in shards(zero)]
+        return any(own is None or own.data_ptr() != tensor.data_ptr() for tensor, own in both)
     return zero is not engine.basic_optimizer
 
 

@@ -5,20 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from toolkit.optim import RuleOptimizer
-
-
-class Uncloned(Tensor):
-    """This rank's part of a group's weights, while DeepSpeed converts a clone of it to master weights.
-
-    The clones of all groups would be a second model. Where the weights are the master weights they are shared, and what
-    is converted is copied by that.
-    """
-
-    def clone(self, **_: Any) -> Tensor:
-        return self.data.as_subclass(Tensor)
 
 
 class MasterWeights:

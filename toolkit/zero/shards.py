@@ -8,6 +8,7 @@ tensors are whose. Of a matrix a fragment is whole blocks, which belong to no ot
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -128,6 +129,26 @@ def model_weights(zero: Any, shard: Shard) -> Any:
     if _is_stage_3(zero):
         return zero.fp16_partitioned_groups_flat[shard.number]
     return zero.parallel_partitioned_bit16_groups[shard.number][shard.members[0].rank]
+
+
+class Uncloned(Tensor):
+    """This rank's part of a group's weights, while DeepSpeed converts a clone of it to master weights.
+
+    The clones of all groups would be a second model. Where the weights are the master weights they are shared, and what
+    is converted is copied by that.
+    """
+
+    def clone(self, **_: Any) -> Tensor:
+        return self.data.as_subclass(Tensor)
+
+
+@contextmanager
+def uncloned(zero: Any) -> Iterator[None]:
+    """While stage 3 makes master weights on the host: it converts no clones."""
+    flats = zero.fp16_partitioned_groups_flat
+    zero.fp16_partitioned_groups_flat = [None if flat is None else flat.as_subclass(Uncloned) for flat in flats]
+    yield
+    zero.fp16_partitioned_groups_flat = flats
 
 
 def part_masters(zero: Any) -> None:

@@ -32,9 +32,9 @@ from toolkit.zero.access import NO_GRADIENTS, Access
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import GradientFragment, HostCopy, Reducer, clip_scale, squared_norm, takes_mean
 from toolkit.zero.lending import gather_in_place
-from toolkit.zero.master import MasterWeights, Uncloned
+from toolkit.zero.master import MasterWeights
 from toolkit.zero.places import laid_out
-from toolkit.zero.shards import Shard, model_weights, shards
+from toolkit.zero.shards import Shard, Uncloned, model_weights, shards
 from toolkit.zero.turns import OrderedZeroOptimizer
 
 logger = logging.getLogger("toolkit")

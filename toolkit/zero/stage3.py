@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -38,8 +39,8 @@ from toolkit.zero.access import NO_GRADIENTS, Access
 from toolkit.zero.agreement import Order, have_nothing
 from toolkit.zero.exchange import DataParallel, check_whole, whole_parameters
 from toolkit.zero.gradients import HostCopy, clip_scale, squared_norm, takes_mean
-from toolkit.zero.master import MasterWeights, Uncloned
-from toolkit.zero.shards import Shard, model_weights, part_masters, shards
+from toolkit.zero.master import MasterWeights
+from toolkit.zero.shards import Shard, model_weights, part_masters, shards, uncloned
 
 logger = logging.getLogger("toolkit")
 
@@ -82,11 +83,8 @@ class ShardedZeroOptimizer3(Access, MasterWeights, DeepSpeedZeroOptimizer_Stage3
         if self.holds_weights:
             # DeepSpeed compares it with tensors' devices, and a name is none: it would copy all weights first.
             self.device = torch.device(name)
-        flats: list[Any] = self.fp16_partitioned_groups_flat
-        if self.offload_optimizer:  # else they are the master weights as they are, or DeepSpeed converts them
-            self.fp16_partitioned_groups_flat = [flat if flat is None else flat.as_subclass(Uncloned) for flat in flats]
-        super()._create_fp32_partitions()
-        self.fp16_partitioned_groups_flat = flats
+        with uncloned(self) if self.offload_optimizer else nullcontext():
+            super()._create_fp32_partitions()
         self.device = name
         part_masters(self)
         self._shards = shards(self)
