@@ -70,6 +70,18 @@ def test_what_is_saved_without_copies_is_the_same(
     engine.destroy()
 
 
+def test_what_a_gpu_holds_is_copied_in_any_case(one_rank: None) -> None:
+    """With offload a part lies on the host, or in files, and is copied where there is room."""
+    engine = engine_of("stage 2, bf16+8")
+    step(engine)
+    before = copied_bytes(engine)
+    held = next(state for state in engine.basic_optimizer.state.values())
+    key, value = next((key, x) for key, x in held.items() if isinstance(x, Tensor))
+    held[key] = value.to("meta")
+    assert copied_bytes(engine) == before - value.nbytes
+    engine.destroy()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_state_is_copied(name: str, one_rank: None, tmp_path: Path) -> None:
     engine = engine_of(name)

@@ -154,8 +154,6 @@ class Saver:
         from toolkit.records.sizes import size_text
         from toolkit.zero.checkpoint import copied_bytes
 
-        if self._engine.device.type != "cpu":
-            return True
         copies, room = copied_bytes(self._engine) * local_size(), unused()
         if 2 * copies <= room:
             return True

@@ -190,10 +190,13 @@ class _Capture(CheckpointEngine):
 
 
 def copied_bytes(engine: Any) -> int:
-    """Bytes of host memory that `capture` takes on this rank for copies of weights and state."""
+    """Bytes of host memory that `capture` takes on this rank for copies of weights and state that lie on the host.
+
+    What a GPU holds is copied there in any case.
+    """
     held = [shard.tensor for shard in shards(engine.optimizer)]
     held += [x for state in engine.basic_optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-    return sum(tensor.nbytes for tensor in held)
+    return sum(tensor.nbytes for tensor in held if tensor.is_cpu)
 
 
 def capture(
