@@ -82,7 +82,7 @@ def test_flags_and_json_give_a_batch(
     [
         ({GLOBAL: 10, MICRO: 4}, JSON, "micro-batch 4 * world size 2 = 8; nearest that fit: 8 or 16."),
         ({GLOBAL: 9}, JSON, "9 is not a multiple of world size 2; nearest that fit: 8 or 10."),
-        ({GLOBAL: 3, ACCUMULATION: 2}, {}, "gradient accumulation 2 * world size 2 = 4; nearest that fit: 4."),
+        ({GLOBAL: 3, ACCUMULATION: 2}, {}, "gradient accumulation 2 * world size 2 = 4; nearest that fits: 4."),
         ({}, {}, "the batch size is not given"),
         ({ACCUMULATION: 2}, {}, "the batch size is not given"),
         ({MICRO: 10**20}, {}, f"the micro-batch is {10**20}, but it must be at most 1048576."),

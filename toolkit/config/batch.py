@@ -124,6 +124,6 @@ def _divide(total: int | None, factors: Mapping[str, int | None]) -> int:
         shown = " * ".join(f"{name} {value}" for name, value in factors.items())
         shown += f" = {product}" if len(factors) > 1 else ""
         low, high = total // product * product, (total // product + 1) * product
-        nearest = f"{low} or {high}" if low else str(high)
-        raise UserError(f"the global batch {total} is not a multiple of {shown}; nearest that fit: {nearest}.")
+        nearest = f"nearest that fit: {low} or {high}" if low else f"nearest that fits: {high}"
+        raise UserError(f"the global batch {total} is not a multiple of {shown}; {nearest}.")
     return total // product

@@ -136,9 +136,13 @@ def _model_compiled(prepared: PreparedRun, engine: Any, say: Callable[[str], Non
     say("compiling the model (minutes on a CPU; later runs take it from a cache)")
     rows = (3,) if prepared.data.documents.conversations else ()
     shape = (prepared.batch.micro, *rows, prepared.settings.seq_len + 1)
-    agreed(lambda: compiled.compile_blocks(engine.module))
     tokens = torch.zeros(shape, dtype=torch.int64, device=engine.device)
-    agreed(lambda: compiled.warm(engine.module, tokens, evaluates=bool(prepared.validation)))
+
+    def compile_model() -> None:
+        compiled.compile_blocks(engine.module)
+        compiled.warm(engine.module, tokens, evaluates=bool(prepared.validation))
+
+    agreed(compile_model)
     _, [seconds] = ranks.mean_max([], [time.perf_counter() - began], engine.device)
     return seconds
 
