@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import os
 from pathlib import Path
 
@@ -81,3 +82,25 @@ def test_no_text_is_read_twice(tmp_path: Path, copy: str) -> None:
     with pytest.raises(UserError, match=rf"holds .*a\.txt' and .*{other.name}', the same text twice"):
         open_documents(str(tmp_path))
     assert list(open_documents(str(other))) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("x_train.txt", "x_val.txt"), "x_val.txt is read together with the training data"),
+        (("train/a.txt", "test/a.txt", "validation/a.txt"), "validation/a.txt are read together with the training"),
+        (("train-0.txt", "train-1.txt"), ""),
+        (("contest.txt", "trainer.txt", "values.txt"), ""),
+        (("val.txt", "test.txt"), ""),
+        (("eval/train.txt", "eval/other.txt"), ""),
+    ],
+)
+def test_held_out_files_beside_those_for_training_are_named(
+    names: tuple[str, ...], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(f"document {number}")
+    with caplog.at_level(logging.WARNING, "toolkit"):
+        assert len(list(open_documents(str(tmp_path / "in")))) == len(names)
+    assert (told in caplog.text) if told else not caplog.text

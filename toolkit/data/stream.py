@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from toolkit.data.columns import LISTS, Column, Text, choose, no_column, quoted
 from toolkit.data.documents import BadDocuments, Document, Documents, document
 from toolkit.data.files import COMPRESSIONS, SUPPORTED, TABLES, check_table, fields_of, first_line, kind_of, read_file
-from toolkit.errors import UserError, nearest
+from toolkit.errors import UserError, nearest, some
 from toolkit.printable import warn_once
 
 logger = logging.getLogger("toolkit")
@@ -221,6 +222,7 @@ def _find_files(spec: str) -> tuple[list[Path], str]:
     if len(kinds) != 1:
         raise UserError(f"data {spec!r} mixes {quoted(kinds)} files: choose one kind with a glob such as '*.parquet'.")
     _check_once(files, spec)
+    _remark_splits(files, spec)
     return files, kinds[0]
 
 
@@ -257,6 +259,25 @@ def _check_once(files: list[Path], spec: str) -> None:
                     f"data {spec!r} holds {str(other)!r} and {str(file)!r}, the same text twice: remove one, or choose "
                     "with a glob."
                 )
+
+
+_SPLIT = re.compile(r"(?<![a-z])(train|training|val|valid|validation|dev|eval|test)(?![a-z])", re.IGNORECASE)
+
+
+def _remark_splits(files: list[Path], spec: str) -> None:
+    """Warn where files are read together that their names, or their folders', set apart: what trains is then no longer
+    held out."""
+    common = os.path.commonpath([file.parent for file in files])
+    named = {file: {word.lower() for word in _SPLIT.findall(os.path.relpath(file, common))} for file in files}
+    training = [file for file, words in named.items() if words & {"train", "training"}]
+    others = [str(file) for file, words in named.items() if words and not words & {"train", "training"}]
+    if training and others:
+        warn_once(
+            logger,
+            "data %r: %s %s read together with the training data; give the files for training alone, and what is held "
+            "out with --val-data",
+            *(spec, some(others, 3), "is" if len(others) == 1 else "are"),
+        )
 
 
 def _nearest_file(path: Path) -> str:
