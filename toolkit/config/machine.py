@@ -105,7 +105,9 @@ def _extensions(facts: Facts) -> Iterator[str]:
     """Code that DeepSpeed compiles for a device, and has for some devices only."""
     ds = facts.ds
     kind, offloaded, zero = ds.foreign, ds.offload_optimizer != "none", facts.zero
-    nvme = ds.offload_param == "nvme" or (ds.offload_optimizer == "nvme" and not ds.rule)
+    # Where no optimizer is named, one is handed over, which may be a rule's.
+    swaps = ds.offload_optimizer == "nvme" and ds.optimizer is not None and not ds.rule
+    nvme = swaps or ds.offload_param == "nvme"
     for place, builder, wanted in (
         ("optimizer.type 'Lamb'", "FusedLambBuilder", kind == "lamb"),
         ("optimizer.type 'Lion'", "CPULionBuilder" if offloaded else "FusedLionBuilder", kind == "lion"),

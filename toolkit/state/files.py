@@ -8,7 +8,6 @@ saves, loads or looks at the state sees tensors, and nothing is needed beside th
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import mmap
 import os
@@ -45,7 +44,7 @@ class StateFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.resolve()  # a program may change its working folder before the first step
         problem = problem_of(folder)
         if problem is not None:
             raise UserError(f"nvme_path is {str(folder)!r}, {but(problem)}")
@@ -83,11 +82,9 @@ class StateFiles:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 os.posix_fallocate(file.fileno(), 0, size)
                 return mmap.mmap(file.fileno(), size)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
+        except OSError as error:  # it is full, or gone; a file is a file descriptor, too
             raise UserError(
-                f"nvme_path {str(self.folder)!r} has no room for {size / 1e9:.3g} GB more of the optimizer's state: "
+                f"nvme_path {str(self.folder)!r} does not take {size / 1e9:.3g} GB more of the optimizer's state: "
                 f"{error.strerror}."
             ) from None
 
