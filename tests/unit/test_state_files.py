@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import psutil
 import pytest
 import torch
@@ -173,6 +174,14 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     made["zero_optimization"]["offload_optimizer"]["nvme_path"] = "/proc"
     with pytest.raises(UserError, match=rf"{place} is '/proc', but it takes no files: "):
         validate(made, origin="my.json", world_size=1)
+
+
+def test_a_plain_deepspeed_initialize_needs_a_folder_too(one_rank: None, tmp_path: Path) -> None:
+    made = config("nvme", tmp_path, 2)
+    del made["zero_optimization"]["offload_optimizer"]["nvme_path"]
+    toolkit.register()
+    with pytest.raises(UserError, match="needs nvme_path beside it"):
+        deepspeed.initialize(model=torch.nn.Linear(32, 16), config=made)
 
 
 def test_what_is_for_deepspeeds_swapping_is_named(tmp_path: Path) -> None:
