@@ -11,7 +11,6 @@ from typing import Any
 from toolkit.config.limits import Facts
 from toolkit.errors import UserError, but
 from toolkit.sentences import one_line
-from toolkit.state.files import problem_of
 
 # What a section imports where it is enabled.
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
@@ -129,6 +128,8 @@ def _extensions(facts: Facts) -> Iterator[str]:
 
 def _folders(facts: Facts) -> Iterator[str]:
     if facts.ds.rule and facts.ds.offload_optimizer == "nvme":
+        from toolkit.state.files import problem_of
+
         folder = Path(facts.zero.offload_optimizer.nvme_path)
         if problem := problem_of(folder):
             yield f"zero_optimization.offload_optimizer.nvme_path is {str(folder)!r}, {but(problem)}"
