@@ -70,11 +70,12 @@ class StateFiles:
             del _places[address]
         made = {}
         for key, (shape, dtype) in wanted.items():
+            if not sizes[key]:  # which no buffer can be
+                made[key] = torch.zeros(shape, dtype=dtype)
+                continue
             count = shape[0] * shape[1]
-            part = torch.frombuffer(mapped, dtype=dtype, count=count, offset=starts[key]) if count else torch.zeros(0)
-            made[key] = part.to(dtype).view(shape)
-            if count:
-                _places[made[key].data_ptr()] = (weakref.ref(mapped), starts[key])
+            made[key] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=starts[key]).view(shape)
+            _places[made[key].data_ptr()] = (weakref.ref(mapped), starts[key])
         return made
 
     def _mapped(self, size: int) -> mmap.mmap:
@@ -113,8 +114,9 @@ def read_ahead(tensors: Iterable[Tensor]) -> None:
 def bring_in(tensors: Iterable[Tensor]) -> None:
     """Make these ready to be read and written, as far as they lie in files: page by page, as a step comes upon them, it
     takes half as long again (a Linux before 5.14 does that)."""
-    with contextlib.suppress(OSError):
-        _advise(tensors, _POPULATE_WRITE)
+    if _places:
+        with contextlib.suppress(OSError):
+            _advise(tensors, _POPULATE_WRITE)
 
 
 def let_go(tensors: Iterable[Tensor]) -> None:
@@ -126,6 +128,8 @@ def let_go(tensors: Iterable[Tensor]) -> None:
 
 
 def _advise(tensors: Iterable[Tensor], advice: int) -> None:
+    if not _places:  # of most runs; this is asked in every call of the step
+        return
     for mapped, start, stop in _spans(tensors):
         begin = start // mmap.PAGESIZE * mmap.PAGESIZE
         mapped.madvise(advice, begin, stop - begin)
@@ -133,8 +137,6 @@ def _advise(tensors: Iterable[Tensor], advice: int) -> None:
 
 def _spans(tensors: Iterable[Tensor]) -> Iterator[tuple[mmap.mmap, int, int]]:
     """Of each that is in a file and not empty: the mapping, and from where to where in it."""
-    if not _places:  # of most runs; this is asked for every tensor of every step
-        return
     for tensor in tensors:
         base = tensor.untyped_storage().data_ptr()
         there, start = _places.get(base, (None, 0))
