@@ -45,7 +45,15 @@ def test_words_have_one_meaning_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("tile", "must be full, checkpoint, offload or tiled, or some of these with commas. Did you mean 'tiled'?"),
+        (
+            "tile",
+            "must be full, checkpoint, offload or tiled, or some of these with commas, or budget:SHARE. "
+            "Did you mean 'tiled'?",
+        ),
+        ("budget:0.5,tiled", "must be either budget or tiled, not both"),
+        ("budget", "must have a number from 0 to 1 after budget, as in budget:0.5"),
+        ("budget:1.5", "must have a number from 0 to 1 after budget"),
+        ("budget:nan", "must have a number from 0 to 1 after budget"),
         ("", "must be full, checkpoint"),
         ("checkpoint,", "must be full, checkpoint"),
         ("full,tiled", "must be either full or tiled, not both"),

@@ -27,7 +27,7 @@ def step(model: CausalLM, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
     return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("words", ["full", "checkpoint:1,tiled"])
+@pytest.mark.parametrize("words", ["full", "checkpoint:1,tiled", "budget:0.3"])
 def test_a_compiled_model_computes_the_same_and_compiles_before_its_first_step(tmp_path: Path, words: str) -> None:
     torch._dynamo.reset()
     tokens = torch.randint(0, 96, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -46,6 +46,41 @@ def test_a_compiled_model_computes_the_same_and_compiles_before_its_first_step(t
     assert len(gradients) == len(others)
     for own, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+
+
+def kept(model: CausalLM, tokens: Tensor) -> int:
+    """Bytes that a forward pass leaves for the backward pass."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = model(tokens)
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    loss.backward()
+    return sum(event.nbytes() for event in events)
+
+
+def test_a_budget_is_what_a_compiled_model_keeps(tmp_path: Path) -> None:
+    tokens = torch.randint(0, 96, (4, 129), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for words in ("budget:1", "budget:0.5", "budget:0"):
+        torch._dynamo.reset()
+        model = model_of(tmp_path, words)
+        compiled.compile_blocks(model)
+        model(tokens).backward()
+        found[words] = kept(model, tokens)
+    compiled.compile_blocks(model_of(tmp_path, "full"))
+    assert torch._functorch.config.activation_memory_budget == 1
+    most, half, least = found.values()
+    inputs = 4 * 128 * 32 * 4
+    assert 2 * inputs < least < 0.5 * most, "of two blocks their inputs, and the head's"
+    assert least < half <= least + 0.5 * (most - least) * 1.01
+    assert most < kept(model_of(tmp_path, "full"), tokens)
+
+
+def test_a_budget_needs_the_compiler(tmp_path: Path) -> None:
+    settings = check_settings(activations="budget:0.5", run_dir=tmp_path / "run", steps=1)
+    with pytest.raises(UserError, match="--activations is 'budget:0.5', and it is torch's compiler that keeps"):
+        prepare(settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_compiled_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,9 +157,12 @@ def plan(
     ] = None,
     plugins: Plugins = None,
     state_format: Annotated[
-        Literal["8bit", "compact", "minimal", "lean", "leanest", "any"],
-        typer.Option(help="The state format to recommend; smaller ones change updates more. For rules only."),
-    ] = "8bit",
+        Literal["fp32", "8bit", "compact", "minimal", "lean", "leanest", "any"] | None,
+        typer.Option(
+            help="The state format to recommend, of those whose price in loss is known. For rules only. "
+            "(default: 8bit, or fp32 where 8bit is measured to raise the loss)"
+        ),
+    ] = None,
     host_memory: Annotated[
         str | None, typer.Option(help="Of one machine, such as 512GB, for what is offloaded. (default: this machine's)")
     ] = None,
@@ -192,6 +195,7 @@ def plan(
         settle_accelerator()
         from toolkit import models
         from toolkit.config import shipped_configs
+        from toolkit.estimate.prices import default_format
         from toolkit.estimate.recommend import recommend
         from toolkit.optim import RECOMMENDED, RULES
 
@@ -227,7 +231,8 @@ def plan(
         show_candidates(console, found, memory, seq_len, chosen, about)
     if not (best.fits and best.asked):
         if as_json:
-            typer.echo(f"nothing fits with {state_format} state; without --json it is said why.", err=True)
+            state = state_format or default_format(chosen)
+            typer.echo(f"nothing fits with {state} state; without --json it is said why.", err=True)
         raise typer.Exit(1)
     if as_json:
         typer.echo(json.dumps(best.json, indent=2))

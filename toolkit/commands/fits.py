@@ -61,7 +61,7 @@ def fits(
     from toolkit.console import PlainConsole
     from toolkit.estimate.fits import fits as find
     from toolkit.estimate.fits import lengths, ways
-    from toolkit.estimate.predict import offered
+    from toolkit.estimate.prices import offered
     from toolkit.models.presets import PRESETS
     from toolkit.optim import COMPARED
     from toolkit.records.sizes import parse_size

@@ -16,10 +16,11 @@ from toolkit.config.files import without_auto
 from toolkit.errors import UserError
 from toolkit.estimate.dry_run import DryRun, dry_run, scaled
 from toolkit.estimate.optimizer_memory import OptimizerMemory, optimizer_memory
+from toolkit.estimate.prices import offered
 from toolkit.estimate.stretch import dry_run_of
 from toolkit.estimate.zero_step import Step, simulate
 from toolkit.models import load_config
-from toolkit.models.activations import TILEABLE
+from toolkit.models.activations import TILEABLE, checkpointable
 from toolkit.models.loss import MANY
 from toolkit.models.tiled import TILE
 from toolkit.optim import RECOMMENDED, find_rule
@@ -134,6 +135,10 @@ class Simulated:
                 f"{size_text(assumed_context(case.world_size))} are assumed for the CUDA context, its libraries and "
                 "NCCL; what the caching allocator reserves beyond what is allocated is not predicted."
             )
+        kept = run.activations
+        if kept.budget is not None:
+            priced = kept.priced(len(checkpointable(run.model)))
+            remarks.append(f"{FLAG} {kept} is priced as {priced}, which holds no less.")
         return Prediction(
             setup=setup_of(case, run),
             peak=int(step.curve.total[at]),
@@ -286,12 +291,6 @@ def setup_of(case: Case, run: DryRun) -> Setup:
         loss=run.loss,
         device="cuda" if case.device == "cuda" else "cpu",
     )
-
-
-def offered(optimizer: str, state_format: str) -> bool:
-    """Whether a format is offered for an optimizer, where that has formats; lean ones where their price is measured."""
-    made = find_rule(optimizer)
-    return made is None or state_format not in (LEAN, LEANEST) or state_format in made.rule.loss_price
 
 
 def offered_activations(model: str, device: str, lora: LoRA | None) -> list[Activations]:

@@ -15,10 +15,10 @@ from toolkit.estimate.predict import (
     Estimator,
     Simulated,
     assumed_context,
-    offered,
     offered_activations,
     with_section,
 )
+from toolkit.estimate.prices import DEFAULT_FORMAT, EXACT_FORMAT, default_format, offered
 from toolkit.models.activations import checkpointable
 from toolkit.optim import RECOMMENDED, RULES, find_rule
 from toolkit.records.activations import Activations
@@ -27,14 +27,16 @@ from toolkit.state.layout import LEAN, LEANEST
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ANY = "any"
-DEFAULT_FORMAT = "8bit"
 
 FORMATS: dict[str, dict[str, Any]] = {
+    "fp32, bf16+8": {"state_format": EXACT_FORMAT, "weights": "bf16+8"},
+    "fp32, bf16+8, released": {"state_format": EXACT_FORMAT, "weights": "bf16+8", "release_gradients": True},
     "8bit, bf16+8": {"state_format": "8bit", "weights": "bf16+8"},
     "8bit, bf16+8, released": {"state_format": "8bit", "weights": "bf16+8", "release_gradients": True},
     "compact, bf16+4": {"state_format": "compact", "weights": "bf16+4"},
     "compact, bf16+4, released": {"state_format": "compact", "weights": "bf16+4", "release_gradients": True},
     "minimal, bf16+4": {"state_format": "minimal", "weights": "bf16+4"},
+    "minimal, bf16+4, released": {"state_format": "minimal", "weights": "bf16+4", "release_gradients": True},
     "lean, bf16": {"state_format": LEAN, "weights": "bf16"},
     "lean, bf16, released": {"state_format": LEAN, "weights": "bf16", "release_gradients": True},
     "leanest, bf16": {"state_format": LEANEST, "weights": "bf16"},
@@ -44,9 +46,10 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 
 def formats_of(optimizer: str, wanted: str = ANY) -> dict[str, dict[str, Any]]:
-    """Those of FORMATS that are offered for an optimizer: the lean ones where their price in loss has been measured.
+    """Those of FORMATS that are offered for an optimizer: small ones where their price in loss has been measured, fp32
+    where it is `wanted` or no other is recommended.
 
-    Raises UserError where such a one is `wanted`, and is not offered.
+    Raises UserError where one is `wanted` that is not offered.
     """
     made = find_rule(optimizer)
     if made is None:
@@ -61,10 +64,11 @@ def formats_of(optimizer: str, wanted: str = ANY) -> dict[str, dict[str, Any]]:
             f"A config can have it (optimizer.params.state_format={wanted}), and `toolkit estimate` says what it needs."
         )
     beside = made.rule.beside
+    exact = EXACT_FORMAT in (wanted, default_format(optimizer))
     return {
         state: {**params, **beside.get(params["state_format"], {})}
         for state, params in FORMATS.items()
-        if offered(optimizer, params["state_format"])
+        if offered(optimizer, params["state_format"]) and (exact or params["state_format"] != EXACT_FORMAT)
     }
 
 
@@ -114,7 +118,7 @@ def recommend(
     loss: str | None = None,
     lora: LoRA | None = None,
     conversations: bool = False,
-    state_format: str = DEFAULT_FORMAT,
+    state_format: str | None = None,
     host_memory: int,
     ranks_per_machine: int,
 ) -> list[Candidate]:
@@ -129,12 +133,13 @@ def recommend(
         optimizer: of the shipped configurations to try; for ways of sharding without one, a rule is tried in the
             recommended optimizer's.
         lora, conversations: as of `Case`.
-        state_format: that of one of FORMATS, or "any"; what is no rule has its own.
+        state_format: that of one of FORMATS, or "any"; None: `default_format`; what is no rule has its own.
         host_memory: bytes of one machine, which what is offloaded by its `ranks_per_machine` must fit into.
 
     Raises:
         UserError: as `Estimator.predict`.
     """
+    state_format = state_format or default_format(optimizer)
     estimator, room = Estimator(several=True), _Room(gpu_memory, host_memory, ranks_per_machine)
     found: list[Candidate] = []
     choices = offered_activations(model, device, lora)

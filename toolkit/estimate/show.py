@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from toolkit.console import PlainConsole
+from toolkit.estimate.prices import EXACT_FORMAT, missed_bound
 from toolkit.estimate.recommend import Candidate
-from toolkit.optim import find_rule
+from toolkit.optim import Rule, find_rule
 from toolkit.records import categories as c
 from toolkit.records.activations import FLAG
 from toolkit.records.memory import Prediction
@@ -120,9 +121,9 @@ def show_candidates(
             measured = f"of an update of {optimizer}, against fp32 state"
             notes += f"; error: {measured if rule.rule.update_error else 'not measured'}"
             priced = [name for name in rule.rule.loss_price if any(one.state_format == name for one in fitting)]
-            for name in priced:
-                more, error = rule.rule.loss_price[name]
-                notes += f"; {name} state: validation loss {more:+.3f} ± {error:.3f} beside fp32 state (small model)"
+            if priced:
+                said = ", ".join(_price(rule.rule, name) for name in priced)
+                notes += f"; validation loss beside that of fp32 state (small models, ± 2 standard errors): {said}"
         console.print_line(notes)
     failed = [one for one in found if not one.fits]
     if failed:
@@ -139,6 +140,12 @@ def show_candidates(
             console.print_line(f"host memory: {host} (--host-memory)")
 
 
+def _price(rule: type[Rule], state_format: str) -> str:
+    more, error = rule.loss_price[state_format]
+    bound = missed_bound(rule, state_format)
+    return f"{state_format} {more:+.3f} ± {error:.3f}" + (f", above its bound of {bound:g}" if bound else "")
+
+
 def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest: float, optimizer: str) -> None:
     rule = find_rule(optimizer)
     table = Table("config", "state, weights", "keeps", box=None, pad_edge=False)
@@ -148,7 +155,8 @@ def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest
     for column in table.columns[1:]:
         column.no_wrap = True
     for one in shown[:_SHOWN]:
-        error = rule.rule.update_error.get(one.state_format) if rule else None
+        errors = {EXACT_FORMAT: 0.0, **(rule.rule.update_error if rule else {})}
+        error = errors.get(one.state_format)
         table.add_row(
             *(one.config, one.state, str(one.activations), str(one.micro_batch)),
             *(size_text(one.needs), size_text(one.host) if one.host else "-", f"{one.cost / fastest:.2f}"),

@@ -11,7 +11,7 @@ from toolkit.errors import UserError
 from toolkit.models.offload import HostActivations
 from toolkit.models.tiled import TiledMLP
 from toolkit.printable import warn_once
-from toolkit.records.activations import CHECKPOINT, FLAG, TILED, Activations
+from toolkit.records.activations import BUDGET, CHECKPOINT, FLAG, TILED, Activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,11 +31,29 @@ def keep_activations(hf: PreTrainedModel, wanted: Activations) -> None:
         _tile(hf)
     if wanted.checkpoint:
         _checkpoint(hf, wanted)
+    if wanted.budget is not None:
+        if not (blocks := checkpointable(hf)):
+            raise UserError(
+                f"{hf.config.model_type!r} models have no blocks that can be told apart: leave {BUDGET} out of {FLAG}."
+            )
+        for block in blocks:
+            block.activation_budget = wanted.budget  # type: ignore[assignment]
+
+
+def keep_as_priced(hf: PreTrainedModel) -> None:
+    """Have a model that no compiler will see, and that was to keep its activations within a budget, hold no less."""
+    kept = kept_activations(hf)
+    if kept.budget is not None and (priced := kept.priced(len(checkpointable(hf)))).checkpoint:
+        _checkpoint(hf, priced)
 
 
 def kept_activations(model: nn.Module) -> Activations:
     """What `model`, of this package or the user's own, keeps of its activations."""
-    flags = [_checkpoints(block) for block in checkpointable(model)]
+    blocks = checkpointable(model)
+    budgets = {getattr(block, "activation_budget", None) for block in blocks}
+    if len(budgets) == 1 and (budget := budgets.pop()) is not None:
+        return Activations(budget=budget)
+    flags = [_checkpoints(block) for block in blocks]
     others = any(_checkpoints(module) for module in model.modules())
     checkpoint = any(flags) if flags else others
     first = flags.index(False) if False in flags else None

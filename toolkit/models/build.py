@@ -15,7 +15,7 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from toolkit.errors import UserError, nearest
-from toolkit.models.activations import keep_activations
+from toolkit.models.activations import keep_activations, keep_as_priced
 from toolkit.models.lora import adapt
 from toolkit.models.loss import CHUNKABLE, IGNORED, LOSSES, LossHead, plain_loss
 from toolkit.models.masks import additive_masks
@@ -149,7 +149,9 @@ def blueprint(
     with torch.device("meta"), no_init_weights():
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     hf.tie_weights()
-    return complete(hf, preset, activations, loss, lora)
+    model = complete(hf, preset, activations, loss, lora)
+    keep_as_priced(hf)
+    return model
 
 
 def complete(

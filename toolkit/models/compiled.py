@@ -7,23 +7,28 @@ are.
 from __future__ import annotations
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
-from toolkit.models.activations import checkpointable
+from toolkit.models.activations import checkpointable, kept_activations
 from toolkit.models.presets import first_line
 
 FLAG = "--compile-model"
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Have each block of `model` compiled when it first runs.
+    """Have each block of `model` compiled when it first runs, within its budget for activations if it has one.
+
+    The budget is torch's for the whole process: it holds for what else is compiled, until the next call.
 
     Raises UserError for a model that has none.
     """
     blocks = checkpointable(model)
     if not blocks:
         raise UserError(f"{FLAG}: the model has no blocks that can be told apart; leave the flag out.")
+    budget = kept_activations(model).budget
+    functorch.activation_memory_budget = 1.0 if budget is None else budget
     for block in blocks:
         block.compile()
 

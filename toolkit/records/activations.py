@@ -5,12 +5,15 @@
   of the first N blocks.
 * ``offload``: ``checkpoint``, and those inputs lie in the host's memory meanwhile.
 * ``tiled``: the MLP of each block runs on some tokens at a time, in both passes, and keeps only its input.
+* ``budget:SHARE``: of what a compiled block saves at most this share, from 0 to 1; torch's compiler computes again what
+  is cheapest to compute. With ``--compile-model`` only, and without other words.
 
 Words are joined by commas: ``checkpoint,tiled``, ``checkpoint:8,offload``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -19,9 +22,13 @@ from pydantic import BeforeValidator, PlainSerializer
 
 from toolkit.errors import UserError, but, nearest
 
-FULL, CHECKPOINT, OFFLOAD, TILED = WORDS = ("full", "checkpoint", "offload", "tiled")
+FULL, CHECKPOINT, OFFLOAD, TILED, BUDGET = WORDS = ("full", "checkpoint", "offload", "tiled", "budget")
+_ALONE = (FULL, BUDGET)
 FLAG = "--activations"
-HELP = "What is kept for the backward pass: full, checkpoint, checkpoint:N, offload, tiled, or some with commas."
+HELP = (
+    "What is kept for the backward pass: full, checkpoint, checkpoint:N, offload, tiled, or some with commas; "
+    "or budget:SHARE of a compiled model."
+)
 
 # Names of today by those that older versions wrote: a field's, and a flag's.
 _RENAMED = {"activation_checkpointing": "activations", "--activation-checkpointing": FLAG}
@@ -36,15 +43,18 @@ class Activations:
         blocks: only so many, the first ones; None: all.
         offload: what checkpointed blocks keep lies on the host.
         tiled: MLPs run in tiles.
+        budget: the share of what compiled blocks save that they may keep; alone.
     """
 
     checkpoint: bool = False
     blocks: int | None = None
     offload: bool = False
     tiled: bool = False
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         assert self.checkpoint or not (self.offload or self.blocks), self
+        assert self.budget is None or not (self.checkpoint or self.tiled), self
 
     @classmethod
     def read(cls, value: Any) -> Activations:
@@ -61,12 +71,17 @@ class Activations:
         for name in names:
             if name not in WORDS:
                 raise ValueError(
-                    f"must be {', '.join(WORDS[:-1])} or {TILED}, or some of these with commas{_hint(name)}"
+                    f"must be {FULL}, {CHECKPOINT}, {OFFLOAD} or {TILED}, or some of these with commas, or "
+                    f"{BUDGET}:SHARE{_hint(name)}"
                 )
             if names.count(name) > 1:
                 raise ValueError(f"must name {name} once")
-        if FULL in names and len(names) > 1:
-            raise ValueError(f"must be either {FULL} or {', '.join(name for name in names if name != FULL)}, not both")
+        for alone in _ALONE:
+            if alone in names and len(names) > 1:
+                others = ", ".join(name for name in names if name != alone)
+                raise ValueError(f"must be either {alone} or {others}, not both")
+        if names == [BUDGET]:
+            return cls(budget=_share(words[0]))
         return cls(
             checkpoint=CHECKPOINT in names or OFFLOAD in names,
             blocks=_blocks(words),
@@ -77,10 +92,19 @@ class Activations:
     def __str__(self) -> str:
         """As a user types it, in one way for each choice."""
         some = f"{CHECKPOINT}:{self.blocks}" if self.blocks is not None else CHECKPOINT
+        if self.budget is not None:
+            return f"{BUDGET}:{self.budget:g}"
         # offload alone says that blocks are checkpointed.
         first = some if self.checkpoint and (self.blocks is not None or not self.offload) else None
         found = [first, OFFLOAD if self.offload else None, TILED if self.tiled else None]
         return ",".join(word for word in found if word is not None) or FULL
+
+    def priced(self, blocks: int) -> Activations:
+        """What holds no less of a model of so many blocks: of a budget's share all is kept, of the others the input."""
+        if self.budget is None:
+            return self
+        again = math.ceil((1 - self.budget) * blocks)
+        return Activations(checkpoint=True, blocks=None if again == blocks else again) if again else Activations()
 
     def check_device(self, device: str) -> None:
         """Raise UserError where `device` ("cpu", "cuda") has no host beside it to offload to."""
@@ -94,6 +118,18 @@ class Activations:
 def _hint(name: str) -> str:
     hint = nearest(name, WORDS) if name else ""
     return f".{hint}" if hint else ""
+
+
+def _share(word: str) -> float:
+    """SHARE of ``budget:SHARE``."""
+    _, _, number = word.partition(":")
+    try:
+        share = float(number)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ValueError(f"must have a number from 0 to 1 after {BUDGET}, as in {BUDGET}:0.5")
+    return share
 
 
 def _blocks(words: list[str]) -> int | None:

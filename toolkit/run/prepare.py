@@ -128,6 +128,11 @@ def prepare(settings: RunSettings) -> PreparedRun:
         monitors.check_packages(resolved.config)
     if settings.activations is not None:
         settings.activations.check_device(get_accelerator().device_name())
+        if settings.activations.budget is not None and not settings.compile_model:
+            raise UserError(
+                f"--activations is {str(settings.activations)!r}, and it is torch's compiler that keeps within a "
+                "budget: add --compile-model, or choose checkpoint:N."
+            )
     if settings.compile_model:
         if resolved.ds.stage == 3:
             raise UserError(

@@ -28,6 +28,7 @@ class AdaMuonRule(NormalizedRule):
     states = (State("m"), State("v", signed=False))
     statistics = (Matrix("o"), Mean("u2", over="parameter"))
     update_error = MappingProxyType({"8bit": 15.5, "compact": 52.6, "minimal": 55.7})
+    loss_price = MappingProxyType({"8bit": (0.002, 0.002)})
 
     eps: NonNegative = 1e-8
 

@@ -36,7 +36,7 @@ class AdamW8Rule(ScaledRule):
     direction = staticmethod(adam.direction)
     needs = ("total_steps",)
     update_error = MappingProxyType({"8bit": 3.2, "compact": 36.9, "minimal": 42.8})
-    loss_price = MappingProxyType({"lean": (-0.008, 0.016)})
+    loss_price = MappingProxyType({"8bit": (-0.005, 0.022), "lean": (-0.008, 0.016)})
 
     lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta] = (0.9, 0.95)

@@ -33,6 +33,7 @@ class AdEMAMixRule(Rule):
     states = (State("m1"), State("m2"), State("v", signed=False))
     needs = ("total_steps",)
     update_error = MappingProxyType({"8bit": 5.0, "compact": 35.8, "minimal": 45.7})
+    loss_price = MappingProxyType({"8bit": (-0.024, 0.03)})
 
     lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta, Beta] = (0.9, 0.999, 0.9999)

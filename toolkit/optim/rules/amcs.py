@@ -54,7 +54,15 @@ class AMCSRule(ScaledRule):
     )
     needs = ("total_steps",)
     update_error = MappingProxyType({"8bit": 2.9, "compact": 12.1, "minimal": 22.7})
-    loss_price = MappingProxyType({"lean": (0.002, 0.013), "leanest": (0.001, 0.014)})
+    loss_price = MappingProxyType(
+        {
+            "8bit": (-0.005, 0.005),
+            "compact": (0.008, 0.009),
+            "minimal": (0.006, 0.009),
+            "lean": (0.002, 0.013),
+            "leanest": (0.001, 0.014),
+        }
+    )
     beside = MappingProxyType({"leanest": {"mode": "mixed"}})
 
     lr: NonNegative = 6e-4

@@ -23,6 +23,7 @@ class Lion8Rule(Rule):
 
     states = (State("m"),)
     update_error = MappingProxyType({"8bit": 16.4, "compact": 62.5, "minimal": 62.5})
+    loss_price = MappingProxyType({"8bit": (-0.009, 0.111)})
 
     lr: NonNegative = 1e-4
     betas: tuple[Beta, Beta] = (0.9, 0.99)

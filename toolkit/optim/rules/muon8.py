@@ -30,6 +30,7 @@ class Muon8Rule(OrthogonalRule):
     statistics = (Matrix("o"),)
     chosen = MappingProxyType({"scaling": "moonlight", "coefficients": "muon"})
     update_error = MappingProxyType({"8bit": 10.8, "compact": 49.3, "minimal": 52.6})
+    loss_price = MappingProxyType({"8bit": (0.005, 0.002)})
 
     momentum: Beta = 0.95
     scaling: Literal["moonlight", "keller"] = "moonlight"

@@ -28,6 +28,7 @@ class NorMuonRule(NormalizedRule):
     states = (State("m"), State("v_row", of="rows"))
     statistics = (Matrix("o"), Mean("o2", over="row"), Mean("u2", over="parameter", by="measure_size"))
     update_error = MappingProxyType({"8bit": 12.2, "compact": 52.4, "minimal": 55.4})
+    loss_price = MappingProxyType({"8bit": (-0.003, 0.008)})
 
     eps: NonNegative = 1e-10
 

@@ -41,6 +41,7 @@ class SOAMRule(Rule):
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("v", signed=False))
     update_error = MappingProxyType({"8bit": 3.0, "compact": 49.4, "minimal": 51.7})
+    loss_price = MappingProxyType({"8bit": (0.001, 0.012), "compact": (-0.038, 0.034)})
 
     lr: NonNegative = 8e-3
     betas: tuple[Beta, Beta] = (0.9, 0.95)

@@ -27,6 +27,7 @@ class StableAdamWRule(Rule):
     states = (State("m"), State("v", signed=False))
     statistics = (Mean("rms2", over="parameter"),)
     update_error = MappingProxyType({"8bit": 3.4, "compact": 35.8, "minimal": 42.3})
+    loss_price = MappingProxyType({"8bit": (0.002, 0.003)})
 
     lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta] = (0.9, 0.99)
