@@ -1,10 +1,11 @@
-"""The table "More methods" of docs/benchmarks/README.md, from what `toolkit compare` wrote.
+"""The tables "Methods side by side" of docs/benchmarks/README.md, from what `toolkit compare` wrote.
 
-    python tests/benchmarks/methods_losses.py                                  # the table, from the kept losses
+    python tests/benchmarks/methods_losses.py                                  # the tables, from the kept losses
     python tests/benchmarks/methods_losses.py --add runs/fineweb/report.json   # add a comparison's first
 
-Kept are the validation losses by method, best rate and seed (docs/benchmarks/methods-losses.json). Differences are
-paired by seed, so all runs are of one kind of machine: another gives other losses for the same seed.
+Kept are validation losses by method, rate and seed (docs/benchmarks/methods-losses.json). Differences are paired by
+seed, so all runs are of one kind of machine: another gives other losses for the same seed. A method whose name ends in
+"-fp32" is another with fp32 state.
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.compare.differences import difference
+from toolkit.compare.differences import Difference, difference
+from toolkit.optim import RULES
 
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "methods-losses.json"
 BASELINE = "adamw"
-HEADING = f"method | - {BASELINE}, paired by seed | seeds | validation loss | peak, MB | state, bytes a parameter | lr"
+MAIN = (
+    f"method | - {BASELINE}, paired by seed | in spreads | validation loss | lr | at half and twice that, seed 0 | "
+    "peak, MB | state, bytes a parameter"
+)
+FEW = f"method | - {BASELINE}, paired by seed | seeds | lr"
+STATES = " | 8-bit state | fp32 state | difference, paired | 2 s.e. | by seed"
+EXACT = "-fp32"
+ENOUGH = 3  # seeds
 
 
 def machine() -> str:
@@ -43,22 +52,72 @@ def add(kept: dict[str, Any], report: Mapping[str, Any], where: str) -> None:
         if held["lr"] != rate:
             raise SystemExit(f"{one['name']}: kept are losses at lr {held['lr']:g}, and these are at {rate:g}")
         held["losses"] |= {seed: round(loss, 4) for seed, loss in one["losses"].items()}
+        others = {
+            value: round(loss, 4)
+            for sweep in one["sweeps"]
+            for value, loss in sweep["losses"].items()
+            if float(value) != rate
+        }
+        if others:
+            held["others"] = held.get("others", {}) | others
         held |= {"peak_mb": round(one["peak"] / 1e6, 2), "state": round(one["state_per_parameter"], 2)}
 
 
+def _beside(one: Mapping[str, Any], base: Mapping[str, Any]) -> Difference:
+    found = difference(one["losses"], base["losses"])
+    assert found is not None
+    return found
+
+
+def _said(beside: Difference) -> str:
+    error = "" if beside.standard_error is None else f" ± {beside.standard_error:.3f}"
+    return f"{beside.mean:+.3f}{error}"
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def rows(kept: Mapping[str, Any]) -> list[str]:
-    """Of a Markdown table, the lowest difference first."""
+    """Of MAIN: methods of ENOUGH seeds, the lowest difference first."""
     methods = kept["methods"]
     found = []
     for name, one in methods.items():
-        beside = difference(one["losses"], methods[BASELINE]["losses"])
-        assert beside is not None
-        error = "" if beside.standard_error is None else f" ± {beside.standard_error:.3f}"
-        said = "" if name == BASELINE else f"{beside.mean:+.3f}{error}"
-        loss = f"{statistics.fmean(one['losses'].values()):.4f}"
+        if name.endswith(EXACT) or len(one["losses"]) < ENOUGH:
+            continue
+        beside, others = _beside(one, methods[BASELINE]), one.get("others", {})
+        said = ("", "") if name == BASELINE else (_said(beside), f"{beside.in_spreads:+.1f}")
+        loss = f"{statistics.fmean(one['losses'].values()):.3f} ± {statistics.stdev(one['losses'].values()):.3f}"
+        near = [others.get(f"{one['lr'] * factor:g}") for factor in (0.5, 2)]
+        tried = ", ".join("not tried" if one is None else f"{one - methods[name]['losses']['0']:+.3f}" for one in near)
         held = f"{one['peak_mb']:.2f}", f"{one['state']:.2f}"
-        cells = (name, said, len(beside.by_seed), loss, *held, f"{one['lr']:g}")
-        found.append((beside.mean, f"| {' | '.join(map(str, cells))} |"))
+        found.append((beside.mean, _row(name, *said, loss, f"{one['lr']:g}", tried, *held)))
+    return [row for _, row in sorted(found)]
+
+
+def rows_of_few(kept: Mapping[str, Any]) -> list[str]:
+    """Of FEW: methods of fewer seeds, each against the baseline at these."""
+    methods = kept["methods"]
+    return [
+        _row(name, _said(_beside(one, methods[BASELINE])), len(one["losses"]), f"{one['lr']:g}")
+        for name, one in methods.items()
+        if len(one["losses"]) < ENOUGH
+    ]
+
+
+def rows_of_states(kept: Mapping[str, Any]) -> list[str]:
+    """Of STATES: each rule in 8 bits and in fp32, the largest loss first."""
+    methods, rules = kept["methods"], {name.lower(): name for name in RULES}
+    found = []
+    for name, exact in methods.items():
+        coded = methods.get(name.removesuffix(EXACT))
+        if name.endswith(EXACT) and coded is not None:
+            beside = _beside(coded, exact)
+            means = [f"{statistics.fmean(one['losses'].values()):.4f}" for one in (coded, exact)]
+            by_seed = ", ".join(f"{one:+.4f}" for one in beside.by_seed.values())
+            assert beside.standard_error is not None
+            cells = f"{beside.mean:+.4f}", f"{2 * beside.standard_error:.4f}", by_seed
+            found.append((-beside.mean, _row(rules[name.removesuffix(EXACT)], *means, *cells)))
     return [row for _, row in sorted(found)]
 
 
@@ -70,7 +129,8 @@ def main() -> None:
     for path in options.add:
         add(kept, json.loads(path.read_text()), machine())
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    print(f"| {HEADING} |", "|" + "---|" * len(HEADING.split(" | ")), *rows(kept), sep="\n")
+    for heading, table in ((MAIN, rows(kept)), (FEW, rows_of_few(kept)), (STATES, rows_of_states(kept))):
+        print(f"| {heading} |", "|" + "---|" * len(heading.split(" | ")), *table, "", sep="\n")
 
 
 if __name__ == "__main__":
