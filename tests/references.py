@@ -14,6 +14,9 @@ Update = Callable[[Array, Array, int], Array]
 ADEMAMIX_STEPS = 6
 """Of AdEMAMix's warm-ups."""
 
+AMCS_STEPS = 6
+"""In which AMCS's blend moves from the fast momentum to the slow one."""
+
 
 def adam_direction(b1: float, b2: float, eps: float) -> Callable[[Array, int], Array]:
     m, v = np.zeros(1), np.zeros(1)
@@ -43,6 +46,34 @@ def factored_adamw(lr: float, decay: float) -> Update:
             grid = v.reshape(-1, g.shape[-1]) if g.ndim == 3 else v.reshape(g.shape[0], -1)
             v = (grid.mean(1)[:, None] * grid.mean(0) / grid.mean()).reshape(g.shape)
         return moved
+
+    return update
+
+
+def amcs(lr: float, decay: float, gamma: float = 1.0) -> Update:
+    fast, slow, v = np.zeros(1), np.zeros(1), np.zeros(1)
+
+    def update(theta: Array, g: Array, t: int) -> Array:
+        nonlocal fast, slow, v
+        fast, slow, v = 0.9 * fast + 0.1 * g, 0.95 * slow + 0.05 * g, 0.95 * v + 0.05 * g**2
+        a = max(0.0, 1 - (t - 1) / (AMCS_STEPS - 1))
+        m = a * fast / (1 - 0.9**t) + (1 - a) * slow / (1 - 0.95**t)
+        return theta - gamma * lr * (decay * theta + m / (np.sqrt(v / (1 - 0.95**t)) + 1e-8))
+
+    return update
+
+
+def soam(lr: float, decay: float, ffn: bool = False, max_update: float = np.inf) -> Update:
+    b1, eta = (0.95, 1.875 * lr) if ffn else (0.9, lr)
+    m, v = np.zeros(1), np.zeros(1)
+
+    def update(theta: Array, g: Array, t: int) -> Array:
+        nonlocal m, v
+        m, v = b1 * m + (1 - b1) * g, 0.95 * v + 0.05 * g**2
+        u = m / (1 - b1**t) / np.sqrt(v / (1 - 0.95**t) + 1e-8)
+        most = max_update * max(np.sqrt(np.mean(theta**2)), 1e-3)
+        k = min(1.0, most / (eta * np.sqrt(np.mean(u**2))))
+        return theta - eta * decay * theta - k * eta * u
 
     return update
 
@@ -237,10 +268,12 @@ def lomo(lr: float, decay: float) -> Update:
     return lambda theta, g, t: theta - lr * (g + decay * theta)
 
 
-FACTORED = "AdamW8, factored"
-"""Stands for a rule with a state format."""
+FACTORED, BOUNDED = "AdamW8, factored", "SOAM, bounded"
+"""Stand for a rule with a state format, and for one with `max_update`."""
 
 REFERENCES: dict[str, Callable[..., Update]] = {
+    "AMCS": amcs,
+    "SOAM": soam,
     "AdamW8": adamw,
     "Lion8": lion,
     "QHAdam": qhadam,
@@ -259,7 +292,11 @@ REFERENCES: dict[str, Callable[..., Update]] = {
 
 HIDDEN = ("attention", "ffn", "other")
 
-SETTINGS: dict[str, dict[str, int]] = {"AdEMAMix": {"total_steps": ADEMAMIX_STEPS}}
+SETTINGS: dict[str, dict[str, float]] = {
+    "AdEMAMix": {"total_steps": ADEMAMIX_STEPS},
+    "AMCS": {"total_steps": AMCS_STEPS},
+    BOUNDED: {"max_update": 8e-3},
+}
 """Hyper-parameters, beside rate and decay, that a reference does not have as the rule's defaults."""
 
 
@@ -270,8 +307,14 @@ def follow(
     hidden = {"hidden": component in HIDDEN}
     kinds = dict.fromkeys(("Muon8", "NorMuon", "AdaMuon", "SinkGD"), hidden)
     kinds["SCALE"] = {"head": component == "head", "lookup": component == "embedding"}
-    made = factored_adamw if name == FACTORED else REFERENCES[name]
-    update, theta = made(lr, decay, **kinds.get(name, {})), start.astype(np.float64)
+    ffn = {"ffn": component == "ffn"}
+    numbers = {
+        "AMCS": {"gamma": {"attention": 1.2, "embedding": 0.8, "head": 0.8}.get(component, 1.0)},
+        "SOAM": ffn,
+        BOUNDED: ffn | SETTINGS[BOUNDED],
+    }
+    made = (REFERENCES | {FACTORED: factored_adamw, BOUNDED: soam})[name]
+    update, theta = made(lr, decay, **(kinds | numbers).get(name, {})), start.astype(np.float64)
     for t, gradient in enumerate(gradients, 1):
         theta = update(theta, gradient.astype(np.float64), t)
     return theta

@@ -11,11 +11,12 @@ import pytest
 import torch
 from plugins_worker import Model, gradients
 from ranks import launch
-from references import FACTORED, REFERENCES, SETTINGS, follow
+from references import BOUNDED, FACTORED, REFERENCES, SETTINGS, follow
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 STEPS, DECAY = 4, 0.1
-RATES = dict.fromkeys(REFERENCES, 1e-2) | {"LOMO": 5.0}
+RULES = (*REFERENCES, BOUNDED)
+RATES = dict.fromkeys(RULES, 1e-2) | {"LOMO": 5.0}
 """With 0.01 LOMO's steps would be so small that fp32 weights round them."""
 STAGES = (0, 1, 2, 3)
 WORLDS = [1, 2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
@@ -29,7 +30,7 @@ COMPONENTS = {
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 CODED = (2, 3)
 """Stages for 8-bit state; stage 1 steps as stage 2 does."""
-WHOLE = ("StableAdamW", "Lamb8", "Adafactor8", "Muon8", "NorMuon", "AdaMuon", "SinkGD", "SCALE")
+WHOLE = ("StableAdamW", "Lamb8", "Adafactor8", "Muon8", "NorMuon", "AdaMuon", "SinkGD", "SCALE", BOUNDED)
 """What looks at whole parameters; in Muon8 nothing is summed over ranks but gradients."""
 
 
@@ -38,7 +39,7 @@ def config(rule: str, stage: int, **top: Any) -> dict[str, Any]:
     params |= SETTINGS.get(rule, {}) | top.pop("params", {})
     made = {
         "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": rule, "params": params},
+        "optimizer": {"type": rule.partition(",")[0], "params": params},
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 3000},
         "gradient_clipping": 0.0,
         "steps_per_print": 1_000_000,
@@ -50,8 +51,8 @@ def cases() -> dict[str, dict[str, Any]]:
     def case(*args: Any, same: bool = False, warm: bool = False, **more: Any) -> dict[str, Any]:
         return {"config": config(*args, **more), "steps": STEPS, "same": same, "warm": warm}
 
-    made = {f"{rule}-{stage}": case(rule, stage) for rule in REFERENCES for stage in STAGES}
-    for rule in REFERENCES:
+    made = {f"{rule}-{stage}": case(rule, stage) for rule in RULES for stage in STAGES}
+    for rule in RULES:
         for stage in CODED if rule in WHOLE else ():
             coded = {"params": {"state_format": "8bit"}, "bf16": {"enabled": True}}
             made[f"{rule}-{stage}-8bit"] = case(rule, stage, same=True, **coded)
@@ -98,7 +99,7 @@ def assert_follows(got: dict[str, torch.Tensor], want: dict[str, Any], most: flo
         assert moved > 0 and np.linalg.norm(got[name].double().numpy() - value) < most * moved, name
 
 
-@pytest.mark.parametrize("rule", REFERENCES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_a_rule_follows_its_equations_at_every_stage(ranks: Any, world_size: int, stage: int, rule: str) -> None:
@@ -106,6 +107,13 @@ def test_a_rule_follows_its_equations_at_every_stage(ranks: Any, world_size: int
     # Muon8's polynomial makes differences larger: its slope at 0 is 3.4445 to the fifth.
     most = 1e-4 if rule == "Muon8" else 1e-5
     assert_follows(first[f"{rule}-{stage}"]["weights"], reference(rule, world_size), most)
+
+
+def test_the_bound_changes_every_parameter() -> None:
+    free, bounded = reference("SOAM", 2), reference(BOUNDED, 2)
+    for name, p in Model().named_parameters():
+        moved = np.linalg.norm(free[name] - p.detach().double().numpy())
+        assert np.linalg.norm(bounded[name] - free[name]) > 0.01 * moved, name
 
 
 @pytest.mark.parametrize("case", [*STAGES, "offload"])

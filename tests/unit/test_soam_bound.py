@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from references import soam
 from torch import nn
 
 from toolkit.errors import UserError
@@ -38,13 +39,9 @@ def train(max_update: float | None, state_format: str = "fp32") -> dict[str, np.
 def reference(max_update: float) -> dict[str, np.ndarray]:
     found = {}
     for name, theta in start().items():
-        m, v = np.zeros(SHAPE), np.zeros(SHAPE)
+        update = soam(LR, 0.1, max_update=max_update)
         for t, by_name in enumerate(gradients(), 1):
-            m, v = 0.9 * m + 0.1 * by_name[name], 0.95 * v + 0.05 * by_name[name] ** 2
-            u = m / (1 - 0.9**t) / np.sqrt(v / (1 - 0.95**t) + 1e-8)
-            most = max_update * max(np.sqrt(np.mean(theta**2)), 1e-3)
-            k = min(1.0, most / (LR * np.sqrt(np.mean(u**2))))
-            theta = theta - LR * 0.1 * theta - k * LR * u
+            theta = update(theta, by_name[name], t)
         found[name] = theta
     return found
 
