@@ -1,6 +1,6 @@
 """Shipped configs start two real ranks and train on them.
 
-Those of AMCS, SOAM and AdamW as they are; the other rules' without compiling, for a few steps of a smaller model.
+Those of AMCS, SOAM, AdamW and AdamW8 as they are; the other rules' without compiling, for a few steps of a smaller model.
 `make test-slow` takes AdamW with offload, for which DeepSpeed builds an extension of its own.
 """
 
@@ -18,9 +18,10 @@ from toolkit.config import load_config, shipped_configs
 from toolkit.optim import RULES
 
 WORLD_SIZE, STEPS, FEW = 2, 16, 3
+WHOLE = ("AMCS", "SOAM", "AdamW", "AdamW8")
 SHIPPED = shipped_configs()
 LEAN = [name for name, one in SHIPPED.items() if one.state_format == "lean"]
-AS_THEY_ARE = [name for name, one in SHIPPED.items() if one.optimizer in ("AMCS", "SOAM", "AdamW") and name not in LEAN]
+AS_THEY_ARE = [name for name, one in SHIPPED.items() if one.optimizer in WHOLE and name not in LEAN]
 OTHERS = [name for name in SHIPPED if name not in AS_THEY_ARE + LEAN]
 BUILT = ("adamw_zero2_offload", "adamw_zero3_offload")
 
