@@ -1,4 +1,4 @@
-"""A real comparison: interrupted in the middle of a run, resumed, extended, refused when it changes."""
+"""A real comparison: stopped in the middle of a run by Ctrl-C or its minutes, resumed, extended, refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,28 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+
+
+LATE = """
+import itertools, os, time, types
+from pathlib import Path
+from toolkit.compare import drive
+from toolkit.run.stopping import StopRequest
+
+if folder := os.environ.get("LATE"):
+    def clock():
+        return time.monotonic() + 3600 * any(Path(folder).rglob("manifest.json"))
+
+    def requested(stop):
+        while next(steps) > 4 and not asked(stop):
+            time.sleep(0.01)
+        return asked(stop)
+
+    drive.time = types.SimpleNamespace(monotonic=clock, sleep=time.sleep)
+    asked, steps = StopRequest.requested.fget, itertools.count(1)
+    StopRequest.requested = property(requested)
+"""
+"""A plug-in: once a run has a checkpoint an hour passes for the comparison, and a run waits in its fifth step."""
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -47,9 +70,9 @@ def command(folder: Path, *more: str) -> list[str]:
     return toolkit_command("compare", *flat, *more)
 
 
-def run(folder: Path, *more: str) -> tuple[int, str]:
+def run(folder: Path, *given: str, more: Mapping[str, str] | None = None) -> tuple[int, str]:
     (folder / "log").unlink(missing_ok=True)
-    return SERVER.call(command(folder, *more), environment(), folder / "log", launches=True)
+    return SERVER.call(command(folder, *given), environment() | dict(more or {}), folder / "log", launches=True)
 
 
 def losses(folder: Path) -> dict[str, list[float]]:
@@ -95,6 +118,33 @@ def test_a_run_that_was_interrupted_is_resumed(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "out" / "runs" / place / "summary.json").read_text())
     [method] = json.loads((tmp_path / "out" / "report.json").read_text())["methods"]
     assert method["losses"] == {"0": summary["val_loss"]} and method["why_untuned"] == "nothing is swept"
+
+
+def test_a_comparison_stopped_by_its_minutes_ends_with_the_losses_of_one_that_was_not(tmp_path: Path) -> None:
+    plugin = tmp_path / "late.py"
+    plugin.write_text(LATE)
+    plan = ["--methods", "amcs,muon8", "--set", "optimizer.params.compile=false", "--seeds", "1"]
+    plan += ["--plugin", str(plugin)]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    status, said = run(whole, *plan)
+    assert status == 0, said
+
+    status, said = run(cut, *plan, "--minutes", "7.5", more={"LATE": str(cut)})
+    assert status == 130, said
+    assert "7.5 minutes are over." in said and "stopped; the same command resumes." in said
+    [(place, values)] = losses(cut).items()
+    assert place == "amcs/as-configured/seed0" and 2 <= len(values) < STEPS, "it was stopped in the middle"
+    assert "No run has ended yet." in (cut / "out" / "report.md").read_text()
+
+    status, said = run(cut, *plan, "--minutes", "60")
+    assert status == 0, said
+    assert "resumed: amcs as-configured seed 0" in said and "are over" not in said
+    assert len(losses(whole)) == 2 and losses(cut) == losses(whole)
+    final = [json.loads((folder / "out" / "report.json").read_text())["methods"] for folder in (whole, cut)]
+    assert [method["losses"] for method in final[1]] == [method["losses"] for method in final[0]]
+    assert run(cut, *plan, "--minutes", "0")[0] == 0, "nothing is left to make"
 
 
 @pytest.mark.slow

@@ -58,6 +58,9 @@ def compare(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks of each run.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     zero_stage: Annotated[int, typer.Option(min=0, max=3, help="ZeRO stage of methods that do not name theirs.")] = 2,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so many, as Ctrl-C does. (default: never)")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The comparison's folder; one that exists is continued.")] = None,
     keep_checkpoints: Annotated[
         bool, typer.Option("--keep-checkpoints", help="Leave the last checkpoint of runs that have ended.")
@@ -108,7 +111,14 @@ def compare(
         save(plan, folder)
         runs = Runs(plan, folder)
         say = partial(echo, err=True) if as_json else echo
-        driver = Driver(runs, jobs=jobs, keep_checkpoints=keep_checkpoints, say=say, ended=lambda: write(runs))
+        driver = Driver(
+            runs,
+            jobs=jobs,
+            keep_checkpoints=keep_checkpoints,
+            say=say,
+            ended=lambda: write(runs),
+            minutes=minutes,
+        )
         finished = driver.drive()
         _show(write(runs), as_json)
     if not finished:
@@ -138,7 +148,8 @@ def _settings(arguments: Sequence[str]) -> RunSettings:
     from toolkit.run.settings import RunSettings, flag_of, parse
 
     known = [flag_of(name) for name in RunSettings.model_fields]
-    own = ["--methods", "--sweep", "--seeds", "--extend", "--baseline", "--ranks", "--jobs", "--zero-stage", "--out"]
+    own = ["--methods", "--sweep", "--seeds", "--extend", "--baseline", "--ranks", "--jobs", "--zero-stage"]
+    own += ["--minutes", "--out"]
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     spelt = {flag: flag.replace("_", "-").replace("--no-", "--") for flag in flags}
     unknown = next(

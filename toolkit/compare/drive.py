@@ -1,9 +1,10 @@
-"""Makes the runs of a comparison, some at a time, until there is none left to make or the user stops it."""
+"""Makes the runs of a comparison, some at a time, until none is left to make, its time is over or the user stops it."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -45,13 +46,21 @@ class Driver:
         keep_checkpoints: of runs that have ended.
         say: shows a line.
         ended: called after each run that has ended well.
+        minutes: after which it stops as at the user's request; None: never.
     """
 
     def __init__(
-        self, runs: Runs, *, jobs: int, keep_checkpoints: bool, say: Callable[[str], None], ended: Callable[[], object]
+        self,
+        runs: Runs,
+        *,
+        jobs: int,
+        keep_checkpoints: bool,
+        say: Callable[[str], None],
+        ended: Callable[[], object],
+        minutes: float | None = None,
     ) -> None:
         self.runs, self.jobs, self.keep_checkpoints = runs, jobs, keep_checkpoints
-        self.say, self.ended = say, ended
+        self.say, self.ended, self.minutes = say, ended, minutes
         self.failures: dict[str, str] = {}
         """By method, what went wrong."""
         self._active: dict[Cell, tuple[subprocess.Popen[bytes], IO[bytes], float]] = {}
@@ -59,19 +68,23 @@ class Driver:
         self._made = 0
 
     def drive(self) -> bool:
-        """Make all runs that are wanted; False where the user stopped it.
+        """Make all runs that are wanted; False where it was stopped before.
 
         Raises:
             UserError: the first run is refused: what is wrong with it is wrong with all.
         """
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        until = math.inf if self.minutes is None else time.monotonic() + 60 * self.minutes
         try:
             while True:
+                if time.monotonic() >= until and not self._signals:
+                    self.say(f"{self.minutes:g} minutes are over.")
+                    self._stop()
                 wanted = [] if self._signals else self.wanted()
                 for cell in wanted[: self.jobs - len(self._active)]:
                     self._start(cell)
                 if not self._active:
-                    return not self._signals
+                    return not self._signals or not self.wanted()
                 self._collect()
                 time.sleep(_WAIT)
         finally:
@@ -143,10 +156,10 @@ class Driver:
         plan = self.runs.plan
         return any(self.runs.losses(method.name, self.runs.tuning(method).point) for method in plan.methods)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _stop(self, number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
         self._signals += 1
         if self._signals == 1:
-            self.say("stopping: runs finish their step and save a checkpoint; once more ends them at once.")
+            self.say("stopping: runs finish their step and save a checkpoint; Ctrl-C now ends them at once.")
         for process, _, _ in self._active.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGINT if self._signals < 3 else signal.SIGKILL)
