@@ -165,6 +165,12 @@ def test_auto_values_are_dropped() -> None:
         ({"optimizer": None}, {}, "no 'optimizer' section"),
         ({"scheduler": None}, {"warmup": 0.1}, "--warmup needs a 'scheduler'"),
         ({"scheduler": {"type": "OneCycle"}}, {"warmup": 0.1}, "does not apply to scheduler 'OneCycle'"),
+        (
+            {"sequence_parallel_size": 2},
+            {},
+            r"sequence_parallel_size is 2 \(Ulysses\), for which ranks must be given the",
+        ),
+        ({"tensor_parallel": {"autotp_size": 2}}, {}, "autotp_size is 2, .* train in a loop of your own"),
     ],
 )
 def test_flags_with_nowhere_to_go(change: dict[str, Any], flags: dict[str, Any], message: str) -> None:

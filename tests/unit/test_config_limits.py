@@ -59,7 +59,7 @@ def test_what_deepspeed_refuses_later_is_refused_for_its_own_optimizers(assignme
             "tensor_parallel.autotp_size is 3, which does not divide the number of ranks",
         ),
         ("sequence_parallel_size=3", "sequence_parallel_size is 3, which does not divide the number of ranks, 4"),
-        ("sequence_parallel_size=2", "does not act upon without data_parallel_size beside it"),
+        ("sequence_parallel_size=2", "does not add up the gradients of ranks that share a sequence (Ulysses)"),
         ("zero_optimization.zero_hpz_partition_size=3", "zero_hpz_partition_size is 3, which does not divide"),
         ("tensorboard.enabled=true", "tensorboard needs the package tensorboard, which is not installed"),
     ],

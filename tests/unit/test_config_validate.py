@@ -234,9 +234,9 @@ def test_batch_sizes_must_multiply(sizes: tuple[Any, ...], world_size: int | Non
         assert sentence in refusal(config, world_size)
 
 
-def test_ranks_that_share_a_sequence_count_once() -> None:
+def test_ranks_that_share_a_layer_count_once() -> None:
     config = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4}
-    config |= {"data_parallel_size": 2, "sequence_parallel_size": 2}
+    config |= {"tensor_parallel": {"autotp_size": 2}}
     validate({**config, "gradient_accumulation_steps": 1}, origin="my.json", world_size=4)
     assert "2 (world size)" in refusal({**config, "gradient_accumulation_steps": 2}, 4)
 

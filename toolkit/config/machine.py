@@ -16,6 +16,14 @@ from toolkit.sentences import one_line
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
+UNSUMMED = (
+    "sequence_parallel_size is {size}: DeepSpeed does not add up the gradients of ranks that share a sequence "
+    "(Ulysses) unless initialize is handed an mpu; leave it out, call initialize_sequence_parallel({size}) of "
+    "deepspeed.runtime.sequence_parallel.parallel_state_sp, and hand that module over as `mpu`."
+)
+"""Of sequence parallelism by the JSON or by `mesh_param`: gradients are added up over the other dimension alone."""
+
+
 def ranks_per_replica(facts: Facts) -> int:
     """Ranks that share a sequence or a layer: they work on the same micro-batch."""
     sharing: int = facts.config.get("sequence_parallel_size", 1)
@@ -37,11 +45,8 @@ def check_mesh(facts: Facts, world_size: int) -> None:
     _check_experts(facts, world_size)
     replicas, sequence = facts.config.get("data_parallel_size"), facts.config.get("sequence_parallel_size")
     own_pass = "autosp" in (facts.models["compile"].passes or ())
-    if sequence is not None and sequence > 1 and replicas is None and not own_pass:
-        raise UserError(
-            f"sequence_parallel_size is {sequence}, which DeepSpeed counts batches by and does not act upon without "
-            "data_parallel_size beside it; set both, or hand initialize an mpu."
-        )
+    if sequence is not None and sequence > 1 and not own_pass:
+        raise UserError(UNSUMMED.format(size=sequence))
     if replicas is not None and sequence is not None and replicas * sequence != world_size:
         raise UserError(
             f"data_parallel_size {replicas} * sequence_parallel_size {sequence} is {replicas * sequence}, but must be "

@@ -108,12 +108,12 @@ def _passed_over(
 
 def _check_loop(config: Mapping[str, Any], batch: Batch) -> None:
     """Refuse what DeepSpeed leaves to a training loop and this one does not do."""
-    for place in ("sequence_parallel_size", "tensor_parallel.autotp_size"):
+    for place, name in (("sequence_parallel_size", " (Ulysses)"), ("tensor_parallel.autotp_size", "")):
         value = value_at(config, place)
         if isinstance(value, int | float) and value > 1:
             raise UserError(
-                f"{place} is {value}, for which ranks must be given the same sequences, and here each is given its "
-                "own; leave it out, or train in a loop of your own with toolkit.initialize."
+                f"{place} is {value}{name}, for which ranks must be given the same sequences, and here each is "
+                "given its own; leave it out, or train in a loop of your own with toolkit.initialize."
             )
     if config.get("managed_gradient_accumulation") is False and batch.accumulation > 1:
         raise UserError(

@@ -23,6 +23,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
+from toolkit.config.machine import UNSUMMED
 from toolkit.errors import UserError, some
 from toolkit.zero.access import Access
 
@@ -163,6 +164,13 @@ def check_free(module: nn.Module, *, zero: bool) -> None:
 
 def _trainable(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, param) for name, param in module.named_parameters() if param.requires_grad]
+
+
+def check_sequences(engine: Any) -> None:
+    """Raise UserError if ranks share sequences and gradients are added up among those that do not."""
+    size = engine.sequence_parallel_size
+    if size > 1 and engine.seq_dp_world_size == engine.dp_world_size:
+        raise UserError(UNSUMMED.format(size=size))
 
 
 def claim(engine: Any) -> None:

@@ -61,7 +61,10 @@ _METHODS_ENGINE = (
     "_take_model_step load_checkpoint save_checkpoint _save_checkpoint _save_zero_checkpoint _copy_recovery_script "
     "_configure_lr_scheduler _broadcast_model backward zero_grad destroy no_sync"
 )
-_FIELDS_ENGINE = "checkpoint_engine global_steps global_samples skipped_steps micro_steps lr_scheduler"
+_FIELDS_ENGINE = (
+    "checkpoint_engine global_steps global_samples skipped_steps micro_steps lr_scheduler "
+    "sequence_parallel_size seq_dp_world_size dp_world_size"
+)
 
 
 def _source(kind: type) -> str:

@@ -169,6 +169,7 @@ def register() -> None:
         _settle(self)
         _check_model(self, client_optimizer)
         files = nvme.take_over(self) if _runs_rule(self, client_optimizer) else None
+        calls.check_sequences(self)
         calls.claim(self)
         # Stage 0 in bf16 steps once on zero gradients when it starts.
         with RuleOptimizer.allocating():
