@@ -210,7 +210,7 @@ PARTS: tuple[Part, ...] = (
         "checkpointing.",
         (
             *_PEAK,
-            Check("reserved_over_allocated", "peak reserved over peak allocated", "", "<=", 1.1),
+            Check("reserved_over_allocated", "peak reserved over peak allocated", "", "<=", 1.05),
             Check("step_ms", "second step", "ms"),
         ),
     ),

@@ -27,6 +27,36 @@ whole (a part that no longer fits is not started), `--rehearse` runs it at toy s
 A part has passed if all its figures that have a target were measured and reach it; the others are only reported.
 """
 
+COMPARED = f"""\
+## Methods side by side, 134M
+
+No part of `measure.py`: one command, made again until its exit status is 0 (130: something is left, and the same
+command does it). Qwen3-134M, 640 steps of 128 x 256 tokens, one seed, each method at the rate of its shipped config: no
+rate is swept, so every line is **untuned** in the sense of [method.md](method.md).
+
+    pip install --no-index --no-deps --target site tests/gpu/wheels/*.whl
+    export PYTHONPATH=$PWD:$PWD/site
+    python -c 'from toolkit.cli import main; main()' compare --methods amcs,soam,adamw,muon8,stableadamw \\
+        --minutes 8 --seeds 1 --model qwen3-134m --data fineweb_train.parquet --val-data fineweb_val.parquet \\
+        --steps 640 --seq-len 256 --micro-batch 128 --out runs/fineweb-134m
+
+A call ends in less than nine minutes if the last step, a checkpoint and the report take less than one. `runs/` must be
+there in the next call: it holds the run that was cut, with its checkpoint.
+
+`fineweb_*.parquet` are files to bring along, as the wheels are: `measure.py` has no text of its own and trains on the
+sources of Python's standard library (`--data stdlib`), which would do here as well. The extract of FineWeb that the
+other comparisons use is 19.5 MB of text in 6 MB of parquet: 640 steps, 21 million tokens, go through it several times,
+so that losses are not those of as much new text.
+
+| method | rate | validation loss | tokens/s | peak memory |
+|---|---|---:|---:|---:|
+| amcs, untuned | 6e-4 | {MISSING} | {MISSING} | {MISSING} |
+| soam, untuned | 8e-3 | {MISSING} | {MISSING} | {MISSING} |
+| adamw, untuned | 6e-4 | {MISSING} | {MISSING} | {MISSING} |
+| muon8, untuned | 6e-4 | {MISSING} | {MISSING} | {MISSING} |
+| stableadamw, untuned | 6e-4 | {MISSING} | {MISSING} | {MISSING} |
+"""
+
 
 def page(measured: Mapping[str, Any] | None) -> str:
     """The whole page; `measured` is the content of gpu.json, or None."""
@@ -40,7 +70,7 @@ def page(measured: Mapping[str, Any] | None) -> str:
         lines.append(f"| {part.title} | `{part.name}` | {found['status'] if found else MISSING} | {seconds} |")
     for part in PARTS:
         lines += ["", *_section(part, parts.get(part.name) or {})]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + COMPARED
 
 
 def _machine(measured: Mapping[str, Any]) -> Iterator[str]:
