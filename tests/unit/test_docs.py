@@ -1,4 +1,4 @@
-"""Links between the pages lead somewhere."""
+"""Links between the pages lead somewhere, and tables name what there is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from toolkit.state.codecs import FORMATS, MIXES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -54,3 +56,18 @@ def test_every_page_is_reached_from_the_index() -> None:
     index = ROOT / "docs" / "README.md"
     linked = {(index.parent / link.partition("#")[0]).resolve() for link in links(index)}
     assert [page.name for page in index.parent.glob("*.md") if page not in linked and page != index] == []
+
+
+def row(page: str, option: str) -> str:
+    """Of a table of `page`: the line of `option`."""
+    return next(line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith(f"| `{option}"))
+
+
+def test_state_formats_are_all_named_where_they_are_chosen() -> None:
+    known = row("optimizers/README.md", "state_format")
+    assert [name for name in (*FORMATS, *MIXES) if f'"{name}"' not in known] == []
+    choices = re.search(r"Literal\[([^]]*)\]", (ROOT / "toolkit" / "commands" / "fits.py").read_text())
+    assert choices is not None
+    offered = [name for name in re.findall(r'"(\w+)"', choices[1]) if name != "8bit"]
+    line = row("estimate.md", "--state-format")
+    assert len(offered) > 3 and [name for name in offered if not re.search(rf"\b{name}\b", line)] == []
