@@ -7,14 +7,16 @@ with AMCS and fp32 state; every rule sees its gradients and weights, and keeps i
 update is set against the one of the same rule with fp32 state: the norm of the difference over the norm, over all
 matrices and by kind. It lies at 30 % of the training that schedules are told of. Rates of components and weight decay
 are left out: they weigh tensors against each other, and cost no state. --alone also codes one state at a time, the
-others in fp32; --codecs also has other codes than the shipped ones, and AMCS in its mode "mixed"; --above P lists the
-tensors whose update is more than P % wrong.
+others in fp32; --codecs also has other codes than the shipped ones, and AMCS in its mode "mixed"; --shared has second
+moments of which means over elements that follow one another, or over rows, are kept; --above P lists the tensors whose
+update is more than P % wrong. --formats runs some of the shipped formats only.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +89,9 @@ OTHERS = {
 }
 MIXES.update(OTHERS)
 
+SHARED = {f"8bit, v by {size} elements": size for size in (256, 32)} | {"8bit, v by row": 0}
+"""Elements that share a number of the second moment; 0: those of a row."""
+
 
 @dataclass
 class Candidate:
@@ -110,10 +115,39 @@ class Candidate:
         return sum(self.optimizer.state_bytes().values()) / sum(own.numel() for own in self.parameters.values())
 
 
-def coded_states(optimizer: type[RuleOptimizer]) -> tuple[str, ...]:
-    """The states, of all variants of its rule, that formats code."""
+@dataclass
+class Shared(Candidate):
+    """Of second moments, the mean over `size` elements that follow one another is all that outlives a step.
+
+    As with "factored", the update itself has the latest gradient's square by element. Here each element holds the mean.
+    """
+
+    seconds: tuple[str, ...] = ()
+    size: int = 0
+
+    def update(self, matrices: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        found = super().update(matrices)
+        for own in self.parameters.values():
+            for name in self.seconds:
+                if name in self.optimizer.state[own]:
+                    v = self.optimizer.state[own][name].view(-1)[: own.numel()].view(-1, self.size or own.shape[-1])
+                    v.copy_(v.mean(1, keepdim=True).expand_as(v))
+        return found
+
+    def bytes_per_element(self) -> float:
+        means = spare = 0
+        for own in self.parameters.values():
+            kept = sum(name in self.optimizer.state[own] for name in self.seconds)
+            means += kept * (own.numel() // (self.size or own.shape[-1]))
+            spare += kept * own.numel()
+        return super().bytes_per_element() + 4 * (means - spare) / sum(own.numel() for own in self.parameters.values())
+
+
+def coded_states(optimizer: type[RuleOptimizer], seconds: bool = False) -> tuple[str, ...]:
+    """The states, of all variants of its rule, that formats code; `seconds`: those that are never negative."""
     settings = {name: one.default for name, one in optimizer.rule.model_fields.items() if not one.is_required()}
-    return tuple(state.name for state in elementwise(all_states(optimizer.rule.variants(settings))))
+    states = elementwise(all_states(optimizer.rule.variants(settings)))
+    return tuple(state.name for state in states if not (seconds and state.signed))
 
 
 def candidate(
@@ -135,7 +169,7 @@ def candidates(
     kind: type[RuleOptimizer], like: Candidates, options: argparse.Namespace, **more: Any
 ) -> list[Candidate]:
     """The exact one first. Formats that come to the same as an earlier one are left out."""
-    formats: dict[str, Any] = {name: name for name in ("fp32", *SHIPPED, *(OTHERS if options.codecs else ()))}
+    formats: dict[str, Any] = {name: name for name in ("fp32", *options.formats, *(OTHERS if options.codecs else ()))}
     states = coded_states(kind)
     if options.alone:
         formats |= {f"8bit, {one} alone": dict.fromkeys(states, "fp32") | {one: "8bit"} for one in states}
@@ -144,7 +178,25 @@ def candidates(
         made = candidate(kind, name, state_format, like, options.steps, **more)
         groups = made.optimizer.param_groups
         found.setdefault(tuple(made.optimizer.layout(group, torch.float32) for group in groups), made)
-    return list(found.values())
+    seconds = coded_states(kind, seconds=True)
+    shared = []
+    for name, size in SHARED.items() if options.shared and seconds else ():
+        made = candidate(kind, name, dict.fromkeys(seconds, "fp32"), like, options.steps, **more)
+        shared.append(Shared(name, made.optimizer, made.parameters, seconds=seconds, size=size))
+    return [*found.values(), *shared]
+
+
+def small_model(hidden: int) -> tuple[nn.Module, Iterator[Tensor]]:
+    """A Qwen3 of two layers, and batches of tokens [ROWS, SEQ_LEN] of the standard library's source; seed 0."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 4096, "hidden_size": hidden, "intermediate_size": 2 * hidden}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": hidden // 4}
+    model = Qwen3ForCausalLM(
+        Qwen3Config(**shape, **heads, num_hidden_layers=2, tie_word_embeddings=False, use_cache=False)
+    )
+    documents, tokenizer = open_documents("stdlib"), load_tokenizer("python-4k")
+    sequences = PackedTokens(documents, tokenizer, SEQ_LEN, seed=0, shuffle_window=256).sequences()
+    return model, (torch.stack([torch.as_tensor(next(sequences)) for _ in range(ROWS)]) for _ in itertools.count())
 
 
 def main() -> None:
@@ -154,16 +206,11 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=sorted(RULES), default=sorted(RULES))
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--codecs", action="store_true")
+    parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--formats", nargs="*", choices=SHIPPED, default=SHIPPED)
     parser.add_argument("--above", type=float, metavar="PERCENT")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    shape = {"vocab_size": 4096, "hidden_size": options.hidden, "intermediate_size": 2 * options.hidden}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": options.hidden // 4}
-    model = Qwen3ForCausalLM(
-        Qwen3Config(**shape, **heads, num_hidden_layers=2, tie_word_embeddings=False, use_cache=False)
-    )
-    documents, tokenizer = open_documents("stdlib"), load_tokenizer("python-4k")
-    sequences = PackedTokens(documents, tokenizer, SEQ_LEN, seed=0, shuffle_window=256).sequences()
+    model, batches = small_model(options.hidden)
     trained = AMCS(param_groups(model), lr=1e-3, alpha=0.7, state_format="fp32")
     modules = dict(model.named_modules())
     matrices = {name: p for name, p in model.named_parameters() if p.dim() > 1}
@@ -173,7 +220,7 @@ def main() -> None:
         measured["AMCS, mixed"] = candidates(AMCS, like, options, mode="mixed")
     exact: dict[str, dict[str, float]] = {}
     for _ in range(options.steps):
-        tokens = torch.stack([torch.as_tensor(next(sequences)) for _ in range(ROWS)])
+        tokens = next(batches)
         model(input_ids=tokens, labels=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for rule, (first, *others) in measured.items():

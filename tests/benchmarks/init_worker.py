@@ -1,10 +1,11 @@
 """One rank of `init.py`: builds a model and its engine with every allocation counted, then makes steps.
 
-Its argument is the path of a JSON: `config` (a DeepSpeed JSON), `model` (a preset or folder), `steps`, `out`. Writes
-rank<n>.json there, in bytes: `peak` of allocations and `resident_set`, the largest, until the engine is there;
-`before`, the resident set when the model began; `held`, allocated when the engine is there; `steady`, allocated
-between steps, and `steady_set`, resident then (null without `steps`); `largest`, of the model's largest layer or
-embedding as it is drawn: fp32 and what it becomes.
+Its argument is the path of a JSON: `config` (a DeepSpeed JSON), `model` (a preset or folder), `steps`, `mapped`
+(whether glibc maps large pieces by themselves), `out`. Writes rank<n>.json there, in bytes: `peak` of allocations and
+`resident_set`, the largest, until the engine is there; `before`, the resident set when the model began; `held`,
+allocated when the engine is there; `in_steps` and `steps_set`, the largest two in the steps, and `steady` and
+`steady_set`, after them (null without `steps`); `largest`, of the model's largest layer or embedding as it is drawn:
+fp32 and what it becomes.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ def main() -> None:
     largest = max(
         sum(p.numel() for p in block.parameters()) for _, block in blocks(skeleton(models.load_config(name)[0]))
     )
-    heap.map_large()  # as a run does where memory is scarce
+    if settings["mapped"]:
+        heap.map_large()  # as a run does where memory is scarce
     watermark = ResidentSet()
-    found: dict[str, Any] = {"before": watermark.now(), "largest": 6 * largest, "steady": None, "steady_set": None}
+    found: dict[str, Any] = {"before": watermark.now(), "largest": 6 * largest}
+    found |= dict.fromkeys(("in_steps", "steps_set", "steady", "steady_set"))
     watermark.begin()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         model = models.build_model(
@@ -65,11 +68,17 @@ def main() -> None:
     found["held"] = allocated()
     found["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     tokens = torch.randint(0, engine.module.hf.config.vocab_size, (1, 9))
-    for _ in range(settings["steps"]):
-        engine.backward(engine(tokens))
-        engine.step()
+    heap.give_back()  # as every run on a CPU does
+    watermark.begin()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        for _ in range(settings["steps"]):
+            engine.backward(engine(tokens))
+            engine.step()
     if settings["steps"]:
-        found |= {"steady": allocated(), "steady_set": watermark.now()}
+        found |= {"steps_set": watermark.read()[1], "steady_set": watermark.now()}
+        found["in_steps"] = max(event.extra_fields.total_allocated for event in allocations(seen))
+        del seen
+        found["steady"] = allocated()
     Path(settings["out"], f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     ranks.finish()
