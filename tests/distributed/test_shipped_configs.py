@@ -1,6 +1,6 @@
 """Shipped configs start two real ranks and train on them.
 
-Those of AMCS, SOAM, AdamW and AdamW8 as they are; the other rules' without compiling, for a few steps of a smaller model.
+Those of AMCS, SOAM, AdamW and AdamW8 as they are; other rules' without compiling, for a few steps of a smaller model.
 `make test-slow` takes AdamW with offload, for which DeepSpeed builds an extension of its own.
 """
 
