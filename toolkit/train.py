@@ -65,6 +65,7 @@ def train(settings: RunSettings) -> dict[str, Any]:
 
 
 @outliving("nobody reads the output of this run any more; it continues, and its metrics are in its run folder.")
+@stopping.interrupts_remembered()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line.
 

@@ -56,7 +56,7 @@ def add(kept: dict[str, Any], report: Mapping[str, Any], where: str) -> None:
             value: round(loss, 4)
             for sweep in one["sweeps"]
             for value, loss in sweep["losses"].items()
-            if float(value) != rate
+            if loss is not None and float(value) != rate  # None: diverged, or not run yet
         }
         if others:
             held["others"] = held.get("others", {}) | others
@@ -113,9 +113,10 @@ def rows_of_states(kept: Mapping[str, Any]) -> list[str]:
         coded = methods.get(name.removesuffix(EXACT))
         if name.endswith(EXACT) and coded is not None:
             beside = _beside(coded, exact)
+            if beside.standard_error is None:
+                continue
             means = [f"{statistics.fmean(one['losses'].values()):.4f}" for one in (coded, exact)]
             by_seed = ", ".join(f"{one:+.4f}" for one in beside.by_seed.values())
-            assert beside.standard_error is not None
             cells = f"{beside.mean:+.4f}", f"{2 * beside.standard_error:.4f}", by_seed
             found.append((-beside.mean, _row(rules[name.removesuffix(EXACT)], *means, *cells)))
     return [row for _, row in sorted(found)]

@@ -22,7 +22,7 @@ from toolkit.run.prepare import prepare
 from toolkit.run.settings import check_settings, parse
 
 WORDS = ["full", "checkpoint", "checkpoint:1", "offload", "checkpoint:1,offload", "tiled", "checkpoint,tiled"]
-WORDS += ["checkpoint:2,offload,tiled"]
+WORDS += ["checkpoint:2,offload,tiled", "budget:0", "budget:0.12345678"]
 
 
 # --- words
@@ -52,6 +52,8 @@ def test_words_have_one_meaning_in_any_order() -> None:
         ),
         ("budget:0.5,tiled", "must be either budget or tiled, not both"),
         ("budget", "must have a number from 0 to 1 after budget, as in budget:0.5"),
+        ("budget:0_1", "must have a number from 0 to 1 after budget"),
+        ("budget:-0", "must have a number from 0 to 1 after budget"),
         ("budget:1.5", "must have a number from 0 to 1 after budget"),
         ("budget:nan", "must have a number from 0 to 1 after budget"),
         ("", "must be full, checkpoint"),

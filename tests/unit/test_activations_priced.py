@@ -58,7 +58,7 @@ def test_what_is_offered_of_activations_fits_model_and_device(tmp_path: Path) ->
     assert "--activations checkpoint" not in words and "--activations full" not in words
 
 
-def test_a_budget_is_priced_as_blocks_that_hold_no_less() -> None:
+def test_a_budget_is_priced_as_blocks_that_hold_about_as_much() -> None:
     estimator = Estimator()
     at = {
         words: estimator.predict(case(tokens=256, activations=Activations.read(words)))
@@ -68,7 +68,7 @@ def test_a_budget_is_priced_as_blocks_that_hold_no_less() -> None:
         at[words].peak for words in ("full", "checkpoint:3", "checkpoint")
     ]
     assert str(at["budget:0.3"].setup.activations) == "budget:0.3"
-    assert "--activations budget:0.3 is priced as checkpoint:3" in at["budget:0.3"].remarks[-1]
+    assert "--activations budget:0.3 is priced as checkpoint:3: " in at["budget:0.3"].remarks[-1]
     assert at["full"].remarks == at["checkpoint:3"].remarks == []
 
 

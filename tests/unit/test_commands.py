@@ -13,7 +13,7 @@ from toolkit import cli
 from toolkit.config import load_config, validate
 from toolkit.errors import UserError
 from toolkit.estimate.prices import default_format, missed_bound
-from toolkit.estimate.recommend import Candidate, recommend
+from toolkit.estimate.recommend import Candidate, formats_of, recommend
 from toolkit.optim import RULES, AMCSRule
 from toolkit.records.memory import Prediction
 from toolkit.records.sizes import parse_size
@@ -198,7 +198,10 @@ def test_update_errors_are_those_of_the_docs() -> None:
     heading = next(row for row in rows if row[3] == "compact")
     shown = {row[1]: {heading[i]: float(row[i]) for i in (2, 3, 4)} for row in rows if row[1] in RULES}
     kept = {name: one.rule for name, one in RULES.items() if one.__module__.startswith("toolkit.")}
-    assert shown == {name: dict(rule.update_error) for name, rule in kept.items()}
+    assert shown == {
+        name: {state: rule.update_error[state] for state in ("8bit", "compact", "minimal")}
+        for name, rule in kept.items()
+    }
     by_codec = next(row for row in rows if "all" in row).index("all")
     of_amcs = {row[1]: float(row[by_codec]) for row in rows if row[1] in AMCSRule.update_error}
     assert of_amcs == AMCSRule.update_error
@@ -243,8 +246,20 @@ def test_what_is_measured_to_cost_loss_is_not_what_is_recommended(
     assert "8bit +0.005 ± 0.002, above its bound of 0.003" in others
     [plan] = tmp_path.glob("*.json")
     assert json.loads(plan.read_text())["optimizer"]["params"]["state_format"] == "fp32"
-    assert run(monkeypatch, *arguments, "--state-format", "8bit", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["optimizer"]["params"]["state_format"] == "8bit"
+    for state_format in ("8bit", "any"):
+        assert run(monkeypatch, *arguments, "--state-format", state_format, "--json") == 0
+        chosen = json.loads(capsys.readouterr().out)["optimizer"]["params"]["state_format"]
+        assert chosen == ("fp32" if state_format == "any" else "8bit"), "what is plainest is the fastest, by assumption"
+
+
+def test_formats_are_those_that_an_optimizer_has() -> None:
+    states = {name: list(formats_of(name, "any")) for name in ("AMCS", "SOAM", "AdamW")}
+    assert "leanest, bf16" in states["AMCS"] and "fp32, bf16+8" not in states["AMCS"]
+    assert "compact, bf16+4" in states["SOAM"] and "minimal, bf16+4" not in states["SOAM"]
+    assert states["AdamW"] == list(formats_of("AdamW", "fp32")) == ["fp32"]
+    assert "fp32, bf16+8" in formats_of("AMCS", "fp32")
+    with pytest.raises(UserError, match="--state-format is '8bit', but the state of AdamW"):
+        formats_of("AdamW", "8bit")
 
 
 def test_a_plan_counts_the_hosts_memory(

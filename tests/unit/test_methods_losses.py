@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from methods_losses import FEW, KEPT, MAIN, STATES, add, rows, rows_of_few, rows_of_states
 
 
-def report(name: str, losses: dict[str, float], lr: float = 1e-3, others: dict[str, float] | None = None) -> Any:
+def report(
+    name: str, losses: dict[str, float], lr: float = 1e-3, others: Mapping[str, float | None] | None = None
+) -> Any:
     sweep = {"losses": {f"{lr:g}": losses.get("0"), **(others or {})}}
     about = {"peak": 2e6, "state_per_parameter": 3.0, "sweeps": [sweep] if others else []}
     return {
@@ -32,7 +35,7 @@ def test_the_tables_in_the_docs_are_those_of_the_kept_losses(heading: str, made:
 def test_differences_are_paired_and_only_like_runs_are_put_together() -> None:
     kept: dict[str, Any] = {}
     add(kept, report("adamw", {"0": 5.0, "1": 4.0, "2": 4.5}), "here")
-    add(kept, report("adamw8", {"1": 3.5}, others={"0.0005": 4.9}), "here")
+    add(kept, report("adamw8", {"1": 3.5}, others={"0.0005": 4.9, "0.004": None}), "here")
     assert rows_of_few(kept) == ["| adamw8 | -0.500 | 1 | 0.001 |"]
     add(kept, report("adamw8", {"0": 4.7, "2": 4.1}, others={"0.002": 5.25}), "here")
     add(kept, report("adamw8-fp32", {"0": 4.6, "1": 3.5, "2": 4.2}), "here")

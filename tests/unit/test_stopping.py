@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
+import weakref
 
 import pytest
 
@@ -181,6 +183,26 @@ def test_first_signal_asks_and_second_interrupts() -> None:
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_an_interrupt_that_python_drops_is_not_lost() -> None:
+    """As in one of its own callbacks while it imports."""
+
+    class Gone:
+        pass
+
+    before = signal.getsignal(signal.SIGINT)
+    with stopping.interrupts_remembered():
+        gone = Gone()
+        dropped = weakref.ref(gone, lambda _: os.kill(os.getpid(), signal.SIGINT))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
+            del gone
+            with Heartbeat() as heartbeat, StopRequest(heartbeat) as stop:
+                assert dropped() is None and stop.requested
+    with Heartbeat() as heartbeat, StopRequest(heartbeat) as stop:
+        assert not stop.requested
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])

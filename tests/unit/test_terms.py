@@ -215,6 +215,13 @@ def test_a_kept_warmup_does_not_trip_a_json_without_one(monkeypatch: pytest.Monk
     assert kept_settings(RunSettings(), saved, {})[0].warmup is None
 
 
+def test_a_budget_for_activations_is_kept_with_the_compiler_alone() -> None:
+    saved = Saved(4, {"activations": "budget:0.5"}, {})
+    assert kept_settings(RunSettings(), saved, {})[0].activations is None
+    kept, told = kept_settings(RunSettings(compile_model=True), saved, {})
+    assert str(kept.activations) == "budget:0.5" and told == ["--activations budget:0.5"]
+
+
 def test_nothing_secret_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     saved = saved_by('--set csv_monitor={"enabled":true,"job_name":"S3CRET"}', 1, monkeypatch)
     assert "S3CRET" not in str(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,8 @@ def compare(
             raise UserError(f"{folder} holds no comparison to report.")
         _show(write(Runs(plan, folder)), as_json)
         return
+    if minutes is not None and math.isnan(minutes):
+        raise UserError("--minutes is nan, but must be a number from 0 on.")
     check_room(plan.ranks * jobs, options="--ranks times --jobs" if jobs > 1 else "--ranks")
     with locked(folder):
         save(plan, folder)

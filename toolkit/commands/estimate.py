@@ -159,8 +159,8 @@ def plan(
     state_format: Annotated[
         Literal["fp32", "8bit", "compact", "minimal", "lean", "leanest", "any"] | None,
         typer.Option(
-            help="The state format to recommend, of those whose price in loss is known. For rules only. "
-            "(default: 8bit, or fp32 where 8bit is measured to raise the loss)"
+            help="The state format to recommend; smaller than 8bit only where its price in loss is measured. For rules "
+            "only. (default: 8bit, or fp32 where 8bit is measured to raise the loss)"
         ),
     ] = None,
     host_memory: Annotated[
@@ -200,7 +200,7 @@ def plan(
         from toolkit.optim import RECOMMENDED, RULES
 
         import_plugins(plugins)
-        optimizer = optimizer or RECOMMENDED
+        asked_for, optimizer = optimizer, optimizer or RECOMMENDED
         known = sorted({*RULES, *(shipped.optimizer for shipped in shipped_configs().values())})
         chosen = next((name for name in known if name.lower() == optimizer.lower()), None)
         if chosen is None:
@@ -247,7 +247,10 @@ def plan(
     where = f"--ranks {gpus}" + (f" --hostfile hosts --nodes {nodes}" if nodes > 1 else "")
     own = "".join(f" --plugin {plugin}" for plugin in plugins or ())
     following = f"toolkit train {where} --model {model} --config {path}{own} --seq-len {seq_len} {kept}"
+    if asked_for is None:
+        console.print_line(f"the optimizer is {chosen}, the default; --optimizer adamw8, muon8, ... plans for another.")
     console.print_line(f"{path} written; train with: {to_type(following)}")
+    console.print_line("beside that, as you need: --data, --from-checkpoint, --global-batch, --steps.")
 
 
 def _unused(path: Path) -> Path:

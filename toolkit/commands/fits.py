@@ -39,7 +39,8 @@ def fits(
     plugins: Plugins = None,
     gpus: Gpus = 1,
     state_format: Annotated[
-        Literal["8bit", "compact", "minimal", "lean", "leanest"], typer.Option(help="Of optimizers that have formats.")
+        Literal["fp32", "8bit", "compact", "minimal", "lean", "leanest"],
+        typer.Option(help="Of optimizers that have formats."),
     ] = "8bit",
     offload: Annotated[bool, typer.Option("--offload", help="Keep the optimizer's state on the host.")] = False,
     activations: Annotated[str, typer.Option(metavar="WORDS", help=HELP)] = CHECKPOINT,

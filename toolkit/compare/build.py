@@ -169,6 +169,8 @@ def _headline(methods: Sequence[MethodResult], baseline: str) -> str:
     if not known:
         return "No run has ended yet."
     best = next(method for method in methods if method.name == known[0][1])
+    if len(known) == 1 < len(methods):
+        return f"{best.name} alone has a result so far, a validation loss of {best.mean:.4f}."
     sentence = f"{best.name} has the lowest validation loss, {best.mean:.4f}"
     if best.difference is not None:
         error = best.difference.standard_error

@@ -78,7 +78,7 @@ class Driver:
         try:
             while True:
                 if time.monotonic() >= until and not self._signals:
-                    self.say(f"{self.minutes:g} minutes are over.")
+                    self.say(f"{self.minutes:g} minute{'s are' if self.minutes != 1 else ' is'} over.")
                     self._stop()
                 wanted = [] if self._signals else self.wanted()
                 for cell in wanted[: self.jobs - len(self._active)]:
@@ -137,7 +137,8 @@ class Driver:
                     self.runs.remove_checkpoints(cell)
                 self.ended()
             elif self._signals:
-                self.say(f"interrupted: {cell}")
+                kept = self.runs.resumable(cell)
+                self.say(f"interrupted: {cell}{'' if kept else ', before its first checkpoint: it will start anew'}")
             else:
                 self._failed(cell, status)
 

@@ -125,10 +125,14 @@ class Runs:
         folder = self.folder(cell)
         if not any((folder / name).exists() for name in (RUN, METRICS)):
             return False
-        if any((folder / CHECKPOINTS).glob("global_step*")):
+        if self.resumable(cell):
             return False
         shutil.rmtree(folder)
         return True
+
+    def resumable(self, cell: Cell) -> bool:
+        """Whether a run has saved a checkpoint."""
+        return any((self.folder(cell) / CHECKPOINTS).glob("global_step*"))
 
     def remove_checkpoints(self, cell: Cell) -> None:
         shutil.rmtree(self.folder(cell) / CHECKPOINTS, ignore_errors=True)

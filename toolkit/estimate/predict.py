@@ -138,7 +138,9 @@ class Simulated:
         kept = run.activations
         if kept.budget is not None:
             priced = kept.priced(len(checkpointable(run.model)))
-            remarks.append(f"{FLAG} {kept} is priced as {priced}, which holds no less.")
+            remarks.append(
+                f"{FLAG} {kept} is priced as {priced}: what the compiler of --compile-model keeps is not known."
+            )
         return Prediction(
             setup=setup_of(case, run),
             peak=int(step.curve.total[at]),

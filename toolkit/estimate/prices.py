@@ -27,6 +27,6 @@ def missed_bound(rule: type[Rule], state_format: str) -> float | None:
 
 
 def default_format(optimizer: str) -> str:
-    """The state format that is recommended where none is asked for."""
+    """The state format that is recommended where none is asked for; of an optimizer that is no rule, its only one."""
     made = find_rule(optimizer)
-    return DEFAULT_FORMAT if made is None or missed_bound(made.rule, DEFAULT_FORMAT) is None else EXACT_FORMAT
+    return EXACT_FORMAT if made is None or missed_bound(made.rule, DEFAULT_FORMAT) is not None else DEFAULT_FORMAT

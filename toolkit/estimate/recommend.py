@@ -18,7 +18,7 @@ from toolkit.estimate.predict import (
     offered_activations,
     with_section,
 )
-from toolkit.estimate.prices import DEFAULT_FORMAT, EXACT_FORMAT, default_format, offered
+from toolkit.estimate.prices import EXACT_FORMAT, default_format, offered
 from toolkit.models.activations import checkpointable
 from toolkit.optim import RECOMMENDED, RULES, find_rule
 from toolkit.records.activations import Activations
@@ -53,10 +53,10 @@ def formats_of(optimizer: str, wanted: str = ANY) -> dict[str, dict[str, Any]]:
     """
     made = find_rule(optimizer)
     if made is None:
-        if wanted not in (DEFAULT_FORMAT, ANY):
+        if wanted not in (EXACT_FORMAT, ANY):
             raise UserError(f"--state-format is {wanted!r}, but the state of {optimizer}, DeepSpeed's own, is fp32.")
-        return {"fp32": {}}
-    if not offered(optimizer, wanted):
+        return {EXACT_FORMAT: {}}
+    if wanted != ANY and not offered(optimizer, wanted):
         names = ", ".join(name for name, one in RULES.items() if wanted in one.rule.loss_price)
         others = f"only for {names}" if names else "nor for any other"
         raise UserError(

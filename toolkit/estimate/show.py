@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from toolkit.console import PlainConsole
-from toolkit.estimate.prices import EXACT_FORMAT, missed_bound
+from toolkit.estimate.prices import DEFAULT_FORMAT, EXACT_FORMAT, missed_bound
 from toolkit.estimate.recommend import Candidate
 from toolkit.optim import Rule, find_rule
 from toolkit.records import categories as c
@@ -121,9 +121,12 @@ def show_candidates(
             measured = f"of an update of {optimizer}, against fp32 state"
             notes += f"; error: {measured if rule.rule.update_error else 'not measured'}"
             priced = [name for name in rule.rule.loss_price if any(one.state_format == name for one in fitting)]
-            if priced:
-                said = ", ".join(_price(rule.rule, name) for name in priced)
-                notes += f"; validation loss beside that of fp32 state (small models, ± 2 standard errors): {said}"
+            said = [_price(rule.rule, name) for name in priced]
+            if DEFAULT_FORMAT not in priced and any(one.state_format == DEFAULT_FORMAT for one in fitting):
+                said.insert(0, f"{DEFAULT_FORMAT} not measured")
+            if said:
+                notes += "; validation loss beside that of fp32 state (small models, ± 2 standard errors): "
+                notes += ", ".join(said)
         console.print_line(notes)
     failed = [one for one in found if not one.fits]
     if failed:

@@ -41,7 +41,7 @@ def keep_activations(hf: PreTrainedModel, wanted: Activations) -> None:
 
 
 def keep_as_priced(hf: PreTrainedModel) -> None:
-    """Have a model that no compiler will see, and that was to keep its activations within a budget, hold no less."""
+    """Have a model that no compiler will see, and that has a budget for its activations, hold about as much."""
     kept = kept_activations(hf)
     if kept.budget is not None and (priced := kept.priced(len(checkpointable(hf)))).checkpoint:
         _checkpoint(hf, priced)

@@ -14,6 +14,7 @@ Words are joined by commas: ``checkpoint,tiled``, ``checkpoint:8,offload``.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -93,14 +94,14 @@ class Activations:
         """As a user types it, in one way for each choice."""
         some = f"{CHECKPOINT}:{self.blocks}" if self.blocks is not None else CHECKPOINT
         if self.budget is not None:
-            return f"{BUDGET}:{self.budget:g}"
+            return f"{BUDGET}:{self.budget:.15g}"
         # offload alone says that blocks are checkpointed.
         first = some if self.checkpoint and (self.blocks is not None or not self.offload) else None
         found = [first, OFFLOAD if self.offload else None, TILED if self.tiled else None]
         return ",".join(word for word in found if word is not None) or FULL
 
     def priced(self, blocks: int) -> Activations:
-        """What holds no less of a model of so many blocks: of a budget's share all is kept, of the others the input."""
+        """What holds about as much of a model of so many blocks: of a budget's share all, of the others the input."""
         if self.budget is None:
             return self
         again = math.ceil((1 - self.budget) * blocks)
@@ -123,11 +124,7 @@ def _hint(name: str) -> str:
 def _share(word: str) -> float:
     """SHARE of ``budget:SHARE``."""
     _, _, number = word.partition(":")
-    try:
-        share = float(number)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1:
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", number, re.ASCII) or (share := float(number)) > 1:
         raise ValueError(f"must have a number from 0 to 1 after {BUDGET}, as in {BUDGET}:0.5")
     return share
 

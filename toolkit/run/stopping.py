@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -293,6 +294,34 @@ def _place() -> str:
     return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
 
 
+_interrupted = False
+
+
+@contextlib.contextmanager
+def interrupts_remembered() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt as ever, and a `StopRequest` that is made later knows of it.
+
+    Python drops what is raised in a callback of its own, such as one of its imports': the run would not stop.
+    """
+    global _interrupted
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        global _interrupted
+        _interrupted = True
+        signal.default_int_handler(number, frame)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    ours = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        _interrupted = False
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class StopRequest:
     """Turns the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP into a flag, so that all ranks stop after the same step.
 
@@ -303,7 +332,7 @@ class StopRequest:
 
     def __init__(self, heartbeat: Heartbeat) -> None:
         self._heartbeat = heartbeat
-        self._signalled = False
+        self._signalled = _interrupted
         self._previous: dict[int, object] = {}
         self._wakeup = -1
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from toolkit.config import DeepSpeedSettings
 from toolkit.config.batch import ACCUMULATION, GLOBAL, MICRO, Batch, Kept
-from toolkit.records.activations import renamed
+from toolkit.records.activations import Activations, renamed
 from toolkit.run.merge import WITH_WARMUP
 from toolkit.run.settings import AUTO, RunSettings, check_settings, flag_of
 from toolkit.sentences import value_at
@@ -148,6 +148,12 @@ def kept_settings(settings: RunSettings, saved: Saved, config: Mapping[str, Any]
     }
     if "warmup" in taken and DeepSpeedSettings.read(config).scheduler not in WITH_WARMUP:
         del taken["warmup"]
+    if (
+        "activations" in taken
+        and Activations.read(taken["activations"]).budget is not None
+        and not settings.compile_model
+    ):
+        del taken["activations"]  # which the compiler alone can carry out
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     open_rate = given.get("lr") == AUTO and "lr" not in taken
     if open_rate:

@@ -53,7 +53,7 @@ class AMCSRule(ScaledRule):
         State("v", signed=False),
     )
     needs = ("total_steps",)
-    update_error = MappingProxyType({"8bit": 2.9, "compact": 12.1, "minimal": 22.7})
+    update_error = MappingProxyType({"8bit": 2.9, "compact": 12.1, "minimal": 22.7, "lean": 41.4})
     loss_price = MappingProxyType(
         {
             "8bit": (-0.005, 0.005),
