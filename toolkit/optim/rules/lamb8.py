@@ -28,7 +28,7 @@ class Lamb8Rule(Rule):
     states = (State("m"), State("v", signed=False))
     statistics = (Mean("theta2", over="parameter"), Mean("u2", over="parameter"))
     update_error = MappingProxyType({"8bit": 4.2, "compact": 34.5, "minimal": 40.6})
-    loss_price = MappingProxyType({"8bit": (0.003, 0.008)})
+    loss_price = MappingProxyType({"8bit": (0.003, 0.009)})
 
     lr: NonNegative = 1e-3
     betas: tuple[Beta, Beta] = (0.9, 0.999)

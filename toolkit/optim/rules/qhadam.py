@@ -30,7 +30,7 @@ class QHAdamRule(Rule):
 
     states = (State("m"), State("v", signed=False))
     update_error = MappingProxyType({"8bit": 5.0, "compact": 31.4, "minimal": 39.8})
-    loss_price = MappingProxyType({"8bit": (-0.001, 0.017)})
+    loss_price = MappingProxyType({"8bit": (-0.002, 0.017)})
 
     lr: NonNegative = 6e-4
     betas: tuple[Beta, Beta] = (0.995, 0.999)
