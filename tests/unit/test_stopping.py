@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 import weakref
+from typing import Any
 
 import pytest
 
@@ -185,13 +186,14 @@ def test_first_signal_asks_and_second_interrupts() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_an_interrupt_that_python_drops_is_not_lost() -> None:
-    """As in one of its own callbacks while it imports."""
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_an_interrupt_that_python_drops_is_not_lost(handler: Any) -> None:
+    """As in one of its own callbacks while it imports, or as a script's background process does."""
 
     class Gone:
         pass
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, handler)
     with stopping.interrupts_remembered():
         gone = Gone()
         dropped = weakref.ref(gone, lambda _: os.kill(os.getpid(), signal.SIGINT))
@@ -202,7 +204,7 @@ def test_an_interrupt_that_python_drops_is_not_lost() -> None:
                 assert dropped() is None and stop.requested
     with Heartbeat() as heartbeat, StopRequest(heartbeat) as stop:
         assert not stop.requested
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.signal(signal.SIGINT, before) is handler
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])

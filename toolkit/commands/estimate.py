@@ -249,8 +249,10 @@ def plan(
     following = f"toolkit train {where} --model {model} --config {path}{own} --seq-len {seq_len} {kept}"
     if asked_for is None:
         console.print_line(f"the optimizer is {chosen}, the default; --optimizer adamw8, muon8, ... plans for another.")
+    console.print_line(
+        "a training also takes --data, --from-checkpoint, --global-batch and --steps: add what you need."
+    )
     console.print_line(f"{path} written; train with: {to_type(following)}")
-    console.print_line("beside that, as you need: --data, --from-checkpoint, --global-batch, --steps.")
 
 
 def _unused(path: Path) -> Path:

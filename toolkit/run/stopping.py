@@ -299,19 +299,22 @@ _interrupted = False
 
 @contextlib.contextmanager
 def interrupts_remembered() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt as ever, and a `StopRequest` that is made later knows of it.
+    """SIGINT does what it did, and a `StopRequest` that is made later knows of it.
 
-    Python drops what is raised in a callback of its own, such as one of its imports': the run would not stop.
+    Python drops a KeyboardInterrupt that is raised in a callback of its own, such as one of its imports', and what a
+    script starts in the background ignores SIGINT until a `StopRequest` listens: the run would not stop.
     """
     global _interrupted
+    before = signal.getsignal(signal.SIGINT)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         global _interrupted
         _interrupted = True
-        signal.default_int_handler(number, frame)
+        if callable(before):
+            before(number, frame)
 
     in_main = threading.current_thread() is threading.main_thread()
-    ours = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = in_main and before in (signal.default_int_handler, signal.SIG_IGN)
     if ours:
         signal.signal(signal.SIGINT, interrupt)
     try:
@@ -319,7 +322,7 @@ def interrupts_remembered() -> Iterator[None]:
     finally:
         _interrupted = False
         if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, before)
 
 
 class StopRequest:
