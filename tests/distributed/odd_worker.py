@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import answer
+from ranks import serve
 from torch import Tensor, nn
 
 import toolkit
 from toolkit.checkpoint.store import Store
 from toolkit.checkpoint.universal import open_checkpoint
-from toolkit.run import ranks
 from toolkit.run.saving import Saver
 from toolkit.zero.checkpoint import load
 
@@ -63,7 +62,4 @@ def save(folder: str, stage: int, steps: int, source: str | None = None) -> list
 
 
 if __name__ == "__main__":
-    ranks.prepare_environment()
-    ranks.start()
-    answer({"save": save})
-    ranks.finish()
+    serve({"save": save})

@@ -116,6 +116,16 @@ def answer(kinds: Mapping[str, Callable[..., Any]]) -> None:
     torch.save(results, Path(settings["out"]) / f"rank{os.environ['RANK']}.pt")
 
 
+def serve(kinds: Mapping[str, Callable[..., Any]]) -> None:
+    """`answer`, as all that a worker does: start the rank, and end it."""
+    from toolkit.run import ranks
+
+    ranks.prepare_environment()
+    ranks.start()
+    answer(kinds)
+    ranks.finish()
+
+
 def run_ranks(
     folder: Path, world_size: int, cases: dict[str, dict[str, Any]], plugins: list[Path] | None = None
 ) -> dict[str, list[dict[str, Any]]]:

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch.distributed as dist
 from plugins_worker import Model, gradients
-from ranks import answer
+from ranks import serve
 
 import toolkit
 from toolkit.checkpoint.store import Store
 from toolkit.checkpoint.universal import open_checkpoint
-from toolkit.run import ranks
 from toolkit.run.saving import Saver
 from toolkit.zero.checkpoint import load
 
@@ -44,7 +43,4 @@ def save(folder: str, optimizer: dict[str, Any], stage: int, at: list[int], sour
 
 
 if __name__ == "__main__":
-    ranks.prepare_environment()
-    ranks.start()
-    answer({"save": save})
-    ranks.finish()
+    serve({"save": save})

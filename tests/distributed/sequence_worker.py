@@ -9,13 +9,12 @@ import pytest
 import torch
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.sequence.layer import DistributedAttention
-from ranks import answer
+from ranks import serve
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 import toolkit
 from toolkit.errors import UserError
-from toolkit.run import ranks
 from toolkit.zero import full_precision_state_dict
 
 VOCABULARY, WIDTH, HEADS, LENGTH, ROWS = 64, 32, 4, 16, 2
@@ -90,7 +89,4 @@ def refused(config: dict[str, Any], keys: dict[str, Any], **given: Any) -> list[
 
 
 if __name__ == "__main__":
-    ranks.prepare_environment()
-    ranks.start()
-    answer({"train": train, "refused": refused})
-    ranks.finish()
+    serve({"train": train, "refused": refused})

@@ -157,8 +157,8 @@ def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest
     table.columns[0].overflow = "fold"  # a long name is broken, no figure is cut
     for column in table.columns[1:]:
         column.no_wrap = True
+    errors = {EXACT_FORMAT: 0.0, **(rule.rule.update_error if rule else {})}
     for one in shown[:_SHOWN]:
-        errors = {EXACT_FORMAT: 0.0, **(rule.rule.update_error if rule else {})}
         error = errors.get(one.state_format)
         table.add_row(
             *(one.config, one.state, str(one.activations), str(one.micro_batch)),
