@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import toolkit
-from toolkit.optim import AMCS, streaming
+from toolkit.optim import AMCS, joined, streaming
 from toolkit.optim.kernel import StepFunction
 from toolkit.zero import full_precision_state_dict
 
@@ -110,3 +110,50 @@ def test_scalars_of_all_groups_are_one_transfer(monkeypatch: pytest.MonkeyPatch)
         assert step.scalars.data_ptr() % 16 == 0  # compiled code copies what begins elsewhere
         rates.append(float(step.scalars[step.function.names.index("lr")]))
     assert rates == pytest.approx([0.1, 0.2, 0.3])
+
+
+def stepped(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype | None, without: int | None, compile: bool
+) -> list[Tensor]:
+    """Weights and state of a plain loop after three steps; one tensor has no gradient in the second. No `dtype`: one
+    after the other of three."""
+    generator = torch.Generator().manual_seed(2)
+    types = [dtype] if dtype else [torch.float32, torch.float64, torch.float16]
+    made = [torch.randn(shape, generator=generator).to(types[i % len(types)]) for i, shape in enumerate(shapes)]
+    weights = [nn.Parameter(x.t() if i == 1 and x.dim() == 2 else x) for i, x in enumerate(made)]
+    optimizer = AMCS(weights, **{**PARAMS, "compile": compile})
+    for step in range(3):
+        for i, weight in enumerate(weights):
+            gradient = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+            weight.grad = None if step == 1 and i == without else gradient
+        optimizer.step()
+    held = [optimizer.state[weight] for weight in weights]
+    return [*(weight.detach() for weight in weights), *(x for one in held for x in one.values() if torch.is_tensor(x))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+@pytest.mark.parametrize("without", [None, 3])
+def test_small_tensors_of_a_plain_loop_are_stepped_together(
+    dtype: torch.dtype | None, without: int | None, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks, ends of blocks, more than a call takes, a large one in between: the same bits as one by one."""
+    monkeypatch.setattr(joined, "SMALL", 2048)
+    monkeypatch.setattr(joined, "AT_ONCE", 8192)
+    shapes = [(4, 256), (256, 8), (2, 256), (4, 256), (16, 256), (1, 256), *[(3, 256)] * 12]
+    shapes += [(100,), (300,), (256,), (7,), (5, 13), (3, 11)]
+    together = stepped(shapes, dtype, without, compile=False)
+    few = len(calls)
+    monkeypatch.setattr(joined, "SMALL", 0)
+    calls.clear()
+    apart = stepped(shapes, dtype, without, compile=False)
+    assert few <= len(calls) // 3 or dtype is None
+    for left, right in zip(together, apart, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_compiled_step_of_joined_tensors_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(4, 256), (2, 256), (1, 256), (100,), (300,)]
+    together = stepped(shapes, torch.bfloat16, None, compile=True)
+    monkeypatch.setattr(joined, "SMALL", 0)
+    for left, right in zip(together, stepped(shapes, torch.bfloat16, None, compile=True), strict=True):
+        assert torch.equal(left, right)

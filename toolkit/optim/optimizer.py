@@ -14,11 +14,12 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim.arguments import OPTIONS, as_list, bind, check_tensor, fields, separate
+from toolkit.optim.joined import Joined
 from toolkit.optim.kernel import step_function
 from toolkit.optim.purity import check_declared, check_pure, with_defaults
 from toolkit.optim.rule import Rule, State, all_states, check_component, looks_at
 from toolkit.optim.saved import Settled, check_settled, fill, settled
-from toolkit.optim.scalars import KnownScalars, in_one_tensor
+from toolkit.optim.scalars import Known, in_one_tensor
 from toolkit.optim.schedules import check_setting, moves, value_at
 from toolkit.optim.statistics import Alone, Member, Parameter, Share, small_states
 from toolkit.optim.streaming import TensorStep, check_gradient
@@ -148,8 +149,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 "through toolkit.initialize or toolkit.register"
             )
         check_settled(self)
-        known: KnownScalars = {}
-        ones: dict[torch.device, Tensor] = {}
+        known: Known = {}
+        apart = Joined()
         together: list[tuple[Tensor, Member]] = []
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter.grad is not None:
@@ -168,47 +169,52 @@ class RuleOptimizer(torch.optim.Optimizer):
                             share = Share(whole, gradient, blocks)
                             together.append((parameter, Member(own, begun, small, [whole], share)))
                     elif begun is not None:
-                        if parameter.device not in ones:
-                            ones[parameter.device] = torch.ones((), device=parameter.device)
-                        scale = ones[parameter.device]
-                        stream = begun.stream(first_block=blocks)
-                        stream.add(gradient, scale)
-                        stream.finish(scale)
-                        begun.write_back(parameter)
+                        apart.add(begun, parameter, gradient, blocks)
                 blocks += -(-parameter.numel() // BLOCK)
+        apart.finish()
         self.found = step_together([member for _, member in together], torch.ones(()), Alone())
         for parameter, member in together:
             member.step.write_back(parameter)
         return loss
 
-    def begin(self, group: dict[str, Any], tensor: Tensor, known: KnownScalars | None = None) -> TensorStep | None:
+    def begin(self, group: dict[str, Any], tensor: Tensor, known: Known | None = None) -> TensorStep | None:
         """Count one step of `tensor`, a member of `group`; None while state is only allocated.
 
         `known`: a dict that the calls of one training step share, for what they have in common.
         """
-        kept = self.layout(group, tensor.dtype)
-        state = self.allocate(tensor, kept)
+        state = self.state[tensor] or self.allocate(tensor, self.layout(group, tensor.dtype))
         if self._allocate_only:
             return None
         state["step"] += 1
+        known = {} if known is None else known
+        kind = (id(group), state["step"], tensor.dtype, tensor.device)
+        if kind not in known:
+            known[kind] = self._kind(group, *kind[1:], known)
+        make, keys = known[kind]
+        held = tensor.detach()
+        return make(theta=held.view(-1) if held.is_contiguous() else held.reshape(-1), parts=[state[k] for k in keys])
+
+    def _kind(
+        self, group: Mapping[str, Any], t: int, dtype: torch.dtype, device: torch.device, known: Known
+    ) -> tuple[Callable[..., TensorStep], list[str]]:
+        """What tensors of a group, dtype and device have in common at step `t`, and the keys of what is stored."""
         number = next(index for index, own in enumerate(self.param_groups) if own is group)
-        key = (number, state["step"], tensor.device)
-        if known is None:
-            known = self._scalars({number: group}, *key[1:])
-        elif key not in known:
-            known.update(self._scalars(dict(enumerate(self.param_groups)), *key[1:]))
-        names, scalars = known[key]
+        if (number, t, device) not in known:
+            scalars = {i: self._group_rule(own, t).scalars(t) for i, own in enumerate(self.param_groups)}
+            known.update(in_one_tensor(scalars, t, device))
+        names, numbers = known[number, t, device]
+        kept = self.layout(group, dtype)
         opened = [key for key, _ in kept.opened.specs]
-        return TensorStep(
+        make = functools.partial(
+            TensorStep,
             function=step_function(self.rule_of(group), names, kept.opened),
             compiled=group["compile"],
-            theta=tensor.detach().reshape(-1),
-            parts=[state[key] for key, _ in kept.specs],
-            scalars=scalars,
+            scalars=numbers,
             seed=self.defaults["seed"] * len(self.param_groups) + number,
-            step=state["step"],
+            step=t,
             factored={one.name: opened.index(one.name) for _, one in kept.factored},
         )
+        return make, [key for key, _ in kept.specs]
 
     def layout(self, group: Mapping[str, Any], dtype: torch.dtype) -> Layout:
         """What is stored for a tensor of `dtype` in this parameter group."""
@@ -232,9 +238,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not state:
             state.update({"step": 0} | kept.allocate(tensor.numel(), tensor.device, self.files))
         return state
-
-    def _scalars(self, groups: Mapping[int, Mapping[str, Any]], t: int, device: torch.device) -> KnownScalars:
-        return in_one_tensor({i: self._group_rule(group, t).scalars(t) for i, group in groups.items()}, t, device)
 
     def _group_rule(self, group: Mapping[str, Any], t: int) -> Rule:
         """The rule with this group's hyper-parameters as they are at step `t` (schedulers write to groups)."""

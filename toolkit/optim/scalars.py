@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
 
-KnownScalars = dict[tuple[int, int, torch.device], tuple[tuple[str, ...], Tensor]]
-"""The scalars of a step with their names, by number of the parameter group, step and device."""
+Known = dict[tuple[Any, ...], Any]
+"""What the tensors of one training step have in common, made when the first of them asks. Among it their scalars with
+their names, by number of the parameter group, step and device."""
 
 _ALIGNED = 16
 """Those of a group begin at a multiple of so many: compiled code copies what does not begin at 16 bytes."""
 
 
-def in_one_tensor(groups: Mapping[int, Mapping[str, float]], t: int, device: torch.device) -> KnownScalars:
+def in_one_tensor(groups: Mapping[int, Mapping[str, float]], t: int, device: torch.device) -> Known:
     """The scalars of `groups`, by their numbers, at step `t`: fp32, views of one tensor on `device`."""
     values: list[float] = []
     places = []

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.scalars import KnownScalars
+from toolkit.optim.scalars import Known
 from toolkit.optim.statistics import Member
 from toolkit.optim.streaming import TensorStep
 from toolkit.optim.together import step_together
@@ -81,7 +81,7 @@ class ShardedZeroOptimizer(Access, MasterWeights, OrderedZeroOptimizer):
     def __init__(self, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
         self._held: list[dict[int, Tensor]] = [{} for _ in init_optimizer.param_groups]
         self._local: dict[int, Tensor] = {}
-        self._scalars: KnownScalars = {}  # of the step that has begun
+        self._scalars: Known = {}  # of the step that has begun
         self._laying_out = True
         ignored = takes_mean(kwargs) or not kwargs.get("reduce_scatter", True)
         super().__init__(init_optimizer, *args, **kwargs)

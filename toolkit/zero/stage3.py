@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from toolkit.errors import UserError
 from toolkit.optim import RuleOptimizer
-from toolkit.optim.scalars import KnownScalars
+from toolkit.optim.scalars import Known
 from toolkit.optim.statistics import Member
 from toolkit.optim.streaming import TensorStep, check_gradient
 from toolkit.optim.together import step_together
@@ -55,7 +55,7 @@ class ShardedZeroOptimizer3(Access, MasterWeights, DeepSpeedZeroOptimizer_Stage3
 
     def __init__(self, module: nn.Module, init_optimizer: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
         self._order = Order()
-        self._scalars: KnownScalars = {}  # of the step that has begun
+        self._scalars: Known = {}  # of the step that has begun
         self._came: set[int] = set()  # parameters whose gradients came in the backward pass that is under way
         if takes_mean(kwargs):
             warn_once(
