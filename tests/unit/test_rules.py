@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from toolkit.errors import UserError
-from toolkit.optim import AMCS, COMPONENTS, SOAM, AMCSRule
+from toolkit.optim import AMCS, COMPONENTS, RULES, SOAM, AMCSRule
 
 STEPS = 200
 SHAPE = (37, 53)
@@ -364,3 +364,24 @@ def test_wrong_settings_give_one_sentence(rule: Any, settings: dict[str, Any], s
         rule([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "betas"),
+    [
+        ("AMCS", [0.9, 0.95, 0.0]),
+        ("SOAM", [0.9, 0.0]),
+        ("AdamW8", [0.9, 0.0]),
+        ("StableAdamW", [0.9, 0.0]),
+        ("Lamb8", [0.9, 0.0]),
+        ("QHAdam", [0.9, 0.0]),
+        ("AdEMAMix", [0.9, 0.0, 0.99]),
+        ("AdaMuon", [0.9, 0.0]),
+        ("NorMuon", [0.9, 0.0]),
+    ],
+)
+def test_a_second_moment_of_one_gradient_is_refused(name: str, betas: list[float]) -> None:
+    """v + (1 - b2) (g^2 - v) loses a g^2 that is far below v: v would be 0."""
+    place = betas.index(0.0)
+    with pytest.raises(UserError, match=rf"betas.{place} is 0.0, but must be greater than or equal to 0.001"):
+        RULES[name]([torch.nn.Parameter(torch.zeros(2, 256))], betas=betas)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from toolkit.errors import UserError
 from toolkit.optim import adam
-from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, State
+from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, SecondBeta, State
 
 HIDDEN = ("attention", "ffn", "other")
 """Components whose matrices are hidden: neither embedding nor head."""
@@ -18,7 +18,7 @@ class HiddenMatrixRule(Rule):
     """Fields of AdamW, which trains what is no hidden matrix."""
 
     adamw_lr: NonNegative | None = None
-    adamw_betas: tuple[Beta, Beta] = (0.9, 0.95)
+    adamw_betas: tuple[Beta, SecondBeta] = (0.9, 0.95)
     adamw_eps: NonNegative = 1e-8
 
     @classmethod

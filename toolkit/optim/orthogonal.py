@@ -11,7 +11,7 @@ from torch import Tensor
 
 from toolkit.optim.hidden import HiddenMatrixRule
 from toolkit.optim.newton_schulz import MUON, POLAR_EXPRESS, orthogonal
-from toolkit.optim.rule import Beta, NonNegative, Rule
+from toolkit.optim.rule import Beta, NonNegative, Rule, SecondBeta
 
 
 class OrthogonalRule(HiddenMatrixRule):
@@ -41,7 +41,7 @@ class NormalizedRule(OrthogonalRule):
     Subclasses have the field `eps`.
     """
 
-    betas: tuple[Beta, Beta] = (0.95, 0.95)
+    betas: tuple[Beta, SecondBeta] = (0.95, 0.95)
     eps: NonNegative
 
     def scalars(self, t: int) -> dict[str, float]:

@@ -26,6 +26,8 @@ NEEDS = ("total_steps",)
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, strict=True)]
+SecondBeta = Annotated[float, Field(ge=0.001, lt=1, allow_inf_nan=False, strict=True)]
+"""Of a second moment. With 0, v + (1 - b) (g^2 - v) is 0 in fp32 where g^2 is far below v, and the update huge."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ STAGED = {"cpu": 2**16}
 """By kind of device, elements below which pieces are joined before they are used: norms are small and many."""
 
 STAGED_ELSEWHERE = 2**24
-"""On a GPU each use is a launch, which takes the host longer than the device takes for millions of elements. The copy is
-of 32 MB in bf16."""
+"""On a GPU each use is a launch, which takes the host longer than the device takes for millions of elements. The copy
+takes 32 MB in bf16."""
 
 FEW = 16
 """Blocks that are copied as a whole where the last one ends early."""

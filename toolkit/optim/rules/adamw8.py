@@ -11,7 +11,7 @@ from pydantic import Field
 from toolkit.errors import UserError
 from toolkit.optim import adam
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, NonNegative, Rule, State
+from toolkit.optim.rule import Beta, NonNegative, Rule, SecondBeta, State
 from toolkit.optim.scales import DynamicScales, ScaledRule, Scales
 from toolkit.optim.schedules import between, product_between
 
@@ -39,7 +39,7 @@ class AdamW8Rule(ScaledRule):
     loss_price = MappingProxyType({"8bit": (-0.005, 0.022), "lean": (-0.008, 0.016)})
 
     lr: NonNegative = 6e-4
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    betas: tuple[Beta, SecondBeta] = (0.9, 0.95)
     eps: NonNegative = 1e-8
     weight_decay: NonNegative = 0.1
     beta1_end: Beta | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, NonNegative, Rule, State
+from toolkit.optim.rule import Beta, NonNegative, Rule, SecondBeta, State
 
 
 class AdEMAMixRule(Rule):
@@ -36,7 +36,7 @@ class AdEMAMixRule(Rule):
     loss_price = MappingProxyType({"8bit": (-0.024, 0.03)})
 
     lr: NonNegative = 6e-4
-    betas: tuple[Beta, Beta, Beta] = (0.9, 0.999, 0.9999)
+    betas: tuple[Beta, SecondBeta, Beta] = (0.9, 0.999, 0.9999)
     alpha: NonNegative = 8.0
     alpha_warmup: int | None = Field(default=None, ge=0, strict=True)
     beta3_warmup: int | None = Field(default=None, ge=0, strict=True)

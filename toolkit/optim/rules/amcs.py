@@ -13,7 +13,7 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, State
+from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, SecondBeta, State
 from toolkit.optim.scales import DynamicScales, ScaledRule, Scales
 from toolkit.optim.schedules import Setting, between, check_setting, moves, product_between, value_at
 
@@ -66,7 +66,7 @@ class AMCSRule(ScaledRule):
     beside = MappingProxyType({"leanest": {"mode": "mixed"}})
 
     lr: NonNegative = 6e-4
-    betas: tuple[Beta, Beta, Beta] = (0.9, 0.95, 0.95)
+    betas: tuple[Beta, Beta, SecondBeta] = (0.9, 0.95, 0.95)
     eps: NonNegative = 1e-8
     weight_decay: NonNegative = 0.1
     total_steps: int | None = Field(default=None, ge=1, strict=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, Mean, NonNegative, Rule, State
+from toolkit.optim.rule import Beta, Mean, NonNegative, Rule, SecondBeta, State
 
 
 class Lamb8Rule(Rule):
@@ -31,7 +31,7 @@ class Lamb8Rule(Rule):
     loss_price = MappingProxyType({"8bit": (0.003, 0.009)})
 
     lr: NonNegative = 1e-3
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: tuple[Beta, SecondBeta] = (0.9, 0.999)
     eps: NonNegative = 1e-6
     weight_decay: NonNegative = 0.01
     min_coeff: NonNegative = 0.01

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, NonNegative, Rule, State
+from toolkit.optim.rule import Beta, NonNegative, Rule, SecondBeta, State
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
 
@@ -33,7 +33,7 @@ class QHAdamRule(Rule):
     loss_price = MappingProxyType({"8bit": (-0.002, 0.017)})
 
     lr: NonNegative = 6e-4
-    betas: tuple[Beta, Beta] = (0.995, 0.999)
+    betas: tuple[Beta, SecondBeta] = (0.995, 0.999)
     nus: tuple[Share, Share] = (0.7, 1.0)
     eps: NonNegative = 1e-8
     weight_decay: NonNegative = 0.1

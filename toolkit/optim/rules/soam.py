@@ -12,7 +12,7 @@ from torch import Tensor
 
 from toolkit.errors import UserError
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, State, component_mapping
+from toolkit.optim.rule import Beta, Matrix, Mean, NonNegative, Rule, SecondBeta, State, component_mapping
 
 DEFAULT_BETAS = {"ffn": 0.95}
 """b1 by component where the paper departs from `betas[0]`."""
@@ -44,7 +44,7 @@ class SOAMRule(Rule):
     loss_price = MappingProxyType({"8bit": (0.001, 0.012), "compact": (-0.038, 0.034)})
 
     lr: NonNegative = 8e-3
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    betas: tuple[Beta, SecondBeta] = (0.9, 0.95)
     eps: NonNegative = 1e-8
     weight_decay: NonNegative = 0.0
     component_betas: dict[str, Beta] | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from toolkit.optim.optimizer import as_optimizer
-from toolkit.optim.rule import Beta, Mean, NonNegative, Rule, State
+from toolkit.optim.rule import Beta, Mean, NonNegative, Rule, SecondBeta, State
 
 
 class StableAdamWRule(Rule):
@@ -30,7 +30,7 @@ class StableAdamWRule(Rule):
     loss_price = MappingProxyType({"8bit": (0.002, 0.003)})
 
     lr: NonNegative = 6e-4
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    betas: tuple[Beta, SecondBeta] = (0.9, 0.99)
     eps: NonNegative = 1e-6
     weight_decay: NonNegative = 0.1
 
