@@ -36,6 +36,7 @@ def shapes(recorder: Recorder, key: str, name: str) -> None:
     engine, _ = engine_of(model, recorder)
     host, whole, waits = [], [], []
     places: Counter[str] = Counter()
+    torchs = torch_adamw(model, recorder)
     for number in range(WARM + COUNTED):
         loss = engine(random_tokens(name, 1, LENGTH, engine.device))
         engine.backward(loss)
@@ -52,6 +53,7 @@ def shapes(recorder: Recorder, key: str, name: str) -> None:
             waits.append(len(found))
             places.update(found)
     recorder.set(**{f"host_ms_{key}": statistics.median(host), f"whole_ms_{key}": statistics.median(whole)})
+    recorder.set(**{f"torch_ms_{key}": torchs})
     if recorder.device == "cuda":
         recorder.set(**{f"syncs_{key}": max(waits)})
         for where, count in places.most_common(5):
@@ -60,6 +62,21 @@ def shapes(recorder: Recorder, key: str, name: str) -> None:
     gc.collect()
     if recorder.device == "cuda":
         torch.cuda.empty_cache()
+
+
+def torch_adamw(model: torch.nn.Module, recorder: Recorder) -> float:
+    """Host time of a step of torch's fused AdamW on tensors like the model's, ms."""
+    held = [torch.nn.Parameter(torch.zeros_like(weight)) for weight in model.parameters()]
+    for one in held:
+        one.grad = torch.zeros_like(one)
+    optimizer = torch.optim.AdamW(held, fused=True)
+    taken = []
+    for _ in range(WARM + COUNTED):
+        wait(recorder)
+        start = time.perf_counter()
+        optimizer.step()
+        taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(taken[WARM:])
 
 
 def wait(recorder: Recorder) -> None:

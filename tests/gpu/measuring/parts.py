@@ -127,7 +127,11 @@ PARTS: tuple[Part, ...] = (
         "One tensor of 134M and one of 622M elements (the vocabulary matrix of Qwen3-8B), in turn with a copy and "
         "other optimizers, as `toolkit bench step` measures and names them. `of copy`: bytes that the step must move "
         "over its time, as a share of what the copy reaches.",
-        (Check("of_copy", "AMCS 8bit, bf16+8, 622M elements, share of the copy's bandwidth", "%"),),
+        (
+            Check("of_copy", "AMCS 8bit, bf16+8, 622M elements, share of the copy's bandwidth", "%", ">=", 80),
+            Check("over_torch", "its time over that of torch's fused AdamW with fp32 weights", "", "<=", 0.9),
+            Check("over_flash", "its time a byte over FlashAdamW's (goal: 1 at most), where that is installed"),
+        ),
         (
             Table("steps", "Milliseconds a step", STEPS, ("134M, ms", "622M, ms", "bytes an element", "of copy, %")),
             Table(
@@ -152,6 +156,8 @@ PARTS: tuple[Part, ...] = (
             Check("host_ms_1_7b", "host time of a step, 1.7B shapes", "ms", "<=", 1),
             Check("syncs_1_7b", "operations that wait for the GPU, 1.7B shapes", "", "<=", 1),
             Check("whole_ms_1_7b", "until the GPU is done, 1.7B shapes", "ms"),
+            Check("torch_ms_134m", "torch's fused AdamW, host time of a step, 134M shapes", "ms"),
+            Check("torch_ms_1_7b", "torch's fused AdamW, host time of a step, 1.7B shapes", "ms"),
         ),
     ),
     Part(
@@ -212,6 +218,7 @@ PARTS: tuple[Part, ...] = (
             *_PEAK,
             Check("reserved_over_allocated", "peak reserved over peak allocated", "", "<=", 1.05),
             Check("step_ms", "second step", "ms"),
+            Check("host_ms", "host time of the optimizer step in it, 8B shapes (goal: 1)", "ms"),
         ),
     ),
     Part(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -15,35 +15,45 @@ from measuring.parts import LAUNCHES, STEPS
 from measuring.record import Recorder
 from toolkit.bench import step as bench
 from toolkit.bench.contenders import Stepper, read_contenders
-from toolkit.bench.record import LEAST
+from toolkit.bench.record import LEAST, Row
 from toolkit.bench.shapes import Shapes, even
 
 SIZES = {"134M, ms": 131_072 * 1024, "622M, ms": 151_936 * 4096}
 LARGE = "622M, ms"
 OURS = "amcs:8bit:bf16+8"
+TORCH, FLASH = "torch-adamw:fp32", "flash-adamw:bf16"
 
 
 def measure(recorder: Recorder) -> None:
     sizes = SIZES if not recorder.rehearse else dict.fromkeys(SIZES, 64 * 1024)
-    rows = STEPS if not recorder.rehearse else (bench.COPY, OURS, "torch-adamw:bf16")
+    rows = STEPS if not recorder.rehearse else (bench.COPY, OURS, TORCH)
     contenders = read_contenders(rows[1:])
     left_out: dict[str, str] = {}
     for column, size in sizes.items():
         found = bench.measure(contenders, even(size), recorder.device, LEAST, OURS)
         left_out |= found.left_out
+        if column == LARGE:
+            compare(recorder, {row.name: row for row in found.rows})
         for row in found.rows:
             cells = {column: 1e3 * row.timed["seconds"].median}
             if column == LARGE:
                 share = 100 * row.counted["of_copy"]
                 cells |= {"bytes an element": row.counted["bytes_moved"], "of copy, %": share}
-                if row.name == OURS:
-                    recorder.set(of_copy=share)
             recorder.row("steps", row.name, **cells)
         for note in found.notes:
             recorder.note(f"{column.partition(',')[0]}: {note}")
     for name, reason in left_out.items():
         recorder.note(f"{name}: {reason}.")
     launches(recorder, even(sizes[LARGE]))
+
+
+def compare(recorder: Recorder, rows: Mapping[str, Row]) -> None:
+    """What the goals are about, of the large tensor."""
+    seconds = {name: row.timed["seconds"].median for name, row in rows.items()}
+    recorder.set(of_copy=100 * rows[OURS].counted["of_copy"], over_torch=seconds[OURS] / seconds[TORCH])
+    if FLASH in rows:
+        by_byte = {name: seconds[name] / rows[name].counted["bytes_moved"] for name in (OURS, FLASH)}
+        recorder.set(over_flash=by_byte[OURS] / by_byte[FLASH])
 
 
 # ---- launch configurations --------------------------------------------------------------------------------------

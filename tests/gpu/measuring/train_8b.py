@@ -36,7 +36,11 @@ def measure(recorder: Recorder) -> None:
         began = time.perf_counter()
         loss = engine(tokens)
         engine.backward(loss)
+        if recorder.device == "cuda":
+            torch.cuda.synchronize()
+        queued = time.perf_counter()
         engine.step()
+        recorder.set(host_ms=1e3 * (time.perf_counter() - queued))
         value = float(loss)
         recorder.set(step_ms=1e3 * (time.perf_counter() - began))
     recorder.note(f"Loss of the last step {value:.3f}.")
