@@ -2,28 +2,33 @@
 
     python tests/benchmarks/gpu_static.py [--rules AMCS] [--formats 8bit] [--weights bf16+8] [--write PAGE]
     python tests/benchmarks/gpu_static.py --launches [--formats 8bit compact]
+    python tests/benchmarks/gpu_static.py --select --rules AMCS AdamW8 --formats 8bit --weights bf16+8
 
 Prints a Markdown table; `--write docs/benchmarks/gpu-static.md` renders the page, with
 `--rules AMCS AMCSSingle AdamW8 SOAM`: every rule takes long. `--launches` counts several launch
-configurations beside the chosen one. FlashAdamW's own kernel is counted the same way where `flashoptim` is installed
-(`pip install flashoptim`); else its row stays. Needs the package `triton` (extra `gpu-static`); torch may be built
-without CUDA.
+configurations beside the chosen one; `--select` the step as it would be if the device and not the host decided
+whether it is skipped: each number that is written is chosen between the new one and the old. FlashAdamW's own kernel
+is counted the same way where `flashoptim` is installed (`pip install flashoptim`); else its row stays. Needs the
+package `triton` (extra `gpu-static`); torch may be built without CUDA.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from absent_gpu import MachineCode, assemble, machine_code, write
 
-from toolkit.optim import RULES, AMCSRule
+from toolkit.optim import RULES, AMCSRule, kernel
 from toolkit.optim.inductor import Launch
 from toolkit.optim.rule import Rule
 from toolkit.state.codecs import BLOCK, FORMATS, MIXES
@@ -126,6 +131,24 @@ def count(case: Case, launch: Launch) -> Count:
     return Count(len(source.kernels), source.intermediates, code, by_program / (32 * warps), warps, case.bytes_moved)
 
 
+@contextmanager
+def decided_on_the_device() -> Iterator[None]:
+    """Steps that are traced within it change nothing where the factor of their gradient is not finite."""
+    finite: list[torch.Tensor] = []
+
+    class Opened(kernel._Opened):
+        def __init__(self, layout: Layout, scale: torch.Tensor, *rest: Any) -> None:
+            finite[:] = [scale * 0 == 0]
+            super().__init__(layout, scale, *rest)
+
+    def write_if_finite(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(torch.where(finite[0], source.to(target.dtype), target))
+
+    with mock.patch.object(kernel, "_Opened", Opened), mock.patch.object(kernel, "_write", write_if_finite):
+        yield
+
+
 def flash_adamw() -> Count:
     """FlashAdamW's own kernel (`flashoptim`): 8-bit state in groups of 32, bf16 weights and 8 bits beside them."""
     import triton.language as tl
@@ -211,6 +234,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+")
     parser.add_argument("--weights", nargs="+")
     parser.add_argument("--launches", action="store_true")
+    parser.add_argument("--select", action="store_true")
     parser.add_argument("--write", type=Path, metavar="PAGE")
     options = parser.parse_args()
     cases = [
@@ -239,6 +263,10 @@ def main() -> None:
         for case in some:
             yield from launch_rows(case)
 
+    if options.select:
+        with decided_on_the_device():
+            show((f"{case} {count(case, Launch())}" for case in cases), HEADER)
+        return
     if options.launches:
         show(by_launch([case for case in cases if case.state_format != "fp32"]), launch_header)
         return
