@@ -70,9 +70,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         options = bind(type(self), args, kwargs)
         own, hyper = separate(options)
-        rule = self.rule.parse(hyper, where=type(self).__name__)
         self.found: Found = {}  # by the latest step
-        super().__init__(params, dict(rule) | own)
+        super().__init__(params, dict(self.rule.parse(hyper, where=type(self).__name__)) | own)
 
     def rule_of(self, group: Mapping[str, Any]) -> type[Rule]:
         """The rule that runs in this parameter group: `rule`, or a variant of it."""
@@ -191,8 +190,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if kind not in known:
             known[kind] = self._kind(group, *kind[1:], known)
         make, keys = known[kind]
-        held = tensor.detach()
-        return make(theta=held.view(-1) if held.is_contiguous() else held.reshape(-1), parts=[state[k] for k in keys])
+        return make(theta=tensor.detach().reshape(-1), parts=[state[key] for key in keys])
 
     def _kind(
         self, group: Mapping[str, Any], t: int, dtype: torch.dtype, device: torch.device, known: Known
