@@ -5,7 +5,7 @@
 
 Kept are validation losses by method, rate and seed (docs/benchmarks/methods-losses.json). Differences are paired by
 seed, so all runs are of one kind of machine: another gives other losses for the same seed. A method whose name ends in
-"-fp32" is another with fp32 state.
+"-fp32" is another with fp32 state, one in "-warmup160" with 160 steps of warm-up.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +29,12 @@ MAIN = (
     "peak, MB | state, bytes a parameter"
 )
 FEW = f"method | - {BASELINE}, paired by seed | seeds | lr"
+WARMUPS = (13, 32, 64, 160, 320, 480)
+"""Steps of warm-up out of 640; 64 are those of a method without "-warmup" in its name."""
+WARM = f"method | {' | '.join(map(str, WARMUPS))} | at its best: - {BASELINE} at its, by seed | in spreads | seeds"
 STATES = " | 8-bit state | fp32 state | difference, paired | 2 s.e. | by seed"
 EXACT = "-fp32"
+WARMUP = re.compile(r"(.+)-warmup(\d+)")
 ENOUGH = 3  # seeds
 
 
@@ -74,6 +79,10 @@ def _said(beside: Difference) -> str:
     return f"{beside.mean:+.3f}{error}"
 
 
+def _in_spreads(beside: Difference) -> str:
+    return "" if beside.in_spreads is None else f"{beside.in_spreads:+.1f}"
+
+
 def _row(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -83,10 +92,10 @@ def rows(kept: Mapping[str, Any]) -> list[str]:
     methods = kept["methods"]
     found = []
     for name, one in methods.items():
-        if name.endswith(EXACT) or len(one["losses"]) < ENOUGH:
+        if name.endswith(EXACT) or WARMUP.fullmatch(name) or len(one["losses"]) < ENOUGH:
             continue
         beside, others = _beside(one, methods[BASELINE]), one.get("others", {})
-        said = ("", "") if name == BASELINE else (_said(beside), f"{beside.in_spreads:+.1f}")
+        said = ("", "") if name == BASELINE else (_said(beside), _in_spreads(beside))
         loss = f"{statistics.fmean(one['losses'].values()):.3f} ± {statistics.stdev(one['losses'].values()):.3f}"
         near = [others.get(f"{one['lr'] * factor:g}") for factor in (0.5, 2)]
         tried = ", ".join("not tried" if one is None else f"{one - methods[name]['losses']['0']:+.3f}" for one in near)
@@ -95,13 +104,30 @@ def rows(kept: Mapping[str, Any]) -> list[str]:
     return [row for _, row in sorted(found)]
 
 
+def rows_of_warmups(kept: Mapping[str, Any]) -> list[str]:
+    """Of WARM: the loss at seed 0 by steps of warm-up, then each method at its best against the baseline at its own."""
+    methods = kept["methods"]
+    tried: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for name, one in methods.items():
+        if found := WARMUP.fullmatch(name):
+            tried.setdefault(found[1], {64: methods[found[1]]})[int(found[2])] = one
+    best = {name: min(by_steps.values(), key=lambda one: one["losses"]["0"]) for name, by_steps in tried.items()}
+    made = []
+    for name, by_steps in tried.items():
+        beside = _beside(best[name], best[BASELINE])
+        cells = [f"{by_steps[steps]['losses']['0']:.3f}" if steps in by_steps else "" for steps in WARMUPS]
+        said = ("", "") if name == BASELINE else (_said(beside), _in_spreads(beside))
+        made.append((beside.mean, _row(name, *cells, *said, len(beside.by_seed))))
+    return [row for _, row in sorted(made)]
+
+
 def rows_of_few(kept: Mapping[str, Any]) -> list[str]:
     """Of FEW: methods of fewer seeds, each against the baseline at these."""
     methods = kept["methods"]
     return [
         _row(name, _said(_beside(one, methods[BASELINE])), len(one["losses"]), f"{one['lr']:g}")
         for name, one in methods.items()
-        if len(one["losses"]) < ENOUGH
+        if len(one["losses"]) < ENOUGH and not WARMUP.fullmatch(name)
     ]
 
 
@@ -122,6 +148,9 @@ def rows_of_states(kept: Mapping[str, Any]) -> list[str]:
     return [row for _, row in sorted(found)]
 
 
+TABLES = ((MAIN, rows), (WARM, rows_of_warmups), (FEW, rows_of_few), (STATES, rows_of_states))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", type=Path, nargs="+", default=[], metavar="REPORT", help="report.json of comparisons")
@@ -130,8 +159,8 @@ def main() -> None:
     for path in options.add:
         add(kept, json.loads(path.read_text()), machine())
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    for heading, table in ((MAIN, rows(kept)), (FEW, rows_of_few(kept)), (STATES, rows_of_states(kept))):
-        print(f"| {heading} |", "|" + "---|" * len(heading.split(" | ")), *table, "", sep="\n")
+    for heading, made in TABLES:
+        print(f"| {heading} |", "|" + "---|" * len(heading.split(" | ")), *made(kept), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from methods_losses import FEW, KEPT, MAIN, STATES, add, rows, rows_of_few, rows_of_states
+from methods_losses import KEPT, TABLES, add, rows, rows_of_few, rows_of_states, rows_of_warmups
 
 
 def report(
@@ -23,7 +23,7 @@ def report(
     }
 
 
-@pytest.mark.parametrize(("heading", "made"), [(MAIN, rows), (FEW, rows_of_few), (STATES, rows_of_states)])
+@pytest.mark.parametrize(("heading", "made"), TABLES)
 def test_the_tables_in_the_docs_are_those_of_the_kept_losses(heading: str, made: Any) -> None:
     page = (KEPT.parent / "README.md").read_text(encoding="utf-8").splitlines()
     at = page.index(f"| {heading} |") + 2
@@ -45,6 +45,13 @@ def test_differences_are_paired_and_only_like_runs_are_put_together() -> None:
     ]
     assert rows_of_few(kept) == []
     assert rows_of_states(kept) == ["| AdamW8 | 4.1000 | 4.1000 | +0.0000 | 0.1155 | +0.1000, +0.0000, -0.1000 |"]
+    add(kept, report("adamw-warmup160", {"0": 4.8, "1": 3.9, "2": 4.2}), "here")
+    add(kept, report("adamw8-warmup13", {"0": 5.1}), "here")
+    assert len(rows(kept)) == 2 and rows_of_few(kept) == []
+    assert rows_of_warmups(kept) == [
+        "| adamw8 | 5.100 |  | 4.700 |  |  |  | -0.200 ± 0.100 | -0.5 | 3 |",
+        "| adamw |  |  | 5.000 | 4.800 |  |  |  |  | 3 |",
+    ]
     with pytest.raises(SystemExit, match="at lr 0.001, and these are at 0.002"):
         add(kept, report("adamw8", {"0": 4.0}, lr=2e-3), "here")
     with pytest.raises(SystemExit, match="of here, and these are of there"):
