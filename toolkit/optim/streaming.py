@@ -65,23 +65,23 @@ class StreamedStep:
 
         Nobody may write to it before `finish`.
         """
-        rest, self._dtype = gradient, gradient.dtype
-        if self._size and gradient.numel() > self._staged:
-            # A long piece is used where it lies, from the next block on.
-            head = -self._size % BLOCK
-            self._stage(rest[:head])
-            self._flush(scale, keep=False)
-            rest = rest[head:]
-        if rest.numel() > self._staged:
-            whole = rest.numel() // BLOCK * BLOCK
-            self.apply(self._start, rest[:whole], scale)
-            self._start += whole
-            rest = rest[whole:]
-        if rest.numel():
-            own = rest.untyped_storage().nbytes() == rest.numel() * rest.element_size()
-            self._stage(rest if own else rest.clone())  # a view would keep what has been used
-        if self._size > self._staged:
-            self._flush(scale, keep=True)
+        rest, size, self._dtype = gradient, gradient.numel(), gradient.dtype
+        if size > self._staged:
+            if self._size:  # a long piece is used where it lies, from the next block on
+                head = -self._size % BLOCK
+                self._stage(rest[:head], head)
+                self._flush(scale, keep=False)
+                rest, size = rest[head:], size - head
+            if size > self._staged:
+                whole = size // BLOCK * BLOCK
+                self.apply(self._start, rest[:whole], scale)
+                self._start += whole
+                rest, size = rest[whole:], size - whole
+        if size:
+            own = rest.untyped_storage().nbytes() == size * rest.element_size()
+            self._stage(rest if own else rest.clone(), size)  # a view would keep what has been used
+            if self._size > self._staged:
+                self._flush(scale, keep=True)
 
     def finish(self, scale: Tensor) -> None:
         """Update what is left; the gradient of what was never given is zero."""
@@ -89,14 +89,14 @@ class StreamedStep:
         while left > 0:
             # Of the type that the others had: another would be another function to compile.
             zeros = self._theta.new_zeros(min(left, self._staged), dtype=self._dtype)
-            self._stage(zeros)
+            self._stage(zeros, zeros.numel())
             self._flush(scale, keep=True)
             left -= zeros.numel()
         self._flush(scale, keep=False)
 
-    def _stage(self, piece: Tensor) -> None:
+    def _stage(self, piece: Tensor, size: int) -> None:
         self._waiting.append(piece)
-        self._size += piece.numel()
+        self._size += size
 
     def _flush(self, scale: Tensor, *, keep: bool) -> None:
         """Use what is waiting; `keep`: but for an unfinished block."""
