@@ -57,21 +57,28 @@ def progress(words: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def waiting(words: str, say: Callable[[str], None] | None = None) -> Iterator[None]:
+def waiting(words: str, say: Callable[[str], None] | None = None) -> Iterator[Callable[[str], None]]:
     """`words` on a terminal's stderr as long as what is within lasts, once it takes more than `PATIENCE_SECONDS`.
+
+    Gives what is called with other words, such as how far it is.
 
     `say`: gets them once, in place of a terminal.
     """
     console = PlainConsole(stderr=True)
-    status = console.status(words)
+    status = console.status(_plain(words))
     later = threading.Timer(PATIENCE_SECONDS, status.start if say is None else lambda: say(words))
     later.daemon = True
     if console.is_terminal or say is not None:
         later.start()
     try:
-        yield
+        yield lambda words: status.update(_plain(words))
     finally:
         later.cancel()
         if later.ident is not None:  # it may be starting the words just now
             later.join()
         status.stop()
+
+
+def _plain(words: str) -> Text:
+    """In place of a string that rich would look for markup in."""
+    return Text(printable(words))

@@ -100,6 +100,20 @@ def test_the_command_prints_a_table_for_each_memory(
     assert [one["seq_len"] for one in found] == [None, 4096, None, 4096]
 
 
+def test_what_state_was_measured_to_cost_is_said_below(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["fits", "--model", MODEL, "--gpu-memory", "24GB", "--optimizer"]
+    assert run(monkeypatch, *given, "muon8", "--optimizer", "amcs", "--optimizer", "adamw") == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "validation loss beside that of fp32 state (small models, ± 2 standard errors):",
+        "  Muon8: 8bit +0.005 ± 0.002, above its bound of 0.003",
+        "  AMCS: 8bit -0.005 ± 0.005",
+    ]
+    assert run(monkeypatch, *given, "amcs", "--state-format", "fp32") == 0
+    assert "validation loss" not in capsys.readouterr().out
+
+
 def test_what_is_kept_of_activations_is_chosen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

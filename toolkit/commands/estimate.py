@@ -191,12 +191,12 @@ def plan(
     check_name(model)
     if not as_json and out is not None and out.exists():
         raise UserError(f"{out} is there already; name another file with --out.")
-    with waiting("looking for what fits"):
+    with waiting("looking for what fits") as say:
         settle_accelerator()
         from toolkit import models
         from toolkit.config import shipped_configs
         from toolkit.estimate.prices import default_format
-        from toolkit.estimate.recommend import recommend
+        from toolkit.estimate.recommend import NVME_PATH, recommend
         from toolkit.optim import RECOMMENDED, RULES
 
         import_plugins(plugins)
@@ -221,14 +221,15 @@ def plan(
             state_format=state_format,
             host_memory=host,
             ranks_per_machine=gpus,
+            say=lambda words: say(f"looking for what fits, {words}"),
         )
     console = PlainConsole()
     best = found[0]
     if not as_json:
         from toolkit.estimate.show import show_candidates
 
-        about = f"{'this machine has' if host_memory is None else 'there are'} {size_text(host)}"
-        show_candidates(console, found, memory, seq_len, chosen, about)
+        whose = "of this machine (another's: --host-memory)" if host_memory is None else "of --host-memory"
+        show_candidates(console, found, memory, seq_len, chosen, f"the {size_text(host)} {whose}")
     if not (best.fits and best.asked):
         if as_json:
             state = state_format or default_format(chosen)
@@ -252,6 +253,11 @@ def plan(
     console.print_line(
         "a training also takes --data, --from-checkpoint, --global-batch and --steps: add what you need."
     )
+    if best.disk:
+        console.print_line(
+            f"the state lies on a disk: nvme_path in {path} is {NVME_PATH}; make it a folder on a local disk with "
+            f"{size_text(best.disk)} of room."
+        )
     console.print_line(f"{path} written; train with: {to_type(following)}")
 
 

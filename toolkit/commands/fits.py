@@ -63,8 +63,9 @@ def fits(
     from toolkit.estimate.fits import fits as find
     from toolkit.estimate.fits import lengths, ways
     from toolkit.estimate.prices import offered
+    from toolkit.estimate.show import PRICED, SPARE, prices
     from toolkit.models.presets import PRESETS
-    from toolkit.optim import COMPARED
+    from toolkit.optim import COMPARED, find_rule
     from toolkit.records.sizes import parse_size
 
     import_plugins(plugins)
@@ -92,6 +93,11 @@ def fits(
     for memory, some in groupby(sorted(found, key=lambda fit: memories.index(fit.gpu_memory)), lambda f: f.gpu_memory):
         _show(console, memory, list(some))
     console.print_line("* the model's own limit; - not even 512 tokens; released: release_gradients")
+    console.print_line(f"none of a GPU's memory is left to spare, of which `toolkit plan` keeps {SPARE}")
+    rules = {way.optimizer: made.rule for way in tried if (made := find_rule(way.optimizer))}
+    said = [f"  {name}: {price}" for name, rule in rules.items() if (price := prices(rule, {state_format}))]
+    for line in [f"{PRICED}:", *said] if said else ():
+        console.print_line(line)
 
 
 def _show(console: PlainConsole, memory: int, found: list[Fit]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,16 @@ from toolkit.records.lora import LoRA
 from toolkit.state.layout import LEAN, LEANEST
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+MARGIN = 0.05
+"""Share of a GPU's memory, and of the host's, that what is recommended leaves: for what nobody predicts.
+
+On a GPU that is what the caching allocator reserves beyond what is allocated (at most 5 % is the goal of
+docs/benchmarks/gpu.md); on the host Python, libraries, and freed memory that the C library keeps.
+"""
+NVME_PATH = "/mnt/nvme"
+"""Of what is made here: whoever trains with it names a folder of theirs."""
+ON_NVME = " on NVMe"
+"""After the name of a configuration whose state is moved there."""
 ANY = "any"
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -93,11 +103,15 @@ class Candidate:
     needs: int
     """Bytes of the device at the peak, the context included."""
     fits: bool
-    """On the device and, with what is offloaded, on the host."""
+    """On the device and, with what is offloaded, on the host, so that MARGIN is left of both."""
+    close: bool
+    """Whether it fits, but leaves less than that."""
     host: int
     """Bytes of host memory of one machine, all its ranks together."""
+    disk: int
+    """Bytes of a machine's disk, all its ranks together, which each step reads and writes."""
     cost: float
-    """Assumed time of a token against that of the plainest way."""
+    """Assumed time of a token against that of the plainest way, without that of the disk."""
     state_format: str
     asked: bool
     """Whether its state format is the one that was asked for."""
@@ -121,11 +135,13 @@ def recommend(
     state_format: str | None = None,
     host_memory: int,
     ranks_per_machine: int,
+    say: Callable[[str], None] = lambda words: None,
 ) -> list[Candidate]:
-    """All candidates: first what fits in the state format asked for, the fastest of them first, then what else fits.
+    """All candidates: first what fits in the state format asked for, the fastest of them first, then what else fits,
+    then what fits too closely.
 
     Where the first computes all blocks again, it is changed to do so with as few as fit, and the micro-batch that is
-    fastest then.
+    fastest then. Where nothing fits in that state format, a rule's state is tried on NVMe, and what fits is added.
 
     Args:
         model: a preset or a folder with a config.json.
@@ -135,34 +151,45 @@ def recommend(
         lora, conversations: as of `Case`.
         state_format: that of one of FORMATS, or "any"; None: `default_format`; what is no rule has its own.
         host_memory: bytes of one machine, which what is offloaded by its `ranks_per_machine` must fit into.
+        say: is told what is looked at.
 
     Raises:
         UserError: as `Estimator.predict`.
     """
     state_format = state_format or default_format(optimizer)
     estimator, room = Estimator(several=True), _Room(gpu_memory, host_memory, ranks_per_machine)
-    found: list[Candidate] = []
     choices = offered_activations(model, device, lora)
     plain = Case(model, {}, world_size, 1, seq_len, device=device, loss=loss, lora=lora, conversations=conversations)
-    for name, state, case in _cases(plain, optimizer, state_format):
-        tried: list[Candidate] = []
-        for kept in choices:
-            slower = kept.tiled or kept.offload  # for what does not fit on the device otherwise; the host gains nothing
-            if slower and (any(one.fits for one in tried) or not any(one.host_fits for one in tried)):
-                break
-            largest = _largest(estimator, replace(case, activations=kept), room)
-            tried.append(_candidate(largest, room, name, state, state_format))
-        found += tried
+    cases = list(_cases(plain, optimizer, state_format))
+
+    def tried(cases: Sequence[tuple[str, str, Case]]) -> Iterator[Candidate]:
+        for number, (name, state, case) in enumerate(cases, 1):
+            here: list[Candidate] = []
+            for kept in choices:
+                # For what does not fit on the device otherwise; the host gains nothing.
+                slower = kept.tiled or kept.offload
+                if slower and (any(one.fits for one in here) or not any(one.host_fits for one in here)):
+                    break
+                say(f"{number} of {len(cases)}: {name}, {state}, {kept}")
+                largest = _largest(estimator, replace(case, activations=kept), room)
+                here.append(_candidate(largest, room, name, state, state_format))
+            yield from here
+
+    found = list(tried(cases))
+    if not any(one.fits and one.asked for one in found):
+        found += [one for one in tried(list(_on_nvme(cases, state_format))) if one.fits]
 
     def order(one: Candidate) -> tuple[Any, ...]:
         # Where ranks do not matter stages 1 and 2 are the same: the usual choice comes first.
-        return not one.fits, one.fits and not one.asked, one.cost if one.fits else one.needs, "zero2" not in one.config
+        rank = (one.fits and one.asked, one.fits, one.close)
+        return *(not held for held in rank), one.cost if one.fits else one.needs, "zero2" not in one.config
 
     first, *others = sorted(found, key=order)
     if first.fits and first.asked and first.activations == Activations(checkpoint=True):
+        say(f"{first.config}, {first.state}: the fewest blocks to compute again")
         sizes = (size for size in MICRO_BATCHES if size <= first.micro_batch)
-        cases = [replace(plain, config=first.json, micro_batch=size) for size in sizes]
-        fewest = _fewest_blocks(estimator, cases, room)
+        passes = [replace(plain, config=first.json, micro_batch=size) for size in sizes]
+        fewest = _fewest_blocks(estimator, passes, room)
         first = _candidate(fewest, room, first.config, first.state, state_format)
     return [first, *others]
 
@@ -176,9 +203,14 @@ class _Room:
     ranks: int
 
     def left(self, found: Simulated) -> int:
-        """Bytes that are left of a device; below 0 where it does not hold that."""
+        """Bytes that are left of a device beside the margin; below 0 where it does not hold that."""
         context = assumed_context(found.case.world_size) if found.case.device == "cuda" else 0
-        return self.device - found.peak - context
+        return usable(self.device) - found.peak - context
+
+
+def usable(memory: int) -> int:
+    """Bytes that what is recommended may take of so many."""
+    return round(memory * (1 - MARGIN))
 
 
 def _cases(plain: Case, optimizer: str, wanted: str) -> Iterator[tuple[str, str, Case]]:
@@ -190,6 +222,18 @@ def _cases(plain: Case, optimizer: str, wanted: str) -> Iterator[tuple[str, str,
                 continue
             config = with_section(base, ["optimizer", "params"], params)
             yield name, state, replace(plain, config=config)
+
+
+def _on_nvme(cases: Sequence[tuple[str, str, Case]], wanted: str) -> Iterator[tuple[str, str, Case]]:
+    """Those of the format `wanted` that offload a rule's state to the host, with it on NVMe.
+
+    DeepSpeed's own way of that needs a library beside it.
+    """
+    for name, state, case in cases:
+        if case.ds.rule and case.ds.offload_optimizer == "cpu" and _asked(state, wanted):
+            place = {"device": "nvme", "nvme_path": NVME_PATH}
+            config = with_section(case.config, ["zero_optimization", "offload_optimizer"], place)
+            yield name + ON_NVME, state, replace(case, config=config)
 
 
 def _bases(optimizer: str) -> dict[str, dict[str, Any]]:
@@ -210,6 +254,14 @@ def _bases(optimizer: str) -> dict[str, dict[str, Any]]:
             lr = section["params"]["lr"] or config["optimizer"]["params"]["lr"]
             found[f"{name} with {optimizer}"] = config | {"optimizer": with_section(section, ["params"], {"lr": lr})}
     return found
+
+
+def _state_format(state: str) -> str:
+    return str(FORMATS[state]["state_format"]) if state in FORMATS else state
+
+
+def _asked(state: str, wanted: str) -> bool:
+    return wanted in (ANY, _state_format(state)) or state not in FORMATS
 
 
 def _largest(estimator: Estimator, case: Case, room: _Room) -> Simulated:
@@ -271,20 +323,23 @@ def _candidate(found: Simulated, room: _Room, name: str, state: str, wanted: str
     cost *= (1 + _CHECKPOINT * again) * (_TILED if kept.tiled else 1.0)
     cost *= _OFFLOADED_ACTIVATIONS if kept.offload else 1.0
     cost *= 1 + _FORMAT * (list(FORMATS).index(state) if state in FORMATS else 0)
-    state_format = FORMATS[state]["state_format"] if state in FORMATS else state
-    host = sum(prediction.host.values()) * room.ranks
+    host, disk = (sum(sizes.values()) * room.ranks for sizes in (prediction.host, prediction.nvme))
+    host_fits = host <= usable(room.host)
+    fits = needs <= usable(room.device) and host_fits
     return Candidate(
         config=name,
         state=state,
         activations=setup.activations,
         micro_batch=best.micro_batch,
         needs=needs,
-        fits=needs <= room.device and host <= room.host,
+        fits=fits,
+        close=not fits and needs <= room.device and host <= room.host,
         host=host,
+        disk=disk,
         cost=cost,
-        state_format=state_format,
-        asked=wanted in (ANY, state_format) or state not in FORMATS,
-        host_fits=host <= room.host,
+        state_format=_state_format(state),
+        asked=_asked(state, wanted),
+        host_fits=host_fits,
         holds_most=max(held, key=lambda category: held[category]),
         json={**best.config, "train_micro_batch_size_per_gpu": best.micro_batch},
     )

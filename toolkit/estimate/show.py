@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from rich.table import Table
 
 from toolkit.console import PlainConsole
 from toolkit.estimate.prices import DEFAULT_FORMAT, EXACT_FORMAT, missed_bound
-from toolkit.estimate.recommend import Candidate
+from toolkit.estimate.recommend import MARGIN, Candidate
 from toolkit.optim import Rule, find_rule
 from toolkit.records import categories as c
 from toolkit.records.activations import FLAG
@@ -17,6 +17,8 @@ from toolkit.records.sizes import size_text
 
 _ATTENTION = {"sdpa": "flash"}
 """transformers' names in the words of `--attention`."""
+
+SPARE = f"{100 * MARGIN:.0f} %"
 
 _WIDE = 120
 """Columns that a table of candidates may take on any terminal: lines are continued below, figures are not cut."""
@@ -101,7 +103,7 @@ def show_candidates(
     Args:
         found: as `toolkit.estimate.recommend.plan` orders them.
         memory: bytes of the device.
-        host: how much memory the host has, in words.
+        host: what host memory they were held against, in words.
     """
     where = f"in {size_text(memory)} at {seq_len} tokens a sequence"
     fitting = [one for one in found if one.fits]
@@ -112,23 +114,25 @@ def show_candidates(
         names = " or ".join(dict.fromkeys(one.state_format for one in smaller))
         title = f"fits with smaller state, which is not recommended unless asked for (--state-format {names}):"
         _rows(console, title, smaller, found[0].cost, optimizer)
-    if fitting:
+    close = [one for one in found if one.close]
+    if close:
+        title = f"fits too closely to be recommended, with less than {SPARE} of the GPU or of the host to spare:"
+        _rows(console, title, close, found[0].cost, optimizer)
+    shown = [*fitting, *close]
+    if shown:
         notes = (
             f"released: release_gradients; keeps: {FLAG}; batch: sequences of a pass; "
             "device: peak of a GPU; host: memory of one machine; time: assumed, relative"
         )
+        if any(one.disk for one in shown):
+            notes += ", without that of the disk; disk: of one machine, all of which each step reads and writes"
         if rule := find_rule(optimizer):
             measured = f"of an update of {optimizer}, against fp32 state"
             notes += f"; error: {measured if rule.rule.update_error else 'not measured'}"
-            priced = [name for name in rule.rule.loss_price if any(one.state_format == name for one in fitting)]
-            said = [_price(rule.rule, name) for name in priced]
-            if DEFAULT_FORMAT not in priced and any(one.state_format == DEFAULT_FORMAT for one in fitting):
-                said.insert(0, f"{DEFAULT_FORMAT} not measured")
-            if said:
-                notes += "; validation loss beside that of fp32 state (small models, ± 2 standard errors): "
-                notes += ", ".join(said)
+            if said := prices(rule.rule, {one.state_format for one in shown}):
+                notes += f"; {PRICED}: {said}"
         console.print_line(notes)
-    failed = [one for one in found if not one.fits]
+    failed = [one for one in found if not (one.fits or one.close)]
     if failed:
         console.print_line(f"does not fit {where}, with one sequence:")
         for one in failed[:_SHOWN]:
@@ -139,8 +143,19 @@ def show_candidates(
             console.print_line(f"  {one.config} ({state}): {lacks}")
         if len(failed) > _SHOWN:
             console.print_line(f"  and {len(failed) - _SHOWN} more.")
-        if not all(one.host_fits for one in failed):
-            console.print_line(f"host memory: {host} (--host-memory)")
+    if any(one.host for one in found):
+        console.print_line(f"what takes host memory is held against {host}, less {SPARE}")
+
+
+PRICED = "validation loss beside that of fp32 state (small models, ± 2 standard errors)"
+
+
+def prices(rule: type[Rule], formats: Collection[str]) -> str:
+    """What those of `formats` were measured to add to the loss; an empty string where there is nothing to say."""
+    said = [_price(rule, name) for name in rule.loss_price if name in formats]
+    if DEFAULT_FORMAT in formats and DEFAULT_FORMAT not in rule.loss_price:
+        said.insert(0, f"{DEFAULT_FORMAT} not measured")
+    return ", ".join(said)
 
 
 def _price(rule: type[Rule], state_format: str) -> str:
@@ -151,8 +166,9 @@ def _price(rule: type[Rule], state_format: str) -> str:
 
 def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest: float, optimizer: str) -> None:
     rule = find_rule(optimizer)
+    on_disk = any(one.disk for one in shown)
     table = Table("config", "state, weights", "keeps", box=None, pad_edge=False)
-    for heading in ("batch", "device", "host", "time", *(["error"] if rule else [])):
+    for heading in ("batch", "device", "host", *(["disk"] if on_disk else []), "time", *(["error"] if rule else [])):
         table.add_column(heading, justify="right")
     table.columns[0].overflow = "fold"  # a long name is broken, no figure is cut
     for column in table.columns[1:]:
@@ -162,7 +178,8 @@ def _rows(console: PlainConsole, title: str, shown: Sequence[Candidate], fastest
         error = errors.get(one.state_format)
         table.add_row(
             *(one.config, one.state, str(one.activations), str(one.micro_batch)),
-            *(size_text(one.needs), size_text(one.host) if one.host else "-", f"{one.cost / fastest:.2f}"),
+            *(size_text(one.needs), _size(one.host), *([_size(one.disk)] if on_disk else [])),
+            f"{one.cost / fastest:.2f}",
             *(["?" if error is None else f"{error} %"] if rule else []),
         )
     console.print_line(title)
