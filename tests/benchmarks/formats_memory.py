@@ -18,14 +18,17 @@ from typing import Any
 
 from memory import TOKENS, configuration, launch, predict
 
-FORMATS = {
-    "8bit": "bf16+8",
-    "compact": "bf16+4",
-    "minimal": "bf16+4",
-    "factored": "bf16+8",
-    "lean": "bf16",
-    "mixed, leanest": "bf16",
-}
+FORMATS = (
+    "fp32, bf16+16",
+    "8bit, bf16+16",
+    "8bit, bf16+8",
+    "compact, bf16+4",
+    "minimal, bf16+4",
+    "4bit, bf16+4",
+    "factored, bf16+8",
+    "lean, bf16",
+    "mixed, leanest, bf16",
+)
 RELEASED = ", released"
 PLACES = ((2, 2), (3, 2), (2, 1), (3, 1), (1, 2), (1, 1))  # stage, ranks
 LIMIT = 0.01
@@ -33,7 +36,7 @@ LIMIT = 0.01
 
 def names() -> list[str]:
     """Of `memory.CASES`."""
-    return [f"AMCS {name}, {weights}{end}" for end in (RELEASED, "") for name, weights in FORMATS.items()]
+    return [f"AMCS {name}{end}" for end in (RELEASED, "") for name in FORMATS]
 
 
 def measure(name: str, stage: int, ranks: int, model: str) -> dict[str, Any]:

@@ -46,11 +46,12 @@ def base(stage: int, buckets: bool = True) -> dict[str, Any]:
     }
 
 
-def ours(rule: str, state_format: str, weights: str, **extra: Any) -> dict[str, Any]:
+def ours(rule: str, state_format: str | dict[str, str], weights: str, **extra: Any) -> dict[str, Any]:
     params = {"lr": 1e-4, "state_format": state_format, "weights": weights} | extra
     return {"optimizer": {"type": rule, "params": params}}
 
 
+FOUR = {"m_fast": "4bit", "m_slow": "4bit", "v": "4bit"}  # AMCS's states; the format has no name of its own
 ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True, "fused": True}}}
 
 # Name: what goes into the JSON, whether our buckets do, and the class of bitsandbytes where it is one.
@@ -60,10 +61,12 @@ CASES: dict[str, tuple[dict[str, Any], bool, str | None]] = {
     "bitsandbytes AdamW8bit": ({}, True, "AdamW8bit"),
     "bitsandbytes AdEMAMix8bit": ({}, True, "AdEMAMix8bit"),
     "AMCS 8bit, fp32 weights": (ours("AMCS", "8bit", "fp32"), True, None),
+    "AMCS fp32, bf16+16": (ours("AMCS", "fp32", "bf16+16"), True, None),
     "AMCS 8bit, bf16+16": (ours("AMCS", "8bit", "bf16+16"), True, None),
     "AMCS 8bit, bf16+8": (ours("AMCS", "8bit", "bf16+8"), True, None),
     "AMCS compact, bf16+4": (ours("AMCS", "compact", "bf16+4"), True, None),
     "AMCS minimal, bf16+4": (ours("AMCS", "minimal", "bf16+4"), True, None),
+    "AMCS 4bit, bf16+4": (ours("AMCS", FOUR, "bf16+4"), True, None),
     "AMCS factored, bf16+8": (ours("AMCS", "factored", "bf16+8"), True, None),
     "AMCS lean, bf16": (ours("AMCS", "lean", "bf16"), True, None),
     "AMCS mixed, leanest, bf16": (ours("AMCS", "leanest", "bf16", mode="mixed"), True, None),
@@ -72,8 +75,11 @@ CASES: dict[str, tuple[dict[str, Any], bool, str | None]] = {
     "SOAM 8bit, fp32 weights": (ours("SOAM", "8bit", "fp32"), True, None),
     "SOAM 8bit, bf16+8": (ours("SOAM", "8bit", "bf16+8"), True, None),
     "SOAM compact, bf16+4": (ours("SOAM", "compact", "bf16+4"), True, None),
+    "AMCS fp32, bf16+16, released": (ours("AMCS", "fp32", "bf16+16", release_gradients=True), True, None),
+    "AMCS 8bit, bf16+16, released": (ours("AMCS", "8bit", "bf16+16", release_gradients=True), True, None),
     "AMCS 8bit, bf16+8, released": (ours("AMCS", "8bit", "bf16+8", release_gradients=True), True, None),
     "AMCS minimal, bf16+4, released": (ours("AMCS", "minimal", "bf16+4", release_gradients=True), True, None),
+    "AMCS 4bit, bf16+4, released": (ours("AMCS", FOUR, "bf16+4", release_gradients=True), True, None),
     "AMCS compact, bf16+4, released": (ours("AMCS", "compact", "bf16+4", release_gradients=True), True, None),
     "AMCS factored, bf16+8, released": (ours("AMCS", "factored", "bf16+8", release_gradients=True), True, None),
     "AMCS mixed, leanest, bf16, released": (
