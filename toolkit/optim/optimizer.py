@@ -17,6 +17,7 @@ from toolkit.optim.arguments import OPTIONS, as_list, bind, check_tensor, fields
 from toolkit.optim.joined import Joined
 from toolkit.optim.kernel import step_function
 from toolkit.optim.purity import check_declared, check_pure, with_defaults
+from toolkit.optim.reporting import Copied, Told, told_later
 from toolkit.optim.rule import Rule, State, all_states, check_component, looks_at
 from toolkit.optim.saved import Settled, check_settled, fill, settled
 from toolkit.optim.scalars import Known, in_one_tensor
@@ -260,19 +261,17 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def report(self) -> dict[str, float]:
         """Values worth logging after the latest step (AMCS: alpha), of the first group of each rule, and of the first
-        of each component what was found; empty before."""
+        of each component what was found; empty before. Where something was found the host waits for the device."""
+        return self.report_later(lambda found: found.cpu)()
+
+    def report_later(self, copied: Copied) -> Told:
+        """What `report` gives of the latest step, to be called once the device has made it; see `told_later`."""
         # Not by way of groups: ZeRO-3 empties them between steps.
         t = max((held["step"] for held in self.state.values()), default=0)
-        found: dict[str, float] = {}
-        for group in {self.rule_of(group): group for group in reversed(self.param_groups)}.values() if t else ():
-            found |= self._group_rule(group, t).report(t)
-        groups = {(self.rule_of(group), group["component"]): group for group in reversed(self.param_groups)}
-        for (rule, component), numbers in self.found.items() if t else ():
-            if numbers and rule.report_found is not Rule.report_found:
-                values = torch.stack(list(numbers.values())).cpu().unbind()  # waits for the device once
-                own = self._group_rule(groups[rule, component], t)
-                found |= own.report_found(t, component, **dict(zip(numbers, values, strict=True)))
-        return found
+        rules = [functools.partial(self._group_rule, group, t) for group in self.param_groups]
+        kinds = [(self.rule_of(group), group["component"]) for group in self.param_groups]
+        groups = [(*kind, rule) for kind, rule in zip(kinds, rules, strict=True)]
+        return told_later(groups if t else [], self.found, t, copied)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes held on this process by state, scales counted with their state, and by remainders of weights."""

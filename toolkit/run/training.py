@@ -239,8 +239,7 @@ class Run:
         ended = Moment(engine.device)
         norm = engine.get_global_grad_norm()
         norm_read = HostCopy(norm).wait if isinstance(norm, torch.Tensor) else lambda: norm
-        reported = self._reported()
-        self._names = tuple(reported)
+        told = self._rule.report_later(lambda found: HostCopy(found).wait) if self._rule is not None else dict
         skipped = not engine.was_step_applied()
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         before, self._before = self._before, {}
@@ -251,7 +250,8 @@ class Run:
             self.stop.step_boundary(last=bool(asked))
             seconds = started.until(ended)
             paced()
-            norm = norm_read()
+            norm, reported = norm_read(), told()
+            self._names = tuple(reported)
             flops = tokens * self.prepared.flops_per_token / seconds
             return {
                 "step": step,
@@ -318,10 +318,6 @@ class Run:
         if folder is None or self.settings.tracker is None:
             return None
         return Tracking(self.settings.tracker, folder, self.start.step, self.records, self.screen.say)
-
-    def _reported(self) -> dict[str, float]:
-        """What the rule says of the latest step; empty for other optimizers."""
-        return self._rule.report() if self._rule is not None else {}
 
     def save(self, step: int, measured: Callable[[], Measured] | None) -> None:
         """Save where a checkpoint is due, after the record of its step: it must not be ahead of the metrics.
