@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave with another one: 12 when memory ran out, 110 when a rank gave no sign of life, 130 when stopped by a
         signal, 1 for any other error.
     """
-    ranks.prepare_environment()
     try:
+        ranks.prepare_environment()
         settings = parse(arguments)
         if settings is None:
             return 0

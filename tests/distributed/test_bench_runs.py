@@ -45,7 +45,8 @@ def _forked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *given: str) -> int:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("OMP_NUM_THREADS", "LEANSTATE_THREADS"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setattr(sys, "argv", ["toolkit", "bench", *given])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -17,6 +17,7 @@ import torch
 from toolkit.commands import doctor as doctor_command
 from toolkit.commands.doctor import Findings, examine
 from toolkit.errors import UserError
+from toolkit.records.machine import cores
 from toolkit.run import hosts, leftovers
 from toolkit.run.folder import versions
 
@@ -40,7 +41,7 @@ def test_it_says_what_this_machine_has(tmp_path: Path) -> None:
     facts = told["facts"]
     assert (status, told["problems"]) == (0, [])
     assert f"deepspeed {metadata.version('deepspeed')}" in facts["versions"]
-    assert facts["CPU"] == f"{len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}"
+    assert facts["CPU"] == f"{cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     assert len(facts["GPUs"]) == torch.cuda.device_count()
     assert facts["DeepSpeed fits"] == "yes" and facts["build locks"] == []
 

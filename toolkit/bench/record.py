@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolkit.errors import UserError
 from toolkit.paths import draft_of, read_text, replace_text
+from toolkit.records.machine import cores
 from toolkit.sentences import explain
 
 Command = Literal["step", "train", "data", "save"]
@@ -108,7 +109,7 @@ def machine(device: str) -> Machine:
     return Machine(
         processor=_processor(),
         instructions=torch.backends.cpu.get_cpu_capability(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=cores(),
         threads=torch.get_num_threads(),
         device=name,
     )

@@ -19,7 +19,7 @@ from toolkit.compare.runs import Cell, Runs, read_summary
 from toolkit.errors import UserError
 from toolkit.paths import read_text
 from toolkit.records.run import METRICS, read_metrics
-from toolkit.run.ranks import free_port, launch_command
+from toolkit.run.ranks import free_port, launch_command, with_threads
 
 TRAINER = "hf-trainer"
 """The method that is the Hugging Face Trainer with DeepSpeed's AdamW, on the same model and batch."""
@@ -134,7 +134,7 @@ def _trainer_run(runs: Runs, name: str, number: int, threads: int) -> Finished:
 def finish(command: Sequence[str], threads: int, log: Path, name: str) -> None:
     """Run `command`, of whose ranks each has `threads`, to its end. Raises UserError where it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | with_threads(threads)
     with open(log, "wb") as sink:
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, check=False)
     if done.returncode:

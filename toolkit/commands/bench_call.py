@@ -146,7 +146,7 @@ def _prepare(threads: int | None) -> None:
     from toolkit.run import leftovers, ranks
 
     if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ.update(ranks.with_threads(threads))
     ranks.prepare_environment()
     import torch
 
@@ -161,12 +161,13 @@ def of_a_rank(threads: int | None, ranks: int) -> int | None:
 
     Raises UserError for more ranks than this machine has room for.
     """
-    from toolkit.run.ranks import check_room
+    from toolkit.records.machine import cores
+    from toolkit.run.ranks import check_room, threads_given
 
     check_room(ranks)
-    if threads is not None or "OMP_NUM_THREADS" in os.environ:
+    if threads is not None or threads_given():
         return threads
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+    return max(1, cores() // ranks)
 
 
 def _device(asked: Literal["cpu", "cuda"] | None) -> Literal["cpu", "cuda"]:

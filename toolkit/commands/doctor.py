@@ -12,6 +12,7 @@ import typer
 
 from toolkit.errors import UserError
 from toolkit.printable import echo
+from toolkit.records.machine import cores
 from toolkit.records.sizes import counted
 
 
@@ -186,7 +187,7 @@ def _processor(found: Findings) -> None:
     from toolkit.models.cpu_matmul import VARIABLE, computes_in_fp32
 
     capability = torch.backends.cpu.get_cpu_capability()
-    found.facts["CPU"] = f"{len(os.sched_getaffinity(0))} cores, {capability}"
+    found.facts["CPU"] = f"{cores()} cores, {capability}"
     try:
         slow = computes_in_fp32()
     except UserError as error:

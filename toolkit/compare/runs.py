@@ -15,6 +15,7 @@ from toolkit.compare.plan import CONFIGS, RUNS, Method, Plan, Point
 from toolkit.compare.tuning import Tuning, tune
 from toolkit.errors import UserError
 from toolkit.paths import read_text
+from toolkit.records.machine import cores
 from toolkit.records.run import CHECKPOINTS, METRICS, RUN, SUMMARY
 
 _FLAGS = ("lr", "warmup")
@@ -117,8 +118,7 @@ class Runs:
 
     def environment(self, jobs: int) -> dict[str, str]:
         """Of a run beside `jobs` - 1 others: the cores are shared out."""
-        cores = len(os.sched_getaffinity(0))
-        return {"OMP_NUM_THREADS": str(max(1, cores // (jobs * self.plan.ranks)))} | os.environ
+        return {"OMP_NUM_THREADS": str(max(1, cores() // (jobs * self.plan.ranks)))} | os.environ
 
     def clear(self, cell: Cell) -> bool:
         """Remove a run that was cut before its first checkpoint, which nothing can resume; whether there was one."""

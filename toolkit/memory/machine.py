@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from toolkit.records.machine import control_group_folders
+
 
 def host() -> str:
     return socket.gethostname()
@@ -26,26 +28,16 @@ def control_groups(files: Path = Path("/")) -> list[tuple[int, int]]:
 
     Files that the system keeps in memory until it needs it are left out. `files`: the root of the file system.
     """
-    root = files / "sys" / "fs" / "cgroup"
+    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
     found = []
-    with contextlib.suppress(OSError):
-        for line in (files / "proc" / "self" / "cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            first, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            if not controllers:
-                first, names = root, ("memory.max", "memory.current")
-            own = first / path.lstrip("/")
-            for folder in (own, *own.parents):
-                with contextlib.suppress(OSError, ValueError):
-                    limit, used = int((folder / names[0]).read_text()), 0
-                    with contextlib.suppress(OSError, ValueError):
-                        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                        used = int((folder / names[1]).read_text()) - int(stat.get("inactive_file", 0))
-                    found.append((limit, used))
-                if folder == first:
-                    break
+    for folder, version in control_group_folders("memory", files):
+        most, held = names[version]
+        with contextlib.suppress(OSError, ValueError):
+            limit, used = int((folder / most).read_text()), 0
+            with contextlib.suppress(OSError, ValueError):
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / held).read_text()) - int(stat.get("inactive_file", 0))
+            found.append((limit, used))
     return found
 
 

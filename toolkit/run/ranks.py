@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from toolkit.agreed import AgreedError
 from toolkit.errors import UserError
-from toolkit.records.machine import local_size
+from toolkit.records.machine import cores, local_size
 from toolkit.records.sizes import size_text
 from toolkit.run import leftovers
 from toolkit.usage import SHELL_PATH
@@ -41,6 +41,8 @@ _OF_MPI = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """In which MPI says how many processes it has started."""
 EMPTY_BYTES = 400_000_000
 """Bytes of memory that no two ranks share, at least: what Python holds with PyTorch, DeepSpeed and transformers."""
+THREADS = "LEANSTATE_THREADS"
+"""The variable that says how many threads of the CPU each rank has, before OMP_NUM_THREADS."""
 _PROBE = "198.51.100.1"  # kept for documents: nobody has it, and the way to it is the way to everywhere
 
 
@@ -80,6 +82,9 @@ def prepare_environment() -> None:
     they wait for each other. DeepSpeed's just-in-time builds take ninja from the PATH: this environment's own,
     also where it is not activated, because two versions of ninja rebuild each other's work at every start. A GPU's
     memory is reserved in segments that can grow, which leaves no gaps of the wrong size between tensors.
+
+    Raises:
+        UserError: a variable of this package in the environment is not right.
     """
     scripts = sysconfig.get_path("scripts")
     path = os.environ.get("PATH", os.defpath)
@@ -88,7 +93,8 @@ def prepare_environment() -> None:
         os.environ["PATH"] = os.pathsep.join([scripts, path])
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_size())))
+    if (threads := _threads()) is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if rank() != 0:
@@ -97,9 +103,33 @@ def prepare_environment() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars, too
 
 
-def _cores() -> int:
-    # The cores this process may use, which containers and SLURM make fewer than the machine's.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads() -> int | None:
+    """Threads of this rank; None: as many as OMP_NUM_THREADS says.
+
+    torchrun sets that to 1 for its ranks unless it is set, which looks as if somebody had wanted 1: with several ranks
+    it is taken for torchrun's, since a rank of one thread leaves most cores idle. `THREADS` says what is wanted.
+
+    Raises:
+        UserError: `THREADS` is no number of threads.
+    """
+    if (asked := os.environ.get(THREADS)) is not None:
+        if not asked.isascii() or not asked.isdigit() or int(asked) < 1:
+            raise UserError(f"{THREADS} is {asked!r}, but must be a whole number from 1: threads of each rank.")
+        return int(asked)
+    given, elastic = os.environ.get("OMP_NUM_THREADS"), "TORCHELASTIC_RUN_ID" in os.environ
+    if given is None or (given == "1" and elastic and local_size() > 1):
+        return max(1, cores() // local_size())
+    return None
+
+
+def threads_given() -> bool:
+    """Whether the environment says how many threads a rank has."""
+    return THREADS in os.environ or "OMP_NUM_THREADS" in os.environ
+
+
+def with_threads(count: int) -> dict[str, str]:
+    """What a rank's environment must have for it to have `count` threads, whatever this process's says."""
+    return {THREADS: str(count), "OMP_NUM_THREADS": str(count)}
 
 
 def _quiet() -> None:
