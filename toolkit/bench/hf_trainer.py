@@ -37,9 +37,10 @@ def main() -> None:
 
     from toolkit import config as configs
     from toolkit.memory.watermarks import ResidentSet
-    from toolkit.models import build_model, cpu_matmul, load_config
+    from toolkit.models import build_model, cpu_matmul, flops_per_token, load_config
     from toolkit.models.build import skeleton
     from toolkit.run.moment import Moment
+    from toolkit.run.summary import peak_of_ranks
     from toolkit.zero import shared_memory
 
     gpu = torch.cuda.is_available()
@@ -73,7 +74,7 @@ def main() -> None:
     resident = ResidentSet()
 
     class Clock(transformers.TrainerCallback):
-        """From the end of a step to the end of the next: waiting for data is part of a step."""
+        """From the end of a step to the end of the next: waiting for data and what is done between steps count."""
 
         ends: list[Moment] = []
 
@@ -116,7 +117,10 @@ def main() -> None:
     peaks = everyones(peak)
     if ranks.rank() == 0:
         seconds = [begin.until(end) for begin, end in zip(clock.ends, clock.ends[1:], strict=False)]
-        Path(settings["out"]).write_text(json.dumps({"seconds": seconds, "peak_bytes": max(peaks)}), encoding="utf-8")
+        can = peak_of_ranks(model.device, "bf16", ranks.world_size(), settings.get("peak_tflops"))
+        mfu = None if can is None else flops_per_token(model.config, length) / can
+        found = {"seconds": seconds, "peak_bytes": max(peaks), "mfu_of_a_token": mfu}
+        Path(settings["out"]).write_text(json.dumps(found), encoding="utf-8")
     ranks.finish()
 
 

@@ -30,6 +30,7 @@ _TITLES = {
     "speed_ratio": "speed",
     "wait_share": "wait",
     "peak_bytes": "peak",
+    "mfu": "MFU",
     "checkpoint_bytes": "size",
     "bytes_per_parameter": "B/param",
     "asked_per_s": "asked for",
@@ -37,7 +38,7 @@ _TITLES = {
     "load_bytes_per_s": "MB/s\nread",
 }
 _MILLISECONDS = ("seconds", "host_seconds", "wait_seconds")
-_SHARES = ("of_copy", "wait_share")
+_SHARES = ("of_copy", "wait_share", "mfu")
 _SIZES = ("peak_bytes", "checkpoint_bytes")
 _RATES_OF_BYTES = ("save_bytes_per_s", "load_bytes_per_s")
 _NOT_SHOWN = {False: ("state_bytes",), True: ("state_bytes", "bytes_moved", "of_copy")}

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.bench.record import Row, Spread
+from toolkit.bench.record import LEAST, Row, Spread
 from toolkit.bench.step import Keep, Measured
 from toolkit.compare.plan import CONFIGS, Method, Plan, save
 from toolkit.compare.runs import Cell, Runs, read_summary
 from toolkit.errors import UserError
 from toolkit.paths import read_text
 from toolkit.records.run import METRICS, read_metrics
+from toolkit.records.sizes import counted
 from toolkit.run.ranks import free_port, launch_command, with_threads
 
 TRAINER = "hf-trainer"
@@ -34,10 +35,17 @@ COMPILED = ", compiled"
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run of one method found: seconds of each step that counts, and bytes at its peak."""
+    """What a run of one method found.
+
+    Attributes:
+        seconds: of each step that counts, from the end of the one before to its own: what is done between them counts.
+        peak: bytes.
+        mfu_of_a_token: the MFU of one token a second; None where it is not known what the devices can do.
+    """
 
     seconds: list[float]
     peak: int
+    mfu_of_a_token: float | None = None
 
 
 def measure(
@@ -83,9 +91,19 @@ def measure(
             say(f"round {number + 1} of {rounds}: {name}{way}")
             one = _trainer_run if name == TRAINER else _own_run
             found[name + way].append(one(runs[way], name, number, threads))
-        measured = Measured(rows=[_row(name, found, _tokens(settings, ranks), baseline) for name in found])
+        rows = [_row(name, found, _tokens(settings, ranks), baseline) for name in found]
+        measured = Measured(rows=rows, notes=_few(rounds))
         keep(measured)
     return measured
+
+
+def _few(rounds: int) -> list[str]:
+    if rounds >= LEAST:
+        return []
+    return [
+        f"{counted(rounds, 'round')} only: speed is a median of fewer than {LEAST} ratios, and a slow minute of the "
+        "machine may show in it."
+    ]
 
 
 def _tokens(settings: Mapping[str, Any], ranks: int) -> int:
@@ -97,14 +115,11 @@ def _row(name: str, found: Mapping[str, list[Finished]], tokens: int, baseline: 
     seconds = [second for run in found[name] for second in run.seconds]
     medians = {one: [statistics.median(run.seconds) for run in found[one]] for one in (name, baseline)}
     faster = [other / own for own, other in zip(medians[name], medians[baseline], strict=True)]
-    return Row(
-        name=name,
-        timed={
-            "step_seconds": Spread.of(seconds),
-            "tokens_per_s": Spread.of([tokens / second for second in seconds]),
-        },
-        counted={"speed_ratio": statistics.median(faster), "peak_bytes": max(run.peak for run in found[name])},
-    )
+    rates = Spread.of([tokens / second for second in seconds])
+    counts = {"speed_ratio": statistics.median(faster), "peak_bytes": max(run.peak for run in found[name])}
+    if (mfu := found[name][0].mfu_of_a_token) is not None:
+        counts["mfu"] = rates.median * mfu
+    return Row(name=name, timed={"step_seconds": Spread.of(seconds), "tokens_per_s": rates}, counted=counts)
 
 
 def _own_run(runs: Runs, name: str, number: int, threads: int) -> Finished:
@@ -113,7 +128,10 @@ def _own_run(runs: Runs, name: str, number: int, threads: int) -> Finished:
     folder = runs.folder(cell)
     summary = read_summary(folder) or {}
     records = [record for record in read_metrics(folder / METRICS) if record["step"] > WARM]
-    return Finished([record["step_time_s"] for record in records], int(summary["peak_memory_bytes"]))
+    seconds = [record["step_time_s"] + record["between_s"] for record in records]
+    one = records[0]
+    mfu = one["mfu"] / one["tokens_per_s"] if "mfu" in one else None
+    return Finished(seconds, int(summary["peak_memory_bytes"]), mfu)
 
 
 def _trainer_run(runs: Runs, name: str, number: int, threads: int) -> Finished:
@@ -128,7 +146,7 @@ def _trainer_run(runs: Runs, name: str, number: int, threads: int) -> Finished:
     command = launch_command("toolkit.bench.hf_trainer", [str(folder / "settings.json")], runs.plan.ranks, free_port())
     finish(command, threads, folder / "log", name)
     found = json.loads(read_text(folder, "found.json"))
-    return Finished(found["seconds"][WARM:], found["peak_bytes"])
+    return Finished(found["seconds"][WARM:], found["peak_bytes"], found["mfu_of_a_token"])
 
 
 def finish(command: Sequence[str], threads: int, log: Path, name: str) -> None:

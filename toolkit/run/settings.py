@@ -171,7 +171,11 @@ class RunSettings(BaseModel):
         Literal["off", "summary", "full"],
         typer.Option(help="What is measured of memory; full traces every allocation of step 3."),
     ] = "summary"
-
+    peak_tflops: Annotated[
+        float | None,
+        Field(gt=0),
+        typer.Option(help="TFLOP/s that each rank's device can do, for the MFU. (default: known for some GPUs)"),
+    ] = None
     start_anyway: Annotated[
         bool, typer.Option("--start-anyway", help="Start a run that is predicted not to fit into memory.")
     ] = False
@@ -229,7 +233,8 @@ _PARTS = {
         *("track", "print_json"),
     ),
     "Memory and arithmetic": (
-        *("activations", "loss", "compile_model", "memory_profile", "start_anyway", "deterministic"),
+        *("activations", "loss", "compile_model", "memory_profile", "peak_tflops"),
+        *("start_anyway", "deterministic"),
     ),
 }
 """The settings as help shows them."""

@@ -182,12 +182,17 @@ def _measured(start: Start) -> Measured | None:
         return None
 
 
-def peak_of_ranks(device: torch.device, computed: str, world_size: int) -> float | None:
-    """Operations a second that all ranks' devices can do in the dtype that is computed in; None: not known."""
+def peak_of_ranks(device: torch.device, computed: str, world_size: int, tflops: float | None) -> float | None:
+    """Operations a second that all ranks' devices can do in the dtype that is computed in; None: not known.
+
+    `tflops`: 1e12 operations a second of each, if somebody has said so.
+    """
     import torch
 
     from toolkit.models import peak_flops
 
+    if tflops is not None:
+        return tflops * 1e12 * world_size
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return peak * world_size if peak is not None and computed in ("bf16", "fp16") else None
 

@@ -171,7 +171,10 @@ class Run:
         self._behind = steps_behind(self.engine.device)
         self._made: deque[Callable[[], tuple[dict[str, Any], bool]]] = deque()
         self._names: tuple[str, ...] = ()
-        self._peak = peak_of_ranks(self.engine.device, prepared.ds.computed, self.batch.world_size)
+        self._ended: Moment | None = None  # the step before
+        self._peak = peak_of_ranks(
+            self.engine.device, prepared.ds.computed, self.batch.world_size, self.settings.peak_tflops
+        )
         # For the next record, what came before its step: another setting, the compiler, the copy for a checkpoint.
         self._before: dict[str, Any] = {}
         self._due = Due(max(self.settings.save_every, 1), self.settings.keep_every, start.step)
@@ -236,7 +239,7 @@ class Run:
         largest = [memory_now(ledger), self.stop.requested, waited]
         over_ranks = ranks.mean_max_later([mine], largest, engine.device)
         routed = self._routers.step()
-        ended = Moment(engine.device)
+        last, self._ended = self._ended, (ended := Moment(engine.device))
         norm = engine.get_global_grad_norm()
         norm_read = HostCopy(norm).wait if isinstance(norm, torch.Tensor) else lambda: norm
         told = self._rule.report_later(lambda found: HostCopy(found).wait) if self._rule is not None else dict
@@ -263,6 +266,7 @@ class Run:
                 **{"sequences": self.batch.total, "tokens": tokens},
                 "tokens_per_s": tokens / seconds,
                 "step_time_s": seconds,
+                **({"between_s": last.until(started)} if last is not None else {}),
                 "data_seconds": waited,
                 "flops_per_s": flops,
                 **({"mfu": flops / self._peak} if self._peak is not None else {}),
