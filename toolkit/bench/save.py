@@ -1,16 +1,17 @@
 """Checkpoints: how long training waits, how long until one is on the disk, and how long loading takes.
 
-Each method is a process of its own (`python -m toolkit.bench.save SETTINGS.json`, or as many ranks of it): it makes a
-few steps, since codes of fresh state would be squeezed to nothing, and then saves and loads again and again.
+In each round every method is a process of its own (`python -m toolkit.bench.save SETTINGS.json`, or as many ranks of
+it): it makes a few steps, since codes of fresh state would be squeezed to nothing, then saves and loads.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,12 @@ from toolkit.bench.step import Keep, Measured
 from toolkit.bench.train import finish
 from toolkit.compare.plan import Method
 from toolkit.paths import read_text
-from toolkit.records.sizes import counted
 from toolkit.run.ranks import free_port, launch_command
 
 DEEPSPEED = "deepspeed"
 """The method that is DeepSpeed's AdamW, saved and loaded by DeepSpeed's own functions."""
 WARM = 1
-"""Saves that do not count: the first one touches its memory for the first time."""
+"""Saves of a process that do not count: the first one touches its memory for the first time."""
 TIMED = ("pause_seconds", "save_seconds", "load_seconds")
 
 
@@ -41,7 +41,7 @@ def measure(
     say: Callable[[str], None],
     keep: Keep = lambda found: None,
 ) -> Measured:
-    """Save and load `repeats` times with each of `methods`, by name.
+    """Save and load once with each of `methods`, by name, in each of `repeats` rounds.
 
     Args:
         settings: of `RunSettings`; `steps` are made before the first save.
@@ -51,27 +51,30 @@ def measure(
         UserError: a method failed.
     """
     found = Measured()
-    for name, method in methods.items():
-        say(f"{name}: {counted(settings['steps'], 'step')}, then {counted(WARM + repeats, 'time')} saving and loading")
-        own = folder / name
-        own.mkdir(parents=True)
-        (own / "config.json").write_text(json.dumps(method.config), encoding="utf-8")
-        asked = {"run": dict(settings) | {"config": str(own / "config.json")}, "way": name, "times": WARM + repeats}
-        (own / "settings.json").write_text(json.dumps(asked | {"out": str(own)}), encoding="utf-8")
-        command = launch_command("toolkit.bench.save", [str(own / "settings.json")], ranks, free_port())
-        finish(command, threads, own / "log", name)
-        found.rows.append(_row(name, json.loads(read_text(own, "found.json"))))
-        shutil.rmtree(own)
+    taken: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
+    for number in range(repeats):
+        for name, method in methods.items():
+            say(f"round {number + 1} of {repeats}: {name}")
+            own = folder / name
+            own.mkdir(parents=True)
+            (own / "config.json").write_text(json.dumps(method.config), encoding="utf-8")
+            asked = {"run": dict(settings) | {"config": str(own / "config.json")}, "way": name, "out": str(own)}
+            (own / "settings.json").write_text(json.dumps(asked), encoding="utf-8")
+            command = launch_command("toolkit.bench.save", [str(own / "settings.json")], ranks, free_port())
+            finish(command, threads, own / "log", name)
+            taken[name].append(json.loads(read_text(own, "found.json")))
+            shutil.rmtree(own)
+        found = Measured(rows=[_row(name, each) for name, each in taken.items()])
         keep(found)
     return found
 
 
-def _row(name: str, found: Mapping[str, Any]) -> Row:
-    timed = {key: Spread.of(found[key][WARM:]) for key in TIMED}
-    size = float(found["bytes"])
+def _row(name: str, rounds: Sequence[Mapping[str, Any]]) -> Row:
+    timed = {key: Spread.of([found[key] for found in rounds]) for key in TIMED}
+    size = float(rounds[-1]["bytes"])
     counted = {
         "checkpoint_bytes": size,
-        "bytes_per_parameter": size / found["parameters"],
+        "bytes_per_parameter": size / rounds[-1]["parameters"],
         "save_bytes_per_s": size / timed["save_seconds"].median,
         "load_bytes_per_s": size / timed["load_seconds"].median,
     }
@@ -103,8 +106,9 @@ def main() -> None:
         optimizer_step(engine, batches, batch.accumulation)
     batches.close()
     kind = _Deepspeed if asked["way"] == DEEPSPEED else _Own
-    way, found = kind(engine, Path(asked["out"])), dict[str, Any]({key: [] for key in TIMED})
-    for step in range(1, asked["times"] + 1):
+    way, found = kind(engine, Path(asked["out"])), dict[str, Any]()
+    for step in range(1, WARM + 2):
+        os.sync()  # what was left to be written before is no part of this
         distributed.barrier()
         began = time.perf_counter()
         pause = way.save(step)
@@ -113,10 +117,9 @@ def main() -> None:
         loads = time.perf_counter()
         way.load(step)
         distributed.barrier()
-        for key, seconds in zip(TIMED, (pause, saved - began, time.perf_counter() - loads), strict=True):
-            found[key].append(seconds)
+        found = dict(zip(TIMED, (pause, saved - began, time.perf_counter() - loads), strict=True))
     if ranks.rank() == 0:
-        size = sum(path.stat().st_size for path in way.folder(asked["times"]).rglob("*.pt"))
+        size = sum(path.stat().st_size for path in way.folder(step).rglob("*.pt"))
         text = json.dumps(found | {"bytes": size, "parameters": prepared.parameters})
         (Path(asked["out"]) / "found.json").write_text(text, encoding="utf-8")
     way.close()

@@ -175,13 +175,17 @@ def train(
     micro_batch: MicroBatch = 2,
     grad_accum: Annotated[int, typer.Option(min=1, help="Micro-batches per optimizer step.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a run that are timed, after three that are not.")] = 5,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each method, in turn.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each method, in turn; below 7 is said.")] = 3,
     compile_model: Annotated[
         bool, typer.Option("--compile-model", help="Each method but the Trainer once more, with its model compiled.")
     ] = False,
     ranks: Ranks = 1,
     zero_stage: Stage = 2,
     threads: Threads = None,
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="TFLOP/s of each rank's device, for the MFU. (default: known for some GPUs)"),
+    ] = None,
     json_to: Json = None,
     against: Against = None,
     anyway: Anyway = False,
@@ -222,6 +226,7 @@ def train(
     }
     settings |= {"compile_model": True} if compile_model else {}  # records of before the option have no such setting
     call.begin(settings | {"ranks": ranks, "zero_stage": zero_stage})
+    settings |= {"peak_tflops": peak_tflops} if peak_tflops else {}  # changes no time
     with tempfile.TemporaryDirectory(prefix="leanstate-bench-") as folder:
         found = train.measure(
             own, trainer, order, settings, ranks, call.threads, rounds, base, Path(folder), say=say, keep=call.keep
@@ -302,9 +307,10 @@ def save(
 
     named = read_each(listed(methods), save.DEEPSPEED, zero_stage)
     settings = {"model": model, "steps": steps, "seq_len": 64, "micro_batch": 2, "eval_every": 0, "save_every": 0}
-    call.begin({"model": model, "steps": steps, "ranks": ranks, "zero_stage": zero_stage})
     if folder is not None and not folder.is_dir():
         raise UserError(f"--folder {folder} is no folder.")
+    place = str((folder or Path(tempfile.gettempdir())).resolve())
+    call.begin({"model": model, "steps": steps, "ranks": ranks, "zero_stage": zero_stage, "folder": place})
     with tempfile.TemporaryDirectory(prefix="leanstate-bench-", dir=folder) as scratch:
         found = save.measure(named, settings, ranks, call.threads, repeats, Path(scratch), say=say, keep=call.keep)
     call.finish(call.record(found), None)

@@ -20,10 +20,10 @@ OPTIONS = {
     "step": ("optimizers", "parameters", "model", "baseline", "repeats", "threads", "device", "growth"),
     "train": (
         *("methods", "baseline", "model", "data", "seq_len", "micro_batch", "grad_accum"),
-        *("steps", "rounds", "ranks", "zero_stage", "threads", "compile_model"),
+        *("steps", "rounds", "ranks", "zero_stage", "threads", "compile_model", "peak_tflops"),
     ),
     "data": ("data", "tokenizer", "model", "seq_len", "micro_batch", "batches", "step_ms", "repeats", "threads"),
-    "save": ("methods", "model", "steps", "repeats", "ranks", "zero_stage", "threads"),
+    "save": ("methods", "model", "steps", "repeats", "ranks", "zero_stage", "threads", "folder"),
 }
 """Options that are kept with what was measured. Plug-ins are not: a file must not say which code is run."""
 UNFINISHED = "The benchmark had not ended when this was written: there was more to measure."
@@ -108,7 +108,7 @@ class Call:
         return Record(
             command=name,
             settings=self._settings,
-            options={key: self._ctx.params[key] for key in OPTIONS[name]},
+            options={key: _kept(self._ctx.params[key]) for key in OPTIONS[name]},
             machine=machine(self.device),
             load=self._load,
             began=self._began,
@@ -139,6 +139,11 @@ class Call:
             show_changes(changes, self._before, record, console, self._against)
             if any(change.slower for change in changes):
                 raise typer.Exit(_SLOWER)
+
+
+def _kept(option: Any) -> Any:
+    """As it is in a file: a path that means the same in every folder."""
+    return str(option.resolve()) if isinstance(option, Path) else option
 
 
 def _prepare(threads: int | None) -> None:
