@@ -21,7 +21,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         f"--lr 1e-3 --warmup 0.2 --seed 5 --eval-every 0 --eval-sequences 9 --run-dir {tmp_path}/run "
         "--activations checkpoint:2,offload --loss plain "
         "--from-checkpoint --save-every 6 --keep-last 4 --keep-every 12 "
-        "--resume none --convert-state --max-skipped 3 --memory-profile full --deterministic "
+        "--resume none --convert-state --max-skipped 3 --memory-profile full --deterministic --peak-tflops 2.5 "
         "--trust-pickle --chat-template chatml --lora r=8 --report_to wandb --json --start-anyway --compile-model"
     )
     settings = parse(line.split())
@@ -57,6 +57,7 @@ def test_command_line_fills_every_setting(tmp_path: Path) -> None:
         activations=Activations(checkpoint=True, blocks=2, offload=True),
         loss="plain",
         memory_profile="full",
+        peak_tflops=2.5,
         deterministic=True,
         trust_pickle=True,
         chat_template="chatml",
