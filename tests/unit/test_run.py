@@ -126,6 +126,7 @@ def test_one_process_without_a_launcher_trains(small_text: Path, tmp_path: Path)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "memory_bytes", "step_time_s", "skipped"} <= set(records[0])
     assert [step for step, record in enumerate(records, 1) if "val_loss" in record] == [2, 4]
+    assert [record.get("between_s", 0.0) > 0 for record in records] == [False, True, True, True]
     for record in records:
         assert 0 <= record["data_seconds"] < record["step_time_s"] and "mfu" not in record
         per_token = record["flops_per_s"] / record["tokens_per_s"]
