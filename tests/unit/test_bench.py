@@ -6,8 +6,10 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from toolkit.bench.methods import read_each
 from toolkit.bench.record import Machine, Record, Row, Spread, loaded, ratios
 from toolkit.bench.shapes import even, of_model, parse_count
 from toolkit.commands.bench_call import UNFINISHED
+from toolkit.data import PackedTokens
 from toolkit.errors import UserError
 from toolkit.models import count_parameters, load_config
 from toolkit.optim import arguments
@@ -335,17 +338,44 @@ def test_what_is_wrong_is_one_sentence(
     assert len(said) == 1 and words in said[0], said
 
 
-def test_the_data_path_is_read_alone_and_beside_computation(
+def test_the_data_path_is_timed_over_whole_windows_and_from_the_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """More documents than a window has, and a tokenizer that says how fast it may be: nothing read ahead counts."""
+    (tmp_path / "text.jsonl").write_text(f"{json.dumps({'text': 'One word after another.'})}\n" * 1500)
+    made: list[int] = []
+    ids = PackedTokens._ids
+
+    def slow(packed: PackedTokens, texts: list[str]) -> list[list[int]]:
+        time.sleep(2e-4 * len(texts))
+        found = ids(packed, texts)
+        made.extend(len(tokens) + 1 for tokens in found)
+        return found
+
+    monkeypatch.setattr(PackedTokens, "_ids", slow)
+    file = tmp_path / "data.json"
+    given = ["--data", str(tmp_path / "text.jsonl"), "--seq-len", "32", "--batches", "3", "--step-ms", "4"]
+    assert run(monkeypatch, "data", *given, *SHORT, "--json", str(file)) == 0
+    first, again = Record.model_validate_json(file.read_text()).rows
+    assert (first.name, again.name) == ("first pass", "from the cache")
+    fastest = sum(made) / len(made) / 2e-4
+    assert first.timed["tokens_per_s"].median < 1.2 * fastest < 2 * fastest < again.timed["tokens_per_s"].median
+    for row in (first, again):
+        assert row.timed["tokens_per_s"].samples == row.timed["wait_seconds"].samples == 7
+        wait = row.timed["wait_seconds"].median
+        assert row.counted == {"wait_share": pytest.approx(wait / (wait + 4e-3)), "asked_per_s": 4 * 32 / 4e-3}
+
+
+def test_without_room_for_the_cache_the_first_pass_is_measured_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text("One word after another, and so on to the end. " * 2000)
-    file = tmp_path / "data.json"
-    given = ["--data", str(tmp_path / "text.txt"), "--seq-len", "32", "--batches", "3", "--step-ms", "4"]
-    assert run(monkeypatch, "data", *given, *SHORT, "--json", str(file)) == 0
-    [row] = Record.model_validate_json(file.read_text()).rows
-    assert row.timed["tokens_per_s"].samples == row.timed["wait_seconds"].samples == 7
-    wait = row.timed["wait_seconds"].median
-    assert row.counted == {"wait_share": pytest.approx(wait / (wait + 4e-3)), "asked_per_s": 4 * 32 / 4e-3}
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=100 << 30, free=1 << 30))
+    given = ["--data", str(tmp_path / "text.txt"), "--seq-len", "32", "--batches", "3", "--step-ms", "1"]
+    assert run(monkeypatch, "data", *given, *SHORT, "--json", str(tmp_path / "data.json")) == 0
+    found = Record.model_validate_json((tmp_path / "data.json").read_text())
+    assert [row.name for row in found.rows] == ["first pass"]
+    assert found.left_out["from the cache"].startswith("tokens cannot be kept in ")
 
 
 def test_the_default_optimizers_are_known() -> None:

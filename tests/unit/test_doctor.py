@@ -66,7 +66,8 @@ def test_a_deepspeed_that_lacks_a_method_and_a_full_shared_memory_are_named(monk
 
     for name in list(os.environ):  # what `examine` sets in this process is taken back
         monkeypatch.setenv(name, os.environ[name])
-    for name in ("OMP_NUM_THREADS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR"):
+    tokenizers = ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    for name in ("OMP_NUM_THREADS", "HF_DATASETS_DISABLE_PROGRESS_BARS", *tokenizers, "DS_ACCELERATOR"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
         monkeypatch.delenv(name)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_ALLOC_CONF", ""))

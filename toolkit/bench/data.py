@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,13 +15,19 @@ from toolkit.bench.step import Measured
 from toolkit.run.prepare import prepare
 from toolkit.run.settings import RunSettings
 
+if TYPE_CHECKING:
+    from toolkit.data.batches import Batches
+
+FIRST, AGAIN = "first pass", "from the cache"
 _EDGE = 512
 
 
 def measure(
     settings: RunSettings, batches: int, step_seconds: float, repeats: int, *, say: Callable[[str], None]
 ) -> Measured:
-    """Read `batches` micro-batches in each of `repeats` rounds as fast as they come, then as many beside computation.
+    """Read as one rank of a run does, first into a token cache of its own and then from it.
+
+    Each time `repeats` rounds as fast as batches come, then as many of `batches` beside computation.
 
     Args:
         settings: of a run; its batch, data, tokenizer and sequences are those that are read.
@@ -32,38 +41,55 @@ def measure(
     say(f"opening {settings.data}")
     prepared = prepare(settings)
     micro = prepared.batch.micro
-    stream = data.rank_batches(prepared.data, rank=0, world_size=1, micro_batch=micro)
-    tokens = batches * micro * settings.seq_len
-    rates: list[float] = []
-    _read(stream, batches)
-    say(f"{repeats} rounds of {batches} batches, as fast as they come")
-    for _ in range(repeats):  # one after the other: sequences come in groups, of which some are ready after a pause
-        began = time.perf_counter()
-        _read(stream, batches)
-        rates.append(tokens / (time.perf_counter() - began))
-    say(f"{repeats} rounds beside steps of {1e3 * step_seconds:g} ms")
-    waits = [_waiting(stream, batches, step_seconds) for _ in range(repeats)]
-    stream.close()
-    timed = {"tokens_per_s": Spread.of(rates), "wait_seconds": Spread.of(waits)}
-    wait = timed["wait_seconds"].median
-    counted = {"wait_share": wait / (wait + step_seconds), "asked_per_s": micro * settings.seq_len / step_seconds}
-    return Measured(rows=[Row(name=settings.data, timed=timed, counted=counted)])
+    found = Measured()
+    with tempfile.TemporaryDirectory(prefix="leanstate-bench-") as folder:
+        for name in (FIRST, AGAIN):
+            cache = data.TokenCache(Path(folder, "tokens"), name)
+            stream = data.rank_batches(prepared.data, rank=0, world_size=1, micro_batch=micro, cache=cache)
+            try:
+                if name == FIRST:  # begins to read and to tokenize; the other pass ends a round before its files do
+                    _round(stream, batches)
+                say(f"{name}: {repeats} rounds of whole windows of documents, as fast as they come")
+                rates = [settings.seq_len * micro * _round(stream, batches) for _ in range(repeats)]
+                say(f"{name}: {repeats} rounds beside steps of {1e3 * step_seconds:g} ms")
+                waits = [_waiting(stream, batches, step_seconds) for _ in range(repeats)]
+            finally:
+                stream.close()
+            timed = {"tokens_per_s": Spread.of(rates), "wait_seconds": Spread.of(waits)}
+            wait = timed["wait_seconds"].median
+            counted = {
+                "wait_share": wait / (wait + step_seconds),
+                "asked_per_s": micro * settings.seq_len / step_seconds,
+            }
+            found.rows.append(Row(name=name, timed=timed, counted=counted))
+            if not cache.kept:
+                found.left_out[AGAIN] = f"tokens cannot be kept in {folder}"
+                break
+    return found
 
 
-def _read(stream: Iterator[torch.Tensor], batches: int) -> None:
-    for _ in range(batches):
+def _round(stream: Batches, least: int) -> float:
+    """Batches a second, of `least` at least and up to the end of a window of documents.
+
+    Documents are read a window at a time, tokenized by the dozen and handed out in groups of sequences: a round that
+    is shorter may find all of its batches ready and time the memory alone, or wait for those of the next.
+    """
+    begin = stream.position
+    read = 0
+    began = time.perf_counter()
+    while read < least or (stream.position.epoch, stream.position.window) == (begin.epoch, begin.window):
         next(stream)
+        read += 1
+    return read / (time.perf_counter() - began)
 
 
-def _waiting(stream: Iterator[torch.Tensor], batches: int, step_seconds: float) -> float:
+def _waiting(stream: Batches, batches: int, step_seconds: float) -> float:
     """Mean seconds that a step waits for its batch, where each step computes for `step_seconds` after it."""
     a = torch.ones(_EDGE, _EDGE)
-    waited = 0.0
+    before = stream.waited
     for _ in range(batches):
-        began = time.perf_counter()
         next(stream)
         got = time.perf_counter()
-        waited += got - began
         while time.perf_counter() - got < step_seconds:
             torch.mm(a, a)
-    return waited / batches
+    return (stream.waited - before) / batches

@@ -242,7 +242,9 @@ def data(
     model: Model = "qwen3-tiny",
     seq_len: SeqLen = 256,
     micro_batch: MicroBatch = 4,
-    batches: Annotated[int, typer.Option(min=1, help="Micro-batches of a round.")] = 64,
+    batches: Annotated[
+        int, typer.Option(min=1, help="Micro-batches of a round beside steps; those as fast as they come have more.")
+    ] = 64,
     step_ms: Annotated[float, typer.Option(min=0.1, help="What a step computes between two batches.")] = 50.0,
     repeats: Repeats = 7,
     threads: Threads = None,
@@ -252,19 +254,23 @@ def data(
     tolerance: Tolerance = TOLERANCE,
     plugins: Plugins = None,
 ) -> None:
-    """Time the data path: tokens a second, and how long a step waits for its batch.
+    """Time the data path: tokens a second while text is tokenized and from the cache, and how long a step waits.
 
     \b
     toolkit bench data
     toolkit bench data --data 'text/*.parquet' --model qwen3-134m --step-ms 5000
     """
     call = Call(ctx, threads, None, plugins, json_to, against, anyway, tolerance)
+    import os
+
     from toolkit.bench import data as path
+    from toolkit.run.ranks import TOKENIZER_THREADS
     from toolkit.run.settings import check_settings
 
     given: dict[str, Any] = {"data": data, "tokenizer": tokenizer, "model": model, "seq_len": seq_len}
     settings = check_settings(**given, micro_batch=micro_batch, eval_every=0, save_every=0)
-    call.begin(given | {"micro_batch": micro_batch, "batches": batches, "step_ms": step_ms})
+    given |= {"micro_batch": micro_batch, "batches": batches, "step_ms": step_ms}
+    call.begin(given | {"tokenizer_threads": os.environ[TOKENIZER_THREADS]})
     call.finish(call.record(path.measure(settings, batches, step_ms / 1e3, repeats, say=say)), None)
 
 

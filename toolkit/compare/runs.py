@@ -118,7 +118,8 @@ class Runs:
 
     def environment(self, jobs: int) -> dict[str, str]:
         """Of a run beside `jobs` - 1 others: the cores are shared out."""
-        return {"OMP_NUM_THREADS": str(max(1, cores() // (jobs * self.plan.ranks)))} | os.environ
+        own = max(1, cores() // (jobs * self.plan.ranks))
+        return {"OMP_NUM_THREADS": str(own), TOKENIZER_THREADS: str(tokenizer_threads(own))} | os.environ
 
     def clear(self, cell: Cell) -> bool:
         """Remove a run that was cut before its first checkpoint, which nothing can resume; whether there was one."""

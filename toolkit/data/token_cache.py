@@ -109,6 +109,11 @@ class TokenCache:
             yield group
             start = group.following
 
+    @property
+    def kept(self) -> bool:
+        """Whether what this process makes can be written, as far as it knows."""
+        return not self._alone
+
     def close(self) -> None:
         self._closed.set()
         self._release()

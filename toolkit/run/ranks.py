@@ -37,6 +37,10 @@ GRACE_SECONDS = 5.0
 # Where torch reads the settings of its caching allocator; from 2.9 on it warns about the older names.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
+TOKENIZER_THREADS = "RAYON_NUM_THREADS"
+"""In which the library tokenizers finds how many threads it starts at its first use."""
+_PARALLEL = "TOKENIZERS_PARALLELISM"
+
 _OF_MPI = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """In which MPI says how many processes it has started."""
 EMPTY_BYTES = 400_000_000
@@ -81,7 +85,8 @@ def prepare_environment() -> None:
     The cores are shared among this machine's ranks: otherwise each rank starts a thread for every core, and
     they wait for each other. DeepSpeed's just-in-time builds take ninja from the PATH: this environment's own,
     also where it is not activated, because two versions of ninja rebuild each other's work at every start. A GPU's
-    memory is reserved in segments that can grow, which leaves no gaps of the wrong size between tensors.
+    memory is reserved in segments that can grow, which leaves no gaps of the wrong size between tensors. Tokenizers use
+    this rank's cores but one, which is left to the training process.
 
     Raises:
         UserError: a variable of this package in the environment is not right.
@@ -95,8 +100,11 @@ def prepare_environment() -> None:
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     if (threads := _threads()) is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault(TOKENIZER_THREADS, str(tokenizer_threads(threads or _share())))
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault(_PARALLEL, "true")
+    # The threads are gone in a process that this one has forked: one that tokenizes there would wait for them for ever.
+    os.register_at_fork(after_in_child=lambda: os.environ.update({_PARALLEL: "false"}))
     if rank() != 0:
         warnings.simplefilter("ignore")
     if rank() != 0 or not sys.stderr.isatty():
@@ -118,8 +126,18 @@ def _threads() -> int | None:
         return int(asked)
     given, elastic = os.environ.get("OMP_NUM_THREADS"), "TORCHELASTIC_RUN_ID" in os.environ
     if given is None or (given == "1" and elastic and local_size() > 1):
-        return max(1, cores() // local_size())
+        return _share()
     return None
+
+
+def _share() -> int:
+    """This rank's cores."""
+    return max(1, cores() // local_size())
+
+
+def tokenizer_threads(cores: int) -> int:
+    """Threads that tokenize in a process with `cores` of its own: one core is left for the steps."""
+    return max(1, cores - 1)
 
 
 def threads_given() -> bool:
@@ -129,7 +147,8 @@ def threads_given() -> bool:
 
 def with_threads(count: int) -> dict[str, str]:
     """What a rank's environment must have for it to have `count` threads, whatever this process's says."""
-    return {THREADS: str(count), "OMP_NUM_THREADS": str(count)}
+    tokenizing = str(tokenizer_threads(count))
+    return {THREADS: str(count), "OMP_NUM_THREADS": str(count), TOKENIZER_THREADS: tokenizing}
 
 
 def _quiet() -> None:
