@@ -118,6 +118,8 @@ class Runs:
 
     def environment(self, jobs: int) -> dict[str, str]:
         """Of a run beside `jobs` - 1 others: the cores are shared out."""
+        from toolkit.run.ranks import TOKENIZER_THREADS, tokenizer_threads
+
         own = max(1, cores() // (jobs * self.plan.ranks))
         return {"OMP_NUM_THREADS": str(own), TOKENIZER_THREADS: str(tokenizer_threads(own))} | os.environ
 
