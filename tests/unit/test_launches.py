@@ -137,13 +137,13 @@ def test_small_tensors_of_a_plain_loop_are_stepped_together(
     dtype: torch.dtype | None, without: int | None, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks, ends of blocks, more than a call takes, a large one in between: the same bits as one by one."""
-    monkeypatch.setattr(joined, "SMALL", 2048)
+    monkeypatch.setitem(joined.SMALL, "cpu", 2048)
     monkeypatch.setattr(joined, "AT_ONCE", 8192)
     shapes = [(4, 256), (256, 8), (2, 256), (4, 256), (16, 256), (1, 256), *[(3, 256)] * 12]
     shapes += [(100,), (300,), (256,), (7,), (5, 13), (3, 11)]
     together = stepped(shapes, dtype, without, compile=False)
     few = len(calls)
-    monkeypatch.setattr(joined, "SMALL", 0)
+    monkeypatch.setitem(joined.SMALL, "cpu", 0)
     calls.clear()
     apart = stepped(shapes, dtype, without, compile=False)
     assert few <= len(calls) // 3 or dtype is None
@@ -154,6 +154,6 @@ def test_small_tensors_of_a_plain_loop_are_stepped_together(
 def test_a_compiled_step_of_joined_tensors_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [(4, 256), (2, 256), (1, 256), (100,), (300,)]
     together = stepped(shapes, torch.bfloat16, None, compile=True)
-    monkeypatch.setattr(joined, "SMALL", 0)
+    monkeypatch.setitem(joined.SMALL, "cpu", 0)
     for left, right in zip(together, stepped(shapes, torch.bfloat16, None, compile=True), strict=True):
         assert torch.equal(left, right)

@@ -12,9 +12,12 @@ from toolkit.optim.streaming import TensorStep
 from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import blocks_of
 
-SMALL = 2**16
-"""Elements up to which a tensor is copied to be stepped with others: a call costs the host as much as a copy of so
-many."""
+SMALL = {"cpu": 2**14}
+"""By kind of device, elements up to which a tensor is copied to be stepped with others: a call of its own takes the host
+as long as the copies of twice as many."""
+
+SMALL_ELSEWHERE = 2**16
+"""On a GPU a call is a launch, and copies are fast."""
 
 AT_ONCE = 2**20
 """Elements after which a call is made: the copies, of weights, gradients and state, take some 10 MB."""
@@ -35,13 +38,14 @@ class Joined:
     def add(self, step: TensorStep, parameter: Tensor, gradient: Tensor, first_block: int) -> None:
         """`gradient` is flat; `first_block` is the number of the parameter's first block in its group."""
         size = gradient.numel()
-        if self._waiting and not (size <= SMALL and self._follows(step, gradient, first_block)):
+        small = size <= SMALL.get(gradient.device.type, SMALL_ELSEWHERE)
+        if self._waiting and not (small and self._follows(step, gradient, first_block)):
             self.finish()
         if not self._waiting:
             self._first, self._blocks = first_block, 0
         self._waiting.append((step, parameter, gradient))
         self._blocks += blocks_of(size)
-        if size > SMALL or self._blocks * BLOCK >= AT_ONCE:
+        if not small or self._blocks * BLOCK >= AT_ONCE:
             self.finish()
 
     def finish(self) -> None:
