@@ -13,8 +13,8 @@ from toolkit.state.codecs import BLOCK
 from toolkit.state.sharding import blocks_of
 
 SMALL = {"cpu": 2**14}
-"""By kind of device, elements up to which a tensor is copied to be stepped with others: a call of its own takes the host
-as long as the copies of twice as many."""
+"""By kind of device, elements up to which a tensor is copied to be stepped with others: a call of its own takes as long
+as the copies of twice as many."""
 
 SMALL_ELSEWHERE = 2**16
 """On a GPU a call is a launch, and copies are fast."""
