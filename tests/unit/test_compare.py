@@ -305,4 +305,4 @@ def test_a_comparison_that_is_there_is_not_changed_by_an_option_alone(
 
 def test_the_methods_of_the_benchmarks_are_read() -> None:
     found = read_methods([str(Path(__file__).parents[2] / "docs" / "benchmarks" / "methods.json")], [], 2, [])
-    assert len(found) == 55 and all(method.sweeps for method in found)
+    assert len(found) == 73 and all(method.sweeps for method in found)
