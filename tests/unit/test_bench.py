@@ -21,7 +21,7 @@ from toolkit.bench import timing
 from toolkit.bench.against import Change, check, compare
 from toolkit.bench.contenders import DEFAULT, Stepper, read_contenders
 from toolkit.bench.methods import read_each
-from toolkit.bench.record import Machine, Record, Row, Spread, loaded, ratios
+from toolkit.bench.record import WAYS, Machine, Record, Row, Spread, loaded, ratios
 from toolkit.bench.shapes import even, of_model, parse_count
 from toolkit.commands.bench_call import UNFINISHED
 from toolkit.data import PackedTokens
@@ -167,6 +167,13 @@ def test_slower_is_what_lies_beyond_both_spreads_and_the_tolerance() -> None:
 def test_what_does_not_compare_is_refused(changed: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words.replace("`", ".")):
         slower(record(1.0, 0.1), record(9.0, 0.1, **changed))
+
+
+def test_figures_that_mean_something_else_do_not_compare() -> None:
+    """Not even with --anyway, and before anything is measured."""
+    before = record(1.0, 0.1).model_copy(update={"command": "train", "way": 1})
+    with pytest.raises(UserError, match="old.json is of another version, whose `toolkit bench train` measures"):
+        check(before, before.model_copy(update={"way": WAYS["train"]}), Path("old.json"), anyway=True)
 
 
 def test_anyway_compares_another_machine() -> None:

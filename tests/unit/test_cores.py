@@ -66,6 +66,16 @@ V1 = "sys/fs/cgroup/cpu"
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "5000 100000\n"}, 1),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "nonsense"}, 9),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "100 0"}, 9),
+        ({"proc/self/cgroup": "\nnonsense\n0:\n0::/\n", "sys/fs/cgroup/cpu.max": "400000 100000\n"}, 4),
+        (
+            {
+                "proc/self/cgroup": "3:cpu,cpuacct:/job\n",
+                "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_quota_us": "200000",
+                "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_period_us": "100000",
+            },
+            2,
+        ),
         (
             {
                 "proc/self/cgroup": "0::/pod/task\n",

@@ -157,3 +157,25 @@ def test_a_compiled_step_of_joined_tensors_is_that_of_each(monkeypatch: pytest.M
     monkeypatch.setitem(joined.SMALL, "cpu", 0)
     for left, right in zip(together, stepped(shapes, torch.bfloat16, None, compile=True), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_parameters_in_the_same_memory_are_stepped_one_after_the_other(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's are: of joined copies the last one would win, and what the others did be lost."""
+
+    def stepped_twice() -> Tensor:
+        memory = torch.ones(600)
+        places = [memory, memory] if whole else [memory[:400], memory[200:]]
+        weights = [nn.Parameter(place) for place in places]
+        optimizer = AMCS(weights, **PARAMS)
+        for weight, gradient in zip(weights, (1.0, 2.0), strict=True):
+            weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+        return memory
+
+    together = stepped_twice()
+    monkeypatch.setitem(joined.SMALL, "cpu", 0)
+    assert torch.equal(together, stepped_twice())
+    assert together[300] < 1 - 1.5 * PARAMS["lr"]  # both of them

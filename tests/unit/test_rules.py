@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -227,6 +228,7 @@ def test_a_mode_is_its_groups_own() -> None:
         {"step", "m", "m.scale", "v", "v.scale"},
     ]
     assert optimizer.report() == {"alpha": 0.5, "beta": 0.925}
+    assert copy.deepcopy(optimizer).report() == optimizer.report()
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         del group["matrix"]  # of an older version

@@ -40,10 +40,16 @@ def check(before: Record, now: Record, file: Path, *, anyway: bool) -> None:
     """Before anything is measured; `now` has no rows yet.
 
     Raises:
-        UserError: the two are of different benchmarks, machines or settings (the latter two but for `anyway`).
+        UserError: the two are of different benchmarks, ways to measure, machines or settings (the latter two but for
+            `anyway`).
     """
     if before.command != now.command:
         raise UserError(f"{file} is of `toolkit bench {before.command}`, not of `toolkit bench {now.command}`.")
+    if before.way != now.way:
+        raise UserError(
+            f"{file} is of another version, whose `toolkit bench {now.command}` measures something else under the same "
+            "names: figures of the two do not compare; measure anew with --json."
+        )
     pairs = [
         (name.replace("_", " "), getattr(before.machine, name), getattr(now.machine, name))
         for name in type(now.machine).model_fields

@@ -79,17 +79,23 @@ class Machine(Part):
     device: str
 
 
+WAYS = {"train": 2, "save": 2, "data": 2}
+"""How a command measures now, counted up when its figures come to mean something else; 1 where it is not named."""
+
+
 class Record(Part):
     """All that one call of `toolkit bench` found.
 
     Attributes:
         settings: what is measured; figures with others do not compare.
+        way: how its command measures, of WAYS; figures of another do not compare, whatever the settings.
         options: of the command line, to measure the same again.
         load: the load average of the last minute before the benchmark began.
         left_out: by name, why something that was asked for was not measured.
     """
 
     command: Command
+    way: int = 1
     settings: dict[str, Any]
     options: dict[str, Any]
     machine: Machine

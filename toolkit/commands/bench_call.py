@@ -101,12 +101,13 @@ class Call:
         write(record.model_copy(update={"notes": [*record.notes, UNFINISHED]}), self._draft)
 
     def record(self, found: Measured) -> Record:
-        from toolkit.bench.record import Record, machine
+        from toolkit.bench.record import WAYS, Record, machine
         from toolkit.run.folder import versions
 
         name: Any = self._ctx.info_name
         return Record(
             command=name,
+            way=WAYS.get(name, 1),
             settings=self._settings,
             options={key: _kept(self._ctx.params[key]) for key in OPTIONS[name]},
             machine=machine(self.device),

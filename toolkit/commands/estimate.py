@@ -225,6 +225,13 @@ def plan(
         )
     console = PlainConsole()
     best = found[0]
+
+    def on_disk(where: object, size: int) -> str:
+        return (
+            f"the state lies on a disk: nvme_path in {where} is {NVME_PATH}; make it a folder on a local disk with "
+            f"{size_text(size)} of room."
+        )
+
     if not as_json:
         from toolkit.estimate.show import show_candidates
 
@@ -233,10 +240,12 @@ def plan(
     if not (best.fits and best.asked):
         if as_json:
             state = state_format or default_format(chosen)
-            typer.echo(f"nothing fits with {state} state; without --json it is said why.", err=True)
+            typer.echo(f"nothing fits with {state} state and room to spare; without --json it is said why.", err=True)
         raise typer.Exit(1)
     if as_json:
         typer.echo(json.dumps(best.json, indent=2))
+        if best.disk:
+            typer.echo(on_disk("the JSON", best.disk), err=True)
         return
     path = out or _unused(Path(f"{Path(model).name}-plan.json"))
     try:
@@ -254,10 +263,7 @@ def plan(
         "a training also takes --data, --from-checkpoint, --global-batch and --steps: add what you need."
     )
     if best.disk:
-        console.print_line(
-            f"the state lies on a disk: nvme_path in {path} is {NVME_PATH}; make it a folder on a local disk with "
-            f"{size_text(best.disk)} of room."
-        )
+        console.print_line(on_disk(path, best.disk))
     console.print_line(f"{path} written; train with: {to_type(following)}")
 
 

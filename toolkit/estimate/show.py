@@ -109,7 +109,8 @@ def show_candidates(
     fitting = [one for one in found if one.fits]
     asked, smaller = [one for one in fitting if one.asked], [one for one in fitting if not one.asked]
     if asked:
-        _rows(console, f"fits {where}, the fastest first:", asked, found[0].cost, optimizer)
+        but = ", not counting the disk" if any(one.disk for one in asked) else ""
+        _rows(console, f"fits {where}, the fastest first{but}:", asked, found[0].cost, optimizer)
     if smaller:
         names = " or ".join(dict.fromkeys(one.state_format for one in smaller))
         title = f"fits with smaller state, which is not recommended unless asked for (--state-format {names}):"

@@ -34,16 +34,19 @@ class Joined:
     _waiting: list[tuple[TensorStep, Tensor, Tensor]] = field(default_factory=list)
     _first: int = 0
     _blocks: int = 0
+    _memory: set[int] = field(default_factory=set)
 
     def add(self, step: TensorStep, parameter: Tensor, gradient: Tensor, first_block: int) -> None:
         """`gradient` is flat; `first_block` is the number of the parameter's first block in its group."""
         size = gradient.numel()
+        memory = parameter.untyped_storage().data_ptr()
         small = size <= SMALL.get(gradient.device.type, SMALL_ELSEWHERE)
-        if self._waiting and not (small and self._follows(step, gradient, first_block)):
-            self.finish()
+        if self._waiting and not (small and memory not in self._memory and self._follows(step, gradient, first_block)):
+            self.finish()  # what may overlap is stepped one after the other: of copies the last one would win
         if not self._waiting:
             self._first, self._blocks = first_block, 0
         self._waiting.append((step, parameter, gradient))
+        self._memory.add(memory)
         self._blocks += blocks_of(size)
         if not small or self._blocks * BLOCK >= AT_ONCE:
             self.finish()
@@ -51,6 +54,7 @@ class Joined:
     def finish(self) -> None:
         """Step what is waiting."""
         waiting, self._waiting = self._waiting, []
+        self._memory.clear()
         if len(waiting) == 1:
             [(step, _, gradient)] = waiting
             stream, scale = step.stream(first_block=self._first), self._scale(gradient.device)

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -66,12 +67,13 @@ class RuleOptimizer(torch.optim.Optimizer):
     """What the groups were made with and state is kept in; empty in a copy."""
     files: StateFiles | None = None
     """Where the state of tensors on the host is made, instead of in memory."""
+    found: Found = MappingProxyType({})
+    """What the latest step found; empty in a copy."""
     _allocate_only: ClassVar[bool] = False
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         options = bind(type(self), args, kwargs)
         own, hyper = separate(options)
-        self.found: Found = {}  # by the latest step
         super().__init__(params, dict(self.rule.parse(hyper, where=type(self).__name__)) | own)
 
     def rule_of(self, group: Mapping[str, Any]) -> type[Rule]:

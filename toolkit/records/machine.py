@@ -28,7 +28,7 @@ def cores() -> int:
 def _quotas() -> Iterator[float]:
     """Cores by control group that has a limit of its processes' time."""
     for folder, version in control_group_folders("cpu", ROOT):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
             if version == 2:
                 quota, period = (folder / "cpu.max").read_text().split()
             else:
@@ -48,10 +48,13 @@ def control_group_folders(controller: str, files: Path) -> Iterator[tuple[Path, 
     except OSError:
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
+        _, _, rest = line.partition(":")
+        controllers, colon, path = rest.partition(":")
+        if not colon or controllers and controller not in controllers.split(","):
             continue
         first, version = (root / controller, 1) if controllers else (root, 2)
+        if controllers and not first.is_dir():
+            first = root / controllers  # mounted as "cpu,cpuacct", without a link named "cpu"
         own = first / path.lstrip("/")
         for folder in (own, *own.parents):
             yield folder, version
