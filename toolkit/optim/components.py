@@ -97,7 +97,11 @@ def param_groups(model: nn.Module, params: Iterable[Any] | None = None, **option
     if unplaced:
         known = ", ".join(component for component in COMPONENTS if component != "other")
         warn_once(
-            logger, 'parameters that are in no known component (%s) train as "other": %s', known, some(unplaced, 8)
+            logger,
+            'parameters that are in no known component (%s) train as "other", at the rate as given ("component" of a '
+            "parameter group says otherwise): %s",
+            known,
+            some(unplaced, 8),
         )
     return list(groups.values())
 

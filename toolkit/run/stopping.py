@@ -173,6 +173,9 @@ class Heartbeat:
         with contextlib.suppress(BlockingIOError):
             for number in self._signalled.recv(64):
                 self._interrupts += number == signal.SIGINT
+                if self._asked_at is None and ranks.rank() == 0:
+                    again = "; Ctrl-C again ends it at once, and saves nothing" if number == signal.SIGINT else ""
+                    self._say(f"the run stops after this step{again}.")
                 if self._asked_at is None or self._interrupts == 2:
                     self._asked_at = time.monotonic()
 
