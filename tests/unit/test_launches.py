@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import toolkit
-from toolkit.optim import AMCS, joined, streaming
+from toolkit.optim import AMCS, RULES, joined, streaming
 from toolkit.optim.kernel import StepFunction
 from toolkit.zero import full_precision_state_dict
 
@@ -179,3 +179,13 @@ def test_parameters_in_the_same_memory_are_stepped_one_after_the_other(
     monkeypatch.setitem(joined.SMALL, "cpu", 0)
     assert torch.equal(together, stepped_twice())
     assert together[300] < 1 - 1.5 * PARAMS["lr"]  # both of them
+
+
+def test_tensors_of_a_rule_without_state_are_joined(calls: list[int]) -> None:
+    weights = [nn.Parameter(torch.ones(2, 256)) for _ in range(3)]
+    optimizer = RULES["LOMO"](weights, lr=0.5, weight_decay=0.0, compile=False)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert calls == [6]
+    assert all(torch.equal(weight, torch.full((2, 256), 0.5)) for weight in weights)

@@ -88,8 +88,9 @@ class Joined:
         pieces = theta.split([held * BLOCK for held in blocks])
         written = [x[:n] if n % BLOCK else x for x, n in zip(pieces, sizes, strict=True)]
         torch._foreach_copy_(weights, written)
-        stored = zip(*(part.split(blocks) for part in parts), strict=True)  # by tensor, as in `steps`
-        torch._foreach_copy_([x for step in steps for x in step.parts], [x for each in stored for x in each])
+        if parts:  # a rule may keep nothing
+            stored = zip(*(part.split(blocks) for part in parts), strict=True)  # by tensor, as in `steps`
+            torch._foreach_copy_([x for step in steps for x in step.parts], [x for each in stored for x in each])
 
     def _scale(self, device: torch.device) -> Tensor:
         if device not in self._scales:
