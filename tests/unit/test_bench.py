@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from bench_command import process_kept, run
 
-from toolkit import cli
 from toolkit.bench import step as steps
 from toolkit.bench import timing
 from toolkit.bench.against import Change, check, compare
@@ -35,19 +32,9 @@ from toolkit.state.layout import layout, state_formats
 def _eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compiling proves nothing here; the command sets the process's threads and some of its environment."""
     monkeypatch.setitem(arguments.OPTIONS, "compile", False)
-    threads, environment = torch.get_num_threads(), dict(os.environ)
-    monkeypatch.setenv("COLUMNS", "80")
-    yield
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(environment)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *given: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["toolkit", "bench", *given])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
+    with process_kept():
+        monkeypatch.setenv("COLUMNS", "80")
+        yield
 
 
 # ---- what is counted ----------------------------------------------------------------------------------------------

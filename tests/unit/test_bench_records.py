@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 import typer
+from bench_command import process_kept, run
 
-from toolkit import cli
 from toolkit.bench import save
 from toolkit.bench.record import Record
 from toolkit.commands.bench import app
@@ -24,18 +21,8 @@ NOT_KEPT = {"json_to", "against", "anyway", "tolerance", "plugins", "plot", "hel
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    threads, environment = torch.get_num_threads(), dict(os.environ)
-    yield
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(environment)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *given: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["toolkit", "bench", *given])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
+    with process_kept():
+        yield
 
 
 def test_a_record_keeps_every_option_that_changes_what_is_measured() -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from small_models import qwen3
+from small_runs import answer_of
 from torch import Tensor, nn
 
 from toolkit.optim import AMCS
@@ -63,14 +60,7 @@ print(json.dumps(found))
 
 
 def test_what_a_step_finds_makes_the_host_wait_nowhere_in_the_step(tmp_path: Path) -> None:
-    qwen3(tmp_path / "model", vocab_size=4096, num_hidden_layers=1)
-    data = tmp_path / "text.txt"
-    data.write_text("".join(f"Line {number} of a text, {number * number}.\n" for number in range(600)))
-    command = [sys.executable, "-c", WORKER, str(tmp_path), str(data)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-
-    waits = json.loads(ended.stdout.splitlines()[-1])
+    waits = answer_of(WORKER, tmp_path)
     for config in ("amcs_zero2", "amcs_zero3"):
         assert waits[f"{config}-found"] == waits[f"{config}-fixed"]
         assert waits[f"{config}-found"]["wait"] == 4, "the norm, once a step"

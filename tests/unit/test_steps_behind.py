@@ -6,12 +6,9 @@ And the steps at which a run saves where writing is slow (`test_due.py`).
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from small_models import qwen3
+from small_runs import answer_of
 
 WORKER = """
 import json, os, signal, sys
@@ -59,14 +56,7 @@ print(json.dumps([at_risk, sorted(store.steps())]))
 
 
 def test_records_saves_and_stops_are_those_of_steps_that_are_read_at_once(tmp_path: Path) -> None:
-    qwen3(tmp_path / "model", vocab_size=4096, num_hidden_layers=1)
-    data = tmp_path / "text.txt"
-    data.write_text("".join(f"Line {number} of a text, {number * number}.\n" for number in range(600)))
-    command = [sys.executable, "-c", WORKER, str(tmp_path), str(data)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-
-    at_risk, saved = json.loads(ended.stdout.splitlines()[-1])
+    at_risk, saved = answer_of(WORKER, tmp_path)
     assert (saved[0], saved[-1]) == (18, 30)  # a tenth of 20 early; then as early as this machine's steps are quick
     assert len(at_risk) == 30 and max(at_risk) <= 20  # the step that is made among them
 

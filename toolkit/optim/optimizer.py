@@ -30,7 +30,7 @@ from toolkit.state.codecs import BLOCK, FACTORED
 from toolkit.state.files import StateFiles
 from toolkit.state.layout import REMAINDER, Layout, check_weights, kept_whole, layout, state_formats, state_of
 from toolkit.state.remainders import MASTER, Remainder
-from toolkit.state.sharding import Fragment, whole_shape
+from toolkit.state.sharding import Fragment, blocks_of, whole_shape
 
 RULES: dict[str, type[RuleOptimizer]] = {}
 """Every optimizer that `as_optimizer` made, by the name that `optimizer.type` of a DeepSpeed JSON selects."""
@@ -172,7 +172,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                             together.append((parameter, Member(own, begun, small, [whole], share)))
                     elif begun is not None:
                         apart.add(begun, parameter, gradient, blocks)
-                blocks += -(-parameter.numel() // BLOCK)
+                blocks += blocks_of(parameter.numel())
         apart.finish()
         self.found = step_together([member for _, member in together], torch.ones(()), Alone())
         for parameter, member in together:
